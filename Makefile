@@ -1,0 +1,92 @@
+# The one entry point: people and CI call these targets. Tools go into .tools, by tools/install, on first need.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# Whatever a user's environment says, the results are where the README says.
+export CARGO_TARGET_DIR := $(CURDIR)/target
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+module := target/wasm32-wasip1/wasm/tideshift_filter.wasm
+heading = @printf '\n\033[1m== %s\033[0m\n'
+
+## Use it
+
+.PHONY: build
+build: rust ## Build target/tideshift.wasm and target/release/tideshift
+	$(heading) 'Building the module'
+	cargo build --profile wasm --target wasm32-wasip1 -p tideshift-filter
+	cmp -s $(module) target/tideshift.wasm || cp $(module) target/tideshift.wasm
+	$(heading) 'Building the controller'
+	cargo build --release -p tideshift --bin tideshift
+
+.PHONY: demo
+demo: build envoy ## Show live how traffic shifts, and a bad release being taken back (KEEP=1 leaves it running)
+	$(heading) 'Demo'
+	cargo run --release -p tideshift-tests --bin demo
+
+## Check it
+
+.PHONY: test
+test: lint unit wasm-test e2e ## Everything below, as CI does
+	$(heading) 'All tests passed'
+
+.PHONY: lint
+lint: rust ## Formatting and clippy
+	$(heading) 'Formatting'
+	cargo fmt --all --check
+	$(heading) 'Clippy'
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p tideshift-filter --target wasm32-wasip1 -- -D warnings
+
+.PHONY: unit
+unit: rust ## Unit and property tests
+	$(heading) 'Unit and property tests'
+	cargo test --workspace --exclude tideshift-tests
+
+.PHONY: wasm-test
+wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32
+	$(heading) 'The same tests of core on wasm32'
+	CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER=wasm-bindgen-test-runner \
+		cargo test -p tideshift-core --target wasm32-unknown-unknown
+
+.PHONY: e2e
+e2e: build envoy ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
+	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
+	cargo test -p tideshift-tests $(ARGS)
+
+.PHONY: deny
+deny: cargo-deny ## Licences, sources and known holes of the dependencies
+	$(heading) 'Licences, bans and sources of the dependencies'
+	cargo deny check licenses bans sources
+	$(heading) 'Known vulnerabilities of the dependencies'
+	tools/advisories
+
+## Get what it needs
+
+.PHONY: tools
+tools: rust envoy node wasm-bindgen cargo-deny ## Everything below at once
+
+.PHONY: rust envoy node wasm-bindgen cargo-deny
+rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
+envoy: ## Envoy, into .tools/bin
+node: ## Node, if there is none
+wasm-bindgen: ## wasm-bindgen's test runner
+cargo-deny: ## cargo-deny
+rust envoy node wasm-bindgen cargo-deny:
+	@tools/install $@
+
+.PHONY: clean
+clean: ## Remove what was built
+	cargo clean
+
+.PHONY: distclean
+distclean: clean ## Remove what was built and the tools
+	rm -rf .tools
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^## / { printf "\n%s\n", substr($$0, 4) } /^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' \
+		$(firstword $(MAKEFILE_LIST))

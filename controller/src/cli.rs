@@ -1,0 +1,98 @@
+//! The command line: what there is to say to `tideshift`, and how it answers. Each subcommand is a file of its own
+//! below; it reads its arguments and leaves the work to the library.
+
+mod explain;
+mod render;
+mod validate;
+
+use crate::documents::DocumentErrors;
+use clap::{Parser, Subcommand};
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// Traffic shifting inside the proxy: which version of a service answers, decided request by request.
+#[derive(Debug, Parser)]
+#[command(name = "tideshift", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+From a document to moving traffic:
+  tideshift validate -f shift.yaml                 Is the document right?
+  tideshift render envoy -f shift.yaml > envoy.yaml
+                                                   An Envoy that does what it says
+  tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
+                                                   Which version would this request get, and why?
+
+Exit codes: 0 fine; 2 a document or the command line is wrong; 1 anything else.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Validate(validate::Arguments),
+    Explain(explain::Arguments),
+    Render(render::Arguments),
+}
+
+impl Cli {
+    /// Does what the command line says.
+    pub async fn run(self) -> Result<(), Failure> {
+        match self.command {
+            Command::Validate(arguments) => validate::run(&arguments),
+            Command::Explain(arguments) => explain::run(arguments).await,
+            Command::Render(arguments) => render::run(&arguments),
+        }
+    }
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Documents that are wrong; shown one error a line.
+    #[error(transparent)]
+    Documents(#[from] DocumentErrors),
+    /// Arguments that make no sense together or with the documents.
+    #[error("error: {0}")]
+    Usage(String),
+    /// Anything else: the network, the file system, a controller that does not answer.
+    #[error("error: {0}")]
+    Other(#[from] Box<dyn Error + Send + Sync>),
+}
+
+impl Failure {
+    /// 2 if what the user wrote is wrong, else 1.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Documents(_) | Self::Usage(_) => ExitCode::from(2),
+            Self::Other(_) => ExitCode::FAILURE,
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+/// Writes to standard output. A reader that has gone away (`| head`) has seen enough: no error.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,228 @@
+//! Documents in files: from YAML or JSON to types, with every error of every file at once, each with its place.
+//! What a document means, and what is allowed in it, is `tideshift-core`'s.
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use tideshift_core::decode::{Errors, FieldError, Problem};
+use tideshift_core::policy::Policy;
+use tideshift_core::shift::TrafficShift;
+
+/// The most bytes of one file; documents are written by people, and 4 MiB are some 100,000 lines.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+/// The most bytes of text that one file may grow to when its YAML aliases are put in.
+const MAX_EXPANDED_BYTES: usize = 4 * MAX_FILE_BYTES as usize;
+/// Stands for standard input in place of a file's name.
+const STDIN: &str = "-";
+
+/// A document, whatever it says it is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Document {
+    /// What users want of a service's traffic.
+    Shift(TrafficShift),
+    /// What the filter runs; recognised by `services` or `revision` in place of `apiVersion` and `kind`.
+    Policy(Policy),
+}
+
+/// Where a document is from; shown as `FILE`, or `FILE (document 2)` if the file has several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    file: String,
+    /// Counted from 1, empty documents left out; `None` if it is the only one.
+    number: Option<usize>,
+}
+
+/// One thing that is wrong with one document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DocumentError {
+    /// Where the document is from.
+    pub source: Source,
+    /// What is wrong; the path is empty if it is about the file as a whole.
+    pub error: FieldError,
+}
+
+/// Everything that is wrong with the documents, in their order; shown one a line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DocumentErrors(pub Vec<DocumentError>);
+
+/// Reads TrafficShift documents; `-` is standard input.
+///
+/// # Errors
+///
+/// All errors of all files: files that cannot be read or are longer than 4 MiB, YAML that is none, fields that are
+/// wrong, a file given twice, and documents that contradict each other (the same name, or the same hostname).
+pub fn load(files: &[PathBuf]) -> Result<Vec<TrafficShift>, DocumentErrors> {
+    let documents = read_files(files, |value| TrafficShift::read(value).map(Document::Shift))?;
+    let shift = |(_, document)| match document {
+        Document::Shift(shift) => Some(shift),
+        Document::Policy(_) => None,
+    };
+    Ok(documents.into_iter().filter_map(shift).collect())
+}
+
+/// Reads documents of either kind, each with where it is from; else as [`load`].
+pub fn load_any(files: &[PathBuf]) -> Result<Vec<(Source, Document)>, DocumentErrors> {
+    read_files(files, |value| {
+        let has = |name| value.get(name).is_some();
+        let is_policy = (has("services") || has("revision")) && !has("apiVersion") && !has("kind");
+        match is_policy {
+            true => Policy::read(value).map(Document::Policy),
+            false => TrafficShift::read(value).map(Document::Shift),
+        }
+    })
+}
+
+fn read_files(
+    files: &[PathBuf],
+    read: impl Fn(&Value) -> Result<Document, Errors>,
+) -> Result<Vec<(Source, Document)>, DocumentErrors> {
+    let mut documents = Vec::new();
+    let mut errors = Vec::new();
+    for (i, file) in files.iter().enumerate() {
+        let name = shown_name(file);
+        let whole_file = Source { file: name.clone(), number: None };
+        if let Some(earlier) = files.iter().take(i).find(|earlier| is_same_file(earlier, file)) {
+            errors.push(whole_file.error("", format!("given twice (as {} before)", shown_name(earlier))));
+            continue;
+        }
+        match read_text(file).and_then(|text| values(&text)) {
+            Err(why) => errors.push(whole_file.error("", why)),
+            Ok(values) if values.is_empty() => errors.push(whole_file.error("", "no document in it".to_owned())),
+            Ok(values) => {
+                let several = values.len() > 1;
+                for (n, value) in values.iter().enumerate() {
+                    let source = Source { file: name.clone(), number: several.then_some(n + 1) };
+                    match read(value) {
+                        Ok(document) => documents.push((source, document)),
+                        Err(Errors(found)) => errors.extend(
+                            found.into_iter().map(|error| DocumentError { source: source.clone(), error }),
+                        ),
+                    }
+                }
+            }
+        }
+    }
+    errors.extend(contradictions(&documents));
+    match errors.is_empty() {
+        true => Ok(documents),
+        false => Err(DocumentErrors(errors)),
+    }
+}
+
+/// TrafficShifts that cannot both hold: of the same name, or for the same hostname.
+fn contradictions(documents: &[(Source, Document)]) -> Vec<DocumentError> {
+    let mut names: BTreeMap<&str, &Source> = BTreeMap::new();
+    let mut hostnames: BTreeMap<&str, (&str, &Source)> = BTreeMap::new();
+    let mut errors = Vec::new();
+    let shifts = documents.iter().filter_map(|(source, document)| match document {
+        Document::Shift(shift) => Some((source, shift)),
+        Document::Policy(_) => None,
+    });
+    for (source, shift) in shifts {
+        if let Some(earlier) = names.get(shift.name.as_str()) {
+            let why = format!("\"{}\" is already the name of the TrafficShift in {earlier}", shift.name);
+            errors.push(source.error("metadata.name", why));
+        }
+        names.entry(&shift.name).or_insert(source);
+        let mut take = |hostname, path: String, what: &str| {
+            if let Some((name, earlier)) = hostnames.get(hostname) {
+                errors.push(source.error(&path, format!("{what} the TrafficShift {name} in {earlier}")));
+            }
+            hostnames.entry(hostname).or_insert((&shift.name, source));
+        };
+        if shift.hostnames.is_empty() {
+            take("*", "spec.hostnames".to_owned(), "missing, which means every host; so does");
+        }
+        for (i, hostname) in shift.hostnames.iter().enumerate() {
+            let what = format!("\"{hostname}\" is already a hostname of");
+            take(hostname, format!("spec.hostnames[{i}]"), &what);
+        }
+    }
+    errors
+}
+
+/// The whole text of a file, if it is a text and not too long.
+fn read_text(file: &Path) -> Result<String, String> {
+    let read = |reader: &mut dyn Read| {
+        let mut bytes = Vec::new();
+        reader.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map(|_| bytes)
+    };
+    let bytes = match file.as_os_str() == STDIN {
+        true => read(&mut io::stdin().lock()),
+        false => File::open(file).and_then(|mut file| read(&mut file)),
+    };
+    let bytes = bytes.map_err(|error| format!("cannot be read: {}", error.kind()))?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(format!("longer than {} MiB, the most that is read", MAX_FILE_BYTES >> 20));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        format!("not UTF-8 (at byte {at}); documents are YAML or JSON in UTF-8")
+    })
+}
+
+/// The documents of a YAML text (JSON is YAML), empty ones left out.
+fn values(text: &str) -> Result<Vec<Value>, String> {
+    let options = serde_saphyr::options! {
+        // What YAML 1.2 calls a boolean: `on` and `yes` are texts.
+        strict_booleans: true,
+        // `007` and `1_000` are what they look like in a header's value: texts.
+        leading_zero_numbers_as_strings: true,
+        underscored_numbers_as_strings: true,
+        duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
+        with_snippet: false,
+        // Aliases of aliases of aliases: a short file must not fill the memory.
+        budget: serde_saphyr::budget! { max_total_scalar_bytes: MAX_EXPANDED_BYTES },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
+    };
+    serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
+        let message = error.render_with_options(serde_saphyr::render_options! {
+            formatter: &serde_saphyr::UserMessageFormatter,
+            snippets: serde_saphyr::SnippetMode::Off,
+        });
+        format!("not YAML: {}", message.replace('\n', " "))
+    })
+}
+
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+fn shown_name(file: &Path) -> String {
+    match file.as_os_str() == STDIN {
+        true => "<stdin>".to_owned(),
+        false => file.display().to_string(),
+    }
+}
+
+impl Source {
+    fn error(&self, path: &str, why: String) -> DocumentError {
+        let error = FieldError { path: path.to_owned(), problem: Problem::Unreadable(why) };
+        DocumentError { source: self.clone(), error }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        self.number.map_or(Ok(()), |number| write!(f, " (document {number})"))
+    }
+}
+
+impl fmt::Display for DocumentError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.source, self.error)
+    }
+}
+
+impl fmt::Display for DocumentErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<_> = self.0.iter().map(DocumentError::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl std::error::Error for DocumentErrors {}

@@ -1,0 +1,298 @@
+//! Reading documents: from a JSON value to types, gathering every error on the way instead of the first.
+//!
+//! A reader returns `None` where it could not make sense of a value and leaves the reason in the [`Decoder`]; the
+//! caller goes on with the next field. The names that were asked for are the names that are known, so an unknown
+//! field is answered with the nearest of them.
+
+use serde_json::{Map, Value};
+use std::fmt;
+
+/// What is wrong with one field of a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldError {
+    /// The field's place, such as `spec.versions[1].weight`; empty for the document itself.
+    pub path: String,
+    /// What is wrong with it.
+    pub problem: Problem,
+}
+
+/// The ways in which a field can be wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Problem {
+    /// A required field is not there.
+    Missing {
+        /// What would be allowed.
+        allowed: String,
+    },
+    /// The value is not one that is allowed.
+    Invalid {
+        /// The value as JSON, shortened.
+        value: String,
+        /// What would be allowed.
+        allowed: String,
+    },
+    /// No field has this name.
+    Unknown {
+        /// The known name that is most like it.
+        nearest: Option<&'static str>,
+        /// All known names at this place.
+        known: Vec<&'static str>,
+    },
+    /// The field is part of the design, but this build does not act on it; taking it would be a lie.
+    Unsupported,
+    /// The document as a whole cannot be read.
+    Unreadable(String),
+}
+
+impl fmt::Display for FieldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        match &self.problem {
+            Problem::Missing { allowed } => write!(f, "missing; expected {allowed}"),
+            Problem::Invalid { value, allowed } => write!(f, "{value} is not allowed; expected {allowed}"),
+            Problem::Unknown { nearest, known } => {
+                f.write_str("unknown field")?;
+                if let Some(nearest) = nearest {
+                    write!(f, "; did you mean `{nearest}`?")?;
+                }
+                write!(f, " (known here: {})", known.join(", "))
+            }
+            Problem::Unreadable(why) => f.write_str(why),
+            Problem::Unsupported => {
+                f.write_str("not supported by this version of tideshift yet, and never silently ignored; remove it")
+            }
+        }
+    }
+}
+
+/// Every error of one document, in the order of its fields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errors(pub Vec<FieldError>);
+
+impl Errors {
+    /// The one error of a document that is not even JSON or YAML.
+    pub fn of_document(why: String) -> Self {
+        Self(vec![FieldError { path: String::new(), problem: Problem::Unreadable(why) }])
+    }
+}
+
+impl fmt::Display for Errors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, error) in self.0.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Errors {}
+
+/// The place in the document being read, and the errors so far.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    path: String,
+    errors: Vec<FieldError>,
+}
+
+impl Decoder {
+    /// Reads a whole document with `read`. All errors, or the document.
+    pub fn read<T>(value: &Value, read: impl FnOnce(&mut Self, &Value) -> Option<T>) -> Result<T, Errors> {
+        let mut decoder = Self::default();
+        match read(&mut decoder, value) {
+            Some(document) if decoder.errors.is_empty() => Ok(document),
+            _ => Err(Errors(decoder.errors)),
+        }
+    }
+
+    /// Says that `value` is not allowed here, and what is.
+    pub fn invalid(&mut self, value: &Value, allowed: impl Into<String>) {
+        self.error(Problem::Invalid { value: shown(value), allowed: allowed.into() });
+    }
+
+    /// Says that the field `name` of the object at this place is not there, and what is allowed.
+    pub fn missing(&mut self, name: &str, allowed: impl Into<String>) {
+        let allowed = allowed.into();
+        self.within(name, |d| d.error(Problem::Missing { allowed }));
+    }
+
+    /// Runs `inner` one field further down.
+    pub fn within<T>(&mut self, name: &str, inner: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.path.len();
+        if !self.path.is_empty() {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        let result = inner(self);
+        self.path.truncate(before);
+        result
+    }
+
+    /// Runs `inner` one list item further down.
+    pub fn at<T>(&mut self, index: usize, inner: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.path.len();
+        self.path.push_str(&format!("[{index}]"));
+        let result = inner(self);
+        self.path.truncate(before);
+        result
+    }
+
+    /// An object, with its fields to be asked for; end with [`Fields::finish`].
+    pub fn object<'v>(&mut self, value: &'v Value) -> Option<Fields<'v>> {
+        match value {
+            Value::Object(map) => Some(Fields { map, known: Vec::new() }),
+            _ => {
+                self.invalid(value, "an object");
+                None
+            }
+        }
+    }
+
+    /// A list, each item read by `read`. Items that make no sense are left out (their errors are kept), each of the
+    /// others comes with its index in the document.
+    pub fn list<T>(
+        &mut self,
+        value: &Value,
+        mut read: impl FnMut(&mut Self, &Value) -> Option<T>,
+    ) -> Option<Vec<(usize, T)>> {
+        let Value::Array(items) = value else {
+            self.invalid(value, "a list");
+            return None;
+        };
+        let read_items = items.iter().enumerate();
+        Some(read_items.filter_map(|(i, item)| Some((i, self.at(i, |d| read(d, item))?))).collect())
+    }
+
+    /// Any text.
+    pub fn text(&mut self, value: &Value) -> Option<String> {
+        self.text_where(value, "a string", |_| true)
+    }
+
+    /// Text that is not empty.
+    pub fn filled_text(&mut self, value: &Value) -> Option<String> {
+        self.text_where(value, "a string that is not empty", |text| !text.is_empty())
+    }
+
+    /// Text for which `holds`.
+    pub fn text_where(&mut self, value: &Value, allowed: &str, holds: impl FnOnce(&str) -> bool) -> Option<String> {
+        match value {
+            Value::String(text) if holds(text) => Some(text.clone()),
+            _ => {
+                self.invalid(value, allowed);
+                None
+            }
+        }
+    }
+
+    /// `true` or `false`.
+    pub fn boolean(&mut self, value: &Value) -> Option<bool> {
+        if value.as_bool().is_none() {
+            self.invalid(value, "true or false");
+        }
+        value.as_bool()
+    }
+
+    /// An integer from `low` to `high`, both included.
+    pub fn integer(&mut self, value: &Value, low: u64, high: u64) -> Option<u64> {
+        match value.as_u64() {
+            Some(number) if (low..=high).contains(&number) => Some(number),
+            _ => {
+                let allowed = match high {
+                    u64::MAX => format!("an integer of at least {low}"),
+                    _ => format!("an integer from {low} to {high}"),
+                };
+                self.invalid(value, allowed);
+                None
+            }
+        }
+    }
+
+    fn error(&mut self, problem: Problem) {
+        self.errors.push(FieldError { path: self.path.clone(), problem });
+    }
+}
+
+/// The fields of an object that is being read.
+#[derive(Debug)]
+pub struct Fields<'v> {
+    map: &'v Map<String, Value>,
+    known: Vec<&'static str>,
+}
+
+impl<'v> Fields<'v> {
+    /// The field `name`, which may be left out (or be null, which Kubernetes' tools write for the same thing).
+    pub fn optional<T>(
+        &mut self,
+        d: &mut Decoder,
+        name: &'static str,
+        read: impl FnOnce(&mut Decoder, &'v Value) -> Option<T>,
+    ) -> Option<T> {
+        self.known.push(name);
+        let value = self.map.get(name).filter(|value| !value.is_null())?;
+        d.within(name, |d| read(d, value))
+    }
+
+    /// The field `name`, which must be there; `allowed` is for the message when it is not.
+    pub fn required<T>(
+        &mut self,
+        d: &mut Decoder,
+        name: &'static str,
+        allowed: &str,
+        read: impl FnOnce(&mut Decoder, &'v Value) -> Option<T>,
+    ) -> Option<T> {
+        if !self.has(name) {
+            d.missing(name, allowed);
+        }
+        self.optional(d, name, read)
+    }
+
+    /// Whether the field is there and not null.
+    pub fn has(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(|value| !value.is_null())
+    }
+
+    /// Fields of the design that this build does not act on: an error when used.
+    pub fn unsupported(&mut self, d: &mut Decoder, names: &[&'static str]) {
+        for name in names {
+            self.optional(d, name, |d, _| {
+                d.error(Problem::Unsupported);
+                Some(())
+            });
+        }
+    }
+
+    /// Ends the object: every field that nobody asked for is an error.
+    pub fn finish(self, d: &mut Decoder) {
+        for name in self.map.keys() {
+            if self.known.contains(&name.as_str()) {
+                continue;
+            }
+            let nearest = nearest(name, &self.known);
+            let known = self.known.clone();
+            d.within(name, |d| d.error(Problem::Unknown { nearest, known }));
+        }
+    }
+}
+
+/// The known name most like `name`, if one is like it at all: no more than half of it differs.
+fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
+    let name = name.to_ascii_lowercase();
+    let distance = |candidate: &str| strsim::levenshtein(&name, &candidate.to_ascii_lowercase());
+    let scored = known.iter().map(|candidate| (distance(candidate), *candidate));
+    let like = scored.filter(|(distance, candidate)| 2 * distance <= name.len().max(candidate.len()));
+    like.min_by_key(|(distance, _)| *distance).map(|(_, candidate)| candidate)
+}
+
+/// A value as JSON, cut where it gets long.
+fn shown(value: &Value) -> String {
+    const LONGEST: usize = 80;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((cut, _)) => format!("{}…", text.get(..cut).unwrap_or_default()),
+        None => text,
+    }
+}

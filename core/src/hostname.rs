@@ -1,0 +1,129 @@
+//! Which service a request is for: hostnames by Gateway API's rules, the most specific first.
+
+use crate::decode::Decoder;
+use crate::name::is_subdomain;
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// Reads a hostname: exact (`shop.example.com`) or with a first label `*` that stands for one or more labels.
+pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<String> {
+    let allowed = "a hostname without port, such as shop.example.com or *.example.com (leave hostnames out for every \
+                   host)";
+    let text = d.text_where(value, allowed, |text| {
+        let text = text.to_ascii_lowercase();
+        is_subdomain(text.strip_prefix("*.").unwrap_or(&text), 253)
+    })?;
+    Some(text.to_ascii_lowercase())
+}
+
+/// An index from hostnames to whatever they name: exact before `*.suffix`, longer suffix before shorter, and last the
+/// one for every host. A look-up costs the logarithm of their number for each label.
+#[derive(Debug, Clone)]
+pub struct Hostnames<T> {
+    exact: BTreeMap<String, T>,
+    suffix: BTreeMap<String, T>,
+    every: Option<T>,
+}
+
+impl<T: Copy> Hostnames<T> {
+    /// An index without names.
+    pub(crate) fn new() -> Self {
+        Self { exact: BTreeMap::new(), suffix: BTreeMap::new(), every: None }
+    }
+
+    /// Lets `hostname` (`None`: every host) mean `target`; returns what it meant before, if anything.
+    pub(crate) fn insert(&mut self, hostname: Option<&str>, target: T) -> Option<T> {
+        match hostname {
+            None => self.every.replace(target),
+            Some(name) => match name.strip_prefix("*.") {
+                Some(suffix) => self.suffix.insert(suffix.to_owned(), target),
+                None => self.exact.insert(name.to_owned(), target),
+            },
+        }
+    }
+
+    /// Whether the host decides anything; if not, nobody needs to read it.
+    pub fn refer_to_host(&self) -> bool {
+        !(self.exact.is_empty() && self.suffix.is_empty())
+    }
+
+    /// What an `:authority` (any case, with or without a port, perhaps not UTF-8) means.
+    pub fn find(&self, authority: &[u8]) -> Option<T> {
+        if !self.refer_to_host() {
+            return self.every;
+        }
+        let named = std::str::from_utf8(authority).ok().and_then(|authority| self.find_named(&host(authority)));
+        named.or(self.every)
+    }
+
+    fn find_named(&self, host: &str) -> Option<T> {
+        if let Some(target) = self.exact.get(host) {
+            return Some(*target);
+        }
+        let mut rest = host;
+        while let Some((_, suffix)) = rest.split_once('.') {
+            if let Some(target) = self.suffix.get(suffix) {
+                return Some(*target);
+            }
+            rest = suffix;
+        }
+        None
+    }
+}
+
+/// The host of an authority, in lower case: without the port, an IPv6 address without its brackets.
+fn host(authority: &str) -> Cow<'_, str> {
+    let host = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => authority.rsplit_once(':').map_or(authority, |(host, _)| host),
+    };
+    match host.bytes().any(|b| b.is_ascii_uppercase()) {
+        true => Cow::Owned(host.to_ascii_lowercase()),
+        false => Cow::Borrowed(host),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    fn index() -> Hostnames<u8> {
+        let mut index = Hostnames::new();
+        index.insert(Some("shop.example.com"), 1);
+        index.insert(Some("*.example.com"), 2);
+        index.insert(Some("*.eu.example.com"), 3);
+        index
+    }
+
+    #[test]
+    fn the_most_specific_hostname_wins() {
+        let index = index();
+        assert_eq!(index.find(b"shop.example.com"), Some(1));
+        assert_eq!(index.find(b"cart.example.com"), Some(2));
+        assert_eq!(index.find(b"cart.eu.example.com"), Some(3));
+        assert_eq!(index.find(b"a.b.eu.example.com"), Some(3));
+        assert_eq!(index.find(b"eu.example.com"), Some(2));
+    }
+
+    #[test]
+    fn a_wildcard_does_not_match_its_own_suffix_nor_other_hosts() {
+        let index = index();
+        assert_eq!(index.find(b"example.com"), None);
+        assert_eq!(index.find(b"badexample.com"), None);
+        assert_eq!(index.find(b""), None);
+        assert_eq!(index.find(b"\xff.example.com"), None);
+    }
+
+    #[test]
+    fn case_and_port_do_not_matter() {
+        let mut index = index();
+        assert_eq!(index.find(b"Shop.EXAMPLE.com:8443"), Some(1));
+        assert_eq!(index.find(b"[2001:db8::1]:80"), None);
+        index.insert(None, 9);
+        assert_eq!(index.find(b"[2001:db8::1]:80"), Some(9));
+        assert_eq!(index.find(b"\xff\xfe"), Some(9));
+    }
+}

@@ -1,0 +1,243 @@
+//! Which requests a rule is for: matches by header, cookie, query parameter, path and method, in the terms and with
+//! the meaning of Gateway API's HTTPRoute.
+
+use crate::decode::{Decoder, Fields};
+use crate::name;
+use crate::request::{self, AUTHORITY, METHOD, PATH, Request};
+use serde::Serialize;
+use serde_json::Value;
+
+/// One match; all of its fields must hold. One without fields holds for every request.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Match {
+    /// Headers, names in lower case.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<NamedMatch>,
+    /// Cookies, compared as they were sent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cookies: Vec<NamedMatch>,
+    /// Query parameters, compared after `%XX` and `+` are decoded; the first one of a name counts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub query_params: Vec<NamedMatch>,
+    /// The path without its query.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathMatch>,
+    /// The method, in upper case as HTTP has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+}
+
+/// What the value of something named must be.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct NamedMatch {
+    /// The header's, cookie's or parameter's name.
+    pub name: String,
+    /// What its value must be.
+    #[serde(flatten)]
+    pub value: ValueMatch,
+}
+
+/// What a value must be; on bytes, so a value that is not UTF-8 can match all but a regular expression.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", content = "value")]
+pub enum ValueMatch {
+    /// Just this value.
+    Exact(String),
+    /// A value that starts with this.
+    Prefix(String),
+    /// A value that this expression matches from its first to its last character, as in Envoy's `safe_regex`.
+    RegularExpression(Regex),
+    /// Any value, also an empty one.
+    Present,
+}
+
+/// What the path must be.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", content = "value")]
+pub enum PathMatch {
+    /// Just this path.
+    Exact(String),
+    /// This path and what lies below it, by path elements: `/cart` holds for `/cart/1` but not for `/cartoon`.
+    PathPrefix(String),
+    /// A path that this expression matches from its first to its last character.
+    RegularExpression(Regex),
+}
+
+/// A regular expression in the syntax of the `regex-lite` crate, whose time is linear in the length of the value.
+#[derive(Debug, Clone, Serialize)]
+#[serde(into = "String")]
+pub struct Regex {
+    source: String,
+    compiled: regex_lite::Regex,
+}
+
+impl Regex {
+    /// The most bytes that a compiled expression may take.
+    const SIZE_LIMIT: usize = 256 << 10;
+
+    fn new(source: &str) -> Result<Self, regex_lite::Error> {
+        // Compiled alone first: `a)(b` would otherwise become a valid expression by the parentheses around it.
+        let build = |source: &str| regex_lite::RegexBuilder::new(source).size_limit(Self::SIZE_LIMIT).build();
+        build(source)?;
+        Ok(Self { source: source.to_owned(), compiled: build(&format!("^(?:{source})$"))? })
+    }
+
+    fn matches(&self, value: &[u8]) -> bool {
+        std::str::from_utf8(value).is_ok_and(|value| self.compiled.is_match(value))
+    }
+}
+
+impl PartialEq for Regex {
+    fn eq(&self, other: &Self) -> bool {
+        self.source == other.source
+    }
+}
+
+impl From<Regex> for String {
+    fn from(regex: Regex) -> Self {
+        regex.source
+    }
+}
+
+impl Match {
+    /// Whether every field holds for the request.
+    pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
+        self.method_holds(request)
+            && self.headers.iter().all(|m| request.header(&m.name).is_some_and(|value| m.value.holds(&value)))
+            && self.cookies_hold(request)
+            && self.path_and_query_hold(request)
+    }
+
+    fn method_holds(&self, request: &(impl Request + ?Sized)) -> bool {
+        let Some(method) = &self.method else { return true };
+        request.header(METHOD).is_some_and(|m| *m == *method.as_bytes())
+    }
+
+    fn cookies_hold(&self, request: &(impl Request + ?Sized)) -> bool {
+        if self.cookies.is_empty() {
+            return true;
+        }
+        let Some(header) = request.header("cookie") else { return false };
+        self.cookies.iter().all(|m| request::cookie(&header, &m.name).is_some_and(|value| m.value.holds(value)))
+    }
+
+    fn path_and_query_hold(&self, request: &(impl Request + ?Sized)) -> bool {
+        if self.path.is_none() && self.query_params.is_empty() {
+            return true;
+        }
+        let Some(path_and_query) = request.header(PATH) else { return false };
+        let (path, query) = request::split_path(&path_and_query);
+        let param_holds =
+            |m: &NamedMatch| request::query_param(query, &m.name).is_some_and(|value| m.value.holds(&value));
+        self.path.as_ref().is_none_or(|m| m.holds(path)) && self.query_params.iter().all(param_holds)
+    }
+
+    pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let headers = named(&mut f, d, "headers", |d, value| {
+            let name = name::header(d, value)?;
+            // Envoy hands the host on under HTTP/2's name for it.
+            Some(if name == "host" { AUTHORITY.to_owned() } else { name })
+        });
+        let cookie_name = |d: &mut Decoder, value: &Value| d.text_where(value, "a cookie name", name::is_token);
+        let cookies = named(&mut f, d, "cookies", cookie_name);
+        let query_params = named(&mut f, d, "queryParams", Decoder::filled_text);
+        let path = f.optional(d, "path", PathMatch::read);
+        let method = f.optional(d, "method", |d, value| {
+            let allowed = "a method in upper case, such as GET";
+            d.text_where(value, allowed, |m| name::is_token(m) && !m.bytes().any(|b| b.is_ascii_lowercase()))
+        });
+        f.finish(d);
+        Some(Self { headers, cookies, query_params, path, method })
+    }
+}
+
+fn named<'v>(
+    f: &mut Fields<'v>,
+    d: &mut Decoder,
+    field: &'static str,
+    mut read_name: impl FnMut(&mut Decoder, &Value) -> Option<String>,
+) -> Vec<NamedMatch> {
+    let read = |d: &mut Decoder, value: &'v Value| {
+        d.list(value, |d, value| {
+            let mut f = d.object(value)?;
+            let name = f.required(d, "name", "a name", &mut read_name);
+            let kind = f.optional(d, "type", |d, v| choice(d, v, &["Exact", "Prefix", "RegularExpression", "Present"]));
+            let value = match kind {
+                Some("Present") => {
+                    f.optional(d, "value", |d, v| d.text_where(v, "no value when type is Present", |_| false));
+                    Some(ValueMatch::Present)
+                }
+                Some("RegularExpression") => f.required(d, "value", REGEX, regex).map(ValueMatch::RegularExpression),
+                Some("Prefix") => f.required(d, "value", "a string", Decoder::text).map(ValueMatch::Prefix),
+                _ => f.required(d, "value", "a string", Decoder::text).map(ValueMatch::Exact),
+            };
+            f.finish(d);
+            Some(NamedMatch { name: name?, value: value? })
+        })
+    };
+    let items = f.optional(d, field, read).unwrap_or_default();
+    items.into_iter().map(|(_, item)| item).collect()
+}
+
+impl ValueMatch {
+    fn holds(&self, value: &[u8]) -> bool {
+        match self {
+            Self::Exact(wanted) => value == wanted.as_bytes(),
+            Self::Prefix(prefix) => value.starts_with(prefix.as_bytes()),
+            Self::RegularExpression(regex) => regex.matches(value),
+            Self::Present => true,
+        }
+    }
+}
+
+impl PathMatch {
+    fn holds(&self, path: &[u8]) -> bool {
+        match self {
+            Self::Exact(wanted) => path == wanted.as_bytes(),
+            Self::PathPrefix(prefix) => {
+                let below = path.strip_prefix(prefix.trim_end_matches('/').as_bytes());
+                below.is_some_and(|rest| rest.first().is_none_or(|b| *b == b'/'))
+            }
+            Self::RegularExpression(regex) => regex.matches(path),
+        }
+    }
+
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let kind = f.optional(d, "type", |d, v| choice(d, v, &["Exact", "PathPrefix", "RegularExpression"]));
+        let allowed = "a path that starts with / and has no query";
+        let path = |d: &mut Decoder, v: &Value| {
+            d.text_where(v, allowed, |path| path.starts_with('/') && !path.contains(['?', '#']))
+        };
+        let read = match kind {
+            Some("RegularExpression") => f.required(d, "value", REGEX, regex).map(Self::RegularExpression),
+            Some("Exact") => f.required(d, "value", allowed, path).map(Self::Exact),
+            _ => f.required(d, "value", allowed, path).map(Self::PathPrefix),
+        };
+        f.finish(d);
+        read
+    }
+}
+
+const REGEX: &str = "a regular expression (regex-lite syntax: no look-around, no back-references)";
+
+fn regex(d: &mut Decoder, value: &Value) -> Option<Regex> {
+    match Regex::new(value.as_str()?) {
+        Ok(regex) => Some(regex),
+        Err(error) => {
+            d.invalid(value, format!("{REGEX}: {error}"));
+            None
+        }
+    }
+}
+
+/// One of a few words.
+pub(crate) fn choice(d: &mut Decoder, value: &Value, words: &[&'static str]) -> Option<&'static str> {
+    let found = words.iter().find(|word| value.as_str() == Some(word));
+    if found.is_none() {
+        d.invalid(value, format!("one of {}", words.join(", ")));
+    }
+    found.copied()
+}

@@ -1,0 +1,307 @@
+//! The policy: the document that the filter runs, from its plugin configuration or from the controller.
+
+use crate::decode::{Decoder, Errors, Fields};
+use crate::hostname;
+use crate::matching::Match;
+use crate::name;
+use crate::outcome::ErrorCodes;
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// The largest weight, as in Gateway API.
+pub const MAX_WEIGHT: u32 = 1_000_000;
+/// The most versions of one service; keeps every sum of weights below 2^32.
+const MAX_VERSIONS: usize = 1_000;
+
+/// Everything that a proxy needs to choose. Valid by construction: made by [`Policy::read`], or by code that keeps
+/// the same promises (the controller compiles it from valid documents).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Policy {
+    /// Who sends newer policies and takes reports; `None`: this policy is all there is. Only the plugin
+    /// configuration's counts: a policy that was delivered cannot send the proxy elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controller: Option<ControllerRef>,
+    /// Only grows, for one controller state (epoch).
+    pub revision: u64,
+    /// The services, no hostname twice.
+    pub services: Vec<Service>,
+}
+
+/// Where the controller is, seen from Envoy.
+#[derive(Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ControllerRef {
+    /// The Envoy cluster to call.
+    pub cluster: String,
+    /// The `:authority` of the calls.
+    pub authority: String,
+    /// Sent as a bearer token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+impl fmt::Debug for ControllerRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let token = self.token.as_ref().map(|_| "…");
+        f.debug_struct("ControllerRef")
+            .field("cluster", &self.cluster)
+            .field("authority", &self.authority)
+            .field("token", &token)
+            .finish()
+    }
+}
+
+/// What clients call, and the versions that may answer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    /// Names the service in metrics, reports and messages.
+    pub name: String,
+    /// Exact, or `*.suffix`; none: every host. In lower case.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hostnames: Vec<String>,
+    /// At least one.
+    pub versions: Vec<Version>,
+    /// In the order in which they are tried.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<Rule>,
+    /// What is the versions' fault.
+    pub errors: ErrorCodes,
+}
+
+/// One backend of a service, and its share of the requests that no rule takes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Version {
+    /// The value of `x-tideshift-version` that Envoy's routes map to a cluster.
+    pub name: String,
+    /// 0 to [`MAX_WEIGHT`], relative to the sum; 1 where left out, as in Gateway API.
+    pub weight: u32,
+    /// Whether it may get requests at all, from rules too.
+    pub serving: bool,
+}
+
+/// Requests that are split in a way of their own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rule {
+    /// For people: messages and `tideshift explain` use it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Alternatives; none: every request.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub matches: Vec<Match>,
+    /// At least one, all of them versions of the service.
+    pub versions: Vec<WeightedVersion>,
+}
+
+/// A version's share in a rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WeightedVersion {
+    /// One of the service's versions.
+    pub name: String,
+    /// 0 to [`MAX_WEIGHT`], relative to the sum; 1 where left out, as in Gateway API.
+    pub weight: u32,
+}
+
+impl Policy {
+    /// Reads a policy from JSON text.
+    pub fn from_json(json: &[u8]) -> Result<Self, Errors> {
+        match serde_json::from_slice(json) {
+            Ok(value) => Self::read(&value),
+            Err(error) => Err(Errors::of_document(format!("not JSON: {error}"))),
+        }
+    }
+
+    /// Reads a policy from a JSON value; every error at once.
+    pub fn read(value: &Value) -> Result<Self, Errors> {
+        Decoder::read(value, |d, value| {
+            let mut f = d.object(value)?;
+            let controller = f.optional(d, "controller", ControllerRef::read);
+            let revision = f.required(d, "revision", REVISION, revision);
+            let services = f.required(d, "services", "a list of services", services);
+            f.finish(d);
+            Some(Self { controller, revision: revision?, services: services? })
+        })
+    }
+}
+
+const REVISION: &str = "an integer of at least 0, as a number or a string";
+
+fn revision(d: &mut Decoder, value: &Value) -> Option<u64> {
+    // As a string too, because Istio passes numbers through doubles, which keep 53 bits.
+    let revision = match value {
+        Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
+        _ => value.as_u64(),
+    };
+    if revision.is_none() {
+        d.invalid(value, REVISION);
+    }
+    revision
+}
+
+fn services(d: &mut Decoder, value: &Value) -> Option<Vec<Service>> {
+    let services = d.list(value, Service::read)?;
+    let mut names = Unique::new("a service name that no other service has");
+    let mut hostnames = Unique::new("a hostname that no other service has");
+    for (i, service) in &services {
+        d.at(*i, |d| {
+            d.within("name", |d| names.insert(d, &service.name));
+            d.within("hostnames", |d| match service.hostnames.is_empty() {
+                true => hostnames.insert(d, "*"),
+                false => {
+                    for (k, hostname) in service.hostnames.iter().enumerate() {
+                        d.at(k, |d| hostnames.insert(d, hostname));
+                    }
+                }
+            });
+        });
+    }
+    Some(services.into_iter().map(|(_, service)| service).collect())
+}
+
+impl ControllerRef {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let cluster = f.required(d, "cluster", "the name of an Envoy cluster", Decoder::filled_text);
+        let authority = f.optional(d, "authority", Decoder::filled_text);
+        let token = f.optional(d, "token", |d, v| {
+            // Not shown in the message, whatever is wrong with it.
+            let allowed = "a bearer token of visible ASCII characters";
+            let fine = |token: &str| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
+            let hidden = Value::String("…".to_owned());
+            if !v.as_str().is_some_and(fine) {
+                d.invalid(&hidden, allowed);
+            }
+            v.as_str().map(str::to_owned)
+        });
+        f.finish(d);
+        let cluster = cluster?;
+        Some(Self { authority: authority.unwrap_or_else(|| cluster.clone()), cluster, token })
+    }
+}
+
+impl Service {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", name::service);
+        let hostnames = f.optional(d, "hostnames", hostnames).unwrap_or_default();
+        let versions = f.required(d, "versions", "a list of versions", |d, v| {
+            let versions = d.list(v, Version::read)?;
+            check_versions(d, v, versions.iter().map(|(i, version)| (*i, version.name.as_str())));
+            Some(versions.into_iter().map(|(_, version)| version).collect::<Vec<_>>())
+        });
+        let known = VersionNames::of(value);
+        let rules = f.optional(d, "rules", |d, v| rules(d, v, &known)).unwrap_or_default();
+        let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
+        f.unsupported(d, &["session"]);
+        f.finish(d);
+        Some(Self { name: name?, hostnames, versions: versions?, rules, errors })
+    }
+}
+
+impl Version {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", name::version);
+        let weight = weight(&mut f, d);
+        let serving = f.optional(d, "serving", Decoder::boolean).unwrap_or(true);
+        f.finish(d);
+        Some(Self { name: name?, weight, serving })
+    }
+}
+
+fn weight(f: &mut Fields<'_>, d: &mut Decoder) -> u32 {
+    f.optional(d, "weight", |d, v| d.integer(v, 0, MAX_WEIGHT.into())).map_or(1, |weight| weight as u32)
+}
+
+/// Hostnames, each once.
+pub(crate) fn hostnames(d: &mut Decoder, value: &Value) -> Option<Vec<String>> {
+    let read = d.list(value, hostname::read)?;
+    Some(read.into_iter().map(|(_, hostname)| hostname).collect())
+}
+
+/// What holds for every list of versions: not empty, not too long, no name twice.
+pub(crate) fn check_versions<'a>(d: &mut Decoder, list: &Value, versions: impl Iterator<Item = (usize, &'a str)>) {
+    let length = list.as_array().map_or(0, Vec::len);
+    if length == 0 || length > MAX_VERSIONS {
+        d.invalid(list, format!("1 to {MAX_VERSIONS} versions"));
+    }
+    let mut names = Unique::new("a version name that no other version here has");
+    for (i, name) in versions {
+        d.at(i, |d| d.within("name", |d| names.insert(d, name)));
+    }
+}
+
+/// The names of the versions that a document lists, taken from the document itself, so that a version with an error
+/// of its own is still known to the rules.
+pub(crate) struct VersionNames<'v>(Vec<&'v str>);
+
+impl<'v> VersionNames<'v> {
+    /// Of the list `versions` of this object.
+    pub(crate) fn of(object: &'v Value) -> Self {
+        let versions = object.get("versions").and_then(Value::as_array).into_iter().flatten();
+        Self(versions.filter_map(|version| version.get("name")?.as_str()).collect())
+    }
+
+    /// A name of this list.
+    pub(crate) fn read(&self, d: &mut Decoder, value: &Value) -> Option<String> {
+        let allowed = format!("one of the versions {}", self.0.join(", "));
+        d.text_where(value, &allowed, |name| self.0.contains(&name))
+    }
+}
+
+/// Rules, in order.
+pub(crate) fn rules(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Vec<Rule>> {
+    let rules = d.list(value, |d, value| Rule::read(d, value, known))?;
+    let mut names = Unique::new("a rule name that no other rule here has");
+    for (i, rule) in &rules {
+        if let Some(name) = &rule.name {
+            d.at(*i, |d| d.within("name", |d| names.insert(d, name)));
+        }
+    }
+    Some(rules.into_iter().map(|(_, rule)| rule).collect())
+}
+
+impl Rule {
+    fn read(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.optional(d, "name", Decoder::filled_text);
+        let matches = f.optional(d, "matches", |d, v| d.list(v, Match::read)).unwrap_or_default();
+        let versions = f.required(d, "versions", "a list of versions", |d, v| {
+            let versions = d.list(v, |d, value| {
+                let mut f = d.object(value)?;
+                let name = f.required(d, "name", "a version's name", |d, v| known.read(d, v));
+                let weight = weight(&mut f, d);
+                f.finish(d);
+                Some(WeightedVersion { name: name?, weight })
+            })?;
+            check_versions(d, v, versions.iter().map(|(i, version)| (*i, version.name.as_str())));
+            Some(versions.into_iter().map(|(_, version)| version).collect())
+        });
+        f.finish(d);
+        Some(Self { name, matches: matches.into_iter().map(|(_, m)| m).collect(), versions: versions? })
+    }
+}
+
+/// Names that may be there only once.
+struct Unique {
+    allowed: &'static str,
+    seen: BTreeSet<String>,
+}
+
+impl Unique {
+    fn new(allowed: &'static str) -> Self {
+        Self { allowed, seen: BTreeSet::new() }
+    }
+
+    fn insert(&mut self, d: &mut Decoder, name: &str) {
+        if !self.seen.insert(name.to_owned()) {
+            d.invalid(&Value::String(name.to_owned()), self.allowed);
+        }
+    }
+}

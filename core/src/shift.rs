@@ -1,0 +1,401 @@
+//! The TrafficShift: the document that says what users want of a service's traffic. The same shape works with
+//! `tideshift serve -f` and, in Kubernetes, as a resource.
+
+use crate::decode::{Decoder, Errors, Fields};
+use crate::name;
+use crate::outcome::ErrorCodes;
+use crate::policy::{self, Rule, VersionNames};
+use serde_json::{Map, Value};
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+/// The `apiVersion` that this build reads.
+pub const API_VERSION: &str = "tideshift.dev/v1alpha1";
+/// The `kind` that this build reads.
+pub const KIND: &str = "TrafficShift";
+
+/// What users want of one service's traffic.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrafficShift {
+    /// The service's name, from `metadata.name`.
+    pub name: String,
+    /// Exact, or `*.suffix`; none: every host.
+    pub hostnames: Vec<String>,
+    /// At least one.
+    pub versions: Vec<ShiftVersion>,
+    /// The version that serves, and that a rollout goes back to.
+    pub stable: String,
+    /// The version to move to; none, or the stable one: no rollout.
+    pub target: Option<String>,
+    /// Requests that are split in a way of their own.
+    pub rules: Vec<Rule>,
+    /// What is the versions' fault.
+    pub errors: ErrorCodes,
+    /// The way from stable to target; at least one step.
+    pub steps: Vec<Step>,
+    /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
+    pub endpoints_for_full_load: Option<u32>,
+    /// More errors of the target than this since the rollout started take it back.
+    pub max_errors: u64,
+}
+
+/// One version and where it runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShiftVersion {
+    /// The version's name.
+    pub name: String,
+    /// Where it runs; none: it cannot take traffic yet.
+    pub endpoints: Vec<Endpoint>,
+    /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed.
+    pub readiness_probe: Option<Probe>,
+}
+
+/// A host (a name or an address) and a port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// A host name or an address, IPv6 without brackets.
+    pub host: String,
+    /// 1 to 65535.
+    pub port: u16,
+}
+
+/// A readiness probe with Kubernetes' fields and defaults.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// What to try.
+    pub check: Check,
+    /// From an endpoint's first appearance to its first probe; default 0.
+    pub initial_delay: Duration,
+    /// From one probe to the next; default 10 s.
+    pub period: Duration,
+    /// A probe that takes longer has failed; default 1 s.
+    pub timeout: Duration,
+    /// Successes in a row that make an endpoint ready; default 1.
+    pub success_threshold: u32,
+    /// Failures in a row that make it not ready; default 3.
+    pub failure_threshold: u32,
+}
+
+/// What a probe tries.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Check {
+    /// An HTTP GET; 200 to 399 is success.
+    HttpGet(HttpGet),
+    /// A TCP connection that opens.
+    TcpSocket {
+        /// In place of the endpoint's host.
+        host: Option<String>,
+        /// In place of the endpoint's port.
+        port: Option<u16>,
+    },
+    /// A command that ends with 0, run by the controller with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and
+    /// `TIDESHIFT_VERSION` in its environment.
+    Exec {
+        /// The program and its arguments; no shell.
+        command: Vec<String>,
+    },
+}
+
+/// The request of an `httpGet` probe.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HttpGet {
+    /// Path and query; default `/`.
+    pub path: String,
+    /// In place of the endpoint's host.
+    pub host: Option<String>,
+    /// In place of the endpoint's port.
+    pub port: Option<u16>,
+    /// Whether to speak TLS (certificates are not verified, as in Kubernetes).
+    pub https: bool,
+    /// Sent in addition.
+    pub headers: Vec<(String, String)>,
+}
+
+/// One step of a rollout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// The target's share in percent, 0 to 100.
+    pub weight: u32,
+    /// How long the target must have had this share before the next step; default 0.
+    pub hold: Duration,
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// The errors of a target that a rollout bears where the document says nothing.
+const DEFAULT_MAX_ERRORS: u64 = 10;
+/// The longest time that a document may ask for: a year, in seconds.
+const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
+
+impl TrafficShift {
+    /// Reads a document from a JSON value; every error at once.
+    pub fn read(value: &Value) -> Result<Self, Errors> {
+        Decoder::read(value, |d, value| {
+            let mut f = d.object(value)?;
+            let only = |text: &'static str| {
+                move |d: &mut Decoder, value: &Value| d.text_where(value, text, |given| given == text).map(|_| ())
+            };
+            f.required(d, "apiVersion", API_VERSION, only(API_VERSION));
+            f.required(d, "kind", KIND, only(KIND));
+            let name = f.required(d, "metadata", "an object with a name", metadata);
+            let shift = f.required(d, "spec", "an object", |d, spec| Self::read_spec(d, spec, name.as_ref()));
+            f.finish(d);
+            shift
+        })
+    }
+
+    fn read_spec(d: &mut Decoder, spec: &Value, name: Option<&String>) -> Option<Self> {
+        let mut f = d.object(spec)?;
+        let hostnames = f.optional(d, "hostnames", policy::hostnames).unwrap_or_default();
+        let versions = f.required(d, "versions", "a list of versions", |d, v| {
+            let versions = d.list(v, ShiftVersion::read)?;
+            policy::check_versions(d, v, versions.iter().map(|(i, version)| (*i, version.name.as_str())));
+            Some(versions.into_iter().map(|(_, version)| version).collect::<Vec<_>>())
+        });
+        let known = VersionNames::of(spec);
+        let stable = f.required(d, "stable", "a version's name", |d, v| known.read(d, v));
+        let target = f.optional(d, "target", |d, v| known.read(d, v));
+        let rules = f.optional(d, "rules", |d, v| policy::rules(d, v, &known)).unwrap_or_default();
+        let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
+        let steps = f.optional(d, "strategy", strategy).flatten();
+        let endpoints_for_full_load = f.optional(d, "capacity", capacity).flatten();
+        let max_errors = f.optional(d, "analysis", analysis).flatten().unwrap_or(DEFAULT_MAX_ERRORS);
+        f.unsupported(d, &["session", "drain"]);
+        f.finish(d);
+        let steps = steps.unwrap_or_else(|| vec![Step { weight: 100, hold: Duration::ZERO }]);
+        let name = name.cloned()?;
+        let (versions, stable) = (versions?, stable?);
+        Some(Self {
+            name,
+            hostnames,
+            versions,
+            stable,
+            target,
+            rules,
+            errors,
+            steps,
+            endpoints_for_full_load,
+            max_errors,
+        })
+    }
+
+    /// The version of this name.
+    pub fn version(&self, name: &str) -> Option<&ShiftVersion> {
+        self.versions.iter().find(|version| version.name == name)
+    }
+}
+
+fn metadata(d: &mut Decoder, value: &Value) -> Option<String> {
+    let mut f = d.object(value)?;
+    let name = f.required(d, "name", "a name", name::service);
+    f.optional(d, "namespace", name::service);
+    for tags in ["labels", "annotations"] {
+        f.optional(d, tags, |d, value| {
+            let strings = |map: &Map<String, Value>| map.values().all(Value::is_string);
+            if !value.as_object().is_some_and(strings) {
+                d.invalid(value, "an object of strings");
+            }
+            Some(())
+        });
+    }
+    f.finish(d);
+    name
+}
+
+fn strategy(d: &mut Decoder, value: &Value) -> Option<Option<Vec<Step>>> {
+    let mut f = d.object(value)?;
+    let steps = f.optional(d, "steps", |d, value| {
+        let steps = d.list(value, Step::read)?;
+        if value.as_array().is_some_and(Vec::is_empty) {
+            d.invalid(value, "at least one step (or no steps at all: straight to 100)");
+        }
+        Some(steps.into_iter().map(|(_, step)| step).collect())
+    });
+    f.unsupported(d, &["maxSurge", "maxUnavailable", "minReadySeconds", "progressDeadlineSeconds", "warmUp"]);
+    f.finish(d);
+    Some(steps)
+}
+
+impl Step {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        f.unsupported(d, &["pause"]);
+        let allowed = "the target's share in percent, 0 to 100";
+        let weight = match f.has("pause") {
+            true => f.optional(d, "weight", |d, v| d.integer(v, 0, 100)),
+            false => f.required(d, "weight", allowed, |d, v| d.integer(v, 0, 100)),
+        };
+        let hold = seconds(&mut f, d, "holdSeconds", 0, 0);
+        f.finish(d);
+        Some(Self { weight: weight? as u32, hold })
+    }
+}
+
+fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {
+    let mut f = d.object(value)?;
+    let endpoints = f.optional(d, "endpointsForFullLoad", |d, v| d.integer(v, 1, 1_000_000));
+    f.finish(d);
+    Some(endpoints.map(|endpoints| endpoints as u32))
+}
+
+fn analysis(d: &mut Decoder, value: &Value) -> Option<Option<u64>> {
+    let mut f = d.object(value)?;
+    let max_errors = f.optional(d, "maxErrors", |d, v| d.integer(v, 0, u64::MAX));
+    f.unsupported(d, &["falseRollbackRate", "maxErrorRate", "passConfidence", "latency"]);
+    f.finish(d);
+    Some(max_errors)
+}
+
+impl ShiftVersion {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", name::version);
+        let endpoints = f.optional(d, "endpoints", |d, value| {
+            let endpoints = d.list(value, Endpoint::read)?;
+            for (n, (i, endpoint)) in endpoints.iter().enumerate() {
+                if endpoints.iter().take(n).any(|(_, earlier)| earlier == endpoint) {
+                    d.at(*i, |d| {
+                        d.invalid(&Value::String(endpoint.to_string()), "an endpoint that is not listed before")
+                    });
+                }
+            }
+            Some(endpoints.into_iter().map(|(_, endpoint)| endpoint).collect())
+        });
+        let readiness_probe = f.optional(d, "readinessProbe", Probe::read);
+        f.finish(d);
+        Some(Self { name: name?, endpoints: endpoints.unwrap_or_default(), readiness_probe })
+    }
+}
+
+impl Endpoint {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let parsed = value.as_str().and_then(Self::parse);
+        if parsed.is_none() {
+            d.invalid(value, "host:port, such as 127.0.0.1:9001, [::1]:9001 or payments.internal:8080");
+        }
+        parsed
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let port = port.parse().ok().filter(|port| *port != 0)?;
+        let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            Some(address) => address.parse::<Ipv6Addr>().ok()?.to_string(),
+            None if host.parse::<Ipv4Addr>().is_ok() => host.to_owned(),
+            // A name whose last label is a number would be an address with a mistake in it.
+            None if name::is_subdomain(&host.to_ascii_lowercase(), 253) => {
+                let last = host.rsplit('.').next().unwrap_or_default();
+                (!last.bytes().all(|b| b.is_ascii_digit())).then(|| host.to_ascii_lowercase())?
+            }
+            None => return None,
+        };
+        Some(Self { host, port })
+    }
+}
+
+impl Probe {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let http = f.optional(d, "httpGet", HttpGet::read).map(Check::HttpGet);
+        let tcp = f.optional(d, "tcpSocket", tcp_socket);
+        let exec = f.optional(d, "exec", |d, value| {
+            let mut f = d.object(value)?;
+            let command = f.required(d, "command", "a list: the program and its arguments", |d, value| {
+                let command = d.list(value, Decoder::text)?;
+                if value.as_array().is_some_and(Vec::is_empty) {
+                    d.invalid(value, "a list that is not empty: the program and its arguments");
+                }
+                Some(command.into_iter().map(|(_, word)| word).collect())
+            });
+            f.finish(d);
+            Some(Check::Exec { command: command? })
+        });
+        let handlers = ["httpGet", "tcpSocket", "exec", "grpc"].iter().filter(|name| f.has(name)).count();
+        if handlers != 1 {
+            d.invalid(value, "exactly one of httpGet, tcpSocket, exec");
+        }
+        let initial_delay = seconds(&mut f, d, "initialDelaySeconds", 0, 0);
+        let period = period(&mut f, d, value);
+        let timeout = seconds(&mut f, d, "timeoutSeconds", 1, 1);
+        let mut threshold = |name, default| {
+            f.optional(d, name, |d, v| d.integer(v, 1, 1_000_000)).map_or(default, |times| times as u32)
+        };
+        let (success_threshold, failure_threshold) =
+            (threshold("successThreshold", 1), threshold("failureThreshold", 3));
+        f.unsupported(d, &["grpc"]);
+        f.finish(d);
+        let check = http.or(tcp).or(exec)?;
+        Some(Self { check, initial_delay, period, timeout, success_threshold, failure_threshold })
+    }
+}
+
+fn period(f: &mut Fields<'_>, d: &mut Decoder, probe: &Value) -> Duration {
+    let millis = f.optional(d, "periodMillis", |d, v| d.integer(v, 1, LONGEST_SECONDS * 1_000));
+    if f.has("periodMillis") && f.has("periodSeconds") {
+        d.invalid(probe, "either periodSeconds or periodMillis");
+    }
+    let seconds = seconds(f, d, "periodSeconds", 1, 10);
+    millis.map_or(seconds, Duration::from_millis)
+}
+
+fn seconds(f: &mut Fields<'_>, d: &mut Decoder, name: &'static str, low: u64, default: u64) -> Duration {
+    Duration::from_secs(f.optional(d, name, |d, v| d.integer(v, low, LONGEST_SECONDS)).unwrap_or(default))
+}
+
+impl HttpGet {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let path = f.optional(d, "path", |d, v| {
+            let fine = |path: &str| path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic());
+            d.text_where(v, "a path that starts with /, without spaces", fine)
+        });
+        let (host, port) = (f.optional(d, "host", host), f.optional(d, "port", port));
+        let scheme = f.optional(d, "scheme", |d, v| crate::matching::choice(d, v, &["HTTP", "HTTPS"]));
+        let headers = f.optional(d, "httpHeaders", |d, value| {
+            d.list(value, |d, value| {
+                let mut f = d.object(value)?;
+                let name = f.required(d, "name", "a header name", |d, v| {
+                    d.text_where(v, "a header name (RFC 9110 token)", name::is_token)
+                });
+                let value = f.required(d, "value", "a header value", |d, v| {
+                    let fine = |text: &str| text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
+                    d.text_where(v, "visible ASCII characters and spaces", fine)
+                });
+                f.finish(d);
+                Some((name?, value?))
+            })
+        });
+        f.finish(d);
+        Some(Self {
+            path: path.unwrap_or_else(|| "/".to_owned()),
+            host,
+            port,
+            https: scheme == Some("HTTPS"),
+            headers: headers.unwrap_or_default().into_iter().map(|(_, header)| header).collect(),
+        })
+    }
+}
+
+fn tcp_socket(d: &mut Decoder, value: &Value) -> Option<Check> {
+    let mut f = d.object(value)?;
+    let check = Check::TcpSocket { host: f.optional(d, "host", host), port: f.optional(d, "port", port) };
+    f.finish(d);
+    Some(check)
+}
+
+fn host(d: &mut Decoder, value: &Value) -> Option<String> {
+    let fine = |host: &str| host.parse::<Ipv6Addr>().is_ok() || name::is_subdomain(&host.to_ascii_lowercase(), 253);
+    d.text_where(value, "a host name or an address", fine)
+}
+
+fn port(d: &mut Decoder, value: &Value) -> Option<u16> {
+    d.integer(value, 1, 65_535).map(|port| port as u16)
+}

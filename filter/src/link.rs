@@ -1,0 +1,200 @@
+//! The talk with the controller, through Envoy's callouts, by the one VM that holds the lease: a long poll that
+//! brings newer policies, and a report every second.
+
+use crate::host;
+use crate::shared::{Place, Shared};
+use fastrand::Rng;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use std::time::Duration;
+use tideshift_core::policy::{ControllerRef, Policy};
+use tideshift_core::report::{Refused, Report, ServiceReport};
+
+/// The controller answers a poll after at most 25 s; this is for one that does not.
+const POLL_TIMEOUT: Duration = Duration::from_secs(30);
+/// A report that takes longer is given up; the next one says the same and more.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// From one report to the next.
+const REPORT_PERIOD: Duration = Duration::from_secs(1);
+/// The wait after a first failure; doubles with each further one up to the longest.
+const FIRST_BACKOFF: Duration = Duration::from_millis(250);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// The talk with one controller.
+pub struct Link {
+    controller: ControllerRef,
+    proxy: String,
+    start: String,
+    authorization: Option<String>,
+    poll: Option<u32>,
+    poll_at: u64,
+    failures: u32,
+    report: Option<u32>,
+    report_at: u64,
+    /// The newest place that was seen, taken or not, so that a refused policy is not asked for again at once.
+    seen: Option<Place>,
+    refused: Option<Refused>,
+}
+
+/// What an answer brought.
+pub enum Answer {
+    /// A newer policy, valid and already stored for all VMs.
+    Policy,
+    /// Nothing to act on.
+    Nothing,
+}
+
+impl Link {
+    /// A talk that has not begun.
+    pub fn new(controller: &ControllerRef, shared: &Shared) -> Self {
+        let node = host::property(&["node", "id"]).unwrap_or_default();
+        let start = shared.start();
+        Self {
+            controller: controller.clone(),
+            // A proxy without a node id is told from others by its start.
+            proxy: if node.is_empty() { start.clone() } else { String::from_utf8_lossy(&node).into_owned() },
+            start,
+            authorization: controller.token.as_ref().map(|token| format!("Bearer {token}")),
+            poll: None,
+            poll_at: 0,
+            failures: 0,
+            report: None,
+            report_at: 0,
+            seen: None,
+            refused: None,
+        }
+    }
+
+    /// Polls if no poll is under way and none has failed just now. `applied` is what this VM runs.
+    pub fn poll(&mut self, now: u64, applied: &Place, random: &mut Rng) {
+        if self.poll.is_some() || now < self.poll_at {
+            return;
+        }
+        let seen = self.seen.as_ref().unwrap_or(applied);
+        let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
+        let (proxy, epoch) = (encode(&self.proxy), encode(&seen.epoch));
+        let path = format!("/v1/policy?proxy={proxy}&epoch={epoch}&after={}", seen.revision);
+        self.poll = self.call("GET", &path, None, POLL_TIMEOUT);
+        if self.poll.is_none() {
+            let why = format!("Envoy has no cluster {} to call", self.controller.cluster);
+            self.poll_failed(now, random, &why);
+        }
+    }
+
+    /// Reports if it is time and the last report has been answered.
+    pub fn report(
+        &mut self,
+        now: u64,
+        (workers, applied): (u32, Option<Place>),
+        services: impl FnOnce() -> Vec<ServiceReport>,
+    ) {
+        if self.report.is_some() || now < self.report_at {
+            return;
+        }
+        self.report_at = now.saturating_add(REPORT_PERIOD.as_nanos() as u64);
+        let applied = applied.unwrap_or_default();
+        let report = Report {
+            proxy: self.proxy.clone(),
+            start: self.start.clone(),
+            epoch: applied.epoch,
+            revision: applied.revision,
+            workers,
+            refused: self.refused.clone(),
+            services: services(),
+        };
+        let Ok(body) = serde_json::to_vec(&report) else { return };
+        self.report = self.call("POST", "/v1/reports", Some(&body), REPORT_TIMEOUT);
+    }
+
+    /// Takes the answer to a call; `headers` and `body` are their sizes.
+    pub fn answered(
+        &mut self,
+        token: u32,
+        (headers, body): (usize, usize),
+        now: u64,
+        shared: &Shared,
+        applied: &Place,
+        random: &mut Rng,
+    ) -> Answer {
+        // An answer without headers is one that broke off; asking for its headers would be a mistake.
+        let status = (headers > 0).then(|| host::call_header(":status")).flatten();
+        if self.report == Some(token) {
+            self.report = None;
+            return Answer::Nothing;
+        }
+        if self.poll != Some(token) {
+            return Answer::Nothing;
+        }
+        self.poll = None;
+        let taken = match status.as_deref() {
+            Some(b"200") => self.take(body, shared, applied),
+            Some(b"204") => Ok(Answer::Nothing),
+            Some(status) => Err(format!("status {}", String::from_utf8_lossy(status))),
+            None => Err("no answer".to_owned()),
+        };
+        match taken {
+            Ok(answer) => {
+                self.failures = 0;
+                self.poll_at = now;
+                answer
+            }
+            Err(why) => {
+                self.poll_failed(now, random, &why);
+                Answer::Nothing
+            }
+        }
+    }
+
+    fn take(&mut self, size: usize, shared: &Shared, applied: &Place) -> Result<Answer, String> {
+        let epoch = host::call_header("x-tideshift-epoch").unwrap_or_default();
+        let epoch = String::from_utf8(epoch).map_err(|_| "an epoch that is not UTF-8".to_owned())?;
+        let json = host::call_body(size);
+        let place = |revision| Place { epoch: epoch.clone(), revision };
+        match Policy::from_json(&json) {
+            Ok(policy) => {
+                let place = place(policy.revision);
+                if !place.replaces(self.seen.as_ref().unwrap_or(applied)) {
+                    return Err(format!("revision {}, which is not newer than {}", place.revision, applied.revision));
+                }
+                shared.deliver(&place, &json);
+                self.seen = Some(place);
+                self.refused = None;
+                Ok(Answer::Policy)
+            }
+            Err(errors) => {
+                let document: Option<serde_json::Value> = serde_json::from_slice(&json).ok();
+                let revision = document.and_then(|document| document.get("revision")?.as_u64());
+                let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();
+                let kept = format!("revision {} stays in force", applied.revision);
+                log::error!("refused a policy from the controller, {kept}: {}", errors.join("; "));
+                self.refused = Some(Refused { revision, errors });
+                // With its revision known it is not asked for again; else only after a while.
+                self.seen = Some(place(revision.ok_or("a policy without a revision")?));
+                Ok(Answer::Nothing)
+            }
+        }
+    }
+
+    fn poll_failed(&mut self, now: u64, random: &mut Rng, why: &str) {
+        let doubled = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(8));
+        let longest = doubled.min(LONGEST_BACKOFF).as_nanos() as u64;
+        // Between half and all of it, so that many proxies do not come back at once.
+        let wait = random.u64(longest / 2..=longest);
+        self.poll_at = now.saturating_add(wait);
+        self.failures = self.failures.saturating_add(1);
+        if self.failures == 1 {
+            log::warn!("no policy from the controller ({why}); the last one stays in force, will try again");
+        }
+    }
+
+    fn call(&self, method: &str, path: &str, body: Option<&[u8]>, timeout: Duration) -> Option<u32> {
+        let mut headers =
+            vec![(":method", method), (":path", path), (":authority", self.controller.authority.as_str())];
+        if let Some(authorization) = &self.authorization {
+            headers.push(("authorization", authorization));
+        }
+        if body.is_some() {
+            headers.push(("content-type", "application/json"));
+        }
+        host::call(&self.controller.cluster, headers, body, timeout)
+    }
+}

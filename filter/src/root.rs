@@ -1,0 +1,202 @@
+//! One VM of the plugin: the policy in force, its changes, and the exchanges that it chooses for.
+
+use crate::counters::{Counters, ServiceCounters};
+use crate::exchange::Exchange;
+use crate::host;
+use crate::link::{Answer, Link};
+use crate::shared::{Place, Shared};
+use crate::workers::Workers;
+use fastrand::Rng;
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::ContextType;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+use tideshift_core::plan::{Plan, Sequences, Split};
+use tideshift_core::policy::{ControllerRef, Policy};
+
+/// The first tick comes soon after configuring, so that the first policy does.
+const FIRST_TICK: Duration = Duration::from_millis(20);
+/// The later ones: heartbeats, the lease, retries.
+const TICK: Duration = Duration::from_millis(200);
+/// How long the right to talk to the controller lasts without a renewal.
+const LEASE: Duration = Duration::from_secs(2);
+
+/// The plugin's root context: state of its own, because Envoy may keep several configurations alive in one VM.
+pub struct Root {
+    worker: Rc<Worker>,
+    counters: Counters,
+    place: Place,
+    controller: Option<Controller>,
+    random: Rng,
+}
+
+/// What exchanges need of their VM.
+pub struct Worker {
+    in_force: RefCell<Rc<InForce>>,
+    sequences: RefCell<Sequences>,
+}
+
+/// A plan with the stats of its services, by the plan's indexes.
+pub struct InForce {
+    /// The plan.
+    pub plan: Plan,
+    /// The stats of each of its services.
+    pub counters: Vec<Rc<ServiceCounters>>,
+}
+
+struct Controller {
+    shared: Shared,
+    link: Link,
+    /// `None` until the first tick.
+    workers: Option<Workers>,
+}
+
+impl Worker {
+    /// The policy in force.
+    pub fn in_force(&self) -> Rc<InForce> {
+        self.in_force.borrow().clone()
+    }
+
+    /// The next version of a split of the policy in force.
+    pub fn choose(&self, split: &Split) -> Option<usize> {
+        split.choose(&mut self.sequences.borrow_mut())
+    }
+}
+
+impl Root {
+    /// A VM that has not been configured.
+    pub fn new() -> Self {
+        let nothing = Plan::new(&Policy { controller: None, revision: 0, services: Vec::new() });
+        Self {
+            worker: Rc::new(Worker {
+                in_force: RefCell::new(Rc::new(InForce { plan: nothing, counters: Vec::new() })),
+                sequences: RefCell::default(),
+            }),
+            counters: Counters::default(),
+            place: Place::default(),
+            controller: None,
+            random: Rng::with_seed(0),
+        }
+    }
+
+    fn apply(&mut self, policy: &Policy, place: Place) {
+        let plan = Plan::new(policy);
+        self.counters.cover(&plan);
+        let counters = plan.services.iter().filter_map(|service| self.counters.service(&service.name)).collect();
+        let old = self.worker.in_force();
+        let places = {
+            let sequences = self.worker.sequences.borrow();
+            Sequences::for_plan(&plan, self.random.u64(..), Some((&old.plan, &sequences)))
+        };
+        self.worker.sequences.replace(places);
+        self.worker.in_force.replace(Rc::new(InForce { plan, counters }));
+        log::info!("policy revision {} in force", place.revision);
+        self.place = place;
+    }
+
+    /// Applies what the controller has sent, if this VM does not run it yet.
+    fn catch_up(&mut self) {
+        let Some(controller) = &self.controller else { return };
+        if !controller.shared.delivered_place().is_some_and(|place| place.replaces(&self.place)) {
+            return;
+        }
+        let Some(delivered) = controller.shared.delivered() else { return };
+        // Only valid policies are stored; should this one not be, what runs keeps running.
+        if let Ok(policy) = Policy::from_json(&delivered.json) {
+            self.apply(&policy, delivered.place);
+        }
+    }
+
+    fn beat(&mut self, now: u64) {
+        if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
+            workers.beat(now, &self.place);
+        }
+    }
+
+    /// Takes up the talk with the controller that a configuration names.
+    fn connect(&mut self, controller: &ControllerRef) {
+        let shared = Shared::new(controller);
+        let link = Link::new(controller, &shared);
+        self.controller = Some(Controller { shared, link, workers: None });
+        self.catch_up();
+        host::tick_every(FIRST_TICK);
+    }
+}
+
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, headers: usize, body: usize, _: usize) {
+        let now = host::now();
+        let Some(Controller { shared, link, .. }) = &mut self.controller else { return };
+        match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
+            Answer::Policy => {
+                if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
+                    workers.wake();
+                }
+                self.catch_up();
+                self.beat(now);
+            }
+            Answer::Nothing => {}
+        }
+        if let Some(Controller { link, .. }) = &mut self.controller {
+            link.poll(now, &self.place, &mut self.random);
+        }
+    }
+}
+
+impl RootContext for Root {
+    fn on_configure(&mut self, size: usize) -> bool {
+        let json = host::plugin_configuration(size).unwrap_or_default();
+        match Policy::from_json(&json) {
+            Ok(policy) => {
+                self.random = Rng::with_seed(host::now() ^ std::ptr::from_ref(self) as u64);
+                self.apply(&policy, Place { epoch: String::new(), revision: policy.revision });
+                if let Some(controller) = &policy.controller {
+                    self.connect(controller);
+                }
+                true
+            }
+            Err(errors) => {
+                for error in &errors.0 {
+                    log::error!("plugin configuration: {error}");
+                }
+                false
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let now = host::now();
+        self.catch_up();
+        let Some(controller) = &mut self.controller else { return };
+        if controller.workers.is_none() {
+            host::tick_every(TICK);
+            controller.workers = Some(Workers::join(controller.shared.clone()));
+        }
+        self.beat(now);
+        let Some(Controller { shared, link, workers: Some(workers) }) = &mut self.controller else { return };
+        if shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64)) {
+            link.poll(now, &self.place, &mut self.random);
+            link.report(now, workers.applied_by_all(now), || self.counters.read());
+        }
+    }
+
+    fn on_queue_ready(&mut self, queue: u32) {
+        let woken = match &self.controller {
+            Some(Controller { workers: Some(workers), .. }) => workers.is_woken_by(queue),
+            _ => false,
+        };
+        if woken {
+            self.catch_up();
+            self.beat(host::now());
+        }
+    }
+
+    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
+        Some(Box::new(Exchange::new(self.worker.clone())))
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+}

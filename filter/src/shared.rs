@@ -1,0 +1,118 @@
+//! What the VMs of one proxy share: the newest policy from the controller, who talks to it, and this run's identity.
+//!
+//! Envoy's shared data is one table for all plugins without a `vm_id` of their own, as all are in Istio, so keys have
+//! a prefix; it also names the controller, so that a plugin configured for another one starts afresh.
+
+use crate::host;
+use tideshift_core::policy::ControllerRef;
+
+/// This plugin's corner of the shared data.
+#[derive(Clone)]
+pub struct Shared {
+    prefix: String,
+}
+
+/// Where a policy stands in the sequence of all policies: revisions only grow within one epoch; an epoch is one
+/// controller state, and begins anew when that state is lost. Policies of the plugin configuration have no epoch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Names the controller state, or is empty.
+    pub epoch: String,
+    /// The policy's revision.
+    pub revision: u64,
+}
+
+impl Place {
+    /// Whether the controller's policy at this place replaces the one at `other`. What the controller sends counts
+    /// more than the configuration; between two epochs, the one that it speaks of now.
+    pub fn replaces(&self, other: &Self) -> bool {
+        self.epoch != other.epoch || self.revision > other.revision
+    }
+}
+
+/// A policy that the controller sent.
+pub struct Delivered {
+    /// Its place.
+    pub place: Place,
+    /// The document, valid.
+    pub json: Vec<u8>,
+}
+
+impl Shared {
+    /// The corner of the plugin with this controller.
+    pub fn new(controller: &ControllerRef) -> Self {
+        let root = host::property(&["plugin_root_id"]).unwrap_or_default();
+        let root = String::from_utf8_lossy(&root).into_owned();
+        Self { prefix: format!("tideshift/{root}/{}/{}", controller.cluster, controller.authority) }
+    }
+
+    /// A key of this corner.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}/{name}", self.prefix)
+    }
+
+    /// This run of the proxy: the time at which its first VM came up, the same for all.
+    pub fn start(&self) -> String {
+        let key = self.key("start");
+        if host::shared(&key).is_none() {
+            host::shared_set(&key, format!("{:x}", host::now()).as_bytes());
+        }
+        let start = host::shared(&key).map(|(start, _)| start).unwrap_or_default();
+        String::from_utf8_lossy(&start).into_owned()
+    }
+
+    /// The newest policy that the controller sent.
+    pub fn delivered(&self) -> Option<Delivered> {
+        decode(host::shared(&self.key("policy"))?.0)
+    }
+
+    /// The place of the newest policy; cheap enough for every tick.
+    pub fn delivered_place(&self) -> Option<Place> {
+        decode_place(&host::shared(&self.key("place"))?.0)
+    }
+
+    /// Stores a policy from the controller for all VMs.
+    pub fn deliver(&self, place: &Place, json: &[u8]) {
+        let place = format!("{} {}", place.revision, place.epoch);
+        let mut value = place.clone().into_bytes();
+        value.push(b'\n');
+        value.extend_from_slice(json);
+        host::shared_set(&self.key("policy"), &value);
+        host::shared_set(&self.key("place"), place.as_bytes());
+    }
+
+    /// Takes or renews the right to talk to the controller until `until`, in nanoseconds. One VM has it at a time;
+    /// if it dies, another takes it when its time is up.
+    pub fn lease(&self, worker: u32, now: u64, until: u64) -> bool {
+        let key = self.key("lease");
+        let value = [u64::from(worker).to_le_bytes(), until.to_le_bytes()].concat();
+        let Some((held, version)) = host::shared(&key) else {
+            // The first time, so that there is a version to compare with; the next tick takes it.
+            host::shared_set(&key, &[0; 16]);
+            return false;
+        };
+        let (holder, expires) = (integer(&held, 0), integer(&held, 8));
+        let ours = holder == u64::from(worker);
+        // A clock that jumped back must not leave the lease with a dead holder for good.
+        let expired = expires < now || expires > now.saturating_add(2 * (until - now));
+        (ours || expired) && host::shared_replace(&key, &value, version)
+    }
+}
+
+fn decode(mut value: Vec<u8>) -> Option<Delivered> {
+    let line = value.iter().position(|b| *b == b'\n')?;
+    let json = value.split_off(line + 1);
+    value.truncate(line);
+    Some(Delivered { place: decode_place(&value)?, json })
+}
+
+fn decode_place(value: &[u8]) -> Option<Place> {
+    let (revision, epoch) = std::str::from_utf8(value).ok()?.split_once(' ')?;
+    Some(Place { epoch: epoch.to_owned(), revision: revision.parse().ok()? })
+}
+
+/// The little-endian integer at a place in a shared value; 0 if the value is too short.
+pub fn integer(bytes: &[u8], at: usize) -> u64 {
+    let eight = bytes.get(at..at.saturating_add(8)).and_then(|eight| eight.try_into().ok());
+    eight.map_or(0, u64::from_le_bytes)
+}

@@ -1,0 +1,136 @@
+//! The VMs of one proxy: one for each worker and one on the main thread. Each has a number, a queue by which it is
+//! woken when a policy arrives, and a heartbeat that says which policy it runs.
+
+use crate::host;
+use crate::shared::{Place, Shared, integer};
+use std::time::Duration;
+
+/// This VM's place among the others.
+pub struct Workers {
+    shared: Shared,
+    /// This VM's number, unlike that of any other VM of this proxy.
+    pub id: u32,
+    queue: Option<u32>,
+}
+
+/// What a VM says of itself.
+struct Heartbeat {
+    queue: u32,
+    at: u64,
+    applied: Place,
+}
+
+impl Workers {
+    /// A VM without a heartbeat for this long is gone.
+    const GONE_AFTER: Duration = Duration::from_secs(10);
+    /// How often to try again when two VMs change the list at once.
+    const TRIES: usize = 100;
+
+    /// Joins the others.
+    ///
+    /// Not while being configured: Envoy configures a VM that it throws away before it configures the real ones.
+    pub fn join(shared: Shared) -> Self {
+        let next = shared.key("next-worker");
+        if host::shared(&next).is_none() {
+            host::shared_set(&next, &0u64.to_le_bytes());
+        }
+        let mut id = 0;
+        for _ in 0..Self::TRIES {
+            let Some((value, version)) = host::shared(&next) else { continue };
+            id = integer(&value, 0) + 1;
+            if host::shared_replace(&next, &id.to_le_bytes(), version) {
+                break;
+            }
+        }
+        let id = id as u32;
+        let queue = host::queue(&shared.key(&format!("worker/{id}/queue")));
+        let workers = Self { shared, id, queue };
+        workers.change_list(|list| list.push(id));
+        workers
+    }
+
+    /// Says that this VM lives and which policy it runs.
+    pub fn beat(&self, now: u64, applied: &Place) {
+        let mut value = Vec::with_capacity(24 + applied.epoch.len());
+        for number in [self.queue.map_or(0, u64::from), now, applied.revision] {
+            value.extend_from_slice(&number.to_le_bytes());
+        }
+        value.extend_from_slice(applied.epoch.as_bytes());
+        host::shared_set(&self.heartbeat_key(self.id), &value);
+    }
+
+    /// Wakes the others.
+    pub fn wake(&self) {
+        for id in self.list().into_iter().filter(|id| *id != self.id) {
+            if let Some(heartbeat) = self.heartbeat(id) {
+                host::enqueue(heartbeat.queue);
+            }
+        }
+    }
+
+    /// Whether a queue is the one that wakes this VM; empties it.
+    pub fn is_woken_by(&self, queue: u32) -> bool {
+        while host::dequeue(queue) {}
+        self.queue == Some(queue)
+    }
+
+    /// How many VMs live, and the policy that all of them have applied; `None` if there is no such policy (some are
+    /// still in another epoch). Forgets those that are gone.
+    pub fn applied_by_all(&self, now: u64) -> (u32, Option<Place>) {
+        let mut live = Vec::new();
+        let mut gone = Vec::new();
+        for id in self.list() {
+            match self.heartbeat(id) {
+                Some(beat) if beat.at.saturating_add(Self::GONE_AFTER.as_nanos() as u64) >= now => live.push(beat),
+                _ => gone.push(id),
+            }
+        }
+        if !gone.is_empty() {
+            self.change_list(|list| list.retain(|id| !gone.contains(id)));
+        }
+        let oldest = live.iter().min_by_key(|beat| beat.applied.revision).map(|beat| beat.applied.clone());
+        let same = oldest.filter(|oldest| live.iter().all(|beat| beat.applied.epoch == oldest.epoch));
+        (live.len() as u32, same)
+    }
+
+    fn heartbeat_key(&self, id: u32) -> String {
+        self.shared.key(&format!("worker/{id}"))
+    }
+
+    fn heartbeat(&self, id: u32) -> Option<Heartbeat> {
+        let value = host::shared(&self.heartbeat_key(id))?.0;
+        let epoch = String::from_utf8(value.get(24..)?.to_vec()).ok()?;
+        let applied = Place { epoch, revision: integer(&value, 16) };
+        Some(Heartbeat { queue: integer(&value, 0) as u32, at: integer(&value, 8), applied })
+    }
+
+    fn list(&self) -> Vec<u32> {
+        host::shared(&self.shared.key("workers")).map(|(list, _)| decode(&list)).unwrap_or_default()
+    }
+
+    fn change_list(&self, change: impl Fn(&mut Vec<u32>)) {
+        let key = self.shared.key("workers");
+        if host::shared(&key).is_none() {
+            // Never empty, because Envoy does not tell an empty value from none.
+            host::shared_set(&key, &encode(&[]));
+        }
+        for _ in 0..Self::TRIES {
+            let Some((value, version)) = host::shared(&key) else { continue };
+            let mut list = decode(&value);
+            change(&mut list);
+            if host::shared_replace(&key, &encode(&list), version) {
+                return;
+            }
+        }
+    }
+}
+
+/// A list of numbers; the first four bytes only keep it from being empty.
+fn encode(list: &[u32]) -> Vec<u8> {
+    std::iter::once(&0).chain(list).flat_map(|id| id.to_le_bytes()).collect()
+}
+
+fn decode(value: &[u8]) -> Vec<u32> {
+    let numbers = value.chunks_exact(4).filter_map(|four| four.try_into().ok().map(u32::from_le_bytes));
+    numbers.skip(1).collect()
+}

@@ -1,0 +1,560 @@
+//! One version's backend: an HTTP server on a loopback port whose behaviour a test switches while it runs.
+//!
+//! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC's trailers), answers `GET /health` by its own `ready`
+//! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered.
+
+use std::{
+    collections::VecDeque,
+    fmt::Write as _,
+    future::pending,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::{
+    HeaderMap, Request, Response, StatusCode,
+    body::{Body, Frame, Incoming, SizeHint},
+    header::{HeaderName, HeaderValue},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+    time::{Sleep, sleep},
+};
+
+use crate::ports::Port;
+
+/// The response header that names the backend which answered.
+pub const SERVED_BY: &str = "x-served-by";
+
+/// How long a half-sent body stays half-sent before the reset, so that it reaches the client first.
+const BEFORE_RESET: Duration = Duration::from_millis(20);
+
+/// What happens to a request, `/health` excepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The body is `ok`.
+    Answer,
+    /// The body is JSON with the request's `method`, `path` and `headers` as they arrived: each header as
+    /// `{name, value, hex}`, the value with bytes that are not UTF-8 replaced, and all its bytes in hex.
+    Echo,
+    /// The connection is reset once the request was read, before any byte of an answer.
+    Reset,
+    /// The status, the headers and half of the body, then a reset.
+    ResetInBody,
+    /// No answer, ever.
+    Hang,
+    /// The headers at once, each half of the body after this pause.
+    SlowBody(Duration),
+}
+
+/// How many of the requests answer 500, evenly spread: 1 of 4 fails each fourth request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Errors {
+    /// So many fail,
+    pub bad: u64,
+    /// of so many.
+    pub of: u64,
+}
+
+impl Errors {
+    fn fails(self, request: u64) -> bool {
+        self.of > 0 && (request % self.of) * self.bad % self.of + self.bad >= self.of
+    }
+}
+
+/// How a backend treats what it is asked; a new one is ready and answers 200 at once.
+#[derive(Clone, Debug)]
+pub struct Behaviour {
+    /// What happens to a request.
+    pub mode: Mode,
+    /// The status of the answers that [`errors`](Self::errors) does not turn into 500.
+    pub status: u16,
+    /// Which part of the requests answers 500.
+    pub errors: Errors,
+    /// The pause before an answer (or a reset) begins.
+    pub latency: Duration,
+    /// Whether `GET /health` answers 200 or 503.
+    pub ready: bool,
+    /// Further headers of each answer, such as `grpc-status: 14`.
+    pub headers: Vec<(String, String)>,
+    /// Trailers of each answer; they reach a client of HTTP/2 only.
+    pub trailers: Vec<(String, String)>,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Answer,
+            status: 200,
+            errors: Errors { bad: 0, of: 1 },
+            latency: Duration::ZERO,
+            ready: true,
+            headers: Vec::new(),
+            trailers: Vec::new(),
+        }
+    }
+}
+
+/// What a backend was asked so far; it goes on over [`Backend::stop`] and [`Backend::start_again`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Requests that arrived whole, without those of [`health`](Self::health).
+    pub requests: u64,
+    /// Those of them that were answered with a status of 500 or above.
+    pub errors: u64,
+    /// `GET /health`.
+    pub health: u64,
+}
+
+/// A running (or stopped) backend; dropping it stops it.
+#[derive(Debug)]
+pub struct Backend {
+    port: Port,
+    state: Arc<State>,
+    server: Mutex<Option<AbortHandle>>,
+    closed: Mutex<Option<mpsc::Receiver<()>>>,
+}
+
+#[derive(Debug)]
+struct State {
+    name: Mutex<String>,
+    behaviour: Mutex<Arc<Behaviour>>,
+    requests: AtomicU64,
+    errors: AtomicU64,
+    health: AtomicU64,
+}
+
+impl Backend {
+    /// Starts a backend on a free port that answers as `name`.
+    pub async fn start(name: &str) -> anyhow::Result<Self> {
+        Self::start_with(name, Behaviour::default()).await
+    }
+
+    /// The same with a behaviour that holds from the first request on.
+    pub async fn start_with(name: &str, behaviour: Behaviour) -> anyhow::Result<Self> {
+        let backend = Self {
+            port: Port::reserve()?,
+            state: Arc::new(State {
+                name: Mutex::new(name.to_owned()),
+                behaviour: Mutex::new(Arc::new(behaviour)),
+                requests: AtomicU64::new(0),
+                errors: AtomicU64::new(0),
+                health: AtomicU64::new(0),
+            }),
+            server: Mutex::new(None),
+            closed: Mutex::new(None),
+        };
+        backend.start_again().await?;
+        Ok(backend)
+    }
+
+    /// Listens again on the same port after [`stop`](Self::stop); nothing happens if it never stopped.
+    pub async fn start_again(&self) -> anyhow::Result<()> {
+        if lock(&self.server).is_some() {
+            return Ok(());
+        }
+        let address = self.address();
+        let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let (open, closed) = mpsc::channel(1);
+        let server = tokio::spawn(serve(listener, Arc::clone(&self.state), open));
+        *lock(&self.server) = Some(server.abort_handle());
+        *lock(&self.closed) = Some(closed);
+        Ok(())
+    }
+
+    /// Closes the listener and every connection. When this returns, connections are refused.
+    pub async fn stop(&self) {
+        if let Some(server) = lock(&self.server).take() {
+            server.abort();
+        }
+        let closed = lock(&self.closed).take();
+        if let Some(mut closed) = closed {
+            // Nothing is ever sent: this ends when the last task that held a socket has dropped its sender.
+            let _ = closed.recv().await;
+        }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.port.address()
+    }
+
+    /// The port it listens on.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// Changes the behaviour of the requests that arrive from now on.
+    pub fn set(&self, change: impl FnOnce(&mut Behaviour)) {
+        change(Arc::make_mut(&mut lock(&self.state.behaviour)));
+    }
+
+    /// Shorthand for the most frequent [`set`](Self::set): whether `GET /health` answers 200.
+    pub fn set_ready(&self, ready: bool) {
+        self.set(|behaviour| behaviour.ready = ready);
+    }
+
+    /// Changes the name that it answers with.
+    pub fn set_name(&self, name: &str) {
+        name.clone_into(&mut lock(&self.state.name));
+    }
+
+    /// What it was asked so far.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            requests: self.state.requests.load(Ordering::Relaxed),
+            errors: self.state.errors.load(Ordering::Relaxed),
+            health: self.state.health.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if let Some(server) = lock(&self.server).take() {
+            server.abort();
+        }
+    }
+}
+
+/// Accepts until it is aborted; its connections end with it. Each holds a clone of `open` next to its socket.
+async fn serve(listener: TcpListener, state: Arc<State>, open: mpsc::Sender<()>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                if let Ok((stream, _)) = accepted {
+                    let (state, open) = (Arc::clone(&state), open.clone());
+                    connections.spawn(async move {
+                        connection(stream, state).await;
+                        drop(open);
+                    });
+                }
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, state: Arc<State>) {
+    // A peer that went away a moment after it connected is no concern of a backend.
+    let _ = stream.set_nodelay(true);
+    let reset = Arc::new(AtomicBool::new(false));
+    let socket = Socket { stream, reset: Arc::clone(&reset) };
+    let service = service_fn(move |request| answer(request, Arc::clone(&state), Arc::clone(&reset)));
+    let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await;
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    state: Arc<State>,
+    reset: Arc<AtomicBool>,
+) -> Result<Response<Answer>, ConnectionReset> {
+    let behaviour = Arc::clone(&lock(&state.behaviour));
+    let (head, body) = request.into_parts();
+    if body.collect().await.is_err() {
+        return Err(ConnectionReset);
+    }
+    let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
+
+    if head.uri.path() == "/health" {
+        state.health.fetch_add(1, Ordering::Relaxed);
+        let status = if behaviour.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        return response.status(status).body(Answer::whole("")).map_err(|_| ConnectionReset);
+    }
+
+    let number = state.requests.fetch_add(1, Ordering::Relaxed);
+    if !behaviour.latency.is_zero() {
+        sleep(behaviour.latency).await;
+    }
+    let status = if behaviour.errors.fails(number) { 500 } else { behaviour.status };
+    let body = match behaviour.mode {
+        Mode::Answer => Answer::whole("ok"),
+        Mode::Echo => Answer::whole(echo(&head.method, &head.uri, &head.headers).to_string()),
+        Mode::Reset => {
+            reset.store(true, Ordering::Relaxed);
+            return Err(ConnectionReset);
+        }
+        Mode::ResetInBody => Answer::cut("the first half", BEFORE_RESET, reset),
+        Mode::Hang => pending().await,
+        Mode::SlowBody(pause) => Answer::slow("the first half", "and the second", pause),
+    };
+    if status >= 500 {
+        state.errors.fetch_add(1, Ordering::Relaxed);
+    }
+    for (name, value) in &behaviour.headers {
+        response = response.header(name, value);
+    }
+    response.status(status).body(body.with_trailers(&behaviour.trailers)).map_err(|_| ConnectionReset)
+}
+
+fn echo(method: &hyper::Method, uri: &hyper::Uri, headers: &HeaderMap) -> Value {
+    let headers: Vec<Value> = headers
+        .iter()
+        .map(|(name, value)| {
+            let hex = value.as_bytes().iter().fold(String::new(), |mut hex, byte| {
+                let _ = write!(hex, "{byte:02x}");
+                hex
+            });
+            json!({ "name": name.as_str(), "value": String::from_utf8_lossy(value.as_bytes()), "hex": hex })
+        })
+        .collect();
+    let path = uri.path_and_query().map_or("", |path| path.as_str());
+    json!({ "method": method.as_str(), "path": path, "headers": headers })
+}
+
+/// A lock whose holder never panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes hyper drop the connection.
+#[derive(Debug)]
+struct ConnectionReset;
+
+impl std::fmt::Display for ConnectionReset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the backend resets the connection")
+    }
+}
+
+impl std::error::Error for ConnectionReset {}
+
+/// A body as a list of steps, whose announced length may be longer than what it will send.
+struct Answer {
+    steps: VecDeque<Step>,
+    pause: Option<Pin<Box<Sleep>>>,
+    length: u64,
+}
+
+enum Step {
+    Data(Bytes),
+    Pause(Duration),
+    Trailers(HeaderMap),
+    Reset(Arc<AtomicBool>),
+}
+
+impl Answer {
+    fn new(steps: impl Into<VecDeque<Step>>, length: usize) -> Self {
+        Self { steps: steps.into(), pause: None, length: length as u64 }
+    }
+
+    fn whole(body: impl Into<Bytes>) -> Self {
+        let body = body.into();
+        let length = body.len();
+        Self::new([Step::Data(body)], length)
+    }
+
+    fn slow(first: &'static str, second: &'static str, pause: Duration) -> Self {
+        let length = first.len() + second.len();
+        let (first, second) = (Step::Data(first.into()), Step::Data(second.into()));
+        Self::new([Step::Pause(pause), first, Step::Pause(pause), second], length)
+    }
+
+    fn cut(half: &'static str, pause: Duration, reset: Arc<AtomicBool>) -> Self {
+        Self::new([Step::Data(half.into()), Step::Pause(pause), Step::Reset(reset)], 2 * half.len())
+    }
+
+    fn with_trailers(mut self, trailers: &[(String, String)]) -> Self {
+        if !trailers.is_empty() {
+            let parsed = trailers.iter().filter_map(|(name, value)| {
+                Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?))
+            });
+            self.steps.push_back(Step::Trailers(parsed.collect()));
+        }
+        self
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = ConnectionReset;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ConnectionReset>>> {
+        loop {
+            if let Some(pause) = &mut self.pause {
+                ready!(pause.as_mut().poll(context));
+                self.pause = None;
+            }
+            match self.steps.pop_front() {
+                Some(Step::Data(data)) => {
+                    self.length = self.length.saturating_sub(data.len() as u64);
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Step::Pause(pause)) => self.pause = Some(Box::pin(sleep(pause))),
+                Some(Step::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
+                Some(Step::Reset(reset)) => {
+                    reset.store(true, Ordering::Relaxed);
+                    return Poll::Ready(Some(Err(ConnectionReset)));
+                }
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.steps.is_empty() && self.pause.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.length)
+    }
+}
+
+/// A socket that is reset (RST) instead of closed (FIN) when `reset` is set before it is dropped.
+struct Socket {
+    stream: TcpStream,
+    reset: Arc<AtomicBool>,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.reset.load(Ordering::Relaxed) {
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper shuts a failed connection down before it drops it; a FIN must not go ahead of the reset.
+        if self.reset.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::get;
+
+    #[test]
+    fn errors_are_evenly_spread() {
+        let quarter = Errors { bad: 1, of: 4 };
+        let failing: Vec<u64> = (0..12).filter(|&request| quarter.fails(request)).collect();
+        assert_eq!(failing, [3, 7, 11]);
+        assert!((0..9).all(|request| Errors { bad: 1, of: 1 }.fails(request)));
+        assert!(!(0..9).any(|request| Errors { bad: 0, of: 1 }.fails(request)));
+        assert_eq!((0..1000).filter(|&request| Errors { bad: 3, of: 100 }.fails(request)).count(), 30);
+    }
+
+    #[tokio::test]
+    async fn answers_by_its_name_and_status() {
+        let backend = Backend::start("v1").await.unwrap();
+        let response = get(backend.address(), "/").send().await.unwrap();
+        assert_eq!((response.status, response.header(SERVED_BY)), (200, Some("v1".into())));
+        backend.set_name("v1b");
+        backend.set(|behaviour| behaviour.status = 404);
+        let response = get(backend.address(), "/").send().await.unwrap();
+        assert_eq!((response.status, response.header(SERVED_BY)), (404, Some("v1b".into())));
+        assert_eq!(backend.counts(), Counts { requests: 2, errors: 0, health: 0 });
+    }
+
+    #[tokio::test]
+    async fn health_follows_the_ready_flag_and_is_not_counted() {
+        let backend = Backend::start("v1").await.unwrap();
+        assert_eq!(get(backend.address(), "/health").send().await.unwrap().status, 200);
+        backend.set_ready(false);
+        assert_eq!(get(backend.address(), "/health").send().await.unwrap().status, 503);
+        assert_eq!(backend.counts(), Counts { requests: 0, errors: 0, health: 2 });
+    }
+
+    #[tokio::test]
+    async fn echoes_what_arrived_byte_for_byte() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::Echo);
+        let request = get(backend.address(), "/a?b=c").header("x-odd", b"\xff\xfe").header("x-twice", "1");
+        let echo = request.header("x-twice", "2").send().await.unwrap().json().unwrap();
+        assert_eq!(echo["path"], "/a?b=c");
+        let headers = echo["headers"].as_array().unwrap();
+        assert!(headers.iter().any(|header| header["name"] == "x-odd" && header["hex"] == "fffe"));
+        assert_eq!(headers.iter().filter(|header| header["name"] == "x-twice").count(), 2);
+    }
+
+    #[tokio::test]
+    async fn resets_before_and_within_an_answer() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::Reset);
+        let error = get(backend.address(), "/").send().await.unwrap_err();
+        assert!(format!("{error:#}").contains("reset"), "{error:#}");
+        backend.set(|behaviour| behaviour.mode = Mode::ResetInBody);
+        let error = format!("{:#}", get(backend.address(), "/").send().await.unwrap_err());
+        assert!(error.contains("reset") && error.contains("14 of 28 bytes"), "{error}");
+        assert_eq!(backend.counts().requests, 2);
+    }
+
+    #[tokio::test]
+    async fn a_hanging_backend_is_cut_off_by_stop_and_comes_back_on_its_port() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::Hang);
+        let address = backend.address();
+        let hanging = tokio::spawn(async move { get(address, "/").send().await });
+        crate::wait::eventually("the request to arrive", Duration::from_secs(5), async || {
+            anyhow::ensure!(backend.counts().requests == 1);
+            Ok(())
+        })
+        .await
+        .unwrap();
+        backend.stop().await;
+        assert!(hanging.await.unwrap().is_err());
+        let refused = std::net::TcpStream::connect(address).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        backend.set(|behaviour| behaviour.mode = Mode::SlowBody(Duration::from_millis(1)));
+        backend.start_again().await.unwrap();
+        assert_eq!(get(address, "/").send().await.unwrap().body, b"the first halfand the second");
+    }
+}

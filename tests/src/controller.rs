@@ -1,0 +1,148 @@
+//! The real `tideshift` binary: a controller that serves, and its command line.
+
+use std::{
+    ffi::OsStr,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{artifacts, client::get, metrics::Metrics, ports::Port, process::Process};
+
+const START: Duration = Duration::from_secs(20);
+const END: Duration = Duration::from_secs(20);
+
+/// A controller on a port of its own; dropping it kills it.
+///
+/// [`kill`](Self::kill) or [`terminate`](Self::terminate), then [`start_again`](Self::start_again) is a restart with the
+/// same arguments on the same port.
+#[derive(Debug)]
+pub struct Controller {
+    port: Port,
+    arguments: Vec<String>,
+    process: Process,
+    directory: TempDir,
+}
+
+impl Controller {
+    /// `tideshift serve -f FILE --listen 127.0.0.1:PORT` for each of the documents, waiting until it is ready.
+    pub async fn start(documents: &[&Path]) -> anyhow::Result<Self> {
+        Self::start_with(documents, &[]).await
+    }
+
+    /// The same with further arguments.
+    pub async fn start_with(documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
+        Self::start_on(Port::reserve()?, documents, further).await
+    }
+
+    /// The same on a port that was reserved before, so that an Envoy can be told of it first.
+    pub async fn start_on(port: Port, documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
+        let mut arguments = vec!["serve".to_owned(), "--listen".to_owned(), port.address().to_string()];
+        for document in documents {
+            arguments.push("-f".to_owned());
+            arguments.push(document.to_str().context("a path that is not UTF-8")?.to_owned());
+        }
+        arguments.extend(further.iter().map(|&argument| argument.to_owned()));
+        let directory = tempfile::tempdir()?;
+        let process = spawn(&arguments, &log_of(&directory))?;
+        let mut controller = Self { port, arguments, process, directory };
+        controller.until_ready().await?;
+        Ok(controller)
+    }
+
+    /// Starts it once more after its end, waiting until it is ready; its log goes on in the same file.
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
+        ensure!(self.process.ended()?.is_some(), "the controller still runs");
+        self.process = spawn(&self.arguments, &log_of(&self.directory))?;
+        self.until_ready().await
+    }
+
+    async fn until_ready(&mut self) -> anyhow::Result<()> {
+        let address = self.port.address();
+        self.process
+            .until_ready(START, async || {
+                let ready = get(address, "/readyz").send().await?;
+                ensure!(ready.status == 200, "/readyz says {}: {}", ready.status, ready.text().trim());
+                Ok(())
+            })
+            .await
+    }
+
+    /// SIGKILL: no chance to say good-bye.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.process.kill().map(drop)
+    }
+
+    /// SIGTERM; how it ended.
+    pub async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
+        self.process.terminate(END).await
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.port.address()
+    }
+
+    /// A path of its API, which must answer 200.
+    pub async fn get(&self, path: &str) -> anyhow::Result<String> {
+        let response = get(self.address(), path).send().await?;
+        ensure!(response.status == 200, "{path} says {}: {}", response.status, response.text());
+        Ok(response.text())
+    }
+
+    /// `GET /v1/status`.
+    pub async fn status(&self) -> anyhow::Result<Value> {
+        Ok(serde_json::from_str(&self.get("/v1/status").await?)?)
+    }
+
+    /// `GET /metrics`.
+    pub async fn metrics(&self) -> anyhow::Result<Metrics> {
+        Metrics::parse(&self.get("/metrics").await?)
+    }
+
+    /// The whole log, of all its starts.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// The log's last lines.
+    pub fn tail(&self) -> String {
+        self.process.tail()
+    }
+}
+
+/// What a run of the command line gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// The exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// The standard output.
+    pub stdout: String,
+    /// The standard error.
+    pub stderr: String,
+}
+
+/// Runs `tideshift` with these arguments to its end.
+pub fn cli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> anyhow::Result<Output> {
+    let output = Command::new(artifacts::tideshift()?).args(arguments).output()?;
+    Ok(Output {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+fn log_of(directory: &TempDir) -> PathBuf {
+    directory.path().join("controller.log")
+}
+
+fn spawn(arguments: &[String], log: &Path) -> anyhow::Result<Process> {
+    let mut command = Command::new(artifacts::tideshift()?);
+    command.args(arguments);
+    Process::start("the controller", command, log)
+}

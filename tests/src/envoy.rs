@@ -1,0 +1,170 @@
+//! A real Envoy.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    artifacts,
+    client::{Request, get},
+    metrics::Metrics,
+    process::Process,
+};
+
+/// How long a start may take; on a busy machine compiling the module takes seconds.
+const START: Duration = Duration::from_secs(60);
+
+/// How to start it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The bootstrap, as YAML or JSON.
+    pub bootstrap: String,
+    /// The port of the admin interface that the bootstrap names.
+    pub admin: u16,
+    /// Worker threads.
+    pub concurrency: usize,
+    /// Envoy's `--component-log-level`, such as `wasm:debug`; its other logs are at `warning`.
+    pub component_log_level: String,
+}
+
+impl Options {
+    /// Two workers, and what the module logs.
+    pub fn new(bootstrap: impl Into<String>, admin: u16) -> Self {
+        Self { bootstrap: bootstrap.into(), admin, concurrency: 2, component_log_level: "wasm:info".to_owned() }
+    }
+
+    /// With so many workers.
+    pub fn concurrency(mut self, workers: usize) -> Self {
+        self.concurrency = workers;
+        self
+    }
+
+    /// Starts it and waits until it is ready.
+    pub async fn start(self) -> anyhow::Result<Envoy> {
+        Envoy::start(self).await
+    }
+}
+
+/// A running Envoy; dropping it kills it.
+#[derive(Debug)]
+pub struct Envoy {
+    process: Process,
+    admin: SocketAddr,
+    _directory: TempDir,
+}
+
+impl Envoy {
+    /// Starts it and waits until it is ready.
+    pub async fn start(options: Options) -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let mut command = command(&directory, &options.bootstrap)?;
+        command
+            .args(["--concurrency", &options.concurrency.to_string()])
+            .args(["--log-level", "warning", "--component-log-level", &options.component_log_level])
+            // Access logs and drains should not make tests wait.
+            .args(["--file-flush-interval-msec", "50", "--drain-time-s", "1"]);
+        let mut process = Process::start("Envoy", command, &directory.path().join("envoy.log"))?;
+        let admin = (Ipv4Addr::LOCALHOST, options.admin).into();
+        process
+            .until_ready(START, async || {
+                let ready = get(admin, "/ready").send().await?;
+                ensure!(ready.status == 200, "/ready says {}: {}", ready.status, ready.text().trim());
+                Ok(())
+            })
+            .await?;
+        Ok(Self { process, admin, _directory: directory })
+    }
+
+    /// What `--mode validate` says of a bootstrap: `Err` with Envoy's own words if it refuses it.
+    pub fn validate(bootstrap: &str) -> anyhow::Result<()> {
+        let directory = tempfile::tempdir()?;
+        let output = command(&directory, bootstrap)?.args(["--mode", "validate"]).output()?;
+        if !output.status.success() {
+            bail!("Envoy refuses the bootstrap:\n{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
+    /// A path of the admin interface, which must answer 200.
+    pub async fn admin(&self, path: &str) -> anyhow::Result<String> {
+        let response = get(self.admin, path).send().await?;
+        ensure!(response.status == 200, "{path} says {}: {}", response.status, response.text());
+        Ok(response.text())
+    }
+
+    /// A `POST` to the admin interface, such as `/logging?wasm=debug`, which must answer 200.
+    pub async fn admin_post(&self, path: &str) -> anyhow::Result<String> {
+        let response = Request::new(self.admin, "POST", path).body("").send().await?;
+        ensure!(response.status == 200, "{path} says {}: {}", response.status, response.text());
+        Ok(response.text())
+    }
+
+    /// `/stats` as text, one `name: value` on each line.
+    pub async fn stats(&self) -> anyhow::Result<String> {
+        self.admin("/stats").await
+    }
+
+    /// One counter or gauge of `/stats`; 0 where it does not exist (yet).
+    pub async fn stat(&self, name: &str) -> anyhow::Result<u64> {
+        let stats = self.stats().await?;
+        let value = stats.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        value.map_or(Ok(0), |value| value.parse().with_context(|| format!("{name} is {value:?}")))
+    }
+
+    /// The scrape as Prometheus sees it.
+    pub async fn prometheus(&self) -> anyhow::Result<Metrics> {
+        Metrics::parse(&self.admin("/stats/prometheus").await?)
+    }
+
+    /// The configuration in force, as `/config_dump` tells it.
+    pub async fn config_dump(&self) -> anyhow::Result<Value> {
+        Ok(serde_json::from_str(&self.admin("/config_dump").await?)?)
+    }
+
+    /// Where the admin interface is.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// The whole log; the module's lines are in it.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// The log's last lines.
+    pub fn tail(&self) -> String {
+        self.process.tail()
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.process.ended(), Ok(None))
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.process.kill().map(drop)
+    }
+}
+
+fn command(directory: &TempDir, bootstrap: &str) -> anyhow::Result<Command> {
+    // Envoy chooses the parser by the file's name, and YAML takes JSON as well.
+    let file: PathBuf = directory.path().join("envoy.yaml");
+    fs::write(&file, bootstrap).with_context(|| format!("cannot write {}", file.display()))?;
+    let mut command = Command::new(artifacts::envoy()?);
+    command.arg("--config-path").arg(file).arg("--disable-hot-restart");
+    Ok(command)
+}

@@ -1,0 +1,20 @@
+//! The actors that the end-to-end tests and the demo share.
+//!
+//! Everything a user would see is real here: [`envoy`] runs the Envoy binary, [`controller`] the `tideshift` binary,
+//! [`backend`] answers over real sockets and [`client`] and [`load`] call through them. The one stand-in is
+//! [`wasm_host`], which runs the real module in a small interpreter to show what no Envoy can be made to do.
+//!
+//! An actor ends with its value: dropping it kills its process or closes its sockets.
+
+pub mod artifacts;
+pub mod backend;
+pub mod bootstrap;
+pub mod client;
+pub mod controller;
+pub mod envoy;
+pub mod load;
+pub mod metrics;
+pub mod ports;
+pub mod process;
+pub mod wait;
+pub mod wasm_host;
