@@ -30,7 +30,7 @@ demo: build envoy ## Show live how traffic shifts, and a bad release being taken
 ## Check it
 
 .PHONY: test
-test: lint unit wasm-test e2e ## Everything below, as CI does
+test: lint deny unit wasm-test e2e ## Everything below, as CI does
 	$(heading) 'All tests passed'
 
 .PHONY: lint
@@ -58,7 +58,7 @@ e2e: build envoy ## The module in a wasm host, then real Envoy, controller and b
 	cargo test -p tideshift-tests $(ARGS)
 
 .PHONY: deny
-deny: cargo-deny ## Licences, sources and known holes of the dependencies
+deny: cargo-deny ## Licences, bans and sources of the dependencies, and their known holes
 	$(heading) 'Licences, bans and sources of the dependencies'
 	cargo deny check licenses bans sources
 	$(heading) 'Known vulnerabilities of the dependencies'

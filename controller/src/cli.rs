@@ -3,6 +3,9 @@
 
 mod explain;
 mod render;
+mod serve;
+mod server;
+mod status;
 mod validate;
 
 use crate::documents::DocumentErrors;
@@ -31,15 +34,31 @@ Exit codes: 0 fine; 2 a document or the command line is wrong; 1 anything else."
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::Arguments),
+    Status(status::Arguments),
     Validate(validate::Arguments),
     Explain(explain::Arguments),
     Render(render::Arguments),
 }
 
+/// How to print an answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
 impl Cli {
     /// Does what the command line says.
     pub async fn run(self) -> Result<(), Failure> {
+        // The one crypto provider of the process; one that is there already is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         match self.command {
+            Command::Serve(arguments) => serve::run(arguments).await,
+            Command::Status(arguments) => status::run(arguments).await,
             Command::Validate(arguments) => validate::run(&arguments),
             Command::Explain(arguments) => explain::run(arguments).await,
             Command::Render(arguments) => render::run(&arguments),

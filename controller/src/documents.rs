@@ -1,6 +1,7 @@
 //! Documents in files: from YAML or JSON to types, with every error of every file at once, each with its place.
 //! What a document means, and what is allowed in it, is `tideshift-core`'s.
 
+use crate::net::io_reason;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -97,9 +98,8 @@ fn read_files(
                     let source = Source { file: name.clone(), number: several.then_some(n + 1) };
                     match read(value) {
                         Ok(document) => documents.push((source, document)),
-                        Err(Errors(found)) => errors.extend(
-                            found.into_iter().map(|error| DocumentError { source: source.clone(), error }),
-                        ),
+                        Err(Errors(found)) => errors
+                            .extend(found.into_iter().map(|error| DocumentError { source: source.clone(), error })),
                     }
                 }
             }
@@ -154,7 +154,7 @@ fn read_text(file: &Path) -> Result<String, String> {
         true => read(&mut io::stdin().lock()),
         false => File::open(file).and_then(|mut file| read(&mut file)),
     };
-    let bytes = bytes.map_err(|error| format!("cannot be read: {}", error.kind()))?;
+    let bytes = bytes.map_err(|error| format!("cannot be read: {}", io_reason(&error)))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("longer than {} MiB, the most that is read", MAX_FILE_BYTES >> 20));
     }
@@ -183,7 +183,11 @@ fn values(text: &str) -> Result<Vec<Value>, String> {
             formatter: &serde_saphyr::UserMessageFormatter,
             snippets: serde_saphyr::SnippetMode::Off,
         });
-        format!("not YAML: {}", message.replace('\n', " "))
+        let hint = match error.without_snippet() {
+            serde_saphyr::Error::UnknownAnchor { .. } => "; a text that begins with * must be in quotes",
+            _ => "",
+        };
+        format!("not YAML: {}{hint}", message.replace('\n', " "))
     })
 }
 
@@ -226,3 +230,162 @@ impl fmt::Display for DocumentErrors {
 }
 
 impl std::error::Error for DocumentErrors {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const CHECKOUT: &str = "\
+apiVersion: tideshift.dev/v1alpha1
+kind: TrafficShift
+metadata: {name: checkout}
+spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
+";
+
+    /// Files of these names and texts, and what `load_any` says of them, the folder's name left out.
+    fn load_texts(texts: &[(&str, &str)]) -> Result<Vec<(Source, Document)>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files: Vec<PathBuf> = Vec::new();
+        for (name, text) in texts {
+            files.push(folder.path().join(name));
+            std::fs::write(files.last().unwrap(), text).unwrap();
+        }
+        let folder = format!("{}/", folder.path().display());
+        load_any(&files).map_err(|errors| errors.to_string().replace(&folder, ""))
+    }
+
+    fn error_of(text: &str) -> String {
+        load_texts(&[("a.yaml", text)]).unwrap_err()
+    }
+
+    #[test]
+    fn several_documents_of_several_kinds_are_read() {
+        let policy =
+            r#"{"revision": "18446744073709551615", "services": [{"name": "s", "versions": [{"name": "v1"}]}]}"#;
+        let search = CHECKOUT.replace("checkout", "search");
+        let two = format!("---\n# nothing here\n---\n{CHECKOUT}---\n{search}...\n");
+        let documents = load_texts(&[("two.yaml", &two), ("policy.json", policy)]).unwrap();
+        let [(_, Document::Shift(a)), (source, Document::Shift(b)), (_, Document::Policy(policy))] = &documents[..]
+        else {
+            panic!("{documents:?}")
+        };
+        assert_eq!((a.name.as_str(), b.name.as_str(), policy.revision), ("checkout", "search", u64::MAX));
+        assert!(source.to_string().ends_with("two.yaml (document 2)"));
+    }
+
+    #[test]
+    fn errors_of_all_documents_come_at_once_with_their_places() {
+        let two = format!("{}---\n{CHECKOUT}", CHECKOUT.replace("stable: v1", "stable: v9"));
+        let unknown = CHECKOUT.replace("checkout", "search").replace("stable: v1", "stabel: v1");
+        let errors = load_texts(&[("two.yaml", &two), ("search.yaml", &unknown)]).unwrap_err();
+        let errors: Vec<_> = errors.lines().map(|line| line.split(" (known here").next().unwrap()).collect();
+        assert_eq!(
+            errors,
+            [
+                "two.yaml (document 1): spec.stable: \"v9\" is not allowed; expected one of the versions v1",
+                "search.yaml: spec.stable: missing; expected a version's name",
+                "search.yaml: spec.stabel: unknown field; did you mean `stable`?",
+            ]
+        );
+    }
+
+    #[test]
+    fn documents_must_not_contradict_each_other() {
+        let same_name = CHECKOUT.replace("checkout.example.com", "other.example.com");
+        let same_host = CHECKOUT.replace("checkout}", "till}");
+        let every = CHECKOUT.replace("checkout}", "a}").replace("hostnames: [checkout.example.com], ", "");
+        let every_too = every.replace("{name: a}", "{name: b}");
+        let twice = CHECKOUT.replace("checkout", "x").replace("[x.example.com]", "[x.example.com, X.example.com]");
+        let texts = [
+            ("1.yaml", CHECKOUT),
+            ("2.yaml", &same_name),
+            ("3.yaml", &same_host),
+            ("4.yaml", &every),
+            ("5.yaml", &every_too),
+            ("6.yaml", &twice),
+        ];
+        assert_eq!(
+            load_texts(&texts).unwrap_err().lines().collect::<Vec<_>>(),
+            [
+                "2.yaml: metadata.name: \"checkout\" is already the name of the TrafficShift in 1.yaml",
+                "3.yaml: spec.hostnames[0]: \"checkout.example.com\" is already a hostname of the TrafficShift \
+                 checkout in 1.yaml",
+                "5.yaml: spec.hostnames: missing, which means every host; so does the TrafficShift a in 4.yaml",
+                "6.yaml: spec.hostnames[1]: \"x.example.com\" is already a hostname of the TrafficShift x in 6.yaml",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_file_is_given_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.yaml");
+        std::fs::write(&file, CHECKOUT).unwrap();
+        let roundabout = folder.path().join(".").join("a.yaml");
+        let error = load(&[file.clone(), roundabout.clone()]).unwrap_err().to_string();
+        assert_eq!(error, format!("{}: given twice (as {} before)", roundabout.display(), file.display()));
+    }
+
+    #[test]
+    fn files_that_cannot_be_read_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = [folder.path().join("absent.yaml"), folder.path().to_owned(), folder.path().join("latin1.yaml")];
+        std::fs::write(&files[2], b"name: caf\xe9\n").unwrap();
+        let errors = load(&files).unwrap_err().to_string();
+        let errors: Vec<_> = errors.lines().map(|line| line.split_once(": ").unwrap().1).collect();
+        assert_eq!(
+            errors,
+            [
+                "cannot be read: no such file or directory",
+                "cannot be read: is a directory",
+                "not UTF-8 (at byte 9); documents are YAML or JSON in UTF-8",
+            ]
+        );
+    }
+
+    #[test]
+    fn yaml_that_is_none_is_answered_with_line_and_column() {
+        let error = error_of(&CHECKOUT.replace("versions: [{", "versions: [{{"));
+        assert!(error.starts_with("a.yaml: not YAML: ") && error.contains("line 4"), "{error}");
+        let error = error_of(&CHECKOUT.replace("[checkout", "[*"));
+        let hint = "; a text that begins with * must be in quotes";
+        assert!(error.contains("line 4") && error.ends_with(hint), "{error}");
+        let error = error_of("a: 1\nb: 2\na: 3\n");
+        assert!(error.contains("duplicate") && error.contains("line 3"), "{error}");
+        for empty in ["", "---\n", "# nothing\n", "null\n"] {
+            assert_eq!(error_of(empty), "a.yaml: no document in it");
+        }
+    }
+
+    #[test]
+    fn files_of_absurd_size_are_refused() {
+        let error = error_of(&format!("a: {}\n", "x".repeat(MAX_FILE_BYTES as usize)));
+        assert_eq!(error, "a.yaml: longer than 4 MiB, the most that is read");
+    }
+
+    #[test]
+    fn aliases_do_not_fill_the_memory() {
+        let mut laughs = String::from("a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n");
+        for n in 1..12 {
+            let alias = format!("*a{}, ", n - 1).repeat(10);
+            laughs.push_str(&format!("a{n}: &a{n} [{alias}]\n"));
+        }
+        assert!(error_of(&laughs).starts_with("a.yaml: not YAML: "));
+        let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), "*a, ".repeat(90));
+        assert!(error_of(&long).starts_with("a.yaml: not YAML: "));
+        assert!(error_of(&"[".repeat(100_000)).starts_with("a.yaml: not YAML: "));
+        assert!(error_of(&"- ".repeat(100_000)).starts_with("a.yaml: not YAML: "));
+    }
+
+    #[test]
+    fn scalars_are_what_yaml_1_2_says() {
+        let text = "{u: 18446744073709551615, i: -9223372036854775808, f: 0.5, yes: yes, on: on, t: true, no: NO, \
+                    octal: 007, grouped: 1_000, s: \"1\", n: null, e: }";
+        let expected = json!({"u": u64::MAX, "i": i64::MIN, "f": 0.5, "yes": "yes", "on": "on", "t": true, "no": "NO",
+            "octal": "007", "grouped": "1_000", "s": "1", "n": null, "e": null});
+        assert_eq!(values(text).unwrap(), [expected]);
+        let merged = values("base: &b {x: 1}\nover: {<<: *b, y: 2}\n").unwrap();
+        assert_eq!(merged, [json!({"base": {"x": 1}, "over": {"x": 1, "y": 2}})]);
+    }
+}

@@ -1,1 +1,20 @@
 //! The controller of Tideshift: what the one binary `tideshift` does, as a library.
+
+pub mod api;
+pub mod cli;
+pub mod compile;
+pub mod control;
+pub mod documents;
+pub mod explain;
+pub mod ledger;
+pub mod metrics;
+pub mod net;
+pub mod probe;
+pub mod readiness;
+pub mod render;
+pub mod rollout;
+pub mod serve;
+pub mod shares;
+pub mod status;
+pub mod store;
+pub mod telemetry;

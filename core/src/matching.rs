@@ -6,6 +6,7 @@ use crate::name;
 use crate::request::{self, AUTHORITY, METHOD, PATH, Request};
 use serde::Serialize;
 use serde_json::Value;
+use std::borrow::Cow;
 
 /// One match; all of its fields must hold. One without fields holds for every request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -100,37 +101,57 @@ impl From<Regex> for String {
     }
 }
 
+/// The field of a match that does not hold for a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Mismatch<'m> {
+    /// The method that is wanted.
+    Method(&'m str),
+    /// A header that is not there, or whose value is another.
+    Header(&'m NamedMatch),
+    /// A cookie that is not there, or whose value is another.
+    Cookie(&'m NamedMatch),
+    /// The path that is wanted.
+    Path(&'m PathMatch),
+    /// A query parameter that is not there, or whose value is another.
+    QueryParam(&'m NamedMatch),
+}
+
 impl Match {
     /// Whether every field holds for the request.
     pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
-        self.method_holds(request)
-            && self.headers.iter().all(|m| request.header(&m.name).is_some_and(|value| m.value.holds(&value)))
-            && self.cookies_hold(request)
-            && self.path_and_query_hold(request)
+        self.mismatch(request).is_none()
     }
 
-    fn method_holds(&self, request: &(impl Request + ?Sized)) -> bool {
-        let Some(method) = &self.method else { return true };
-        request.header(METHOD).is_some_and(|m| *m == *method.as_bytes())
+    /// The first field that does not hold for the request; `None` if all do.
+    pub fn mismatch(&self, request: &(impl Request + ?Sized)) -> Option<Mismatch<'_>> {
+        let method = self.method.as_deref().filter(|wanted| !method_holds(wanted, request)).map(Mismatch::Method);
+        let header_holds = |m: &NamedMatch| request.header(&m.name).is_some_and(|value| m.value.holds(&value));
+        let header = || self.headers.iter().find(|m| !header_holds(m)).map(Mismatch::Header);
+        let cookie = || self.cookie_mismatch(request).map(Mismatch::Cookie);
+        method.or_else(header).or_else(cookie).or_else(|| self.path_or_query_mismatch(request))
     }
 
-    fn cookies_hold(&self, request: &(impl Request + ?Sized)) -> bool {
-        if self.cookies.is_empty() {
-            return true;
-        }
-        let Some(header) = request.header("cookie") else { return false };
-        self.cookies.iter().all(|m| request::cookie(&header, &m.name).is_some_and(|value| m.value.holds(value)))
+    fn cookie_mismatch(&self, request: &(impl Request + ?Sized)) -> Option<&NamedMatch> {
+        let first = self.cookies.first()?;
+        let Some(header) = request.header("cookie") else { return Some(first) };
+        let holds = |m: &NamedMatch| request::cookie(&header, &m.name).is_some_and(|value| m.value.holds(value));
+        self.cookies.iter().find(|m| !holds(m))
     }
 
-    fn path_and_query_hold(&self, request: &(impl Request + ?Sized)) -> bool {
+    fn path_or_query_mismatch(&self, request: &(impl Request + ?Sized)) -> Option<Mismatch<'_>> {
         if self.path.is_none() && self.query_params.is_empty() {
-            return true;
+            return None;
         }
-        let Some(path_and_query) = request.header(PATH) else { return false };
-        let (path, query) = request::split_path(&path_and_query);
-        let param_holds =
-            |m: &NamedMatch| request::query_param(query, &m.name).is_some_and(|value| m.value.holds(&value));
-        self.path.as_ref().is_none_or(|m| m.holds(path)) && self.query_params.iter().all(param_holds)
+        // Without a path nothing holds, not even the prefix `/`.
+        let path_and_query = request.header(PATH);
+        let split = path_and_query.as_deref().map(request::split_path);
+        let path_holds = |m: &PathMatch| split.is_some_and(|(path, _)| m.holds(path));
+        let param_holds = |m: &NamedMatch| {
+            let value = split.and_then(|(_, query)| request::query_param(query, &m.name));
+            value.is_some_and(|value| m.value.holds(&value))
+        };
+        let path = self.path.as_ref().filter(|m| !path_holds(m)).map(Mismatch::Path);
+        path.or_else(|| self.query_params.iter().find(|m| !param_holds(m)).map(Mismatch::QueryParam))
     }
 
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
@@ -150,6 +171,26 @@ impl Match {
         });
         f.finish(d);
         Some(Self { headers, cookies, query_params, path, method })
+    }
+}
+
+fn method_holds(wanted: &str, request: &(impl Request + ?Sized)) -> bool {
+    request.header(METHOD).is_some_and(|m| *m == *wanted.as_bytes())
+}
+
+impl Mismatch<'_> {
+    /// What the request has in place of what is wanted, decoded as it was compared; `None` if it is not there.
+    pub fn found(&self, request: &(impl Request + ?Sized)) -> Option<Vec<u8>> {
+        match self {
+            Self::Method(_) => request.header(METHOD).map(Cow::into_owned),
+            Self::Header(m) => request.header(&m.name).map(Cow::into_owned),
+            Self::Cookie(m) => request::cookie(&request.header("cookie")?, &m.name).map(<[u8]>::to_vec),
+            Self::Path(_) => Some(request::split_path(&request.header(PATH)?).0.to_vec()),
+            Self::QueryParam(m) => {
+                let path_and_query = request.header(PATH)?;
+                request::query_param(request::split_path(&path_and_query).1, &m.name).map(Cow::into_owned)
+            }
+        }
     }
 }
 
@@ -240,4 +281,60 @@ pub(crate) fn choice(d: &mut Decoder, value: &Value, words: &[&'static str]) -> 
         d.invalid(value, format!("one of {}", words.join(", ")));
     }
     found.copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    /// Which field of the match does not hold for the request, and what the request has there.
+    fn mismatch(of: &str, request: &[(&str, &str)]) -> Option<(String, Option<String>)> {
+        let value = serde_json::from_str(of).unwrap();
+        let m = Decoder::read(&value, Match::read).unwrap();
+        let mismatch = m.mismatch(request);
+        assert_eq!(mismatch.is_none(), m.holds(request));
+        let mismatch = mismatch?;
+        let name = match mismatch {
+            Mismatch::Method(_) => "method".to_owned(),
+            Mismatch::Path(_) => "path".to_owned(),
+            Mismatch::Header(m) | Mismatch::Cookie(m) | Mismatch::QueryParam(m) => m.name.clone(),
+        };
+        Some((name, mismatch.found(request).map(|found| String::from_utf8(found).unwrap())))
+    }
+
+    #[test]
+    fn the_first_field_that_does_not_hold_is_named_with_what_was_found() {
+        const MATCH: &str = r#"{"method": "GET", "path": {"value": "/cart"}, "headers": [{"name": "x-a", "value": "1"}],
+            "cookies": [{"name": "c", "value": "2"}], "queryParams": [{"name": "q", "type": "Prefix", "value": "3"}]}"#;
+        let request = [(":method", "GET"), (":path", "/cart/1?q=30"), ("x-a", "1"), ("cookie", "b=1; c=2")];
+        assert_eq!(mismatch(MATCH, &request), None);
+        let cases = [
+            (0, ":method", "POST", "method", Some("POST")),
+            (2, "x-a", "2", "x-a", Some("2")),
+            (2, "x-b", "1", "x-a", None),
+            (3, "cookie", "c=3", "c", Some("3")),
+            (3, "cookie", "b=2", "c", None),
+            (3, "x-b", "2", "c", None),
+            (1, ":path", "/cartoon?q=3", "path", Some("/cartoon")),
+            (1, ":path", "/cart?q=%34", "q", Some("4")),
+            (1, ":path", "/cart", "q", None),
+            (1, "x-b", "/cart?q=3", "path", None),
+        ];
+        for (at, name, value, field, found) in cases {
+            let mut request = request;
+            request[at] = (name, value);
+            assert_eq!(mismatch(MATCH, &request), Some((field.to_owned(), found.map(str::to_owned))));
+        }
+    }
+
+    #[test]
+    fn a_match_without_fields_holds_for_a_request_without_headers() {
+        assert_eq!(mismatch("{}", &[]), None);
+        assert_eq!(
+            mismatch(r#"{"queryParams": [{"name": "q", "type": "Present"}]}"#, &[]),
+            Some(("q".to_owned(), None))
+        );
+    }
 }

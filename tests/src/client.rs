@@ -129,6 +129,12 @@ impl Connection {
         Ok(response)
     }
 
+    /// Waits for the first bytes of an answer and leaves the rest unread.
+    pub async fn read_some(&mut self) -> anyhow::Result<()> {
+        ensure!(!self.unread.is_empty() || self.fill().await? > 0, "closed before the first byte of an answer");
+        Ok(())
+    }
+
     /// Ends the connection with a reset instead of the usual close.
     pub fn reset(self) -> anyhow::Result<()> {
         self.stream.set_zero_linger().context("cannot reset the connection")

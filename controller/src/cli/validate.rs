@@ -13,7 +13,7 @@ use std::path::PathBuf;
 Examples:
   tideshift validate -f shift.yaml
   tideshift validate -f checkout.yaml -f search.yaml
-  kubectl get trafficshift checkout -o yaml | tideshift validate -f -
+  generate-shift checkout | tideshift validate -f -
 
 Exit codes: 0 all are right; 2 at least one is not.")]
 pub(super) struct Arguments {

@@ -1,0 +1,175 @@
+//! `tideshift explain`: which version would a request get, and why?
+
+use super::{Failure, Output, print};
+use crate::documents::{self, Document};
+use crate::explain::{Request, explain, service_of};
+use crate::{compile, net};
+use std::path::PathBuf;
+use std::time::Duration;
+use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
+
+/// Say which version a request would get, by which rule, and why
+///
+/// Decided by the very code that the proxies run. The weights are those of the documents: of a policy its own, of a
+/// TrafficShift 100 for the stable version (all endpoints taken as ready), unless --weights says otherwise. Without
+/// documents, the running controller is asked for the policy in force.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
+  tideshift explain -f shift.yaml --service checkout --weights v1=90,v2=10
+  tideshift explain --host shop.example.com -H 'cookie: canary=always' --output json     # as it is right now")]
+pub(super) struct Arguments {
+    /// TrafficShift or policy documents; `-` reads standard input. May be given several times.
+    #[arg(short = 'f', long = "file", value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Look at this service alone; the host is then one of its own unless given.
+    #[arg(long, value_name = "NAME")]
+    service: Option<String>,
+    /// The request's host; may be left out if there is one service only.
+    #[arg(long)]
+    host: Option<String>,
+    /// The request's path, with its query.
+    #[arg(long, default_value = "/", value_parser = path)]
+    path: String,
+    /// The request's method.
+    #[arg(long, short = 'X', default_value = "GET")]
+    method: String,
+    /// A header of the request. May be given several times.
+    #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = header)]
+    headers: Vec<(String, String)>,
+    /// The service's weights in place of the document's; versions that are not named get 0.
+    #[arg(long, value_name = "VERSION=WEIGHT", value_delimiter = ',', value_parser = weight)]
+    weights: Vec<(String, u32)>,
+    /// How to print the answer.
+    #[arg(long, short = 'o', value_enum, default_value_t)]
+    output: Output,
+    /// The controller to ask where no document is given.
+    #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER", default_value = "http://127.0.0.1:7460")]
+    server: String,
+}
+
+pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let mut policy = match arguments.files.is_empty() {
+        true => policy_in_force(&arguments.server).await?,
+        false => policy_of(&arguments.files)?,
+    };
+    if let Some(name) = &arguments.service {
+        let names = names(&policy.services);
+        policy.services.retain(|service| service.name == *name);
+        if policy.services.is_empty() {
+            return Err(Failure::Usage(format!("--service: there is no service {name}; expected one of {names}")));
+        }
+    }
+    let host = match (&arguments.host, &policy.services[..]) {
+        (Some(host), _) => host.clone(),
+        (None, [only]) => host_of(only),
+        (None, several) => {
+            let names = names(several);
+            return Err(Failure::Usage(format!("which service? Give --host, or --service with one of {names}")));
+        }
+    };
+    if !arguments.weights.is_empty() {
+        let service = service_of(&policy, &host).and_then(|index| policy.services.get_mut(index));
+        let service = service.ok_or_else(|| Failure::Usage(format!("--weights: no service has the host {host}")))?;
+        set_weights(service, &arguments.weights)?;
+    }
+    let request = Request { host, method: arguments.method, path: arguments.path, headers: arguments.headers };
+    let explanation = explain(&policy, &request);
+    match arguments.output {
+        Output::Text => print(&explanation.to_string()),
+        Output::Json => {
+            let json = serde_json::to_string_pretty(&explanation).map_err(|error| Failure::Other(error.into()))?;
+            print(&format!("{json}\n"))
+        }
+    }
+}
+
+/// All documents as one policy; a policy document must be alone.
+fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
+    let documents = documents::load_any(files)?;
+    let mut services = Vec::new();
+    let alone = documents.len() == 1;
+    for (source, document) in documents {
+        match document {
+            Document::Policy(policy) if alone => return Ok(policy),
+            Document::Policy(_) => {
+                return Err(Failure::Usage(format!("{source}: a policy is explained alone, without other documents")));
+            }
+            Document::Shift(shift) => {
+                services.push(compile::service(&shift, |name| (compile::weight_at_rest(&shift, name), true)));
+            }
+        }
+    }
+    Ok(Policy { controller: None, revision: 0, services })
+}
+
+async fn policy_in_force(server: &str) -> Result<Policy, Failure> {
+    // The controller answers a proxy that has everything only when there is more, after 25 s at the latest.
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let failed = |why: String| Failure::Other(why.into());
+    net::install_crypto_provider();
+    let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build();
+    let client = client.map_err(|error| failed(net::reason(&error)))?;
+    let url = format!("{}/v1/policy?after=0&epoch=", server.trim_end_matches('/'));
+    let unreachable = |error: reqwest::Error| {
+        let why = net::reason(&error);
+        failed(format!(
+            "no controller at {server}: {why} (start one with `tideshift serve`, or name documents with -f)"
+        ))
+    };
+    let answer = client.get(url).send().await.map_err(unreachable)?;
+    match answer.status().as_u16() {
+        200 => {
+            let json = answer.bytes().await.map_err(unreachable)?;
+            Policy::from_json(&json).map_err(|errors| failed(format!("{server} answered no policy: {errors}")))
+        }
+        204 => Err(failed(format!("the controller at {server} has no policy yet"))),
+        status => Err(failed(format!("{server} answered with HTTP status {status} in place of a policy"))),
+    }
+}
+
+/// A host that leads to the service.
+fn host_of(service: &Service) -> String {
+    let first = service.hostnames.first().map_or("localhost", String::as_str);
+    first.strip_prefix('*').map_or_else(|| first.to_owned(), |suffix| format!("any{suffix}"))
+}
+
+fn set_weights(service: &mut Service, weights: &[(String, u32)]) -> Result<(), Failure> {
+    let known: Vec<_> = service.versions.iter().map(|version| version.name.clone()).collect();
+    if let Some((name, _)) = weights.iter().find(|(name, _)| !known.contains(name)) {
+        let known = known.join(", ");
+        return Err(Failure::Usage(format!("--weights: {} has no version {name}; expected {known}", service.name)));
+    }
+    for version in &mut service.versions {
+        let given = weights.iter().find(|(name, _)| *name == version.name);
+        version.weight = given.map_or(0, |(_, weight)| *weight);
+    }
+    Ok(())
+}
+
+fn names(services: &[Service]) -> String {
+    let names: Vec<_> = services.iter().map(|service| service.name.as_str()).collect();
+    names.join(", ")
+}
+
+fn path(text: &str) -> Result<String, String> {
+    let fine = text.starts_with('/') && !text.contains('#');
+    fine.then(|| text.to_owned()).ok_or_else(|| "expected a path that starts with / (and has no #)".to_owned())
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    let is_token = |name: &str| reqwest::header::HeaderName::try_from(name).is_ok();
+    let (name, value) = text.split_once(':').ok_or("expected NAME: VALUE")?;
+    match name.trim() {
+        name if name.eq_ignore_ascii_case("host") => Err("the host is given with --host".to_owned()),
+        name if is_token(name) => Ok((name.to_owned(), value.trim().to_owned())),
+        _ => Err("expected NAME: VALUE with the name of a header".to_owned()),
+    }
+}
+
+fn weight(text: &str) -> Result<(String, u32), String> {
+    let parsed = text.split_once('=').and_then(|(name, weight)| Some((name.to_owned(), weight.parse().ok()?)));
+    let parsed = parsed.filter(|(_, weight)| *weight <= MAX_WEIGHT);
+    parsed.ok_or_else(|| format!("expected VERSION=WEIGHT with a weight from 0 to {MAX_WEIGHT}"))
+}

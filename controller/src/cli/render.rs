@@ -1,0 +1,84 @@
+//! `tideshift render`: configuration for others, on standard output.
+
+use super::{Failure, print};
+use crate::documents;
+use crate::render::envoy;
+use clap::Subcommand;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use tideshift_core::shift::Endpoint;
+
+/// Print configuration for a proxy, made from documents
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    target: Target,
+}
+
+#[derive(Debug, Subcommand)]
+enum Target {
+    Envoy(EnvoyArguments),
+}
+
+/// Print a complete Envoy bootstrap that does what TrafficShift documents say
+///
+/// Listener, filter, a route for each version by the header x-tideshift-version with the stable version as the default,
+/// clusters with health checks like the readiness probes, the controller's cluster, and the labels of the metrics.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tideshift render envoy -f shift.yaml > envoy.yaml && envoy -c envoy.yaml
+  tideshift render envoy -f shift.yaml --listen 0.0.0.0:80 --module /etc/envoy/tideshift.wasm --access-log -
+
+Weights are not in it: all traffic goes to the stable version until the controller (`tideshift serve`) has answered.")]
+struct EnvoyArguments {
+    /// TrafficShift documents; `-` reads standard input. May be given several times.
+    #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+    /// Where Envoy takes requests.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10000")]
+    listen: SocketAddr,
+    /// Where Envoy's admin interface is; keep it to yourself, it has no password.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:9901")]
+    admin: SocketAddr,
+    /// Where Envoy finds the controller.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7460", value_parser = endpoint)]
+    controller: Endpoint,
+    /// The filter's module; a path as Envoy will see it.
+    #[arg(long, value_name = "PATH", default_value = "target/tideshift.wasm")]
+    module: String,
+    /// The name of the controller's cluster in Envoy.
+    #[arg(long, value_name = "NAME", default_value = "tideshift_controller")]
+    cluster: String,
+    /// A file for one line about each request, with its version; `-` is Envoy's standard output.
+    #[arg(long, value_name = "PATH")]
+    access_log: Option<String>,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let Target::Envoy(arguments) = &arguments.target;
+    let shifts = documents::load(&arguments.files)?;
+    let options = envoy::Options {
+        listen: arguments.listen,
+        admin: arguments.admin,
+        controller: arguments.controller.clone(),
+        controller_cluster: arguments.cluster.clone(),
+        module: arguments.module.clone(),
+        access_log: arguments.access_log.clone(),
+    };
+    let bootstrap = envoy::bootstrap(&shifts, &options)
+        .map_err(|taken| Failure::Usage(format!("{taken}; choose another name with --cluster")))?;
+    print(&bootstrap)
+}
+
+fn endpoint(text: &str) -> Result<Endpoint, String> {
+    let name_and_port = || {
+        let (host, port) = text.rsplit_once(':')?;
+        let is_name = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) && !host.is_empty();
+        Some(Endpoint { host: is_name.then(|| host.to_owned())?, port: port.parse().ok()? })
+    };
+    let address = text.parse::<SocketAddr>().ok();
+    let address = address.map(|address| Endpoint { host: address.ip().to_string(), port: address.port() });
+    let endpoint = address.or_else(name_and_port).filter(|endpoint| endpoint.port != 0);
+    endpoint.ok_or_else(|| "expected host:port, such as 127.0.0.1:7460, [::1]:7460 or tideshift.internal:7460".into())
+}

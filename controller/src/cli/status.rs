@@ -1,0 +1,59 @@
+//! `tideshift status`: how things stand.
+
+use super::{Failure, print, server};
+use crate::status::Status;
+use clap::ValueEnum;
+use std::io::{IsTerminal, stdout};
+use std::time::Duration;
+
+/// Show weights, readiness, requests by version, rollouts and proxies
+///
+/// Asks a running controller. With --watch it goes on until Ctrl-C, redrawing on a terminal.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tideshift status
+  tideshift status --watch
+  tideshift status --output json | jq '.services[].versions[] | {name, weight}'")]
+pub(super) struct Arguments {
+    /// The controller.
+    #[arg(long, value_name = "URL", default_value = server::DEFAULT, env = "TIDESHIFT_SERVER")]
+    server: String,
+
+    /// As a table for people, or as the JSON of GET /v1/status (with --watch: one line each).
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+
+    /// Show it again every second.
+    #[arg(long, short)]
+    watch: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
+    const EVERY: Duration = Duration::from_secs(1);
+    loop {
+        let status: Status = server::get(&arguments.server, "/v1/status").await?;
+        let mut text = match (arguments.output, arguments.watch) {
+            (Output::Table, _) => status.to_table(),
+            (Output::Json, false) => {
+                serde_json::to_string_pretty(&status).map_err(|e| Failure::Other(e.into()))? + "\n"
+            }
+            (Output::Json, true) => serde_json::to_string(&status).map_err(|e| Failure::Other(e.into()))? + "\n",
+        };
+        if arguments.watch && arguments.output == Output::Table && stdout().is_terminal() {
+            // Home, and clear what is below: less flicker than clearing first.
+            text = format!("\x1b[H\x1b[J{text}");
+        }
+        print(&text)?;
+        if !arguments.watch {
+            return Ok(());
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}

@@ -1,0 +1,171 @@
+//! What the proxies have counted, over all of them. Reports are cumulative for each run of a proxy, so what is new in
+//! one is what it has more than the last one: a report that is lost, repeated or late neither loses nor doubles.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use tideshift_core::report::{Counts, Report};
+
+/// A service's and a version's name.
+pub type VersionKey = (String, String);
+
+/// All counts. Kept across restarts of the controller.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// Over all proxies, those that are gone too.
+    #[serde(with = "as_list")]
+    totals: BTreeMap<VersionKey, Counts>,
+    /// Requests that found nothing in service, by service.
+    unrouted: BTreeMap<String, u64>,
+    /// What each run of a proxy said last, by proxy and start.
+    #[serde(with = "as_list")]
+    runs: BTreeMap<(String, String), Run>,
+}
+
+/// What one run of a proxy said last.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Run {
+    /// Milliseconds since 1970.
+    reported_at: u64,
+    #[serde(with = "as_list")]
+    counts: BTreeMap<VersionKey, Counts>,
+    unrouted: BTreeMap<String, u64>,
+}
+
+impl Ledger {
+    /// The most runs that are kept; the ones longest silent go first. A proxy that comes back after that would be
+    /// counted twice, which takes that many newer ones.
+    const MAX_RUNS: usize = 20_000;
+
+    /// Takes a report's counts, for the versions that `is_known` knows. Returns whether any count changed.
+    pub fn take(&mut self, report: &Report, is_known: impl Fn(&str, &str) -> bool, now: u64) -> bool {
+        let run = self.runs.entry((report.proxy.clone(), report.start.clone())).or_default();
+        run.reported_at = now;
+        let mut changed = false;
+        for service in &report.services {
+            for version in service.versions.iter().filter(|version| is_known(&service.name, &version.name)) {
+                let key = (service.name.clone(), version.name.clone());
+                let last = run.counts.entry(key.clone()).or_default();
+                // Counters go back when somebody resets them; what they have since then is all new.
+                let before = if version.ended.any_below(last) { Counts::default() } else { *last };
+                let new = version.ended.since(&before);
+                changed |= new != Counts::default();
+                *last = version.ended;
+                *self.totals.entry(key).or_default() += new;
+            }
+            if service.versions.iter().any(|version| is_known(&service.name, &version.name)) {
+                let last = run.unrouted.entry(service.name.clone()).or_default();
+                let new = if service.unrouted < *last { service.unrouted } else { service.unrouted - *last };
+                *last = service.unrouted;
+                let total = self.unrouted.entry(service.name.clone()).or_default();
+                *total = total.saturating_add(new);
+                changed |= new > 0;
+            }
+        }
+        if self.runs.len() > Self::MAX_RUNS {
+            let silent = self.runs.iter().min_by_key(|(_, run)| run.reported_at).map(|(key, _)| key.clone());
+            silent.map(|key| self.runs.remove(&key));
+        }
+        changed
+    }
+
+    /// A version's counts over all proxies.
+    pub fn total(&self, service: &str, version: &str) -> Counts {
+        self.totals.get(&(service.to_owned(), version.to_owned())).copied().unwrap_or_default()
+    }
+
+    /// A service's requests that found nothing in service, over all proxies.
+    pub fn unrouted(&self, service: &str) -> u64 {
+        self.unrouted.get(service).copied().unwrap_or_default()
+    }
+}
+
+/// Maps with keys that are not strings, as lists of pairs, since JSON has no other way.
+mod as_list {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::collections::BTreeMap;
+
+    pub(super) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
+        map: &BTreeMap<K, V>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        to.collect_seq(map)
+    }
+
+    pub(super) fn deserialize<'de, K, V, D>(from: D) -> Result<BTreeMap<K, V>, D::Error>
+    where
+        K: Deserialize<'de> + Ord,
+        V: Deserialize<'de>,
+        D: Deserializer<'de>,
+    {
+        Ok(Vec::<(K, V)>::deserialize(from)?.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tideshift_core::report::{ServiceReport, VersionReport};
+
+    fn report(start: &str, ok: u64) -> Report {
+        let ended = Counts { ok, ..Counts::default() };
+        let version = VersionReport { name: "v1".to_owned(), ended, in_flight: 0 };
+        let service = ServiceReport { name: "checkout".to_owned(), unrouted: ok / 2, versions: vec![version] };
+        Report { proxy: "p".to_owned(), start: start.to_owned(), services: vec![service], ..Report::default() }
+    }
+
+    fn known(service: &str, version: &str) -> bool {
+        (service, version) == ("checkout", "v1")
+    }
+
+    #[test]
+    fn every_run_of_a_proxy_counts_from_nothing() {
+        let mut ledger = Ledger::default();
+        for (start, ok) in [("a", 3), ("a", 5), ("b", 2), ("a", 7), ("b", 2)] {
+            ledger.take(&report(start, ok), known, 0);
+        }
+        assert_eq!(ledger.total("checkout", "v1").ok, 9);
+        assert_eq!(ledger.unrouted("checkout"), 4);
+    }
+
+    #[test]
+    fn a_counter_that_was_reset_counts_on() {
+        let mut ledger = Ledger::default();
+        for ok in [10, 4, 6] {
+            ledger.take(&report("a", ok), known, 0);
+        }
+        assert_eq!(ledger.total("checkout", "v1").ok, 16);
+    }
+
+    #[test]
+    fn what_no_document_names_is_not_kept() {
+        let mut ledger = Ledger::default();
+        assert!(!ledger.take(&report("a", 10), |_, _| false, 0));
+        assert_eq!(ledger.total("checkout", "v1"), Counts::default());
+    }
+
+    proptest! {
+        #[test]
+        fn reports_lost_repeated_or_after_a_restart_lose_and_double_nothing(
+            steps in prop::collection::vec((0u64..50, 1usize..4, any::<bool>(), any::<bool>()), 1..40)
+        ) {
+            let mut ledger = Ledger::default();
+            let mut stored = ledger.clone();
+            let mut ok = 0;
+            for (more, times, store, crash) in steps {
+                ok += more;
+                for _ in 0..times {
+                    ledger.take(&report("a", ok), known, 0);
+                }
+                if store {
+                    stored = serde_json::from_str(&serde_json::to_string(&ledger).unwrap()).unwrap();
+                }
+                if crash {
+                    ledger = stored.clone();
+                }
+            }
+            ledger.take(&report("a", ok), known, 0);
+            prop_assert_eq!(ledger.total("checkout", "v1").ok, ok);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Which endpoints can take traffic now: a table that probes keep up to date, and whoever wants to know subscribes to.
+//! Turning readiness into weights is somebody else's.
+
+mod prober;
+
+pub use prober::Prober;
+
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use tideshift_core::shift::Endpoint;
+
+/// The endpoints' readiness at one moment: service → version → endpoints, in the order of the documents.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// All services, with all versions that their documents have, also those without endpoints.
+    pub services: BTreeMap<String, BTreeMap<String, Vec<EndpointState>>>,
+}
+
+/// One endpoint's readiness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointState {
+    /// Where it runs.
+    pub endpoint: Endpoint,
+    /// Whether it can take traffic.
+    pub ready: bool,
+    /// Whether there are grounds for `ready`: a first result, a remembered state, no probe at all, or that the
+    /// endpoint was added to a service that is being watched already (it is new then, so not ready).
+    pub known: bool,
+    /// Why the latest probe failed; `None` if it did not, or if there was none yet.
+    pub reason: Option<String>,
+}
+
+/// The endpoints that were ready, for a controller that starts again: service → version → endpoints (`host:port`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RememberedReadiness(pub BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
+
+impl Readiness {
+    /// The endpoints of a version; none if there is no such version.
+    pub fn endpoints(&self, service: &str, version: &str) -> &[EndpointState] {
+        self.services.get(service).and_then(|versions| versions.get(version)).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many endpoints of a version can take traffic.
+    pub fn ready(&self, service: &str, version: &str) -> usize {
+        self.endpoints(service, version).iter().filter(|endpoint| endpoint.ready).count()
+    }
+
+    /// How many endpoints a version has.
+    pub fn listed(&self, service: &str, version: &str) -> usize {
+        self.endpoints(service, version).len()
+    }
+
+    /// Whether the readiness of all of a service's endpoints is known; `false` for a service that is not there.
+    pub fn is_known(&self, service: &str) -> bool {
+        let versions = self.services.get(service);
+        versions.is_some_and(|versions| versions.values().flatten().all(|endpoint| endpoint.known))
+    }
+
+    /// What a controller should remember for its next start.
+    pub fn remember(&self) -> RememberedReadiness {
+        let ready = |endpoints: &Vec<EndpointState>| {
+            let ready = endpoints.iter().filter(|endpoint| endpoint.ready);
+            ready.map(|endpoint| endpoint.endpoint.to_string()).collect()
+        };
+        let versions = |versions: &BTreeMap<String, Vec<EndpointState>>| {
+            versions.iter().map(|(name, endpoints)| (name.clone(), ready(endpoints))).collect()
+        };
+        RememberedReadiness(self.services.iter().map(|(name, v)| (name.clone(), versions(v))).collect())
+    }
+
+    fn find(&self, service: &str, version: &str, endpoint: &Endpoint) -> Option<&EndpointState> {
+        self.endpoints(service, version).iter().find(|state| state.endpoint == *endpoint)
+    }
+
+    fn find_mut(&mut self, service: &str, version: &str, endpoint: &Endpoint) -> Option<&mut EndpointState> {
+        let endpoints = self.services.get_mut(service)?.get_mut(version)?;
+        endpoints.iter_mut().find(|state| state.endpoint == *endpoint)
+    }
+}
+
+impl RememberedReadiness {
+    fn has(&self, service: &str, version: &str, endpoint: &Endpoint) -> bool {
+        let endpoints = self.0.get(service).and_then(|versions| versions.get(version));
+        endpoints.is_some_and(|endpoints| endpoints.contains(&endpoint.to_string()))
+    }
+}

@@ -1,0 +1,362 @@
+//! `tideshift render envoy`: a complete Envoy bootstrap for TrafficShift documents. Listener, filter, a route for each
+//! version by `x-tideshift-version`, clusters with health checks like the readiness probes, and the tags that give the
+//! filter's metrics their labels.
+//!
+//! It is put together as text, from the outside in, because people read it, keep it and change it.
+
+use super::yaml::{indent, json, list, scalar, seconds};
+use crate::compile;
+use std::net::{IpAddr, SocketAddr};
+use tideshift_core::VERSION_HEADER;
+use tideshift_core::policy::{ControllerRef, Policy, Service};
+use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftVersion, TrafficShift};
+
+/// What the documents do not say.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where Envoy takes requests.
+    pub listen: SocketAddr,
+    /// Where Envoy answers about itself; whoever reaches it can stop it.
+    pub admin: SocketAddr,
+    /// Where Envoy finds the controller.
+    pub controller: Endpoint,
+    /// The name of the controller's Envoy cluster.
+    pub controller_cluster: String,
+    /// The filter's module, as Envoy finds it.
+    pub module: String,
+    /// A file for one line about each request; `-` is standard output.
+    pub access_log: Option<String>,
+}
+
+/// Two clusters would have this name: the controller's, and that of a version.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the controller's cluster and that of version {version} of {service} would both be called {cluster}")]
+pub struct NameTaken {
+    cluster: String,
+    service: String,
+    version: String,
+}
+
+/// The whole bootstrap as YAML.
+///
+/// # Errors
+///
+/// If the controller's cluster has a version's name.
+pub fn bootstrap(shifts: &[TrafficShift], options: &Options) -> Result<String, NameTaken> {
+    for (shift, version) in versions(shifts) {
+        if cluster_name(shift, &version.name) == options.controller_cluster {
+            let cluster = options.controller_cluster.clone();
+            return Err(NameTaken { cluster, service: shift.name.clone(), version: version.name.clone() });
+        }
+    }
+    let names: Vec<_> = shifts.iter().map(|shift| shift.name.as_str()).collect();
+    let Options { listen, admin, controller, .. } = options;
+    Ok(format!(
+        r##"# An Envoy for the TrafficShift documents: {names}. Printed by `tideshift render envoy`, yours to keep and change.
+# Clients call {listen}, metrics are at http://{admin}/stats/prometheus, the controller is asked at {controller}.
+
+# The controller tells proxies apart by their id. Give each its own: `envoy --service-node NAME`.
+node: {{id: tideshift, cluster: tideshift}}
+
+admin:
+  address: {admin_address}
+
+static_resources:
+  listeners:
+{listener}
+  # Health checks are like the readiness probes, so that requests avoid a lost endpoint before any weights move; without
+  # retriable_statuses one bad answer would be enough, whatever unhealthy_threshold says. Retries are not held back: they
+  # are of requests that nobody has seen, so they make no storm.
+  clusters:
+{clusters}
+{stats}"##,
+        names = names.join(", "),
+        admin_address = address(&admin.ip().to_string(), admin.port()),
+        listener = indent(2, &listener(shifts, options)),
+        clusters = indent(2, &clusters(shifts, options)),
+        stats = STATS,
+    ))
+}
+
+fn versions(shifts: &[TrafficShift]) -> impl Iterator<Item = (&TrafficShift, &ShiftVersion)> {
+    shifts.iter().flat_map(|shift| shift.versions.iter().map(move |version| (shift, version)))
+}
+
+/// No service's name has a `_` in it, so no two versions share a cluster.
+fn cluster_name(shift: &TrafficShift, version: &str) -> String {
+    format!("{}_{version}", shift.name)
+}
+
+fn listener(shifts: &[TrafficShift], options: &Options) -> String {
+    let access_log = options.access_log.as_deref().map(access_log).unwrap_or_default();
+    let virtual_hosts: String = shifts.iter().map(virtual_host).collect();
+    format!(
+        r##"- name: tideshift
+  address: {address}
+  filter_chains:
+  - filters:
+    - name: envoy.filters.network.http_connection_manager
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+        stat_prefix: ingress_http
+        # Clients are not trusted: what they say in x-envoy-* headers is removed, x-forwarded-for gets their address.
+        use_remote_address: true
+{access_log}        http_filters:
+{filter}        - name: envoy.filters.http.router
+          typed_config:
+            "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+        route_config:
+          name: tideshift
+          ignore_port_in_host_matching: true
+          # Retries are only of what no endpoint has begun to work on, and go to another one: safe for every method.
+          virtual_hosts:
+{virtual_hosts}"##,
+        address = address(&options.listen.ip().to_string(), options.listen.port()),
+        access_log = indent(8, &access_log),
+        filter = indent(8, &filter(shifts, options)),
+        virtual_hosts = indent(10, &virtual_hosts),
+    )
+}
+
+fn access_log(path: &str) -> String {
+    let (name, kind, path) = match path {
+        "-" => ("stdout", "stream.v3.StdoutAccessLog", String::new()),
+        path => ("file", "file.v3.FileAccessLog", format!("    path: {}\n", scalar(path))),
+    };
+    format!(
+        r##"access_log:
+- name: envoy.access_loggers.{name}
+  typed_config:
+    "@type": type.googleapis.com/envoy.extensions.access_loggers.{kind}
+{path}    log_format:
+      text_format_source:
+        inline_string: "%START_TIME% %REQ(:METHOD)% %REQ(:AUTHORITY)%%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% \
+          version=%REQ({version})% status=%RESPONSE_CODE% flags=%RESPONSE_FLAGS% ms=%DURATION% \
+          upstream=%UPSTREAM_HOST%\n"
+"##,
+        version = VERSION_HEADER.to_ascii_uppercase(),
+    )
+}
+
+fn filter(shifts: &[TrafficShift], options: &Options) -> String {
+    let controller = ControllerRef {
+        cluster: options.controller_cluster.clone(),
+        authority: "tideshift-controller".to_owned(),
+        token: None,
+    };
+    let services = shifts.iter().map(service_at_rest).collect();
+    let policy = Policy { controller: Some(controller), revision: 0, services };
+    let policy = serde_json::to_value(policy).unwrap_or_default();
+    format!(
+        r##"- name: tideshift
+  typed_config:
+    "@type": type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm
+    config:
+      name: tideshift
+      root_id: tideshift
+      failure_policy: FAIL_RELOAD
+      vm_config:
+        vm_id: tideshift
+        runtime: envoy.wasm.runtime.v8
+        code: {{local: {{filename: {module}}}}}
+      # In force until the controller has answered: all to the stable versions.
+      configuration:
+        "@type": type.googleapis.com/google.protobuf.StringValue
+        value: |
+{policy}
+"##,
+        module = scalar(&options.module),
+        policy = indent(10, &json(&policy, 90)),
+    )
+}
+
+/// The stable version gets everything, and rules lead only to versions that have endpoints.
+fn service_at_rest(shift: &TrafficShift) -> Service {
+    compile::service(shift, |name| {
+        let has_endpoints = shift.version(name).is_some_and(|version| !version.endpoints.is_empty());
+        (compile::weight_at_rest(shift, name), has_endpoints || name == shift.stable)
+    })
+}
+
+fn virtual_host(shift: &TrafficShift) -> String {
+    let every = ["*".to_owned()];
+    let domains = if shift.hostnames.is_empty() { &every[..] } else { &shift.hostnames[..] };
+    let route = |version: &ShiftVersion| {
+        format!(
+            "  - match: {{prefix: /, headers: [{{name: {VERSION_HEADER}, string_match: {{exact: {}}}}}]}}\n    \
+             route: {{cluster: {}}}\n",
+            scalar(&version.name),
+            scalar(&cluster_name(shift, &version.name)),
+        )
+    };
+    format!(
+        r##"- name: {name}
+  domains: {domains}
+  retry_policy:
+    retry_on: connect-failure,refused-stream,reset-before-request
+    num_retries: 2
+    retry_host_predicate:
+    - name: envoy.retry_host_predicates.previous_hosts
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
+    host_selection_retry_max_attempts: 3
+  routes:
+{routes}  # No version in service, or no filter: the stable one.
+  - match: {{prefix: /}}
+    route: {{cluster: {stable}}}
+"##,
+        name = scalar(&shift.name),
+        domains = list(domains),
+        routes = shift.versions.iter().map(route).collect::<String>(),
+        stable = scalar(&cluster_name(shift, &shift.stable)),
+    )
+}
+
+fn clusters(shifts: &[TrafficShift], options: &Options) -> String {
+    let mut clusters: String = versions(shifts).map(|(shift, version)| version_cluster(shift, version)).collect();
+    let controller = std::slice::from_ref(&options.controller);
+    let head = cluster_head(&options.controller_cluster, controller);
+    clusters.push_str(&head);
+    clusters.push_str(&indent(2, &load_assignment(&options.controller_cluster, controller, |_| None)));
+    clusters
+}
+
+fn version_cluster(shift: &TrafficShift, version: &ShiftVersion) -> String {
+    let name = cluster_name(shift, &version.name);
+    let checks = match version.readiness_probe.as_ref().map(|probe| (probe, HealthCheck::of(probe))) {
+        None => String::new(),
+        Some((probe, Ok(check))) => health_checks(probe, &check),
+        Some((_, Err(why))) => format!("# No health checks: {why}; the controller's probes decide.\n"),
+    };
+    let config = |endpoint: &Endpoint| {
+        let probe = version.readiness_probe.as_ref()?;
+        HealthCheck::of(probe).ok()?.endpoint_config(endpoint)
+    };
+    format!(
+        "{}  circuit_breakers: {{thresholds: [{{max_retries: 1024}}]}}\n{}{}",
+        cluster_head(&name, &version.endpoints),
+        indent(2, &checks),
+        indent(2, &load_assignment(&name, &version.endpoints, config)),
+    )
+}
+
+fn cluster_head(name: &str, endpoints: &[Endpoint]) -> String {
+    let is_address = |endpoint: &Endpoint| endpoint.host.parse::<IpAddr>().is_ok();
+    let kind = match endpoints.iter().all(is_address) {
+        true => "STATIC",
+        false => "STRICT_DNS\n  dns_lookup_family: V4_PREFERRED",
+    };
+    format!("- name: {}\n  type: {kind}\n  connect_timeout: 1s\n", scalar(name))
+}
+
+fn load_assignment(name: &str, endpoints: &[Endpoint], config: impl Fn(&Endpoint) -> Option<String>) -> String {
+    let endpoint = |endpoint: &Endpoint| {
+        let config = config(endpoint).map(|config| format!(", health_check_config: {config}")).unwrap_or_default();
+        format!("    - endpoint: {{address: {}{config}}}\n", address(&endpoint.host, endpoint.port))
+    };
+    let endpoints = match endpoints {
+        [] => "  endpoints: []\n".to_owned(),
+        endpoints => format!("  endpoints:\n  - lb_endpoints:\n{}", endpoints.iter().map(endpoint).collect::<String>()),
+    };
+    format!("load_assignment:\n  cluster_name: {}\n{endpoints}", scalar(name))
+}
+
+fn address(host: &str, port: u16) -> String {
+    format!("{{socket_address: {{address: {}, port_value: {port}}}}}", scalar(host))
+}
+
+/// A readiness probe that Envoy can do as well.
+struct HealthCheck<'p> {
+    /// In place of the endpoint's own address and port.
+    host: Option<IpAddr>,
+    port: Option<u16>,
+    /// `None` for a TCP connection.
+    http: Option<&'p HttpGet>,
+}
+
+impl<'p> HealthCheck<'p> {
+    /// Or why Envoy cannot do it.
+    fn of(probe: &'p Probe) -> Result<Self, &'static str> {
+        let (host, port, http) = match &probe.check {
+            Check::HttpGet(get) if get.https => return Err("Envoy would probe without TLS"),
+            Check::HttpGet(get) => (&get.host, get.port, Some(get)),
+            Check::TcpSocket { host, port } => (host, *port, None),
+            Check::Exec { .. } => return Err("Envoy runs no commands"),
+        };
+        let host = host.as_ref().map(|host| host.parse()).transpose();
+        Ok(Self { host: host.map_err(|_| "Envoy probes addresses, not other host names")?, port, http })
+    }
+
+    /// What is different for one endpoint: where it is probed, and the host that it is called by, which is the probed
+    /// address as in Kubernetes and would be the cluster's name in Envoy.
+    fn endpoint_config(&self, endpoint: &Endpoint) -> Option<String> {
+        let host = self.host.map(|host| host.to_string());
+        let port = self.port.filter(|port| *port != endpoint.port);
+        let mut fields = Vec::new();
+        if let Some(http) = self.http.filter(|http| host_header(http).is_none()) {
+            let host = http.host.as_ref().unwrap_or(&endpoint.host).clone();
+            let probed = Endpoint { host, port: self.port.unwrap_or(endpoint.port) };
+            fields.push(format!("hostname: {}", scalar(&probed.to_string())));
+        }
+        if let Some(host) = host.filter(|host| *host != endpoint.host) {
+            fields.push(format!("address: {}", address(&host, self.port.unwrap_or(endpoint.port))));
+        }
+        fields.extend(port.map(|port| format!("port_value: {port}")));
+        (!fields.is_empty()).then(|| format!("{{{}}}", fields.join(", ")))
+    }
+}
+
+fn host_header(get: &HttpGet) -> Option<&str> {
+    let header = get.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
+    header.map(|(_, value)| value.as_str())
+}
+
+fn health_checks(probe: &Probe, check: &HealthCheck<'_>) -> String {
+    let kind = match check.http {
+        None => "  tcp_health_check: {}\n".to_owned(),
+        Some(get) => http_health_check(get),
+    };
+    format!(
+        r##"health_checks:
+- interval: {interval}
+  no_traffic_interval: {interval}
+  timeout: {timeout}
+  healthy_threshold: {healthy}
+  unhealthy_threshold: {unhealthy}
+  reuse_connection: false
+{kind}"##,
+        interval = seconds(probe.period),
+        timeout = seconds(probe.timeout),
+        healthy = probe.success_threshold,
+        unhealthy = probe.failure_threshold,
+    )
+}
+
+fn http_health_check(get: &HttpGet) -> String {
+    let header = |(name, value): &(String, String)| {
+        // Envoy reads `%` in header values as the start of a variable.
+        let value = value.replace('%', "%%");
+        format!("    - header: {{key: {}, value: {}}}\n", scalar(name), scalar(&value))
+    };
+    let host = host_header(get).map(|host| format!("    host: {}\n", scalar(host))).unwrap_or_default();
+    let others = get.headers.iter().filter(|(name, _)| !name.eq_ignore_ascii_case("host"));
+    let others: String = others.map(header).collect();
+    let others = if others.is_empty() { others } else { format!("    request_headers_to_add:\n{others}") };
+    format!(
+        r##"  http_health_check:
+    path: {path}
+{host}{others}    expected_statuses: [{{start: 200, end: 400}}]
+    retriable_statuses: [{{start: 100, end: 600}}]
+"##,
+        path = scalar(&get.path),
+    )
+}
+
+/// The filter's metrics carry their labels in their names, as `wasmcustom.service=.=checkout;.;version=.=v1;.;…`.
+const STATS: &str = r##"# The filter's metrics with labels: tideshift_requests_total{service="checkout",version="v1",outcome="ok"}.
+stats_config:
+  stats_tags:
+  - {tag_name: service, regex: '^wasmcustom\..*?(service=\.=(.*?);\.;)'}
+  - {tag_name: version, regex: '^wasmcustom\..*?(version=\.=(.*?);\.;)'}
+  - {tag_name: outcome, regex: '^wasmcustom\..*?(outcome=\.=(.*?);\.;)'}
+"##;

@@ -1,0 +1,220 @@
+//! `tideshift serve`: probes, documents, proxies and the clock feed the controller's mind; what it decides is first
+//! made safe, then published.
+
+use crate::api::{self, Published, Shared, now};
+use crate::control::Control;
+use crate::documents::{self, DocumentErrors};
+use crate::readiness::Prober;
+use crate::store::{Kept, Store, StoreError};
+use bytes::Bytes;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+mod files;
+
+use files::Files;
+
+/// How often the mind looks at the clock; everything else reaches it at once.
+const TICK: Duration = Duration::from_millis(100);
+/// How often the documents are looked at; one that changes is read once it has been the same twice.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often counts are made safe; what is lost of them, proxies say again.
+const KEEP_COUNTS: Duration = Duration::from_secs(2);
+/// How long requests may take to end after SIGTERM.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What to serve.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The documents; `-` is standard input, which is read once.
+    pub files: Vec<PathBuf>,
+    /// Where to listen; must be a loopback address.
+    pub listen: SocketAddr,
+    /// Where state is kept; `None`: beside the first document.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Why the controller cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The documents are wrong.
+    #[error(transparent)]
+    Documents(#[from] DocumentErrors),
+    /// The state cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Only loopback is served as long as there are no tokens.
+    #[error("--listen {0}: not a loopback address, such as 127.0.0.1:7460; without tokens only loopback is served")]
+    NotLoopback(SocketAddr),
+    /// The address cannot be listened on.
+    #[error("--listen {0}: {1}")]
+    Listen(SocketAddr, io::Error),
+    /// The TLS library for probes cannot be set up.
+    #[error("cannot set up TLS for probes: {0}")]
+    Tls(reqwest::Error),
+    /// Anything that the system refuses.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// If it cannot start: [`ServeError`].
+pub async fn serve(options: Options) -> Result<(), ServeError> {
+    if !options.listen.ip().is_loopback() {
+        return Err(ServeError::NotLoopback(options.listen));
+    }
+    let shifts = documents::load(&options.files)?;
+    let (store, kept, ledger) = open_store(&options)?;
+    let listener = TcpListener::bind(options.listen).await;
+    let listener = listener.map_err(|error| ServeError::Listen(options.listen, error))?;
+    let address = listener.local_addr()?;
+
+    let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
+    prober.set(&shifts);
+    let (publish, published) = watch::channel(None);
+    let (end, ending) = watch::channel(false);
+    let control = Mutex::new(Control::new(shifts, kept, ledger));
+    let shared = Arc::new(Shared { control, counted: Notify::new(), published, ending: ending.clone() });
+    let router = api::router(shared.clone());
+    let mut wait = ending.clone();
+    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
+        let _ = wait.wait_for(|ending| *ending).await;
+    });
+    let server = tokio::spawn(async move { server.await });
+    tracing::info!(%address, files = ?options.files, "serving");
+
+    let mut mind = Mind { shared, store, publish, prober, files: Files::new(&options.files) };
+    mind.run().await?;
+    tracing::info!("ending");
+    let _ = end.send(true);
+    let _ = tokio::time::timeout(GRACE, server).await;
+    Ok(())
+}
+
+fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::Ledger), StoreError> {
+    let beside = || {
+        let first = options.files.iter().find(|file| file.as_os_str() != "-")?;
+        let folder = first.parent().filter(|folder| !folder.as_os_str().is_empty());
+        Some(folder.map_or_else(|| PathBuf::from("."), PathBuf::from).join(".tideshift"))
+    };
+    let fresh = || Kept { epoch: format!("{:x}-{:x}", now(), std::process::id()), ..Kept::default() };
+    let nowhere = |why: String| {
+        tracing::warn!("state is not kept, a restart begins at the stable version: {why}");
+        (None, fresh(), crate::ledger::Ledger::default())
+    };
+    let (dir, chosen) = match (&options.state_dir, beside()) {
+        (Some(dir), _) => (dir.clone(), true),
+        (None, Some(dir)) => (dir, false),
+        (None, None) => return Ok(nowhere("the document came from standard input; give --state-dir".to_owned())),
+    };
+    match Store::open(&dir) {
+        Ok((store, kept, ledger)) => Ok((Some(store), kept.unwrap_or_else(fresh), ledger.unwrap_or_default())),
+        // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
+        Err(StoreError::Io { error, .. }) if !chosen => {
+            Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display())))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Feeds the mind and carries out what it decides.
+struct Mind {
+    shared: Arc<Shared>,
+    store: Option<Store>,
+    publish: watch::Sender<Option<Published>>,
+    prober: Prober,
+    files: Files,
+}
+
+impl Mind {
+    async fn run(&mut self) -> io::Result<()> {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let every = |period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        };
+        let (mut tick, mut look, mut keep_counts) = (every(TICK), every(LOOK), every(KEEP_COUNTS));
+        let mut readiness = self.prober.subscribe();
+        readiness.mark_changed();
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = self.shared.counted.notified() => {}
+                Ok(()) = readiness.changed() => {
+                    let now_ready = readiness.borrow_and_update().clone();
+                    self.shared.control().set_readiness(now_ready);
+                }
+                _ = look.tick() => self.look_at_documents(),
+                _ = keep_counts.tick() => self.keep_counts(),
+                _ = tick.tick() => {}
+            }
+            self.evaluate();
+        }
+        self.keep_counts();
+        Ok(())
+    }
+
+    fn evaluate(&self) {
+        let (outcome, kept) = {
+            let mut control = self.shared.control();
+            let outcome = control.evaluate(now());
+            let kept = outcome.keep.then(|| control.kept().clone());
+            (outcome, kept)
+        };
+        for (service, message) in &outcome.events {
+            tracing::info!(service, "{message}");
+        }
+        // First safe, then published: a revision that proxies have seen is never given to another policy.
+        if let (Some(kept), Some(store)) = (&kept, &self.store)
+            && let Err(error) = store.keep(kept)
+        {
+            tracing::error!("{error}");
+        }
+        if let Some(policy) = outcome.policy {
+            let epoch = self.shared.control().kept().epoch.clone();
+            let json = Bytes::from(serde_json::to_vec(&policy).unwrap_or_default());
+            tracing::info!(revision = policy.revision, "policy published");
+            self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
+        }
+    }
+
+    fn look_at_documents(&mut self) {
+        if !self.files.have_changed() {
+            return;
+        }
+        match documents::load(self.files.paths()) {
+            Ok(shifts) => {
+                tracing::info!("documents have changed");
+                self.prober.set(&shifts);
+                self.shared.control().set_documents(shifts);
+            }
+            Err(errors) => {
+                let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();
+                for error in &errors {
+                    tracing::error!("{error}; what it said before stays in force");
+                }
+                self.shared.control().set_document_errors(errors);
+            }
+        }
+    }
+
+    fn keep_counts(&self) {
+        let Some(store) = &self.store else { return };
+        let ledger = self.shared.control().ledger().clone();
+        if let Err(error) = store.keep_counts(&ledger) {
+            tracing::error!("{error}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What survives a restart of the controller: rollouts, the revision, readiness and counts, as two small files in a
+//! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
+//! or the new one.
+
+use crate::ledger::Ledger;
+use crate::readiness::RememberedReadiness;
+use crate::rollout::Rollout;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// The format that this build writes, and the only one that it reads.
+const FORMAT: u32 = 1;
+
+/// Everything but the counts, which change all the time and are kept apart.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Names this state; a new one is made when the state is lost, so that proxies do not compare its revisions.
+    pub epoch: String,
+    /// The revision of the last policy.
+    pub revision: u64,
+    /// The services of the last policy as JSON, to tell whether they have changed.
+    pub services: String,
+    /// Where each service's rollout stands.
+    pub rollouts: BTreeMap<String, Rollout>,
+    /// The endpoints that were ready.
+    pub ready: RememberedReadiness,
+}
+
+/// The directory of one controller's state.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    /// Held until the process ends, whichever way.
+    _lock: File,
+}
+
+/// Why the state cannot be used. Nothing is overwritten.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The directory or a file in it cannot be read or written.
+    #[error("state in {}: {error}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// Another controller has it.
+    #[error("state in {}: in use by another tideshift serve; give this one a --state-dir of its own", .0.display())]
+    InUse(PathBuf),
+    /// The file is not one that this build wrote.
+    #[error(
+        "state in {}: {why}; it is left as it is. Move it away to start afresh (traffic then starts at the stable \
+         version)", path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<T> {
+    format: u32,
+    #[serde(flatten)]
+    content: T,
+}
+
+impl Store {
+    /// Opens the state in a directory, which is made if it is not there.
+    pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Ledger>), StoreError> {
+        let io = |error| StoreError::Io { path: dir.to_owned(), error };
+        fs::create_dir_all(dir).map_err(io)?;
+        let lock = File::create(dir.join("lock")).map_err(io)?;
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => StoreError::InUse(dir.to_owned()),
+            TryLockError::Error(error) => io(error),
+        })?;
+        let store = Self { dir: dir.to_owned(), _lock: lock };
+        let (kept, ledger) = (store.read("rollouts.json")?, store.read("counts.json")?);
+        Ok((store, kept, ledger))
+    }
+
+    /// Replaces everything but the counts.
+    pub fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
+        self.write("rollouts.json", kept)
+    }
+
+    /// Replaces the counts.
+    pub fn keep_counts(&self, ledger: &Ledger) -> Result<(), StoreError> {
+        self.write("counts.json", ledger)
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+        let path = self.dir.join(name);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StoreError::Io { path, error }),
+        };
+        let format = serde_json::from_slice::<serde_json::Value>(&bytes).map(|value| value["format"].as_u64());
+        let why = match format {
+            Ok(Some(format)) if format == u64::from(FORMAT) => match serde_json::from_slice::<Versioned<T>>(&bytes) {
+                Ok(versioned) => return Ok(Some(versioned.content)),
+                Err(error) => error.to_string(),
+            },
+            Ok(Some(format)) => format!("format {format}, of another version of tideshift (this one has {FORMAT})"),
+            Ok(None) => "no format in it".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        Err(StoreError::Unreadable { path, why })
+    }
+
+    fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StoreError> {
+        let path = self.dir.join(name);
+        let replace = || {
+            let new = path.with_extension("new");
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec(&Versioned { format: FORMAT, content })?)?;
+            file.sync_data()?;
+            fs::rename(&new, &path)
+        };
+        replace().map_err(|error| StoreError::Io { path: path.clone(), error })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_kept_is_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = Kept { epoch: "e".to_owned(), revision: u64::MAX, ..Kept::default() };
+        {
+            let (store, nothing, counts) = Store::open(dir.path()).unwrap();
+            assert_eq!((nothing, counts), (None, None));
+            store.keep(&kept).unwrap();
+            store.keep_counts(&Ledger::default()).unwrap();
+        }
+        let (_store, found, counts) = Store::open(dir.path()).unwrap();
+        assert_eq!((found, counts), (Some(kept), Some(Ledger::default())));
+    }
+
+    #[test]
+    fn one_controller_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = Store::open(dir.path()).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StoreError::InUse(_))));
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rollouts.json");
+        for (text, why) in [
+            ("{\"format\": 2}", "format 2, of another version"),
+            ("{\"format\": 1, \"epo", "EOF while parsing"),
+            ("{\"format\": 1}", "missing field `epoch`"),
+            ("[]", "no format"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = Store::open(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(why) && error.contains("rollouts.json"), "{error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! An Envoy with the filter and one backend for each version: what most tests of the filter start with.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+
+use crate::{
+    backend::{Backend, SERVED_BY},
+    bootstrap::Bootstrap,
+    client::{Connection, Request},
+    envoy::{self, Envoy},
+    metrics::Metrics,
+    wait::eventually,
+};
+
+/// How long anything that these tests wait for may take; on a busy machine a second is soon over.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What stands in Envoy's log when a VM has trapped or the module has panicked.
+const SIGNS_OF_A_TRAP: [&str; 5] = ["[critical]", "panicked", "Uncaught", "unreachable", "Wasm VM failed"];
+
+/// A running Envoy and its backends.
+#[derive(Debug)]
+pub struct Setup {
+    /// The Envoy.
+    pub envoy: Envoy,
+    backends: BTreeMap<String, Backend>,
+    bootstrap: Bootstrap,
+    vms: u64,
+}
+
+impl Setup {
+    /// Starts a backend for each of `versions`, and an Envoy of so many workers with the filter under `policy`. The
+    /// first version is the default route.
+    pub async fn start(policy: Value, versions: &[&str], workers: usize) -> anyhow::Result<Self> {
+        Self::start_with(policy, versions, workers, |bootstrap| bootstrap, |_| ()).await
+    }
+
+    /// The same; `build` adds to the bootstrap, and `patch` changes what came out of it.
+    pub async fn start_with(
+        policy: Value,
+        versions: &[&str],
+        workers: usize,
+        build: impl FnOnce(Bootstrap) -> Bootstrap,
+        patch: impl FnOnce(&mut Value),
+    ) -> anyhow::Result<Self> {
+        let mut backends = BTreeMap::new();
+        let mut bootstrap = Bootstrap::new(policy)?;
+        for &name in versions {
+            let backend = Backend::start(name).await?;
+            bootstrap = bootstrap.version(name, &[backend.address()]);
+            backends.insert(name.to_owned(), backend);
+        }
+        let bootstrap = build(bootstrap);
+        let mut json = bootstrap.to_json()?;
+        patch(&mut json);
+        let admin = json["admin"]["address"]["socket_address"]["port_value"].as_u64().context("no admin port")?;
+        let options = envoy::Options::new(json.to_string(), u16::try_from(admin)?).concurrency(workers);
+        let envoy = options.start().await?;
+        let vms = envoy.stat(VMS_CREATED).await?;
+        ensure!(vms > 0, "no {VMS_CREATED}: {}", envoy.stats().await?);
+        Ok(Self { envoy, backends, bootstrap, vms })
+    }
+
+    /// Where clients call.
+    pub fn address(&self) -> SocketAddr {
+        self.bootstrap.address()
+    }
+
+    /// The backend of a version.
+    pub fn backend(&self, version: &str) -> &Backend {
+        &self.backends[version]
+    }
+
+    /// All backends.
+    pub fn backends(&self) -> impl Iterator<Item = &Backend> {
+        self.backends.values()
+    }
+
+    /// A `GET` with this host.
+    pub fn get(&self, host: &str, path: &str) -> Request {
+        self.request("GET", host, path)
+    }
+
+    /// A request with this host.
+    pub fn request(&self, method: &str, host: &str, path: &str) -> Request {
+        Request::new(self.address(), method, path).host(host)
+    }
+
+    /// The versions that answer `requests` equal requests, one after the other on one connection: what one worker
+    /// chooses, in its order.
+    pub async fn choices(&self, host: &str, requests: usize) -> anyhow::Result<Vec<String>> {
+        let request = self.get(host, "/");
+        let mut connection = Connection::open(self.address()).await?;
+        let mut choices = Vec::with_capacity(requests);
+        for _ in 0..requests {
+            let response = connection.send(&request).await?;
+            choices.push(response.header(SERVED_BY).with_context(|| format!("nobody served: {response:?}"))?);
+        }
+        Ok(choices)
+    }
+
+    /// Waits until the service has nothing in flight and `total` requests counted, whatever their version and
+    /// outcome; no more, if no client sends more. Returns that scrape.
+    pub async fn settled(&self, service: &str, total: u64) -> anyhow::Result<Metrics> {
+        let of_service = [("service", service)];
+        eventually(&format!("{total} requests of {service} counted, none in flight"), DEADLINE, async || {
+            let metrics = self.envoy.prometheus().await?;
+            let counted: u64 = metrics.requests_by_version(service).values().sum();
+            let in_flight = metrics.sum("tideshift_requests_in_flight", &of_service);
+            ensure!(
+                counted == total && in_flight == Some(0.0),
+                "{counted} counted, {in_flight:?} in flight: {:?}",
+                metrics.requests_by_version(service)
+            );
+            Ok(metrics)
+        })
+        .await
+    }
+
+    /// Fails if a VM has trapped, been reloaded or logged a panic since the start.
+    pub async fn no_trap(&self) -> anyhow::Result<()> {
+        let log = self.envoy.log();
+        let sign = log.lines().find(|line| SIGNS_OF_A_TRAP.iter().any(|sign| line.contains(sign)));
+        ensure!(sign.is_none(), "a trap: {sign:?}");
+        let vms = self.envoy.stat(VMS_CREATED).await?;
+        ensure!(vms == self.vms, "{vms} VMs were created, {} of them at the start", self.vms);
+        Ok(())
+    }
+}
+
+/// VMs that Envoy has made so far; one more than at the start is one that was reloaded.
+const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";

@@ -1,1 +1,0 @@
-//! The module in a small interpreter.

@@ -1,0 +1,584 @@
+//! A small proxy-wasm host on wasmi: the real module without an Envoy around it.
+//!
+//! For what no Envoy can be made to do on demand: a clock that the test sets, callouts that the test answers, host calls
+//! that fail, the exact sequence of callbacks. What a user would see is tested on a real Envoy; where the two could
+//! differ, this host follows what was measured on Envoy 1.40:
+//!
+//! * a configuration is tried by a canary VM on the main thread first, which is thrown away, then given to the main
+//!   thread's VM ([`MAIN`]) and to each worker's; a new one gets a new root context in the same VMs;
+//! * shared data, queues and metrics belong to the proxy, metric ids and callout tokens to a VM;
+//! * `on_log` comes before `on_done`, and also for exchanges whose headers the module never saw.
+//!
+//! ```no_run
+//! # use tideshift_tests::wasm_host::{Ending, WasmHost};
+//! # fn main() -> anyhow::Result<()> {
+//! let mut host = WasmHost::new(2)?; // two workers
+//! assert!(host.configure(r#"{"revision": 1, "services": []}"#)?);
+//! let exchange = host.request(1, &[(":authority", "shop.example.com"), (":path", "/"), (":method", "GET")])?;
+//! let version = exchange.header("x-tideshift-version");
+//! host.end(exchange, &Ending::status(200))?;
+//! # Ok(()) }
+//! ```
+
+mod abi;
+mod calls;
+mod guest;
+mod shared;
+mod vm;
+mod wasi;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use wasmi::{Engine, Module};
+
+pub use self::abi::{Header, Level, Status};
+use self::{
+    shared::{Fault, Shared},
+    vm::Vm,
+};
+use crate::{artifacts, bootstrap::CONTROLLER_CLUSTER};
+
+/// The main thread's VM: it gets ticks, queues and callouts, but no requests. The workers are 1, 2 and so on.
+pub const MAIN: usize = 0;
+
+/// The `vm_id` of all VMs, also their plugin's name and root id.
+pub const VM_ID: &str = "tideshift";
+
+/// A proxy with the module in it.
+pub struct WasmHost {
+    engine: Engine,
+    module: Module,
+    shared: Arc<Mutex<Shared>>,
+    workers: usize,
+    configuration: Vec<u8>,
+    /// By thread; `None` where a VM trapped and was not reloaded.
+    vms: Vec<Option<Vm>>,
+    created: u64,
+}
+
+impl WasmHost {
+    /// A proxy with so many workers, and the module that `make build` leaves.
+    pub fn new(workers: usize) -> anyhow::Result<Self> {
+        let path = artifacts::wasm()?;
+        Self::with_module(&fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?, workers)
+    }
+
+    /// The same with another module, as wasm or as text.
+    ///
+    /// Its clock stands at 2026-01-01; it knows the controller's cluster and the properties of the plugin.
+    pub fn with_module(module: &[u8], workers: usize) -> anyhow::Result<Self> {
+        let engine = Engine::default();
+        let module = Module::new(&engine, module).context("not a wasm module")?;
+        let host = Self {
+            engine,
+            module,
+            shared: Arc::default(),
+            workers,
+            configuration: Vec::new(),
+            vms: Vec::new(),
+            created: 0,
+        };
+        let mut shared = host.shared();
+        shared.now = Duration::from_secs(1_767_225_600);
+        shared.log_level = Level::Info as u32;
+        shared.clusters.insert(CONTROLLER_CLUSTER.to_owned());
+        for path in ["plugin_name", "plugin_root_id", "plugin_vm_id"] {
+            shared.properties.insert(abi::property_path(path), VM_ID.as_bytes().to_vec());
+        }
+        drop(shared);
+        Ok(host)
+    }
+
+    /// Gives the proxy a configuration: `false` if the module refuses it, which [`log`](Self::log) explains. The proxy
+    /// then goes on with the configuration it had; one that never had any has no VMs.
+    ///
+    /// The first call creates the VMs.
+    pub fn configure(&mut self, configuration: &str) -> anyhow::Result<bool> {
+        let mut canary = self.create(MAIN)?;
+        if !canary.configure(configuration.as_bytes()).with_context(|| self.last_words())? {
+            return Ok(false);
+        }
+        drop(canary);
+        configuration.as_bytes().clone_into(&mut self.configuration);
+        if self.vms.is_empty() {
+            self.vms =
+                (MAIN..=self.workers).map(|thread| self.create(thread).map(Some)).collect::<anyhow::Result<_>>()?;
+        }
+        for thread in MAIN..=self.workers {
+            ensure!(
+                self.on(thread, |vm| vm.configure(configuration.as_bytes()))?,
+                "thread {thread} refuses what the canary took: {}",
+                self.last_words()
+            );
+        }
+        Ok(true)
+    }
+
+    /// A new VM for a thread, as after a trap, with the configuration in force: `false` if the module refuses it.
+    pub fn reload(&mut self, thread: usize) -> anyhow::Result<bool> {
+        let mut vm = self.create(thread)?;
+        let configuration = self.configuration.clone();
+        let accepted = vm.configure(&configuration)?;
+        *self.vms.get_mut(thread).context("no such thread")? = accepted.then_some(vm);
+        Ok(accepted)
+    }
+
+    // Requests.
+
+    /// A request arrives on a worker. Names are taken to lower case, as Envoy does.
+    pub fn request<N: AsRef<[u8]>, V: AsRef<[u8]>>(
+        &mut self,
+        worker: usize,
+        headers: &[(N, V)],
+    ) -> anyhow::Result<Exchange> {
+        let headers: Vec<Header> =
+            headers.iter().map(|(name, value)| (name.as_ref().to_ascii_lowercase(), value.as_ref().to_vec())).collect();
+        self.on(worker, |vm| {
+            let context = vm.open()?;
+            let goes_on = vm.request(context, headers)?;
+            let stream = vm.stream(context)?;
+            let headers = stream.request.clone().unwrap_or_default();
+            Ok(Exchange { worker, context, headers, goes_on, local_response: stream.local_response.clone() })
+        })
+    }
+
+    /// The exchange ends: the answer's headers and trailers arrive, if there are any, then `on_log`, `on_done` and
+    /// `on_delete`.
+    pub fn end(&mut self, exchange: Exchange, ending: &Ending) -> anyhow::Result<()> {
+        self.on(exchange.worker, |vm| vm.end(exchange.context, ending))
+    }
+
+    /// A malformed request, which Envoy answers by itself: the module sees nothing of it but `on_log`.
+    pub fn malformed(&mut self, worker: usize, ending: &Ending) -> anyhow::Result<()> {
+        self.on(worker, |vm| {
+            let context = vm.open()?;
+            vm.end(context, ending)
+        })
+    }
+
+    // Time.
+
+    /// The clock, since 1970.
+    pub fn now(&self) -> Duration {
+        self.shared().now
+    }
+
+    /// Sets the clock, forward or back, without any tick.
+    pub fn set_now(&mut self, now: Duration) {
+        self.shared().now = now;
+    }
+
+    /// Lets time pass: each tick at its time, on each thread, and after it whatever queues it filled.
+    pub fn advance(&mut self, by: Duration) -> anyhow::Result<()> {
+        let end = self.now() + by;
+        while let Some((due, thread, root)) = self.next_tick(end) {
+            self.set_now(due);
+            self.on(thread, |vm| vm.tick(root))?;
+            self.wake()?;
+        }
+        self.set_now(end);
+        Ok(())
+    }
+
+    fn next_tick(&self, end: Duration) -> Option<(Duration, usize, u32)> {
+        let vms = self.vms.iter().enumerate();
+        vms.filter_map(|(thread, vm)| vm.as_ref()?.due(end).map(|(due, root)| (due, thread, root))).min()
+    }
+
+    /// `on_tick` on one thread, now.
+    pub fn tick(&mut self, thread: usize) -> anyhow::Result<()> {
+        self.on(thread, |vm| vm.tick(vm.root().0))
+    }
+
+    /// The tick period that a thread's VM asked for.
+    pub fn tick_period(&self, thread: usize) -> Option<Duration> {
+        self.vms.get(thread)?.as_ref()?.root().1
+    }
+
+    /// Delivers the wakes of shared queues, and those that follow from them; returns how many.
+    pub fn wake(&mut self) -> anyhow::Result<usize> {
+        let mut delivered = 0;
+        loop {
+            let next = self.shared().queues.wakes.pop_front();
+            let Some((number, root, queue)) = next else {
+                return Ok(delivered);
+            };
+            // A VM that is gone, such as the canary, is not woken.
+            let thread = self.vms.iter().position(|vm| vm.as_ref().is_some_and(|vm| vm.number() == number));
+            if let Some(thread) = thread {
+                self.on(thread, |vm| vm.queue_ready(root, queue))?;
+                delivered += 1;
+            }
+        }
+    }
+
+    // Callouts.
+
+    /// Makes a cluster known; callouts to others are refused.
+    pub fn add_cluster(&mut self, name: &str) {
+        self.shared().clusters.insert(name.to_owned());
+    }
+
+    /// Takes the cluster of a name away.
+    pub fn remove_cluster(&mut self, name: &str) {
+        self.shared().clusters.remove(name);
+    }
+
+    /// Takes the callouts that were made since the last call, oldest first. Those of canaries and of VMs that are gone
+    /// are not among them: nobody would hear the answer.
+    pub fn take_callouts(&mut self) -> Vec<Callout> {
+        let callouts = std::mem::take(&mut self.shared().callouts);
+        let alive = |number| self.vms.iter().flatten().any(|vm| vm.number() == number);
+        callouts.into_iter().filter(|callout| alive(callout.number)).collect()
+    }
+
+    /// Answers a callout.
+    pub fn answer(&mut self, callout: &Callout, answer: &Answer) -> anyhow::Result<()> {
+        let vm = self.vms.get(callout.vm).and_then(Option::as_ref);
+        if vm.is_none_or(|vm| vm.number() != callout.number) {
+            return Ok(());
+        }
+        self.on(callout.vm, |vm| vm.answer(callout.root, callout.token, answer))
+    }
+
+    // What can be seen.
+
+    /// All log lines so far, of all VMs.
+    pub fn log(&self) -> Vec<LogLine> {
+        self.shared().log.clone()
+    }
+
+    /// The log lines of that level and above.
+    pub fn log_from(&self, level: Level) -> Vec<LogLine> {
+        self.log().into_iter().filter(|line| line.level >= level).collect()
+    }
+
+    /// A counter or gauge by its full name; `None` if it was never defined.
+    pub fn metric(&self, name: &str) -> Option<u64> {
+        self.shared().metrics.values.get(name).copied()
+    }
+
+    /// All counters and gauges.
+    pub fn metrics(&self) -> BTreeMap<String, u64> {
+        self.shared().metrics.values.clone()
+    }
+
+    /// What a histogram recorded, in order.
+    pub fn histogram(&self, name: &str) -> Vec<u64> {
+        self.shared().metrics.histograms.get(name).cloned().unwrap_or_default()
+    }
+
+    /// Shared data under a key.
+    pub fn shared_data(&self, key: &str) -> Option<Vec<u8>> {
+        self.shared().data.get(key.as_bytes()).ok().map(|(value, _)| value)
+    }
+
+    /// Overwrites shared data, as another VM would.
+    pub fn set_shared_data(&mut self, key: &str, value: &[u8]) {
+        // Unconditional, so it cannot fail.
+        let _ = self.shared().data.set(key.as_bytes().to_vec(), value.to_vec(), 0);
+    }
+
+    /// How often a host call was made, by its full name such as `proxy_get_property`.
+    pub fn calls(&self, call: &str) -> u64 {
+        self.shared().calls.get(call).copied().unwrap_or_default()
+    }
+
+    /// All host calls made, by name.
+    pub fn all_calls(&self) -> BTreeMap<&'static str, u64> {
+        self.shared().calls.clone()
+    }
+
+    // What shall go wrong.
+
+    /// Lets a host call fail with a status from now on.
+    pub fn fail(&mut self, call: &str, status: Status) {
+        self.fail_times(call, status, u64::MAX);
+    }
+
+    /// Lets only the next calls of that name fail.
+    pub fn fail_times(&mut self, call: &str, status: Status, times: u64) {
+        self.shared().faults.insert(call.to_owned(), Fault { status, times: times.max(1) });
+    }
+
+    /// Lets all host calls work again.
+    pub fn heal(&mut self) {
+        self.shared().faults.clear();
+    }
+
+    /// Sets a property that holds for all exchanges, such as `node.id`; the elements of the path are divided by dots.
+    pub fn set_property(&mut self, path: &str, value: impl Into<Vec<u8>>) {
+        self.shared().properties.insert(abi::property_path(path), value.into());
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn create(&mut self, thread: usize) -> anyhow::Result<Vm> {
+        self.created += 1;
+        Vm::new(&self.engine, &self.module, Arc::clone(&self.shared), thread, self.created)
+    }
+
+    /// Runs something on a thread's VM; a trap ends that VM.
+    fn on<T>(&mut self, thread: usize, run: impl FnOnce(&mut Vm) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let Some(Some(vm)) = self.vms.get_mut(thread) else {
+            bail!("thread {thread} has no VM: not configured, or it trapped");
+        };
+        run(vm).map_err(|trap| {
+            if let Some(vm) = self.vms.get_mut(thread) {
+                *vm = None;
+            }
+            trap.context(self.last_words())
+        })
+    }
+
+    fn last_words(&self) -> String {
+        self.log()
+            .last()
+            .map_or_else(|| "nothing was logged".to_owned(), |line| format!("logged last: {}", line.message))
+    }
+}
+
+/// A request that arrived and what the module made of it; [`WasmHost::end`] ends it.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// The worker that it is on.
+    pub worker: usize,
+    /// The request's headers after `on_request_headers`, in order.
+    pub headers: Vec<Header>,
+    /// Whether the module let it go on, rather than pausing it.
+    pub goes_on: bool,
+    /// The answer that the module gave in the upstream's place.
+    pub local_response: Option<LocalResponse>,
+    context: u32,
+}
+
+impl Exchange {
+    /// The first value of a header, bytes that are not UTF-8 replaced.
+    pub fn header(&self, name: &str) -> Option<String> {
+        let (_, value) = self.headers.iter().find(|(other, _)| other == name.as_bytes())?;
+        Some(String::from_utf8_lossy(value).into_owned())
+    }
+
+    /// The version that the module chose.
+    pub fn version(&self) -> Option<String> {
+        self.header(crate::bootstrap::VERSION_HEADER)
+    }
+}
+
+/// An answer by the module itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalResponse {
+    /// The status.
+    pub status: u32,
+    /// The headers.
+    pub headers: Vec<Header>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// How an exchange ends.
+#[derive(Clone, Debug, Default)]
+pub struct Ending {
+    status: Option<u16>,
+    headers: Vec<Header>,
+    trailers: Vec<Header>,
+    flags: i64,
+    properties: Vec<(String, Vec<u8>)>,
+}
+
+impl Ending {
+    /// With an answer of that status, from the upstream or from Envoy itself.
+    pub fn status(status: u16) -> Self {
+        Self { status: Some(status), ..Self::default() }
+    }
+
+    /// Without an answer: the client went away (`response.flags` 16384, `response.code` absent).
+    pub fn client_gone() -> Self {
+        Self::default().flags(16_384)
+    }
+
+    /// With Envoy's `response.flags`: 4 upstream time-out, 32 connect failure, 64 connection terminated, 8388608 broke off
+    /// within the body.
+    pub fn flags(mut self, flags: i64) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// With one more header of the answer.
+    pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
+        self.headers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
+        self
+    }
+
+    /// With one more trailer of the answer.
+    pub fn trailer(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
+        self.trailers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
+        self
+    }
+
+    /// With a property for `on_log`, as bytes; the elements of the path are divided by dots.
+    pub fn property(mut self, path: &str, value: impl Into<Vec<u8>>) -> Self {
+        self.properties.push((path.to_owned(), value.into()));
+        self
+    }
+
+    /// With an integer property, such as `request.duration` in nanoseconds: eight bytes, little-endian.
+    pub fn integer(self, path: &str, value: i64) -> Self {
+        self.property(path, value.to_le_bytes())
+    }
+}
+
+/// A callout that the module made.
+#[derive(Clone, Debug)]
+pub struct Callout {
+    /// The thread whose VM made it.
+    pub vm: usize,
+    /// The cluster that it calls.
+    pub cluster: String,
+    /// Its headers, pseudo-headers included.
+    pub headers: Vec<Header>,
+    /// Its body.
+    pub body: Vec<u8>,
+    /// Its time-out.
+    pub timeout: Duration,
+    /// When it was made.
+    pub sent: Duration,
+    number: u64,
+    root: u32,
+    token: u32,
+}
+
+impl Callout {
+    /// The first value of a header, such as `:path`.
+    pub fn header(&self, name: &str) -> Option<String> {
+        let (_, value) = self.headers.iter().find(|(other, _)| other == name.as_bytes())?;
+        Some(String::from_utf8_lossy(value).into_owned())
+    }
+
+    /// The body as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+/// The answer to a callout.
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    headers: Vec<Header>,
+    body: Vec<u8>,
+    trailers: Vec<Header>,
+    failed: bool,
+}
+
+impl Answer {
+    /// An answer with that status and body. A dead server is an ordinary 503, a time-out a 504.
+    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
+        let headers = vec![(b":status".to_vec(), status.to_string().into_bytes())];
+        Self { headers, body: body.into(), ..Self::default() }
+    }
+
+    /// An answer that broke off: the module is told of no headers at all, and asking for one is an error.
+    pub fn broken() -> Self {
+        Self { failed: true, ..Self::default() }
+    }
+
+    /// With one more header.
+    pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
+        self.headers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
+        self
+    }
+}
+
+/// A line that a module logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogLine {
+    /// The thread whose VM logged it; the canary's are the main thread's.
+    pub vm: usize,
+    /// Its level.
+    pub level: Level,
+    /// What it says.
+    pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Refuses an empty configuration, ticks each second, strips `x-bad` and sets `x-v: 1`, counts the ends of
+    /// exchanges under `n`, traps on requests of nine headers, calls the controller on each tick and logs the answers.
+    const MODULE: &str = include_str!("module.wat");
+
+    const REQUEST: [(&str, &str); 3] = [(":path", "/"), ("X-Bad", "forged"), ("x-bad", "again")];
+
+    fn configured(workers: usize) -> WasmHost {
+        let mut host = WasmHost::with_module(MODULE.as_bytes(), workers).unwrap();
+        assert!(host.configure("{}").unwrap());
+        host
+    }
+
+    #[test]
+    fn a_refused_configuration_leaves_the_old_one_in_force() {
+        let mut host = WasmHost::with_module(MODULE.as_bytes(), 1).unwrap();
+        assert!(!host.configure("").unwrap());
+        assert!(host.request(1, &REQUEST).is_err(), "there is no VM yet");
+        assert!(host.configure("{}").unwrap());
+        assert!(!host.configure("").unwrap());
+        assert!(host.request(1, &REQUEST).is_ok());
+    }
+
+    #[test]
+    fn a_request_is_changed_and_its_end_is_counted_over_all_workers() {
+        let mut host = configured(2);
+        for worker in [1, 2] {
+            let exchange = host.request(worker, &REQUEST).unwrap();
+            assert_eq!((exchange.header("x-bad"), exchange.header("x-v")), (None, Some("1".into())));
+            assert!(exchange.goes_on);
+            host.end(exchange, &Ending::status(200)).unwrap();
+        }
+        host.malformed(1, &Ending::status(400)).unwrap();
+        assert_eq!(host.metric("n"), Some(3));
+        assert_eq!(host.calls("proxy_remove_header_map_value"), 2);
+    }
+
+    #[test]
+    fn host_calls_fail_when_told_to() {
+        let mut host = configured(1);
+        host.fail_times("proxy_remove_header_map_value", Status::InternalFailure, 1);
+        assert_eq!(host.request(1, &REQUEST).unwrap().header("x-bad"), Some("forged".into()));
+        assert_eq!(host.request(1, &REQUEST).unwrap().header("x-bad"), None);
+    }
+
+    #[test]
+    fn a_trap_ends_the_vm_until_it_is_reloaded() {
+        let mut host = configured(2);
+        let long = [("a", ""); 9];
+        let error = host.request(1, &long).unwrap_err();
+        assert!(format!("{error:#}").contains("proxy_on_request_headers trapped"), "{error:#}");
+        assert!(host.request(1, &REQUEST).is_err());
+        assert!(host.request(2, &REQUEST).is_ok());
+        assert!(host.reload(1).unwrap());
+        assert!(host.request(1, &REQUEST).is_ok());
+    }
+
+    #[test]
+    fn ticks_come_in_time_and_their_callouts_are_answered() {
+        let mut host = configured(1);
+        host.advance(Duration::from_millis(2_500)).unwrap();
+        let callouts = host.take_callouts();
+        let made: Vec<_> = callouts.iter().map(|callout| (callout.vm, callout.header(":path").unwrap())).collect();
+        assert_eq!(made, [(0, "/".into()), (1, "/".into()), (0, "/".into()), (1, "/".into())]);
+        host.answer(&callouts[1], &Answer::new(200, "body")).unwrap();
+        assert_eq!(host.log().last().map(|line| (line.vm, line.message.as_str())), Some((1, "body")));
+        host.remove_cluster(CONTROLLER_CLUSTER);
+        host.advance(Duration::from_secs(1)).unwrap();
+        assert!(host.take_callouts().is_empty());
+    }
+}
