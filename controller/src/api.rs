@@ -74,10 +74,9 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
+/// What a poll says; also `proxy`, its id, for which all policies are the same so far.
 #[derive(Deserialize)]
 struct Poll {
-    #[serde(default)]
-    proxy: String,
     #[serde(default)]
     epoch: String,
     #[serde(default)]
@@ -87,12 +86,6 @@ struct Poll {
 /// Answers at once if there is a policy newer than the one that the proxy has, else when there is, else after a while
 /// with 204.
 async fn policy(State(shared): State<Arc<Shared>>, Query(poll): Query<Poll>) -> Response {
-    if poll.proxy.len() > MAX_NAME {
-        return problem(StatusCode::BAD_REQUEST, "proxy: too long");
-    }
-    if !poll.proxy.is_empty() {
-        shared.control().polled(&poll.proxy, now());
-    }
     let is_newer = |published: &Published| published.epoch != poll.epoch || published.revision > poll.after;
     let (mut published, mut ending) = (shared.published.clone(), shared.ending.clone());
     let newer = published.wait_for(|published| published.as_ref().is_some_and(is_newer));

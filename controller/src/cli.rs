@@ -27,6 +27,8 @@ From a document to moving traffic:
   tideshift validate -f shift.yaml                 Is the document right?
   tideshift render envoy -f shift.yaml > envoy.yaml
                                                    An Envoy that does what it says
+  tideshift serve -f shift.yaml                    The controller that moves its weights
+  tideshift status --watch                         How things stand
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
                                                    Which version would this request get, and why?
 
@@ -54,8 +56,7 @@ enum Output {
 impl Cli {
     /// Does what the command line says.
     pub async fn run(self) -> Result<(), Failure> {
-        // The one crypto provider of the process; one that is there already is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        crate::net::install_crypto_provider();
         match self.command {
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Status(arguments) => status::run(arguments).await,

@@ -22,7 +22,8 @@ pub struct Control {
     ledger: Ledger,
     kept: Kept,
     policy: Option<Policy>,
-    proxies: BTreeMap<String, Proxy>,
+    /// By proxy and start, since two proxies may share an id by mistake.
+    proxies: BTreeMap<(String, String), Proxy>,
 }
 
 /// What one proxy said last.
@@ -99,11 +100,6 @@ impl Control {
         self.readiness = readiness;
     }
 
-    /// A proxy asks for a policy.
-    pub fn polled(&mut self, proxy: &str, now: Millis) {
-        self.proxy(proxy, now);
-    }
-
     /// A proxy reports. Returns whether counts changed.
     pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
         let knows = |service: &str, version: &str| {
@@ -117,7 +113,7 @@ impl Control {
             service.versions.iter().map(|version| ((service.name.clone(), version.name.clone()), version.in_flight))
         });
         let in_flight = in_flight.filter(|((service, version), _)| knows(service, version)).collect();
-        let proxy = self.proxy(&report.proxy, now);
+        let proxy = self.proxy((report.proxy.clone(), report.start.clone()), now);
         proxy.revision = revision;
         proxy.workers = report.workers;
         proxy.refused = report.refused.clone();
@@ -125,12 +121,12 @@ impl Control {
         changed
     }
 
-    fn proxy(&mut self, id: &str, now: Millis) -> &mut Proxy {
-        if self.proxies.len() >= MAX_PROXIES && !self.proxies.contains_key(id) {
-            let silent = self.proxies.iter().min_by_key(|(_, proxy)| proxy.seen).map(|(id, _)| id.clone());
-            silent.map(|id| self.proxies.remove(&id));
+    fn proxy(&mut self, run: (String, String), now: Millis) -> &mut Proxy {
+        if self.proxies.len() >= MAX_PROXIES && !self.proxies.contains_key(&run) {
+            let silent = self.proxies.iter().min_by_key(|(_, proxy)| proxy.seen).map(|(run, _)| run.clone());
+            silent.map(|run| self.proxies.remove(&run));
         }
-        let proxy = self.proxies.entry(id.to_owned()).or_default();
+        let proxy = self.proxies.entry(run).or_default();
         proxy.seen = now;
         proxy
     }
@@ -211,7 +207,7 @@ impl Control {
             *sum = sum.saturating_add(*number);
         }
         let services = self.shifts.iter().map(|shift| self.service_status(shift, &in_flight, now)).collect();
-        let proxies = self.proxies.iter().filter(|(_, proxy)| live(proxy)).map(|(id, proxy)| ProxyStatus {
+        let proxies = self.proxies.iter().filter(|(_, proxy)| live(proxy)).map(|((id, _), proxy)| ProxyStatus {
             id: id.clone(),
             revision: proxy.revision,
             workers: proxy.workers,

@@ -51,6 +51,7 @@ pub struct Explanation {
 
 /// One rule, and whether it takes the request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct RuleReport {
     /// Which rule.
     #[serde(flatten)]
@@ -260,8 +261,12 @@ impl Share {
     fn percent(&self) -> String {
         let percent = format!("{:.2}", self.share * 100.0);
         let percent = percent.trim_end_matches('0').trim_end_matches('.');
-        // A weight of one in a million is little, but not nothing.
-        if percent == "0" { "<0.01 %".to_owned() } else { format!("{percent} %") }
+        // One in a million is little, but not nothing; what is left of it is not all.
+        match percent {
+            "0" => "<0.01 %".to_owned(),
+            "100" if self.share < 1.0 => ">99.99 %".to_owned(),
+            percent => format!("{percent} %"),
+        }
     }
 }
 
@@ -282,20 +287,13 @@ impl fmt::Display for Explanation {
         for rule in &self.rules {
             writeln!(f, "  {}: {}", rule.rule, rule.told())?;
         }
-        if self.version.is_none() && !self.versions.is_empty() {
-            writeln!(f, "versions, by weight:")?;
-            let longest = self.versions.iter().map(|share| share.name.chars().count()).max().unwrap_or_default();
-            for share in &self.versions {
-                writeln!(f, "  {:longest$}  {}", share.name, share.percent())?;
-            }
-        }
         for name in &self.out_of_service {
             writeln!(f, "note: {name} is out of service, so it gets nothing")?;
         }
         for note in &self.notes {
             writeln!(f, "note: {note}")?;
         }
-        let what = if self.version.is_some() { "version" } else { "answer" };
+        let what = if self.versions.is_empty() { "answer" } else { "version" };
         writeln!(f, "{what}: {}", self.reason)
     }
 }
@@ -307,6 +305,137 @@ impl RuleReport {
             RuleVerdict::NotReached => "not reached".to_owned(),
             RuleVerdict::NobodyInService => "matches, but none of its versions is in service; passed over".to_owned(),
             RuleVerdict::NoMatch => format!("no match: {}", self.why_not.join("; nor: ")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    fn policy(document: Value) -> Policy {
+        Policy::read(&document).unwrap()
+    }
+
+    fn shop() -> Policy {
+        policy(json!({"revision": 1, "services": [{
+            "name": "checkout",
+            "hostnames": ["checkout.example.com", "*.example.com", "*.eu.example.com"],
+            "versions": [{"name": "v1", "weight": 90}, {"name": "v2", "weight": 10},
+                {"name": "v3", "weight": 5, "serving": false}],
+            "rules": [
+                {"name": "gone", "versions": [{"name": "v3"}]},
+                {"name": "beta", "versions": [{"name": "v2"}], "matches": [
+                    {"headers": [{"name": "x-beta", "value": "1"}], "path": {"value": "/cart"}},
+                    {"cookies": [{"name": "canary", "type": "Prefix", "value": "al"}], "method": "GET"},
+                ]},
+                {"matches": [{"queryParams": [{"name": "v", "type": "Present"}]}],
+                    "versions": [{"name": "v1", "weight": 1}, {"name": "v2", "weight": 999_999}]},
+            ],
+        }]}))
+    }
+
+    fn request(host: &str, path: &str, headers: &[(&str, &str)]) -> Request {
+        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Request { host: host.to_owned(), method: "GET".to_owned(), path: path.to_owned(), headers }
+    }
+
+    fn told(host: &str, path: &str, headers: &[(&str, &str)]) -> String {
+        explain(&shop(), &request(host, path, headers)).to_string()
+    }
+
+    #[test]
+    fn a_rule_that_takes_the_request_is_named() {
+        assert_eq!(
+            told("a.eu.example.com:443", "/cart/1", &[("X-Beta", "1"), ("X-Tideshift-Version", "v1")]),
+            "\
+request: GET a.eu.example.com:443/cart/1
+service: checkout (hostname *.eu.example.com)
+  rules[0] (gone): matches, but none of its versions is in service; passed over
+  rules[1] (beta): takes it
+  rules[2]: not reached
+note: the client's header x-tideshift-version is removed first; it decides nothing
+version: v2 by rules[1] (beta)
+"
+        );
+    }
+
+    #[test]
+    fn rules_that_do_not_match_say_why_and_weights_are_shares() {
+        assert_eq!(
+            told("checkout.example.com", "/cartoon", &[("x-beta", "1"), ("cookie", "a=1; canary=no")]),
+            "\
+request: GET checkout.example.com/cartoon
+service: checkout (hostname checkout.example.com)
+  rules[0] (gone): matches, but none of its versions is in service; passed over
+  rules[1] (beta): no match: path is \"/cartoon\", wanted is \"/cart\" or a path below it; nor: cookie canary is \
+             \"no\", wanted is a value that starts with \"al\"
+  rules[2]: no match: query parameter v is not there, wanted is any value
+note: v3 is out of service, so it gets nothing
+version: v1 90 %, v2 10 % by the service's weights, as no rule takes it
+"
+        );
+    }
+
+    #[test]
+    fn the_smallest_share_is_not_nothing_and_the_largest_not_all() {
+        assert!(told("a.example.com", "/?v", &[]).ends_with("version: v1 <0.01 %, v2 >99.99 % by rules[2]\n"));
+    }
+
+    #[test]
+    fn a_host_of_no_service_is_left_alone() {
+        assert_eq!(
+            told("example.com", "/", &[]),
+            "request: GET example.com/\nanswer: no service has the host example.com (checkout: \
+             checkout.example.com, *.example.com, *.eu.example.com): the request is left alone\n"
+        );
+    }
+
+    #[test]
+    fn nobody_in_service_is_said() {
+        let policy =
+            policy(json!({"revision": 1, "services": [{"name": "s", "versions": [{"name": "v1", "weight": 0}]}]}));
+        let explanation = explain(&policy, &request("localhost", "/", &[]));
+        assert_eq!((explanation.version, explanation.versions.len()), (None, 0));
+        assert!(explanation.reason.starts_with("no version is in service"));
+    }
+
+    #[test]
+    fn programs_get_the_same_facts() {
+        let explanation = explain(&shop(), &request("checkout.example.com", "/?v=1", &[]));
+        let told = serde_json::to_value(explanation).unwrap();
+        assert_eq!(told["rule"], json!({"index": 2, "name": null}));
+        assert_eq!(told["version"], Value::Null);
+        assert_eq!(told["versions"][1], json!({"name": "v2", "weight": 999_999, "share": 0.999_999}));
+        assert_eq!(told["rules"][0]["verdict"], "nobodyInService");
+        assert_eq!(told["rules"][1]["whyNot"].as_array().map(Vec::len), Some(2));
+    }
+
+    proptest! {
+        /// Whatever is asked, the telling and the plan agree, and the shares are all there is.
+        #[test]
+        fn the_telling_agrees_with_the_decision(
+            host in "(checkout|a|a\\.eu)\\.example\\.com(:80)?|.{0,5}",
+            path in "/(cart)?(/1)?(\\?v=1)?",
+            beta in "[01]",
+            canary in "(always|no)",
+        ) {
+            let policy = shop();
+            let cookie = format!("canary={canary}");
+            let request = request(&host, &path, &[("x-beta", &beta), ("cookie", &cookie)]);
+            let explanation = explain(&policy, &request);
+            let taken = explanation.rules.iter().filter(|rule| rule.verdict == RuleVerdict::Taken);
+            let taken: Vec<_> = taken.map(|rule| rule.rule.clone()).collect();
+            prop_assert_eq!(taken, explanation.rule.clone().into_iter().collect::<Vec<_>>());
+            for rule in &explanation.rules {
+                let decides_at = explanation.rule.as_ref().map_or(usize::MAX, |rule| rule.index);
+                prop_assert_eq!(rule.verdict == RuleVerdict::NotReached, rule.rule.index > decides_at);
+                prop_assert_eq!(rule.verdict == RuleVerdict::NoMatch, !rule.why_not.is_empty());
+            }
+            let shares: f64 = explanation.versions.iter().map(|share| share.share).sum();
+            prop_assert!(explanation.service.is_none() || (shares - 1.0).abs() < 1e-9);
         }
     }
 }

@@ -46,7 +46,9 @@ pub enum Answer {
 impl Link {
     /// A talk that has not begun.
     pub fn new(controller: &ControllerRef, shared: &Shared) -> Self {
-        let node = host::property(&["node", "id"]).unwrap_or_default();
+        // Where Envoy 1.40 has it, and where older ones do.
+        let node = host::property(&["xds", "node", "id"]).or_else(|| host::property(&["node", "id"]));
+        let node = node.unwrap_or_default();
         let start = shared.start();
         Self {
             controller: controller.clone(),

@@ -300,7 +300,8 @@ async fn answer_poll(stream: &mut TcpStream, poll: Poll, state: &State) -> anyho
     let _held = Held(state);
     let mut offers = state.offer.subscribe();
     let hold = offers.borrow().hold;
-    let news = |offer: &Offer| offer.raw.is_some() || offer.revision > 0 && (offer.epoch != epoch || offer.revision > after);
+    let news =
+        |offer: &Offer| offer.raw.is_some() || offer.revision > 0 && (offer.epoch != epoch || offer.revision > after);
     let mut byte = [0];
     let offer = tokio::select! {
         offer = timeout(hold, offers.wait_for(news)) => offer.ok().and_then(Result::ok).map(|offer| offer.clone()),

@@ -27,6 +27,7 @@ pub struct Setup {
     pub envoy: Envoy,
     backends: BTreeMap<String, Backend>,
     bootstrap: Bootstrap,
+    options: envoy::Options,
     vms: u64,
 }
 
@@ -57,10 +58,22 @@ impl Setup {
         patch(&mut json);
         let admin = json["admin"]["address"]["socket_address"]["port_value"].as_u64().context("no admin port")?;
         let options = envoy::Options::new(json.to_string(), u16::try_from(admin)?).concurrency(workers);
+        let (envoy, vms) = Self::started(options.clone()).await?;
+        Ok(Self { envoy, backends, bootstrap, options, vms })
+    }
+
+    async fn started(options: envoy::Options) -> anyhow::Result<(Envoy, u64)> {
         let envoy = options.start().await?;
         let vms = envoy.stat(VMS_CREATED).await?;
         ensure!(vms > 0, "no {VMS_CREATED}: {}", envoy.stats().await?);
-        Ok(Self { envoy, backends, bootstrap, vms })
+        Ok((envoy, vms))
+    }
+
+    /// Kills the Envoy and starts another one with the same bootstrap.
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.envoy.kill()?;
+        (self.envoy, self.vms) = Self::started(self.options.clone()).await?;
+        Ok(())
     }
 
     /// Where clients call.

@@ -73,7 +73,8 @@ async fn a_forged_version_neither_reaches_the_upstream_nor_picks_the_route() -> 
             assert_eq!(response.status, 200, "{case}: {}", response.text());
             // The default route, for hosts that are no service, leads to v1 as well.
             assert_eq!(response.header(SERVED_BY).as_deref(), chosen.or(Some("v1")), "{case}");
-            let ours: Vec<_> = chosen.map(|version| (VERSION_HEADER.to_owned(), version.to_owned())).into_iter().collect();
+            let ours: Vec<_> =
+                chosen.map(|version| (VERSION_HEADER.to_owned(), version.to_owned())).into_iter().collect();
             assert_eq!(arrived(&response, "x-tideshift")?, ours, "{case}");
         }
     }
@@ -116,7 +117,8 @@ async fn hostile_requests_are_answered_counted_and_survived() -> anyhow::Result<
         let manager = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
         manager["http_protocol_options"] = json!({ "accept_http_10": true, "default_host_for_http_10": SHOP });
     };
-    let setup = Setup::start_with(policy(), &["v1", "v2", "v3"], WORKERS, |bootstrap| bootstrap, accept_http_10).await?;
+    let setup =
+        Setup::start_with(policy(), &["v1", "v2", "v3"], WORKERS, |bootstrap| bootstrap, accept_http_10).await?;
     setup.backends().for_each(|backend| backend.set(|behaviour| behaviour.mode = Mode::Echo));
     let shop = || setup.get(SHOP, "/");
     let long = "a".repeat(8 << 10);
@@ -148,10 +150,22 @@ async fn hostile_requests_are_answered_counted_and_survived() -> anyhow::Result<
         ("200 headers", head(too_many), Refused(431)),
         ("every byte that a name may have", head(shop().header("!#$%&'*+-.^_`|~09azAZ", "1")), By("v1")),
         ("not UTF-8 in a header's name", head(shop().header("x-a", "1")).splice_name(b"x-\xff\xfe"), Refused(400)),
-        ("not UTF-8 in a forged header's name", head(shop().header("x-a", "1")).splice_name(b"x-tideshift-\xff"), Refused(400)),
-        ("a space in a header's name", head(shop().header("x-a", "1")).splice_name(b"x-tideshift-version "), Refused(400)),
+        (
+            "not UTF-8 in a forged header's name",
+            head(shop().header("x-a", "1")).splice_name(b"x-tideshift-\xff"),
+            Refused(400),
+        ),
+        (
+            "a space in a header's name",
+            head(shop().header("x-a", "1")).splice_name(b"x-tideshift-version "),
+            Refused(400),
+        ),
         ("a NUL in a value", head(shop().header("x-beta", b"1\0")), Refused(400)),
-        ("not UTF-8 in the path", b"GET /\xff\xfe?beta=\xff HTTP/1.1\r\nhost: shop.example.com\r\n\r\n".to_vec(), Refused(400)),
+        (
+            "not UTF-8 in the path",
+            b"GET /\xff\xfe?beta=\xff HTTP/1.1\r\nhost: shop.example.com\r\n\r\n".to_vec(),
+            Refused(400),
+        ),
         ("not UTF-8 in the host", b"GET / HTTP/1.1\r\nhost: \xff.example.com\r\n\r\n".to_vec(), Refused(400)),
         ("bad escapes in the query", head(setup.get(SHOP, "/?%zz=%&%=%ff&beta%")), By("v1")),
         ("nothing but ? and &", head(setup.get(SHOP, "/?&&=&?&=?")), By("v1")),
@@ -159,7 +173,11 @@ async fn hostile_requests_are_answered_counted_and_survived() -> anyhow::Result<
         ("HTTP/1.0 without host", raw("GET /?beta HTTP/1.0\n\n"), By("v2")),
         ("an empty host", raw("GET / HTTP/1.1\nhost:\n\n"), Unmarked),
         ("two hosts", raw("GET / HTTP/1.1\nhost: shop.example.com\nhost: elsewhere.example.com\n\n"), Unmarked),
-        ("absolute form, whose host counts", raw("GET http://shop.example.com/?beta HTTP/1.1\nhost: elsewhere\n\n"), By("v2")),
+        (
+            "absolute form, whose host counts",
+            raw("GET http://shop.example.com/?beta HTTP/1.1\nhost: elsewhere\n\n"),
+            By("v2"),
+        ),
         ("OPTIONS *", raw("OPTIONS * HTTP/1.1\nhost: shop.example.com\n\n"), Refused(404)),
         ("CONNECT", raw("CONNECT shop.example.com:443 HTTP/1.1\nhost: shop.example.com:443\n\n"), NoRoute),
         ("no HTTP at all", raw("\u{1}\u{2}\u{3}\n\n"), Refused(400)),

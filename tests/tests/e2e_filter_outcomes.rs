@@ -52,9 +52,7 @@ const OTHERS: [&str; 4] = ["refuses", "no-cluster", "no-route", "unknown"];
 /// A client picks the version by a header, so that each ending is provoked for sure.
 fn policy() -> Value {
     let names = || BACKENDS.into_iter().chain(OTHERS);
-    let rule = |name| {
-        json!({ "matches": [{ "headers": [{ "name": "x-want", "value": name }] }], "versions": [{ "name": name }] })
-    };
+    let rule = |name| json!({ "matches": [{ "headers": [{ "name": "x-want", "value": name }] }], "versions": [{ "name": name }] });
     json!({
         "controller": { "cluster": CONTROLLER_CLUSTER },
         "revision": 7,
@@ -164,15 +162,15 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
         // One after the other, for those that count; the time-outs at once, for those who wait.
         let (clients_of_it, times) = if version == "hangs" { (TIMES, 1) } else { (1, TIMES) };
         for _ in 0..clients_of_it {
-        let setup = Arc::clone(&setup);
-        clients.spawn(async move {
-            for _ in 0..times {
-                let response = setup.get(HOST, "/").header("x-want", version).send().await;
-                let seen = response.as_ref().ok().map(|response| response.status);
-                ensure!(seen == status, "{version}: the client saw {response:?}");
-            }
-            Ok(())
-        });
+            let setup = Arc::clone(&setup);
+            clients.spawn(async move {
+                for _ in 0..times {
+                    let response = setup.get(HOST, "/").header("x-want", version).send().await;
+                    let seen = response.as_ref().ok().map(|response| response.status);
+                    ensure!(seen == status, "{version}: the client saw {response:?}");
+                }
+                Ok(())
+            });
         }
     }
     for version in LEFT {

@@ -293,9 +293,7 @@ async fn all_fields_of_one_match_any_match_of_a_rule_the_first_rule_that_can() -
 
 #[tokio::test]
 async fn the_most_specific_hostname_decides_and_other_hosts_are_left_alone() -> anyhow::Result<()> {
-    let service = |name: &str, hostnames: Value, version: &str| {
-        json!({ "name": name, "hostnames": hostnames, "versions": [{ "name": version }] })
-    };
+    let service = |name: &str, hostnames: Value, version: &str| json!({ "name": name, "hostnames": hostnames, "versions": [{ "name": version }] });
     let services = [
         service("exact", json!(["Shop.example.com", "2.example.org"]), "v2"),
         service("wildcard", json!(["*.example.com"]), "v3"),

@@ -1,11 +1,10 @@
 //! `tideshift explain`: which version would a request get, and why?
 
-use super::{Failure, Output, print};
+use super::{Failure, Output, print, server};
+use crate::compile;
 use crate::documents::{self, Document};
 use crate::explain::{Request, explain, service_of};
-use crate::{compile, net};
 use std::path::PathBuf;
-use std::time::Duration;
 use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
 
 /// Say which version a request would get, by which rule, and why
@@ -45,7 +44,7 @@ pub(super) struct Arguments {
     #[arg(long, short = 'o', value_enum, default_value_t)]
     output: Output,
     /// The controller to ask where no document is given.
-    #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER", default_value = "http://127.0.0.1:7460")]
+    #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER", default_value = server::DEFAULT)]
     server: String,
 }
 
@@ -105,28 +104,9 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
 }
 
 async fn policy_in_force(server: &str) -> Result<Policy, Failure> {
-    // The controller answers a proxy that has everything only when there is more, after 25 s at the latest.
-    const PATIENCE: Duration = Duration::from_secs(30);
-    let failed = |why: String| Failure::Other(why.into());
-    net::install_crypto_provider();
-    let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build();
-    let client = client.map_err(|error| failed(net::reason(&error)))?;
-    let url = format!("{}/v1/policy?after=0&epoch=", server.trim_end_matches('/'));
-    let unreachable = |error: reqwest::Error| {
-        let why = net::reason(&error);
-        failed(format!(
-            "no controller at {server}: {why} (start one with `tideshift serve`, or name documents with -f)"
-        ))
-    };
-    let answer = client.get(url).send().await.map_err(unreachable)?;
-    match answer.status().as_u16() {
-        200 => {
-            let json = answer.bytes().await.map_err(unreachable)?;
-            Policy::from_json(&json).map_err(|errors| failed(format!("{server} answered no policy: {errors}")))
-        }
-        204 => Err(failed(format!("the controller at {server} has no policy yet"))),
-        status => Err(failed(format!("{server} answered with HTTP status {status} in place of a policy"))),
-    }
+    // As a proxy that has nothing yet.
+    let policy: serde_json::Value = server::get(server, "/v1/policy?after=0&epoch=").await?;
+    Policy::read(&policy).map_err(|errors| Failure::Other(format!("{server} answered no policy: {errors}").into()))
 }
 
 /// A host that leads to the service.
@@ -172,4 +152,39 @@ fn weight(text: &str) -> Result<(String, u32), String> {
     let parsed = text.split_once('=').and_then(|(name, weight)| Some((name.to_owned(), weight.parse().ok()?)));
     let parsed = parsed.filter(|(_, weight)| *weight <= MAX_WEIGHT);
     parsed.ok_or_else(|| format!("expected VERSION=WEIGHT with a weight from 0 to {MAX_WEIGHT}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_say_what_is_allowed() {
+        assert_eq!(header("X-Beta:  1 "), Ok(("X-Beta".to_owned(), "1".to_owned())));
+        assert_eq!(header("x-empty:"), Ok(("x-empty".to_owned(), String::new())));
+        for bad in ["x-beta", "x beta: 1", ": 1", ":path: /", "Host: a"] {
+            assert!(header(bad).is_err(), "{bad}");
+        }
+        assert_eq!(weight("v1=1000000"), Ok(("v1".to_owned(), 1_000_000)));
+        for bad in ["v1", "v1=", "v1=-1", "v1=1000001", "v1=1.5"] {
+            assert!(weight(bad).is_err(), "{bad}");
+        }
+        assert_eq!(path("/a?b=c"), Ok("/a?b=c".to_owned()));
+        assert!(path("a").is_err() && path("/a#b").is_err());
+    }
+
+    #[test]
+    fn a_service_has_a_host_to_try() {
+        let service = |hostnames: &str| {
+            let text = format!(
+                r#"{{"revision": 1, "services": [{{"name": "s", "versions": [{{"name": "v1"}}],
+                "hostnames": {hostnames}}}]}}"#
+            );
+            Policy::from_json(text.as_bytes()).unwrap()
+        };
+        for hostnames in ["[]", r#"["a.example.com", "b.example.com"]"#, r#"["*.example.com"]"#] {
+            let policy = service(hostnames);
+            assert_eq!(service_of(&policy, &host_of(&policy.services[0])), Some(0));
+        }
+    }
 }

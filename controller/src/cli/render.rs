@@ -82,3 +82,18 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
     let endpoint = address.or_else(name_and_port).filter(|endpoint| endpoint.port != 0);
     endpoint.ok_or_else(|| "expected host:port, such as 127.0.0.1:7460, [::1]:7460 or tideshift.internal:7460".into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_controller_may_be_an_address_or_a_name() {
+        for fine in ["127.0.0.1:7460", "[::1]:7460", "tideshift.internal:7460", "localhost:1"] {
+            assert_eq!(endpoint(fine).map(|endpoint| endpoint.to_string()), Ok(fine.to_owned()));
+        }
+        for bad in ["127.0.0.1", "localhost:", ":7460", "a b:1", "localhost:0", "localhost:65536", "::1:7460"] {
+            assert!(endpoint(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -360,3 +360,91 @@ stats_config:
   - {tag_name: version, regex: '^wasmcustom\..*?(version=\.=(.*?);\.;)'}
   - {tag_name: outcome, regex: '^wasmcustom\..*?(outcome=\.=(.*?);\.;)'}
 "##;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn shift(document: &str) -> TrafficShift {
+        let value: Value = serde_saphyr::from_str(document).unwrap();
+        TrafficShift::read(&value).unwrap()
+    }
+
+    fn options() -> Options {
+        Options {
+            listen: "127.0.0.1:10000".parse().unwrap(),
+            admin: "127.0.0.1:9901".parse().unwrap(),
+            controller: Endpoint { host: "tideshift.internal".to_owned(), port: 7460 },
+            controller_cluster: "tideshift_controller".to_owned(),
+            module: "target/tideshift.wasm".to_owned(),
+            access_log: Some("-".to_owned()),
+        }
+    }
+
+    /// Every kind of endpoint and of probe.
+    const CHECKOUT: &str = r##"
+apiVersion: tideshift.dev/v1alpha1
+kind: TrafficShift
+metadata: {name: checkout}
+spec:
+  hostnames: [checkout.example.com, "*.shop.example.com"]
+  versions:
+  - name: v1
+    endpoints: ["127.0.0.1:9001", "127.0.0.1:9011"]
+    readinessProbe:
+      httpGet: {path: "/health?deep=1", httpHeaders: [{name: Host, value: shop}, {name: X-A, value: "100%"}]}
+  - name: v2
+    endpoints: ["127.0.0.1:9002"]
+    readinessProbe: {httpGet: {path: /health, port: 9102}, periodMillis: 250, successThreshold: 2}
+  - {name: v3, endpoints: ["localhost:9003"], readinessProbe: {tcpSocket: {port: 9103}}}
+  - {name: "4.0", endpoints: ["[::1]:9004"], readinessProbe: {exec: {command: ["true"]}}}
+  - {name: "5", endpoints: ["127.0.0.1:9005"], readinessProbe: {httpGet: {scheme: HTTPS}}}
+  - {name: v6}
+  - {name: v7, endpoints: ["127.0.0.1:9007"], readinessProbe: {httpGet: {host: 127.0.0.2, port: 80}}}
+  - {name: v8, endpoints: ["127.0.0.1:9008"], readinessProbe: {tcpSocket: {host: elsewhere.internal}}}
+  stable: v1
+  rules:
+  - name: beta
+    matches: [{headers: [{name: x-beta, value: "1"}]}]
+    versions: [{name: v2}]
+"##;
+
+    /// Accepted by Envoy 1.40.0 with `--mode validate`; the end-to-end tests ask it again.
+    #[test]
+    fn the_bootstrap_is_what_it_was() {
+        let search = "{apiVersion: tideshift.dev/v1alpha1, kind: TrafficShift, metadata: {name: search}, \
+                      spec: {versions: [{name: blue, endpoints: [\"127.0.0.1:9021\"]}, {name: green}], stable: blue}}";
+        let bootstrap = bootstrap(&[shift(CHECKOUT), shift(search)], &options()).unwrap();
+        insta::assert_snapshot!(bootstrap);
+    }
+
+    #[test]
+    fn the_bootstrap_is_yaml_with_a_policy_that_the_filter_takes() {
+        let checkout = shift(CHECKOUT);
+        let bootstrap = bootstrap(std::slice::from_ref(&checkout), &options()).unwrap();
+        let bootstrap: Value = serde_saphyr::from_str(&bootstrap).unwrap();
+        let chain = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0];
+        let manager = &chain["filters"][0]["typed_config"];
+        let policy = &manager["http_filters"][0]["typed_config"]["config"]["configuration"]["value"];
+        let policy = Policy::from_json(policy.as_str().unwrap().as_bytes()).unwrap();
+        assert_eq!((policy.revision, policy.services.len()), (0, 1));
+        assert_eq!((&policy.services[0].rules, &policy.services[0].errors), (&checkout.rules, &checkout.errors));
+        let weights: Vec<_> = policy.services[0].versions.iter().map(|v| (v.weight, v.serving)).collect();
+        assert_eq!(weights[..3], [(100, true), (0, true), (0, true)]);
+        assert_eq!(weights[5], (0, false), "a rule must not lead to a version without endpoints");
+        let clusters = bootstrap["static_resources"]["clusters"].as_array().unwrap();
+        let names: Vec<_> = clusters.iter().map(|cluster| &cluster["name"]).collect();
+        let routes = manager["route_config"]["virtual_hosts"][0]["routes"].as_array().unwrap();
+        assert_eq!(routes.len(), checkout.versions.len() + 1);
+        assert!(routes.iter().all(|route| names.contains(&&route["route"]["cluster"])));
+        assert_eq!(routes.last().unwrap()["match"], json!({"prefix": "/"}));
+    }
+
+    #[test]
+    fn the_controllers_cluster_has_a_name_of_its_own() {
+        let options = Options { controller_cluster: "checkout_v2".to_owned(), ..options() };
+        let taken = bootstrap(&[shift(CHECKOUT)], &options).unwrap_err().to_string();
+        assert!(taken.ends_with("version v2 of checkout would both be called checkout_v2"), "{taken}");
+    }
+}
