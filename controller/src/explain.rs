@@ -229,7 +229,6 @@ fn told(mismatch: &Mismatch<'_>, headers: &[(String, String)]) -> String {
     let (what, wanted) = match mismatch {
         Mismatch::Method(wanted) => ("method".to_owned(), (*wanted).to_owned()),
         Mismatch::Path(wanted) => ("path".to_owned(), wanted_path(wanted)),
-        Mismatch::Header(m) if m.name == AUTHORITY => ("header host".to_owned(), wanted_value(m)),
         Mismatch::Header(m) => (format!("header {}", m.name), wanted_value(m)),
         Mismatch::Cookie(m) => (format!("cookie {}", m.name), wanted_value(m)),
         Mismatch::QueryParam(m) => (format!("query parameter {}", m.name), wanted_value(m)),

@@ -296,3 +296,75 @@ fn shown(value: &Value) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    #[derive(Debug, PartialEq)]
+    struct Pair {
+        name: String,
+        count: u64,
+    }
+
+    fn pair(d: &mut Decoder, value: &Value) -> Option<Pair> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", Decoder::filled_text);
+        let count = f.optional(d, "holdSeconds", |d, v| d.integer(v, 1, 9));
+        f.unsupported(d, &["session"]);
+        f.finish(d);
+        Some(Pair { name: name?, count: count.unwrap_or(7) })
+    }
+
+    fn errors(value: Value) -> Vec<String> {
+        let read = |d: &mut Decoder, v: &Value| d.within("pairs", |d| d.list(v, pair));
+        let errors = Decoder::read(&value, read).map_or_else(|errors| errors.0, |_| Vec::new());
+        errors.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn fields_left_out_or_null_have_their_defaults() {
+        assert_eq!(
+            Decoder::read(&json!({"name": "a", "holdSeconds": null}), pair),
+            Ok(Pair { name: "a".to_owned(), count: 7 })
+        );
+    }
+
+    #[test]
+    fn every_error_is_told_at_once_with_its_place() {
+        let value = json!([
+            {"nmae": "a", "holdSeconds": 10},
+            {"name": "", "holdSecond": 3, "session": {}},
+            "text",
+            {"name": "b", "holdSeconds": 1.5},
+        ]);
+        assert_eq!(
+            errors(value),
+            [
+                "pairs[0].name: missing; expected a name",
+                "pairs[0].holdSeconds: 10 is not allowed; expected an integer from 1 to 9",
+                "pairs[0].nmae: unknown field; did you mean `name`? (known here: name, holdSeconds, session)",
+                "pairs[1].name: \"\" is not allowed; expected a string that is not empty",
+                "pairs[1].session: not supported by this version of tideshift yet, and never silently ignored; remove it",
+                "pairs[1].holdSecond: unknown field; did you mean `holdSeconds`? (known here: name, holdSeconds, session)",
+                "pairs[2]: \"text\" is not allowed; expected an object",
+                "pairs[3].holdSeconds: 1.5 is not allowed; expected an integer from 1 to 9",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_name_like_nothing_known_gets_no_suggestion() {
+        let errors = errors(json!([{"name": "a", "zzz": 1}]));
+        assert_eq!(errors, ["pairs[0].zzz: unknown field (known here: name, holdSeconds, session)"]);
+    }
+
+    #[test]
+    fn long_values_are_cut() {
+        let errors = errors(json!(["ä".repeat(500)]));
+        assert!(errors.concat().len() < 300 && errors.concat().contains('…'), "{errors:?}");
+    }
+}

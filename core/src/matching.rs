@@ -125,10 +125,10 @@ impl Match {
     /// The first field that does not hold for the request; `None` if all do.
     pub fn mismatch(&self, request: &(impl Request + ?Sized)) -> Option<Mismatch<'_>> {
         let method = self.method.as_deref().filter(|wanted| !method_holds(wanted, request)).map(Mismatch::Method);
-        let header_holds = |m: &NamedMatch| request.header(&m.name).is_some_and(|value| m.value.holds(&value));
-        let header = || self.headers.iter().find(|m| !header_holds(m)).map(Mismatch::Header);
-        let cookie = || self.cookie_mismatch(request).map(Mismatch::Cookie);
-        method.or_else(header).or_else(cookie).or_else(|| self.path_or_query_mismatch(request))
+        let header_holds = |m: &NamedMatch| header(m, request).is_some_and(|value| m.value.holds(&value));
+        let in_headers = || self.headers.iter().find(|m| !header_holds(m)).map(Mismatch::Header);
+        let in_cookies = || self.cookie_mismatch(request).map(Mismatch::Cookie);
+        method.or_else(in_headers).or_else(in_cookies).or_else(|| self.path_or_query_mismatch(request))
     }
 
     fn cookie_mismatch(&self, request: &(impl Request + ?Sized)) -> Option<&NamedMatch> {
@@ -156,11 +156,7 @@ impl Match {
 
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
-        let headers = named(&mut f, d, "headers", |d, value| {
-            let name = name::header(d, value)?;
-            // Envoy hands the host on under HTTP/2's name for it.
-            Some(if name == "host" { AUTHORITY.to_owned() } else { name })
-        });
+        let headers = named(&mut f, d, "headers", name::header);
         let cookie_name = |d: &mut Decoder, value: &Value| d.text_where(value, "a cookie name", name::is_token);
         let cookies = named(&mut f, d, "cookies", cookie_name);
         let query_params = named(&mut f, d, "queryParams", Decoder::filled_text);
@@ -178,12 +174,18 @@ fn method_holds(wanted: &str, request: &(impl Request + ?Sized)) -> bool {
     request.header(METHOD).is_some_and(|m| *m == *wanted.as_bytes())
 }
 
+/// The header that a match is about.
+fn header<'r>(m: &NamedMatch, request: &'r (impl Request + ?Sized)) -> Option<Cow<'r, [u8]>> {
+    // Envoy hands the host on under HTTP/2's name for it.
+    request.header(if m.name == "host" { AUTHORITY } else { &m.name })
+}
+
 impl Mismatch<'_> {
     /// What the request has in place of what is wanted, decoded as it was compared; `None` if it is not there.
     pub fn found(&self, request: &(impl Request + ?Sized)) -> Option<Vec<u8>> {
         match self {
             Self::Method(_) => request.header(METHOD).map(Cow::into_owned),
-            Self::Header(m) => request.header(&m.name).map(Cow::into_owned),
+            Self::Header(m) => header(m, request).map(Cow::into_owned),
             Self::Cookie(m) => request::cookie(&request.header("cookie")?, &m.name).map(<[u8]>::to_vec),
             Self::Path(_) => Some(request::split_path(&request.header(PATH)?).0.to_vec()),
             Self::QueryParam(m) => {
@@ -265,7 +267,7 @@ impl PathMatch {
 const REGEX: &str = "a regular expression (regex-lite syntax: no look-around, no back-references)";
 
 fn regex(d: &mut Decoder, value: &Value) -> Option<Regex> {
-    match Regex::new(value.as_str()?) {
+    match Regex::new(&d.text_where(value, REGEX, |_| true)?) {
         Ok(regex) => Some(regex),
         Err(error) => {
             d.invalid(value, format!("{REGEX}: {error}"));
@@ -286,6 +288,7 @@ pub(crate) fn choice(d: &mut Decoder, value: &Value, words: &[&'static str]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -336,5 +339,132 @@ mod tests {
             mismatch(r#"{"queryParams": [{"name": "q", "type": "Present"}]}"#, &[]),
             Some(("q".to_owned(), None))
         );
+    }
+
+    fn read(value: Value) -> Match {
+        Decoder::read(&value, Match::read).unwrap_or_else(|errors| unreachable!("{errors}"))
+    }
+
+    /// Whether a match holds for `GET /cart/1?q=a%20b` with these headers and these cookies.
+    fn holds(value: Value, headers: &[(&str, &str)]) -> bool {
+        let mut request: Vec<(&str, &[u8])> = vec![(":method", b"GET"), (":path", b"/cart/1?q=a%20b&empty=")];
+        request.extend(headers.iter().map(|(name, value)| (*name, value.as_bytes())));
+        read(value).holds(request.as_slice())
+    }
+
+    fn header(kind: &str, value: &str) -> Value {
+        json!({"headers": [{"name": "X-Beta", "type": kind, "value": value}]})
+    }
+
+    #[test]
+    fn headers_match_by_type() {
+        for (wanted, sent, expected) in [
+            (header("Exact", "1"), "1", true),
+            (header("Exact", "1"), "10", false),
+            (header("Exact", ""), "", true),
+            (header("Prefix", "eu-"), "eu-west", true),
+            (header("Prefix", "eu-"), "us-eu-", false),
+            (header("RegularExpression", "[0-9]+"), "12", true),
+            (header("RegularExpression", "[0-9]+"), "a12", false),
+            (header("RegularExpression", "a|b"), "ab", false),
+        ] {
+            assert_eq!(holds(wanted.clone(), &[("x-beta", sent)]), expected, "{wanted} for {sent:?}");
+            assert!(!holds(wanted, &[("x-other", sent)]));
+        }
+        let present = json!({"headers": [{"name": "x-beta", "type": "Present"}]});
+        assert!(holds(present.clone(), &[("x-beta", "")]));
+        assert!(!holds(present, &[]));
+    }
+
+    #[test]
+    fn exact_is_the_type_where_none_is_said() {
+        assert!(holds(json!({"headers": [{"name": "x-beta", "value": "1"}]}), &[("x-beta", "1")]));
+        assert!(holds(
+            json!({"cookies": [{"name": "canary", "value": "always"}]}),
+            &[("cookie", "a=b; canary=always")]
+        ));
+        assert!(holds(json!({"path": {"value": "/cart"}}), &[]), "and PathPrefix for paths");
+    }
+
+    #[test]
+    fn values_that_are_not_utf8_match_as_bytes_but_no_expression() {
+        let request: [(&str, &[u8]); 1] = [("x-beta", b"eu-\xff")];
+        assert!(read(header("Prefix", "eu-")).holds(&request[..]));
+        assert!(!read(header("RegularExpression", ".*")).holds(&request[..]));
+        assert!(read(json!({"headers": [{"name": "x-beta", "type": "Present"}]})).holds(&request[..]));
+    }
+
+    #[test]
+    fn all_fields_of_a_match_must_hold() {
+        let both = json!({
+            "method": "GET",
+            "path": {"type": "PathPrefix", "value": "/cart"},
+            "queryParams": [{"name": "q", "value": "a b"}, {"name": "empty", "type": "Present"}],
+            "headers": [{"name": "x-beta", "value": "1"}],
+        });
+        assert!(holds(both.clone(), &[("x-beta", "1")]));
+        assert!(!holds(both.clone(), &[("x-beta", "2")]));
+        for (field, other) in [("method", json!("POST")), ("path", json!({"value": "/other"}))] {
+            let mut changed = both.clone();
+            changed[field] = other;
+            assert!(!holds(changed, &[("x-beta", "1")]), "{field}");
+        }
+        assert!(holds(json!({}), &[]), "a match without fields holds for every request");
+    }
+
+    #[test]
+    fn path_prefixes_go_by_path_elements() {
+        let prefix = |prefix: &str, path: &str| {
+            let request = [(":path", path)];
+            read(json!({"path": {"type": "PathPrefix", "value": prefix}})).holds(&request[..])
+        };
+        for path in ["/cart", "/cart/", "/cart/1", "/cart?x=1", "/cart/?x=1"] {
+            assert!(prefix("/cart", path) && prefix("/cart/", path) && prefix("/", path), "{path}");
+        }
+        for path in ["/cartoon", "/car", "/", "", "*", "/CART", "/x/cart"] {
+            assert!(!prefix("/cart", path), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_host_header_is_the_authority() {
+        let request = [(":authority", "a.example.com")];
+        assert!(read(json!({"headers": [{"name": "Host", "value": "a.example.com"}]})).holds(&request[..]));
+    }
+
+    #[test]
+    fn what_can_never_match_or_be_read_is_an_error() {
+        for (value, place) in [
+            (json!({"headers": [{"name": "x-tideshift-version", "value": "v2"}]}), "headers[0].name"),
+            (json!({"headers": [{"name": "a b", "value": ""}]}), "headers[0].name"),
+            (json!({"headers": [{"name": "a", "type": "exact", "value": ""}]}), "headers[0].type"),
+            (json!({"headers": [{"name": "a"}]}), "headers[0].value"),
+            (json!({"headers": [{"name": "a", "type": "Present", "value": "x"}]}), "headers[0].value"),
+            (json!({"headers": [{"name": "a", "type": "RegularExpression", "value": "("}]}), "headers[0].value"),
+            (json!({"headers": [{"name": "a", "type": "RegularExpression", "value": "a)(b"}]}), "headers[0].value"),
+            (
+                json!({"headers": [{"name": "a", "type": "RegularExpression", "value": "(((a{99}){99}){99})"}]}),
+                "headers[0].value",
+            ),
+            (json!({"headers": [{"name": "a", "type": "RegularExpression", "value": 1}]}), "headers[0].value"),
+            (json!({"path": {"type": "Exact", "value": "cart"}}), "path.value"),
+            (json!({"path": {"type": "PathPrefix", "value": "/a?b"}}), "path.value"),
+            (json!({"method": "get"}), "method"),
+            (json!({"queryParams": [{"name": "", "value": "a"}]}), "queryParams[0].name"),
+        ] {
+            let errors = Decoder::read(&value, Match::read).map_or_else(|errors| errors.0, |_| Vec::new());
+            assert_eq!(errors.iter().map(|e| e.path.as_str()).collect::<Vec<_>>(), [place], "{value}");
+        }
+    }
+
+    #[test]
+    fn a_match_is_written_as_it_is_read() {
+        let value = json!({
+            "headers": [{"name": "host", "type": "RegularExpression", "value": "a|b"}, {"name": "x-a", "type": "Present"}],
+            "queryParams": [{"name": "q", "type": "Prefix", "value": "x"}],
+            "path": {"type": "PathPrefix", "value": "/cart"},
+            "method": "GET",
+        });
+        assert_eq!(serde_json::to_value(read(value.clone())).ok(), Some(value));
     }
 }

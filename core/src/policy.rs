@@ -305,3 +305,114 @@ impl Unique {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    fn errors(policy: &Value) -> Vec<String> {
+        Policy::read(policy).map_or_else(|errors| errors.0, |_| Vec::new()).iter().map(ToString::to_string).collect()
+    }
+
+    fn one_service(service: Value) -> Value {
+        json!({"revision": 1, "services": [service]})
+    }
+
+    #[test]
+    fn a_policy_needs_no_more_than_a_revision_and_services() {
+        let policy = Policy::read(&one_service(json!({"name": "checkout", "versions": [{"name": "v1"}]})));
+        let version = Version { name: "v1".to_owned(), weight: 1, serving: true };
+        assert_eq!(policy.map(|policy| policy.services[0].versions.clone()), Ok(vec![version]));
+    }
+
+    #[test]
+    fn revisions_of_64_bits_may_be_strings() {
+        let read = |revision: Value| Policy::read(&json!({"revision": revision, "services": []})).map(|p| p.revision);
+        assert_eq!(read(json!(u64::MAX)), Ok(u64::MAX));
+        assert_eq!(read(json!("18446744073709551615")), Ok(u64::MAX));
+        for bad in [json!("18446744073709551616"), json!(-1), json!(1.5), json!("1.0"), json!(""), json!("+1")] {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_policy_is_written_as_it_is_read() {
+        let value = json!({
+            "controller": {"cluster": "c", "authority": "a", "token": "t"},
+            "revision": 7,
+            "services": [{
+                "name": "checkout",
+                "hostnames": ["checkout.example.com"],
+                "versions": [{"name": "v1", "weight": 90, "serving": true}, {"name": "v2", "weight": 10, "serving": false}],
+                "rules": [{"name": "beta", "matches": [{"method": "GET"}], "versions": [{"name": "v2", "weight": 1}]}],
+                "errors": {"statusCodes": ["429", "500-599"], "grpcStatusCodes": [14]},
+            }],
+        });
+        let written = Policy::read(&value).map(|policy| serde_json::to_value(policy).ok());
+        assert_eq!(written, Ok(Some(value)));
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let policy = json!({
+            "revison": 1,
+            "services": [
+                {
+                    "name": "Checkout",
+                    "hostnames": ["shop.example.com:80", "*"],
+                    "versions": [{"name": "v1", "weight": 1_000_001}, {"name": "v2", "serving": "yes"}, {"name": "v2"}],
+                    "rules": [{"versions": [{"name": "v3"}]}, {"name": "r", "versions": []}],
+                    "session": {"type": "Cookie"},
+                },
+                {"name": "b", "versions": [{"name": "v1"}], "hostnames": ["a.example.com", "A.example.com"]},
+            ],
+        });
+        let found = errors(&policy);
+        let expected = [
+            "revision: missing; expected an integer of at least 0, as a number or a string",
+            "services[0].name: \"Checkout\" is not allowed",
+            "services[0].hostnames[0]: \"shop.example.com:80\" is not allowed; expected a hostname without port",
+            "services[0].hostnames[1]: \"*\" is not allowed",
+            "services[0].versions[0].weight: 1000001 is not allowed; expected an integer from 0 to 1000000",
+            "services[0].versions[1].serving: \"yes\" is not allowed; expected true or false",
+            "services[0].versions[2].name: \"v2\" is not allowed; expected a version name that no other version here has",
+            "services[0].rules[0].versions[0].name: \"v3\" is not allowed; expected one of the versions v1, v2, v2",
+            "services[0].rules[1].versions: [] is not allowed; expected 1 to 1000 versions",
+            "services[0].session: not supported",
+            "services[1].hostnames[1]: \"a.example.com\" is not allowed; expected a hostname that no other service has",
+            "revison: unknown field; did you mean `revision`?",
+        ];
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.starts_with(expected), "{found}\nshould start with\n{expected}");
+        }
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+    }
+
+    #[test]
+    fn only_one_service_is_for_every_host() {
+        let service = |name: &str| json!({"name": name, "versions": [{"name": "v1"}]});
+        let found = errors(&json!({"revision": 1, "services": [service("a"), service("b"), service("a")]}));
+        assert_eq!(found.len(), 3, "{found:#?}");
+        assert!(found[0].starts_with("services[1].hostnames: \"*\" is not allowed"));
+        assert!(found.iter().any(|error| error.starts_with("services[2].name: \"a\"")));
+    }
+
+    #[test]
+    fn a_token_is_never_shown() {
+        let policy = json!({"controller": {"cluster": "c", "token": "secret "}, "revision": 1, "services": []});
+        assert!(!errors(&policy).concat().contains("secret"));
+        let policy = json!({"controller": {"cluster": "c", "token": "secret"}, "revision": 1, "services": []});
+        assert!(Policy::read(&policy).is_ok_and(|policy| !format!("{policy:?}").contains("secret")));
+    }
+
+    #[test]
+    fn what_is_no_json_is_said_to_be_none() {
+        let error = Policy::from_json(b"{\"revision\": 1,").map_or_else(|errors| errors.to_string(), |_| String::new());
+        assert!(error.starts_with("not JSON: "), "{error}");
+        assert!(Policy::from_json(b"\xff").is_err());
+        assert!(Policy::from_json(b"").is_err());
+    }
+}

@@ -284,7 +284,8 @@ impl Endpoint {
         parsed
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    /// Reads `host:port`, with an IPv6 address in brackets.
+    pub fn parse(text: &str) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         let port = port.parse().ok().filter(|port| *port != 0)?;
         let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {

@@ -11,6 +11,8 @@ use tideshift_core::report::{Refused, Report, ServiceReport};
 
 /// The controller answers a poll after at most 25 s; this is for one that does not.
 const POLL_TIMEOUT: Duration = Duration::from_secs(30);
+/// From one poll to the next if the first brought nothing, also where somebody answers at once instead of holding it.
+const POLL_PERIOD: Duration = Duration::from_secs(1);
 /// A report that takes longer is given up; the next one says the same and more.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// From one report to the next.
@@ -75,6 +77,7 @@ impl Link {
         let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
         let (proxy, epoch) = (encode(&self.proxy), encode(&seen.epoch));
         let path = format!("/v1/policy?proxy={proxy}&epoch={epoch}&after={}", seen.revision);
+        self.poll_at = now.saturating_add(POLL_PERIOD.as_nanos() as u64);
         self.poll = self.call("GET", &path, None, POLL_TIMEOUT);
         if self.poll.is_none() {
             let why = format!("Envoy has no cluster {} to call", self.controller.cluster);
@@ -136,7 +139,9 @@ impl Link {
         match taken {
             Ok(answer) => {
                 self.failures = 0;
-                self.poll_at = now;
+                if let Answer::Policy = answer {
+                    self.poll_at = now;
+                }
                 answer
             }
             Err(why) => {

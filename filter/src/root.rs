@@ -50,6 +50,8 @@ struct Controller {
     link: Link,
     /// `None` until the first tick.
     workers: Option<Workers>,
+    /// Whether this VM had the lease at its last tick.
+    leads: bool,
 }
 
 impl Worker {
@@ -118,7 +120,7 @@ impl Root {
     fn connect(&mut self, controller: &ControllerRef) {
         let shared = Shared::new(controller);
         let link = Link::new(controller, &shared);
-        self.controller = Some(Controller { shared, link, workers: None });
+        self.controller = Some(Controller { shared, link, workers: None, leads: false });
         self.catch_up();
         host::tick_every(FIRST_TICK);
     }
@@ -138,7 +140,8 @@ impl Context for Root {
             }
             Answer::Nothing => {}
         }
-        if let Some(Controller { link, .. }) = &mut self.controller {
+        // At once, not at the next tick; but a VM that has lost the lease meanwhile leaves it to the one that has it.
+        if let Some(Controller { link, leads: true, .. }) = &mut self.controller {
             link.poll(now, &self.place, &mut self.random);
         }
     }
@@ -174,8 +177,9 @@ impl RootContext for Root {
             controller.workers = Some(Workers::join(controller.shared.clone()));
         }
         self.beat(now);
-        let Some(Controller { shared, link, workers: Some(workers) }) = &mut self.controller else { return };
-        if shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64)) {
+        let Some(Controller { shared, link, workers: Some(workers), leads }) = &mut self.controller else { return };
+        *leads = shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64));
+        if *leads {
             link.poll(now, &self.place, &mut self.random);
             link.report(now, workers.applied_by_all(now), || self.counters.read());
         }

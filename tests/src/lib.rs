@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod policy_server;
 pub mod ports;
 pub mod process;
+pub mod rig;
 pub mod setup;
 pub mod wait;
 pub mod wasm_host;

@@ -109,11 +109,32 @@ pub struct Tally {
     pub failed: u64,
     /// The answers by version ([`NOBODY`] where none was named) and status.
     pub by: BTreeMap<(String, u16), u64>,
+    /// When the versions were called and when they failed.
+    pub times: BTreeMap<String, Times>,
     /// What the first failures said.
     pub failures: Vec<String>,
 }
 
+/// When clients called a version, as far as it answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// When the latest of its requests was sent.
+    pub last_sent: Instant,
+    /// When its first answer with a status of 500 and above had arrived.
+    pub first_error: Option<Instant>,
+}
+
 impl Tally {
+    fn add(&mut self, sent: Instant, (version, status): (String, u16)) {
+        let times = self.times.entry(version.clone()).or_insert(Times { last_sent: sent, first_error: None });
+        times.last_sent = times.last_sent.max(sent);
+        if status >= 500 {
+            times.first_error.get_or_insert_with(Instant::now);
+        }
+        self.answered += 1;
+        *self.by.entry((version, status)).or_default() += 1;
+    }
+
     /// Answers of `version` with any status.
     pub fn of(&self, version: &str) -> u64 {
         self.count(|name, _| name == version)
@@ -139,7 +160,7 @@ impl Tally {
         self.failed + self.count(|_, status| status >= 500)
     }
 
-    /// What was added since `earlier`, a tally of the same load.
+    /// What was added since `earlier`, a tally of the same load; its times are this one's.
     pub fn since(&self, earlier: &Self) -> Self {
         let mut by = self.by.clone();
         by.retain(|key, count| {
@@ -151,6 +172,7 @@ impl Tally {
             answered: self.answered - earlier.answered.min(self.answered),
             failed: self.failed - earlier.failed.min(self.failed),
             by,
+            times: self.times.clone(),
             failures: self.failures.get(earlier.failures.len()..).unwrap_or_default().to_vec(),
         }
     }
@@ -228,12 +250,9 @@ impl Shared {
                 break;
             }
             self.tally().sent += 1;
+            let sent = Instant::now();
             match self.send(&mut connection).await {
-                Ok(answer) => {
-                    let mut tally = self.tally();
-                    tally.answered += 1;
-                    *tally.by.entry(answer).or_default() += 1;
-                }
+                Ok(answer) => self.tally().add(sent, answer),
                 Err(error) => {
                     connection = None;
                     let mut tally = self.tally();

@@ -77,8 +77,8 @@ struct Offer {
     revision: u64,
     body: Vec<u8>,
     hold: Duration,
-    /// These bytes instead, and the connection is closed after them.
-    raw: Option<Vec<u8>>,
+    /// These bytes instead, and the connection is closed after them; whether once only.
+    raw: Option<(Vec<u8>, bool)>,
 }
 
 #[derive(Debug)]
@@ -156,8 +156,14 @@ impl PolicyServer {
     /// Answers each poll at once with these bytes, whatever they are, and closes the connection; until the next
     /// publishing.
     pub fn answer_raw(&self, bytes: impl Into<Vec<u8>>) {
-        let bytes = bytes.into();
-        self.state.offer.send_modify(|offer| offer.raw = Some(bytes));
+        let raw = Some((bytes.into(), false));
+        self.state.offer.send_modify(|offer| offer.raw = raw);
+    }
+
+    /// The same for one poll only: the one that is held, or else the next.
+    pub fn answer_raw_once(&self, bytes: impl Into<Vec<u8>>) {
+        let raw = Some((bytes.into(), true));
+        self.state.offer.send_modify(|offer| offer.raw = raw);
     }
 
     /// Answers polls with 204 after this time if there is nothing newer.
@@ -310,7 +316,10 @@ async fn answer_poll(stream: &mut TcpStream, poll: Poll, state: &State) -> anyho
     };
     match offer {
         None => respond(stream, 204, "", b"").await,
-        Some(Offer { raw: Some(raw), .. }) => {
+        Some(Offer { raw: Some((raw, once)), .. }) => {
+            if once {
+                state.offer.send_modify(|offer| offer.raw = None);
+            }
             stream.write_all(&raw).await?;
             Ok(Next::Close)
         }

@@ -72,15 +72,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, String> {
-    let name_and_port = || {
-        let (host, port) = text.rsplit_once(':')?;
-        let is_name = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) && !host.is_empty();
-        Some(Endpoint { host: is_name.then(|| host.to_owned())?, port: port.parse().ok()? })
-    };
-    let address = text.parse::<SocketAddr>().ok();
-    let address = address.map(|address| Endpoint { host: address.ip().to_string(), port: address.port() });
-    let endpoint = address.or_else(name_and_port).filter(|endpoint| endpoint.port != 0);
-    endpoint.ok_or_else(|| "expected host:port, such as 127.0.0.1:7460, [::1]:7460 or tideshift.internal:7460".into())
+    let allowed = "expected host:port, such as 127.0.0.1:7460, [::1]:7460 or tideshift.internal:7460";
+    Endpoint::parse(text).ok_or_else(|| allowed.to_owned())
 }
 
 #[cfg(test)]

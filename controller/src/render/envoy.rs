@@ -246,7 +246,9 @@ fn cluster_head(name: &str, endpoints: &[Endpoint]) -> String {
         true => "STATIC",
         false => "STRICT_DNS\n  dns_lookup_family: V4_PREFERRED",
     };
-    format!("- name: {}\n  type: {kind}\n  connect_timeout: 1s\n", scalar(name))
+    // A dot in the name would end the cluster's name in Envoy's metrics.
+    let alias = name.contains('.').then(|| format!("  alt_stat_name: {}\n", scalar(&name.replace('.', "_"))));
+    format!("- name: {}\n{}  type: {kind}\n  connect_timeout: 1s\n", scalar(name), alias.unwrap_or_default())
 }
 
 fn load_assignment(name: &str, endpoints: &[Endpoint], config: impl Fn(&Endpoint) -> Option<String>) -> String {

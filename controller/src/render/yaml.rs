@@ -10,7 +10,21 @@ pub(super) fn scalar(text: &str) -> String {
     let is_plain = text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b))
         && !TAKEN.contains(&text.to_ascii_lowercase().as_str());
-    if is_plain { text.to_owned() } else { Value::from(text).to_string() }
+    if is_plain { text.to_owned() } else { quoted(text) }
+}
+
+/// A text in quotes as JSON and YAML have them, what YAML does not let through escaped.
+fn quoted(text: &str) -> String {
+    let refused =
+        |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}'..='\u{ffff}');
+    let mut quoted = String::new();
+    for c in Value::from(text).to_string().chars() {
+        match refused(c) {
+            true => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => quoted.push(c),
+        }
+    }
+    quoted
 }
 
 /// Scalars as a list on one line.
@@ -42,8 +56,9 @@ fn json_after(used: usize, value: &Value, width: usize) -> String {
         Value::Object(fields) => {
             let (names, others): (Vec<_>, Vec<_>) = fields.iter().partition(|(name, _)| *name == "name");
             let fields = names.into_iter().chain(others);
-            ('{', fields.map(|(name, value)| (format!("{}: ", Value::from(name.as_str())), value)).collect(), '}')
+            ('{', fields.map(|(name, value)| (format!("{}: ", quoted(name)), value)).collect(), '}')
         }
+        Value::String(text) => return quoted(text),
         _ => return value.to_string(),
     };
     let written = |width: usize| -> Vec<String> {
@@ -77,20 +92,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn scalars_are_read_as_what_they_were(text in ".*|[a-z0-9.e-]{1,5}") {
+        fn scalars_are_read_as_what_they_were(text in "(?s).*|[a-z0-9.e-]{1,5}") {
             let read: Value = serde_saphyr::from_str(&format!("a: {}\n", scalar(&text))).unwrap();
             prop_assert_eq!(&read["a"], &json!(text));
         }
 
         #[test]
         fn spread_json_means_the_same(
-            names in prop::collection::vec(".{0,30}", 0..20),
+            names in prop::collection::vec("(?s).{0,30}", 0..20),
             numbers in prop::collection::vec(any::<u64>(), 0..20),
             width in 0usize..120,
         ) {
             let value = json!({"names": names, "numbers": numbers, "both": {"n": numbers, "s": names}, "none": []});
-            let read: Value = serde_json::from_str(&json(&value, width)).unwrap();
-            prop_assert_eq!(read, value);
+            let json = json(&value, width);
+            let read: Value = serde_json::from_str(&json).unwrap();
+            prop_assert_eq!(&read, &value);
+            let block: Value = serde_saphyr::from_str(&format!("a: |\n{}\n", indent(2, &json))).unwrap();
+            prop_assert_eq!(&block["a"], &Value::from(format!("{json}\n")));
         }
     }
 

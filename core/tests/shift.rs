@@ -1,0 +1,169 @@
+//! TrafficShift documents: what is taken, with which defaults, and what is refused in which words.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // Tests say what must hold by unwrapping it.
+
+use serde_json::{Value, json};
+use std::time::Duration;
+use tideshift_core::shift::{Check, TrafficShift};
+#[cfg(target_arch = "wasm32")]
+use wasm_bindgen_test::wasm_bindgen_test as test;
+
+fn document(spec: Value) -> Value {
+    json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "checkout"}, "spec": spec})
+}
+
+fn spec() -> Value {
+    json!({
+        "hostnames": ["checkout.example.com"],
+        "versions": [
+            {"name": "v1", "endpoints": ["127.0.0.1:9001"], "readinessProbe": {"httpGet": {"path": "/health"}}},
+            {"name": "v2", "endpoints": ["[::1]:9002", "payments.internal:80"]},
+        ],
+        "stable": "v1",
+    })
+}
+
+fn errors(document: &Value) -> Vec<String> {
+    let errors = TrafficShift::read(document).map_or_else(|errors| errors.0, |_| Vec::new());
+    errors.iter().map(ToString::to_string).collect()
+}
+
+/// The errors of the usual document with one field changed; the field is a JSON pointer into `spec`.
+fn errors_with(pointer: &str, value: Value) -> Vec<String> {
+    let mut spec = spec();
+    let (parent, field) = pointer.rsplit_once('/').unwrap_or_default();
+    if let Some(parent) = spec.pointer_mut(parent) {
+        parent[field] = value;
+    }
+    errors(&document(spec))
+}
+
+#[test]
+fn what_is_left_out_has_kubernetes_defaults() {
+    let shift = TrafficShift::read(&document(spec())).unwrap();
+    let probe = shift.versions[0].readiness_probe.clone().unwrap();
+    assert_eq!((probe.period, probe.timeout), (Duration::from_secs(10), Duration::from_secs(1)));
+    assert_eq!((probe.initial_delay, probe.success_threshold, probe.failure_threshold), (Duration::ZERO, 1, 3));
+    assert!(matches!(probe.check, Check::HttpGet(get) if get.path == "/health" && !get.https && get.port.is_none()));
+    assert_eq!((shift.target, shift.steps.len(), shift.steps[0].weight), (None, 1, 100));
+    assert_eq!(shift.versions[1].endpoints[0].to_string(), "[::1]:9002");
+}
+
+#[test]
+fn probes_are_read_whole() {
+    let mut spec = spec();
+    spec["versions"][0]["readinessProbe"] = json!({
+        "exec": {"command": ["check", "--fast"]}, "initialDelaySeconds": 5, "periodMillis": 50, "timeoutSeconds": 2,
+        "successThreshold": 2, "failureThreshold": 1,
+    });
+    let probe = TrafficShift::read(&document(spec)).unwrap().versions[0].readiness_probe.clone().unwrap();
+    assert_eq!(probe.check, Check::Exec { command: vec!["check".to_owned(), "--fast".to_owned()] });
+    assert_eq!((probe.initial_delay, probe.period), (Duration::from_secs(5), Duration::from_millis(50)));
+    assert_eq!((probe.success_threshold, probe.failure_threshold), (2, 1));
+}
+
+#[test]
+fn what_is_not_built_yet_is_refused_and_never_ignored() {
+    for (pointer, value) in [
+        ("/session", json!({"type": "Header", "name": "x-user-id"})),
+        ("/drain", json!({"timeoutSeconds": 300})),
+        ("/strategy", json!({"maxSurge": "25%"})),
+        ("/strategy", json!({"maxUnavailable": 1})),
+        ("/strategy", json!({"minReadySeconds": 0})),
+        ("/strategy", json!({"warmUp": {"seconds": 30}})),
+        ("/strategy", json!({"steps": [{"pause": true}]})),
+        ("/analysis", json!({"falseRollbackRate": 0.001})),
+        ("/analysis", json!({"maxErrorRate": 0.02})),
+        ("/analysis", json!({"passConfidence": 0.95})),
+        ("/analysis", json!({"latency": {}})),
+    ] {
+        let errors = errors_with(pointer, value.clone());
+        assert_eq!(errors.len(), 1, "{value}: {errors:?}");
+        assert!(errors[0].contains("not supported by this version of tideshift yet"), "{errors:?}");
+    }
+    let errors = errors_with("/versions/0/readinessProbe", json!({"grpc": {}}));
+    assert!(errors.iter().any(|e| e.starts_with("spec.versions[0].readinessProbe.grpc: not supported")), "{errors:?}");
+}
+
+#[test]
+fn what_is_wrong_is_named_with_what_is_allowed() {
+    for (pointer, value, expected) in [
+        ("/stable", json!("v9"), "spec.stable: \"v9\" is not allowed; expected one of the versions v1, v2"),
+        ("/target", json!("v9"), "spec.target: \"v9\" is not allowed"),
+        ("/versions/1/endpoints", json!({}), "spec.versions[1].endpoints: {} is not allowed; expected a list"),
+        ("/versions/1/name", json!("v1"), "spec.versions[1].name: \"v1\" is not allowed"),
+        ("/versions/0/name", json!(1), "spec.versions[0].name: 1 is not allowed; expected a version name"),
+        ("/versions/0/endpoints", json!(["127.0.0.1"]), "spec.versions[0].endpoints[0]: \"127.0.0.1\" is not allowed"),
+        ("/versions/0/endpoints", json!(["127.0.0.1:0"]), "spec.versions[0].endpoints[0]: "),
+        ("/versions/0/endpoints", json!(["127.0.0.256:80"]), "spec.versions[0].endpoints[0]: "),
+        ("/versions/0/endpoints", json!(["::1:80"]), "spec.versions[0].endpoints[0]: "),
+        (
+            "/versions/0/endpoints",
+            json!(["a:1", "b:1", "A:1"]),
+            "spec.versions[0].endpoints[2]: \"a:1\" is not allowed",
+        ),
+        (
+            "/versions/0/readinessProbe",
+            json!({}),
+            "spec.versions[0].readinessProbe: {} is not allowed; expected exactly",
+        ),
+        ("/versions/0/readinessProbe", json!({"httpGet": {}, "tcpSocket": {}}), "spec.versions[0].readinessProbe: "),
+        (
+            "/versions/0/readinessProbe/periodSeconds",
+            json!(0),
+            "spec.versions[0].readinessProbe.periodSeconds: 0 is not",
+        ),
+        ("/versions/0/readinessProbe/httpGet/path", json!("health"), "spec.versions[0].readinessProbe.httpGet.path: "),
+        (
+            "/versions/0/readinessProbe/httpGet/scheme",
+            json!("https"),
+            "spec.versions[0].readinessProbe.httpGet.scheme: ",
+        ),
+        (
+            "/versions/0/readinessProbe/faliureThreshold",
+            json!(3),
+            "spec.versions[0].readinessProbe.faliureThreshold: unknown field; did you mean `failureThreshold`?",
+        ),
+        (
+            "/strategy",
+            json!({"steps": [{"weight": 101}]}),
+            "spec.strategy.steps[0].weight: 101 is not allowed; expected an integer from 0 to 100",
+        ),
+        ("/strategy", json!({"steps": [{"holdSeconds": 1}]}), "spec.strategy.steps[0].weight: missing"),
+        ("/strategy", json!({"steps": []}), "spec.strategy.steps: [] is not allowed; expected at least one step"),
+        ("/capacity", json!({"endpointsForFullLoad": 0}), "spec.capacity.endpointsForFullLoad: 0 is not allowed"),
+        ("/analysis", json!({"maxErrors": -1}), "spec.analysis.maxErrors: -1 is not allowed"),
+        ("/rules", json!([{"versions": [{"name": "v3"}]}]), "spec.rules[0].versions[0].name: \"v3\" is not allowed"),
+        ("/hostnames", json!("a.example.com"), "spec.hostnames: \"a.example.com\" is not allowed; expected a list"),
+        ("/stabel", json!("v1"), "spec.stabel: unknown field; did you mean `stable`?"),
+    ] {
+        let errors = errors_with(pointer, value.clone());
+        assert_eq!(errors.len(), 1, "{pointer} = {value}: {errors:#?}");
+        assert!(errors[0].starts_with(expected), "{}\nshould start with\n{expected}", errors[0]);
+    }
+}
+
+#[test]
+fn errors_of_all_parts_are_told_at_once() {
+    let document = json!({
+        "apiVersion": "tideshift.dev/v1", "kind": "Shift", "metadata": {"name": "Checkout", "labels": {"a": 1}},
+        "spec": {"versions": [{"name": "v1", "endpoints": ["x"]}], "target": "v2", "drain": {}}, "status": {},
+    });
+    let places: Vec<String> =
+        errors(&document).iter().map(|e| e.split(": ").next().unwrap_or_default().to_owned()).collect();
+    assert_eq!(
+        places,
+        [
+            "apiVersion",
+            "kind",
+            "metadata.name",
+            "metadata.labels",
+            "spec.versions[0].endpoints[0]",
+            "spec.stable",
+            "spec.target",
+            "spec.drain",
+            "status",
+        ]
+    );
+    assert_eq!(errors(&json!([])), ["[] is not allowed; expected an object"]);
+}

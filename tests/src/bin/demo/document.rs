@@ -1,0 +1,62 @@
+//! The TrafficShift document, as a user would write it and change it.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+
+/// The name of the service.
+pub(crate) const SERVICE: &str = "checkout";
+/// What clients call.
+pub(crate) const HOST: &str = "checkout.example.com";
+
+/// The document's file, and what stays the same in it.
+pub(crate) struct Document {
+    path: PathBuf,
+    versions: String,
+}
+
+impl Document {
+    /// A document in this folder; nothing is written yet.
+    pub(crate) fn new(folder: &Path, versions: &[(&str, Vec<SocketAddr>)]) -> Self {
+        let version = |(name, endpoints): &(&str, Vec<SocketAddr>)| {
+            let endpoints: Vec<_> = endpoints.iter().map(|endpoint| format!("\"{endpoint}\"")).collect();
+            format!(
+                "  - name: {name}\n    endpoints: [{}]\n    readinessProbe: {{httpGet: {{path: /health}}, periodMillis: 250}}\n",
+                endpoints.join(", ")
+            )
+        };
+        Self { path: folder.join("shift.yaml"), versions: versions.iter().map(version).collect() }
+    }
+
+    /// Writes it with this way to go, as an editor does: whole or not at all.
+    pub(crate) fn write(&self, stable: &str, target: Option<&str>) -> anyhow::Result<()> {
+        let target = target.map(|target| format!("  target: {target}\n")).unwrap_or_default();
+        let text = format!(
+            r#"# What is wanted of {SERVICE}'s traffic. Change it while the demo runs: tideshift follows.
+apiVersion: tideshift.dev/v1alpha1
+kind: TrafficShift
+metadata: {{name: {SERVICE}}}
+spec:
+  hostnames: [{HOST}]
+  versions:
+{versions}  stable: {stable}
+{target}  strategy:
+    steps: [{{weight: 10, holdSeconds: 3}}, {{weight: 100, holdSeconds: 2}}]
+  analysis: {{maxErrors: 5}}
+"#,
+            versions = self.versions,
+        );
+        let new = self.path.with_extension("new");
+        fs::write(&new, text).with_context(|| format!("cannot write {}", new.display()))?;
+        fs::rename(&new, &self.path).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}

@@ -1,0 +1,56 @@
+//! `make demo`: the main job live in the terminal, with nothing but real parts: Envoy with the module, `tideshift serve`
+//! and HTTP backends on loopback ports. It ends by itself and fails unless all counts are equal; with `KEEP=1` it goes
+//! on until Ctrl-C. However it ends, no process and no folder is left.
+
+mod acts;
+mod document;
+mod guard;
+mod screen;
+mod show;
+mod signals;
+mod stage;
+mod status;
+mod summary;
+mod text;
+mod view;
+
+use std::{env, process::ExitCode, time::Duration};
+
+use tokio::time::timeout;
+
+use signals::Signals;
+
+/// A signal to the whole process group ends the children as well; their end must not be taken for an error.
+const GRACE: Duration = Duration::from_millis(200);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let mut signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => return failed(&error),
+    };
+    let keep = env::var_os("KEEP").is_some_and(|keep| !keep.is_empty() && keep != "0");
+    let ended = tokio::select! {
+        biased;
+        code = signals.caught() => return stopped(code),
+        ended = acts::play(keep) => ended,
+    };
+    match ended {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => match timeout(GRACE, signals.caught()).await {
+            Ok(code) => stopped(code),
+            Err(_) => failed(&error),
+        },
+    }
+}
+
+fn stopped(code: u8) -> ExitCode {
+    eprintln!("\nStopped; nothing of it is left running.");
+    ExitCode::from(code)
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("\nThe demo failed: {error:#}");
+    ExitCode::FAILURE
+}

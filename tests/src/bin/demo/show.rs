@@ -1,0 +1,100 @@
+//! The loop of looking and drawing, and the means by which the acts wait for what they want to show.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    screen::{Narration, Screen},
+    stage::Stage,
+    text::percent,
+    view::{Recent, View},
+};
+
+/// From one look to the next.
+const EVERY: Duration = Duration::from_millis(100);
+/// How long anything that an act waits for may take; on a busy machine a second is soon over.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The stage and who looks at it.
+pub(crate) struct Show {
+    pub(crate) stage: Stage,
+    pub(crate) screen: Screen,
+    narration: Narration,
+    recent: Recent,
+    noted: String,
+    phase: String,
+}
+
+impl Show {
+    pub(crate) fn new(stage: Stage, screen: Screen, narration: Narration) -> Self {
+        Self { stage, screen, narration, recent: Recent::default(), noted: String::new(), phase: String::new() }
+    }
+
+    /// From now on something else is told.
+    pub(crate) fn tell(&mut self, narration: Narration) -> anyhow::Result<()> {
+        self.narration = narration;
+        self.screen.note(&console::style(narration.title).bold().to_string())
+    }
+
+    /// Forgets the tallies of an earlier load.
+    pub(crate) fn start_anew(&mut self) {
+        self.recent = Recent::default();
+    }
+
+    /// Goes on looking for so long.
+    pub(crate) async fn linger(&mut self, time: Duration) -> anyhow::Result<()> {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            self.look().await?;
+            sleep(EVERY).await;
+        }
+        Ok(())
+    }
+
+    /// Goes on looking until this is so.
+    pub(crate) async fn until(&mut self, what: &str, is_so: impl Fn(&View) -> bool) -> anyhow::Result<()> {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let view = self.look().await?;
+            if is_so(&view) {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("waited {DEADLINE:?} until {what}; the controller says: {}: {}", view.phase, view.message);
+            }
+            sleep(EVERY).await;
+        }
+    }
+
+    async fn look(&mut self) -> anyhow::Result<View> {
+        let status = self.stage.status().await?;
+        let tally = self.stage.tally();
+        let view = View::new(&status, &tally, &self.recent);
+        self.recent.add(&tally);
+        self.note_changes(&view)?;
+        self.screen.draw(&self.narration, &view)?;
+        Ok(view)
+    }
+
+    /// Weights and ends of rollouts stay on the screen.
+    fn note_changes(&mut self, view: &View) -> anyhow::Result<()> {
+        let weights: Vec<String> =
+            view.rows.iter().map(|row| format!("{} {}", row.name, percent(row.weight))).collect();
+        let weights = weights.join(", ");
+        if weights != self.noted {
+            let ready: Vec<String> =
+                view.rows.iter().map(|row| format!("{}/{}", row.endpoints.ready, row.endpoints.listed)).collect();
+            self.screen.note(&format!("weights: {weights} (ready {})", ready.join(", ")))?;
+            self.noted = weights;
+        }
+        if view.phase != self.phase {
+            if matches!(view.phase.as_str(), "Succeeded" | "Failed") {
+                self.screen.note(&format!("{}: {}", view.phase, view.message))?;
+            }
+            self.phase.clone_from(&view.phase);
+        }
+        Ok(())
+    }
+}
