@@ -23,3 +23,12 @@ pub fn service(shift: &TrafficShift, state: impl Fn(&str) -> (u32, bool)) -> Ser
 pub fn weight_at_rest(shift: &TrafficShift, version: &str) -> u32 {
     if version == shift.stable { 100 } else { 0 }
 }
+
+/// The service before anything is known of readiness: the stable version gets everything, and rules lead only to
+/// versions that have endpoints.
+pub fn service_at_rest(shift: &TrafficShift) -> Service {
+    service(shift, |name| {
+        let has_endpoints = shift.version(name).is_some_and(|version| !version.endpoints.is_empty());
+        (weight_at_rest(shift, name), has_endpoints || name == shift.stable)
+    })
+}

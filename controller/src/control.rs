@@ -22,6 +22,11 @@ pub struct Control {
     ledger: Ledger,
     kept: Kept,
     policy: Option<Policy>,
+    /// The services that proxies have run last, under this controller or the one before.
+    in_force: Vec<Service>,
+    /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
+    /// before everything is looked at for the first time.
+    catching_up: Option<Millis>,
     /// By proxy and start, since two proxies may share an id by mistake.
     proxies: BTreeMap<(String, String), Proxy>,
 }
@@ -51,12 +56,15 @@ pub struct Outcome {
 const SILENT: Millis = 60_000;
 /// The most proxies that are shown.
 const MAX_PROXIES: usize = 20_000;
+/// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
+const CATCH_UP: Millis = 3_000;
 
 /// What the engine may see of one service.
 struct World<'a> {
     service: &'a str,
     readiness: &'a Readiness,
     ledger: &'a Ledger,
+    up_to_date: bool,
 }
 
 impl Observed for World<'_> {
@@ -66,6 +74,10 @@ impl Observed for World<'_> {
 
     fn counts(&self, version: &str) -> Counts {
         self.ledger.total(self.service, version)
+    }
+
+    fn is_up_to_date(&self) -> bool {
+        self.up_to_date
     }
 }
 
@@ -77,8 +89,10 @@ impl Control {
             document_errors: Vec::new(),
             readiness: Arc::default(),
             ledger,
-            kept,
             policy: None,
+            in_force: services_of(&kept),
+            catching_up: None,
+            kept,
             proxies: BTreeMap::new(),
         }
     }
@@ -134,15 +148,17 @@ impl Control {
     /// Looks at everything anew: rollouts go on, weights follow.
     pub fn evaluate(&mut self, now: Millis) -> Outcome {
         let mut outcome = Outcome::default();
+        let restarted = !self.in_force.is_empty();
+        let up_to_date = now >= *self.catching_up.get_or_insert(if restarted { now + CATCH_UP } else { now });
         let mut services = Vec::with_capacity(self.shifts.len());
         for shift in &self.shifts {
             // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
             // are not ready would take traffic away from those that are.
             if !self.readiness.is_known(&shift.name) {
-                services.extend(self.service_in_force(&shift.name).cloned());
+                services.push(self.service_in_force(shift));
                 continue;
             }
-            let world = World { service: &shift.name, readiness: &self.readiness, ledger: &self.ledger };
+            let world = World { service: &shift.name, readiness: &self.readiness, ledger: &self.ledger, up_to_date };
             let before = self.kept.rollouts.get(&shift.name).cloned();
             let after = before.clone().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
             let parts = after.parts(shift, &world);
@@ -168,7 +184,8 @@ impl Control {
     }
 
     fn publish(&mut self, services: Vec<Service>, outcome: &mut Outcome) {
-        let nothing_known = services.is_empty() && !self.shifts.is_empty();
+        let is_known = |shift: &TrafficShift| self.readiness.is_known(&shift.name);
+        let nothing_known = !self.shifts.is_empty() && !self.shifts.iter().any(is_known);
         if nothing_known || self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             return;
         }
@@ -179,13 +196,21 @@ impl Control {
             self.kept.services = json;
             outcome.keep = true;
         }
+        self.in_force.clone_from(&services);
         let policy = Policy { controller: None, revision: self.kept.revision, services };
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
     }
 
-    fn service_in_force(&self, name: &str) -> Option<&Service> {
-        self.policy.as_ref()?.services.iter().find(|service| service.name == name)
+    /// A service with the weights that proxies have for it; if they have none, with those that they start with.
+    fn service_in_force(&self, shift: &TrafficShift) -> Service {
+        let Some(in_force) = self.in_force.iter().find(|service| service.name == shift.name) else {
+            return compile::service_at_rest(shift);
+        };
+        compile::service(shift, |name| {
+            let version = in_force.versions.iter().find(|version| version.name == name);
+            version.map_or((0, false), |version| (version.weight, version.serving))
+        })
     }
 
     /// What to keep for the next start.
@@ -229,7 +254,8 @@ impl Control {
         in_flight: &BTreeMap<&VersionKey, u64>,
         now: Millis,
     ) -> ServiceStatus {
-        let world = World { service: &shift.name, readiness: &self.readiness, ledger: &self.ledger };
+        let (readiness, ledger) = (&self.readiness, &self.ledger);
+        let world = World { service: &shift.name, readiness, ledger, up_to_date: true };
         let rollout = self.kept.rollouts.get(&shift.name).cloned();
         let known = rollout.is_some();
         let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
@@ -272,6 +298,13 @@ impl Control {
             versions: versions.collect(),
         }
     }
+}
+
+/// The services of the last policy that is known to have been published.
+fn services_of(kept: &Kept) -> Vec<Service> {
+    let services = serde_json::from_str(&kept.services).unwrap_or(serde_json::Value::Null);
+    let policy = Policy::read(&serde_json::json!({ "revision": kept.revision, "services": services }));
+    policy.map(|policy| policy.services).unwrap_or_default()
 }
 
 fn timestamp(millis: Millis) -> jiff::Timestamp {

@@ -26,7 +26,7 @@ pub struct Rollout {
     pub step: usize,
     /// Since when the target has had the step's share without a break.
     pub held_since: Option<Millis>,
-    /// How many endpoints carry the whole load.
+    /// How many endpoints carry the whole load where the document does not say.
     pub endpoints_for_full_load: u32,
     /// The target's counts when the rollout started.
     pub counted_before: Counts,
@@ -81,6 +81,8 @@ pub trait Observed {
     fn ready(&self, version: &str) -> u32;
     /// What was counted for a version, over all proxies, since ever.
     fn counts(&self, version: &str) -> Counts;
+    /// Whether the proxies have had the time to say what they counted while no controller was there.
+    fn is_up_to_date(&self) -> bool;
 }
 
 /// A version's part in the traffic right now.
@@ -106,7 +108,7 @@ impl Rollout {
             leaving: None,
             step: 0,
             held_since: None,
-            endpoints_for_full_load: full_load(shift, &shift.stable),
+            endpoints_for_full_load: listed(shift, &shift.stable),
             counted_before: Counts::default(),
             message: format!("{} serves", shift.stable),
             since: now,
@@ -126,7 +128,7 @@ impl Rollout {
 
     /// Each version's part, in the document's order.
     pub fn parts(&self, shift: &TrafficShift, world: &impl Observed) -> Vec<Part> {
-        let whole = f64::from(self.endpoints_for_full_load.max(1));
+        let whole = f64::from(self.full_load(shift));
         let wanted = self.target_share(shift);
         let claims: Vec<Claim> = shift
             .versions
@@ -182,6 +184,11 @@ impl Rollout {
         steps
     }
 
+    /// How many endpoints carry the whole load.
+    fn full_load(&self, shift: &TrafficShift) -> u32 {
+        shift.endpoints_for_full_load.unwrap_or(self.endpoints_for_full_load).max(1)
+    }
+
     fn target_share(&self, shift: &TrafficShift) -> f64 {
         self.current_step(shift).map_or(0.0, |step| f64::from(step.weight) / 100.0)
     }
@@ -216,7 +223,7 @@ impl Rollout {
     fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let superseded = if self.phase == Phase::Progressing { self.target.take() } else { None };
         self.leaving = superseded.filter(|old| *old != target);
-        self.endpoints_for_full_load = full_load(shift, &self.stable);
+        self.endpoints_for_full_load = listed(shift, &self.stable);
         self.counted_before = world.counts(&target);
         self.step = 0;
         self.held_since = None;
@@ -229,7 +236,7 @@ impl Rollout {
         self.target = None;
         self.shunned = false;
         self.held_since = None;
-        self.endpoints_for_full_load = full_load(shift, &self.stable);
+        self.endpoints_for_full_load = listed(shift, &self.stable);
         self.enter(Phase::Initialized, format!("{} serves", self.stable), now);
     }
 
@@ -259,14 +266,14 @@ impl Rollout {
             self.message = format!(
                 "step {}: {target} has {ready} of {} endpoints ready that {} % of the load need",
                 self.step + 1,
-                (f64::from(self.endpoints_for_full_load) * f64::from(step.weight) / 100.0).ceil(),
+                (f64::from(self.full_load(shift)) * f64::from(step.weight) / 100.0).ceil(),
                 step.weight
             );
             return;
         }
         self.message = format!("step {}: {target} has {} %", self.step + 1, percent(share));
         let since = *self.held_since.get_or_insert(now);
-        if now.saturating_sub(since) < step.hold.as_millis() as u64 {
+        if now.saturating_sub(since) < step.hold.as_millis() as u64 || !world.is_up_to_date() {
             return;
         }
         self.held_since = None;
@@ -289,10 +296,9 @@ pub fn percent(share: f64) -> f64 {
     (share * 100_000.0).round() / 1_000.0
 }
 
-/// How many endpoints carry the whole load: what the document says, else as many as this version has.
-fn full_load(shift: &TrafficShift, version: &str) -> u32 {
-    let listed = shift.version(version).map_or(0, |version| version.endpoints.len() as u32);
-    shift.endpoints_for_full_load.unwrap_or(listed).max(1)
+/// How many endpoints a version has.
+fn listed(shift: &TrafficShift, version: &str) -> u32 {
+    shift.version(version).map_or(0, |version| version.endpoints.len() as u32)
 }
 
 #[cfg(test)]

@@ -73,6 +73,8 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     if !options.listen.ip().is_loopback() {
         return Err(ServeError::NotLoopback(options.listen));
     }
+    // Looked at before they are read: what changes in between is read again.
+    let files = Files::new(&options.files);
     let shifts = documents::load(&options.files)?;
     let (store, kept, ledger) = open_store(&options)?;
     let listener = TcpListener::bind(options.listen).await;
@@ -93,7 +95,7 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     let server = tokio::spawn(async move { server.await });
     tracing::info!(%address, files = ?options.files, "serving");
 
-    let mut mind = Mind { shared, store, publish, prober, files: Files::new(&options.files) };
+    let mut mind = Mind { shared, store, publish, prober, files };
     mind.run().await?;
     tracing::info!("ending");
     let _ = end.send(true);
@@ -198,7 +200,11 @@ impl Mind {
             Ok(shifts) => {
                 tracing::info!("documents have changed");
                 self.prober.set(&shifts);
-                self.shared.control().set_documents(shifts);
+                // With the readiness of the endpoints that they have now, not of those that they had.
+                let readiness = self.prober.subscribe().borrow().clone();
+                let mut control = self.shared.control();
+                control.set_documents(shifts);
+                control.set_readiness(readiness);
             }
             Err(errors) => {
                 let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();

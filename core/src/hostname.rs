@@ -17,23 +17,18 @@ pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<String> {
     Some(text.to_ascii_lowercase())
 }
 
-/// An index from hostnames to whatever they name: exact before `*.suffix`, longer suffix before shorter, and last the
+/// An index from hostnames to what they name, itself an index: exact before `*.suffix`, longer suffix before shorter, and last the
 /// one for every host. A look-up costs the logarithm of their number for each label.
-#[derive(Debug, Clone)]
-pub struct Hostnames<T> {
-    exact: BTreeMap<String, T>,
-    suffix: BTreeMap<String, T>,
-    every: Option<T>,
+#[derive(Debug, Clone, Default)]
+pub struct Hostnames {
+    exact: BTreeMap<String, usize>,
+    suffix: BTreeMap<String, usize>,
+    every: Option<usize>,
 }
 
-impl<T: Copy> Hostnames<T> {
-    /// An index without names.
-    pub(crate) fn new() -> Self {
-        Self { exact: BTreeMap::new(), suffix: BTreeMap::new(), every: None }
-    }
-
+impl Hostnames {
     /// Lets `hostname` (`None`: every host) mean `target`; returns what it meant before, if anything.
-    pub(crate) fn insert(&mut self, hostname: Option<&str>, target: T) -> Option<T> {
+    pub(crate) fn insert(&mut self, hostname: Option<&str>, target: usize) -> Option<usize> {
         match hostname {
             None => self.every.replace(target),
             Some(name) => match name.strip_prefix("*.") {
@@ -49,7 +44,7 @@ impl<T: Copy> Hostnames<T> {
     }
 
     /// What an `:authority` (any case, with or without a port, perhaps not UTF-8) means.
-    pub fn find(&self, authority: &[u8]) -> Option<T> {
+    pub fn find(&self, authority: &[u8]) -> Option<usize> {
         if !self.refer_to_host() {
             return self.every;
         }
@@ -57,7 +52,7 @@ impl<T: Copy> Hostnames<T> {
         named.or(self.every)
     }
 
-    fn find_named(&self, host: &str) -> Option<T> {
+    fn find_named(&self, host: &str) -> Option<usize> {
         if let Some(target) = self.exact.get(host) {
             return Some(*target);
         }
@@ -90,8 +85,8 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    fn index() -> Hostnames<u8> {
-        let mut index = Hostnames::new();
+    fn index() -> Hostnames {
+        let mut index = Hostnames::default();
         index.insert(Some("shop.example.com"), 1);
         index.insert(Some("*.example.com"), 2);
         index.insert(Some("*.eu.example.com"), 3);

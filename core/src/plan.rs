@@ -15,7 +15,7 @@ pub struct Plan {
     pub revision: u64,
     /// The services, in the policy's order.
     pub services: Vec<ServicePlan>,
-    hostnames: Hostnames<usize>,
+    hostnames: Hostnames,
 }
 
 /// One service of a plan.
@@ -44,6 +44,7 @@ pub struct Split {
     /// Index of a version, and the sum of the weights up to and including its own.
     entries: Vec<(usize, u32)>,
     total: u32,
+    /// Its place among the plan's splits: each service's own, followed by those of its rules.
     slot: usize,
 }
 
@@ -65,7 +66,7 @@ pub struct Sequences(Vec<EvenSequence>);
 impl Plan {
     /// Compiles a policy.
     pub fn new(policy: &Policy) -> Self {
-        let mut hostnames = Hostnames::new();
+        let mut hostnames = Hostnames::default();
         let mut slots = 0;
         let mut next_slot = || {
             slots += 1;
@@ -96,14 +97,6 @@ impl Plan {
             Some((i, rule)) => Some(Route { service: index, rule: Some(i), split: &rule.split }),
             None => Some(Route { service: index, rule: None, split: &service.split }),
         }
-    }
-
-    fn slots(&self) -> impl Iterator<Item = ((&str, Option<usize>), &Split)> {
-        self.services.iter().flat_map(|service| {
-            let rules = service.rules.iter().enumerate();
-            let rules = rules.map(|(i, rule)| ((service.name.as_str(), Some(i)), &rule.split));
-            std::iter::once(((service.name.as_str(), None), &service.split)).chain(rules)
-        })
     }
 }
 
@@ -182,14 +175,28 @@ impl Sequences {
     /// weights do not make shares uneven; the others start at a place that `seed` decides.
     pub fn for_plan(plan: &Plan, seed: u64, before: Option<(&Plan, &Self)>) -> Self {
         let mut known = BTreeMap::new();
-        if let Some((old, places)) = before {
-            known.extend(old.slots().zip(&places.0).map(|((key, _), place)| (key, *place)));
+        if let Some((old, _)) = before {
+            known.extend(old.services.iter().enumerate().map(|(i, service)| (service.name.clone(), i)));
         }
-        let place = |(n, (key, _))| {
-            // Another odd multiple of the golden ratio for each split, so that they do not move in step.
-            let fresh = EvenSequence::new(seed.wrapping_add((n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-            known.get(&key).copied().unwrap_or(fresh)
+        // A rule is known again by its service's name and its number.
+        let old_place = |service: &ServicePlan, rule: Option<usize>| {
+            let (old, places) = before?;
+            let service = old.services.get(*known.get(&service.name)?)?;
+            let split = match rule {
+                None => &service.split,
+                Some(rule) => &service.rules.get(rule)?.split,
+            };
+            places.0.get(split.slot).copied()
         };
-        Self((0..).zip(plan.slots()).map(place).collect())
+        let mut places = Vec::new();
+        for service in &plan.services {
+            for rule in std::iter::once(None).chain((0..service.rules.len()).map(Some)) {
+                // Another odd multiple of the golden ratio for each split, so that they do not move in step.
+                let apart = (places.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                let fresh = || EvenSequence::new(seed.wrapping_add(apart));
+                places.push(old_place(service, rule).unwrap_or_else(fresh));
+            }
+        }
+        Self(places)
     }
 }

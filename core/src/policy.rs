@@ -7,7 +7,7 @@ use crate::name;
 use crate::outcome::ErrorCodes;
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// The largest weight, as in Gateway API.
@@ -291,16 +291,16 @@ impl Rule {
 /// Names that may be there only once.
 struct Unique {
     allowed: &'static str,
-    seen: BTreeSet<String>,
+    seen: BTreeMap<String, usize>,
 }
 
 impl Unique {
     fn new(allowed: &'static str) -> Self {
-        Self { allowed, seen: BTreeSet::new() }
+        Self { allowed, seen: BTreeMap::new() }
     }
 
     fn insert(&mut self, d: &mut Decoder, name: &str) {
-        if !self.seen.insert(name.to_owned()) {
+        if self.seen.insert(name.to_owned(), 0).is_some() {
             d.invalid(&Value::String(name.to_owned()), self.allowed);
         }
     }

@@ -303,6 +303,12 @@ impl Endpoint {
 }
 
 impl Probe {
+    /// How often a proxy checks an endpoint that is not ready: the period, 1 s at most. So long after the controller, a
+    /// proxy has seen as well that the endpoint is ready.
+    pub fn comeback_period(&self) -> Duration {
+        self.period.min(Duration::from_secs(1))
+    }
+
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
         let http = f.optional(d, "httpGet", HttpGet::read).map(Check::HttpGet);

@@ -92,7 +92,7 @@ fn what_is_wrong_is_named_with_what_is_allowed() {
         ("/target", json!("v9"), "spec.target: \"v9\" is not allowed"),
         ("/versions/1/endpoints", json!({}), "spec.versions[1].endpoints: {} is not allowed; expected a list"),
         ("/versions/1/name", json!("v1"), "spec.versions[1].name: \"v1\" is not allowed"),
-        ("/versions/0/name", json!(1), "spec.versions[0].name: 1 is not allowed; expected a version name"),
+        ("/versions/1/name", json!(1), "spec.versions[1].name: 1 is not allowed; expected a version name"),
         ("/versions/0/endpoints", json!(["127.0.0.1"]), "spec.versions[0].endpoints[0]: \"127.0.0.1\" is not allowed"),
         ("/versions/0/endpoints", json!(["127.0.0.1:0"]), "spec.versions[0].endpoints[0]: "),
         ("/versions/0/endpoints", json!(["127.0.0.256:80"]), "spec.versions[0].endpoints[0]: "),

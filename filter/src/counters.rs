@@ -6,22 +6,34 @@
 use crate::host;
 use proxy_wasm::types::MetricType;
 use std::collections::BTreeMap;
-use std::rc::Rc;
 use tideshift_core::outcome::Outcome;
-use tideshift_core::plan::Plan;
+use tideshift_core::plan::{Plan, ServicePlan};
 use tideshift_core::report::{Counts, ServiceReport, VersionReport};
 
-/// The stats of everything that this VM has counted for, also of versions that are gone from the policy.
+/// The stats of everything that this VM has counted for, also of what is gone from the policy.
 #[derive(Default)]
-pub struct Counters(BTreeMap<String, Rc<ServiceCounters>>);
+pub struct Counters {
+    services: Vec<ServiceCounters>,
+    /// Where each service is in the list above.
+    index: BTreeMap<String, usize>,
+}
 
 /// The stats of one service.
-pub struct ServiceCounters {
+struct ServiceCounters {
+    name: String,
     unrouted: Option<u32>,
-    versions: BTreeMap<String, Rc<VersionCounters>>,
+    versions: Vec<(String, VersionCounters)>,
+}
+
+/// The stats of one service of a plan, with its versions in the plan's order.
+pub struct PlanCounters {
+    unrouted: Option<u32>,
+    /// One for each version.
+    pub versions: Vec<VersionCounters>,
 }
 
 /// The stats of one version.
+#[derive(Clone, Copy)]
 pub struct VersionCounters {
     outcomes: [Option<u32>; Outcome::ALL.len()],
     in_flight: Option<u32>,
@@ -29,47 +41,47 @@ pub struct VersionCounters {
 }
 
 impl Counters {
-    /// Defines the stats of a plan's services and versions, where they are not defined yet.
-    pub fn cover(&mut self, plan: &Plan) {
-        for service in &plan.services {
-            let known = self.0.get(&service.name).map(|known| known.versions.clone());
-            let mut versions = known.unwrap_or_default();
-            for version in &service.versions {
-                let counters = || Rc::new(VersionCounters::define(&service.name, version));
-                versions.entry(version.clone()).or_insert_with(counters);
-            }
-            let unrouted = format!("service=.={};.;tideshift_unrouted_requests_total", service.name);
-            let unrouted = host::stat(MetricType::Counter, &unrouted);
-            self.0.insert(service.name.clone(), Rc::new(ServiceCounters { unrouted, versions }));
-        }
+    /// The stats of a plan's services, in its order; defines those that are not defined yet.
+    pub fn cover(&mut self, plan: &Plan) -> Vec<PlanCounters> {
+        plan.services.iter().filter_map(|service| self.cover_service(service)).collect()
     }
 
-    /// The stats of one service that is covered.
-    pub fn service(&self, name: &str) -> Option<Rc<ServiceCounters>> {
-        self.0.get(name).cloned()
+    fn cover_service(&mut self, service: &ServicePlan) -> Option<PlanCounters> {
+        let next = self.services.len();
+        let at = *self.index.entry(service.name.clone()).or_insert(next);
+        if at == next {
+            let name = format!("service=.={};.;tideshift_unrouted_requests_total", service.name);
+            let unrouted = host::stat(MetricType::Counter, &name);
+            self.services.push(ServiceCounters { name: service.name.clone(), unrouted, versions: Vec::new() });
+        }
+        let known = self.services.get_mut(at)?;
+        let mut versions = Vec::with_capacity(service.versions.len());
+        for version in &service.versions {
+            let defined = known.versions.iter().find(|(name, _)| name == version).map(|(_, counters)| *counters);
+            versions.push(defined.unwrap_or_else(|| {
+                let counters = VersionCounters::define(&service.name, version);
+                known.versions.push((version.clone(), counters));
+                counters
+            }));
+        }
+        Some(PlanCounters { unrouted: known.unrouted, versions })
     }
 
     /// The process's totals.
     pub fn read(&self) -> Vec<ServiceReport> {
-        let version = |(name, counters): (&String, &Rc<VersionCounters>)| counters.read(name);
-        let service = |(name, counters): (&String, &Rc<ServiceCounters>)| ServiceReport {
-            name: name.clone(),
-            unrouted: host::stat_value(counters.unrouted),
-            versions: counters.versions.iter().map(version).collect(),
+        let service = |service: &ServiceCounters| ServiceReport {
+            name: service.name.clone(),
+            unrouted: host::stat_value(service.unrouted),
+            versions: service.versions.iter().map(|(name, counters)| counters.read(name)).collect(),
         };
-        self.0.iter().map(service).collect()
+        self.services.iter().map(service).collect()
     }
 }
 
-impl ServiceCounters {
+impl PlanCounters {
     /// Counts a request that found nothing in service.
     pub fn count_unrouted(&self) {
         host::stat_add(self.unrouted, 1);
-    }
-
-    /// The stats of one version that is covered.
-    pub fn version(&self, name: &str) -> Option<Rc<VersionCounters>> {
-        self.versions.get(name).cloned()
     }
 }
 

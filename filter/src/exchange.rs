@@ -19,7 +19,7 @@ pub struct Exchange {
 struct Chosen {
     in_force: Rc<InForce>,
     service: usize,
-    counters: Rc<VersionCounters>,
+    counters: VersionCounters,
     started: u64,
 }
 
@@ -44,7 +44,7 @@ impl HttpContext for Exchange {
         let Some(counters) = in_force.counters.get(route.service) else { return Action::Continue };
         let version = self.worker.choose(route.split).and_then(|version| {
             let name = in_force.plan.services.get(route.service)?.versions.get(version)?;
-            Some((name, counters.version(name)?))
+            Some((name, *counters.versions.get(version)?))
         });
         let Some((name, counters)) = version else {
             counters.count_unrouted();

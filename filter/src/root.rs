@@ -1,6 +1,6 @@
 //! One VM of the plugin: the policy in force, its changes, and the exchanges that it chooses for.
 
-use crate::counters::{Counters, ServiceCounters};
+use crate::counters::{Counters, PlanCounters};
 use crate::exchange::Exchange;
 use crate::host;
 use crate::link::{Answer, Link};
@@ -42,7 +42,7 @@ pub struct InForce {
     /// The plan.
     pub plan: Plan,
     /// The stats of each of its services.
-    pub counters: Vec<Rc<ServiceCounters>>,
+    pub counters: Vec<PlanCounters>,
 }
 
 struct Controller {
@@ -84,8 +84,7 @@ impl Root {
 
     fn apply(&mut self, policy: &Policy, place: Place) {
         let plan = Plan::new(policy);
-        self.counters.cover(&plan);
-        let counters = plan.services.iter().filter_map(|service| self.counters.service(&service.name)).collect();
+        let counters = self.counters.cover(&plan);
         let old = self.worker.in_force();
         let places = {
             let sequences = self.worker.sequences.borrow();

@@ -131,6 +131,10 @@ impl Drop for Running {
 /// Probes one endpoint for as long as the task is left alone.
 async fn watch(table: Arc<Table>, client: Client, number: u64, subject: Subject, probe: Probe, ready: bool) {
     let mut threshold = Threshold::new(&probe, ready);
+    // Proxies check endpoints themselves, and find out about one that has become ready a little later. Weight for it
+    // before they know would send requests to endpoints that are not ready.
+    let until_proxies_know = probe.comeback_period().mul_f64(1.5);
+    let mut was_ready = None;
     sleep(probe.initial_delay).await;
     // The first at once; the others at a phase of the endpoint's own, so that many do not all come at one moment.
     let mut ticks = interval_at(Instant::now() + probe.period + phase(&subject, probe.period), probe.period);
@@ -138,6 +142,10 @@ async fn watch(table: Arc<Table>, client: Client, number: u64, subject: Subject,
     loop {
         let result = probe::once(&client, &subject, &probe).await;
         let ready = threshold.observe(result.is_ok());
+        if ready && was_ready == Some(false) {
+            sleep(until_proxies_know).await;
+        }
+        was_ready = Some(ready);
         table.take_in(number, &subject, ready, result.err());
         ticks.tick().await;
     }

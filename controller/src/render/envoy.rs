@@ -8,7 +8,7 @@ use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
 use tideshift_core::VERSION_HEADER;
-use tideshift_core::policy::{ControllerRef, Policy, Service};
+use tideshift_core::policy::{ControllerRef, Policy};
 use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftVersion, TrafficShift};
 
 /// What the documents do not say.
@@ -108,7 +108,8 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         route_config:
           name: tideshift
           ignore_port_in_host_matching: true
-          # Retries are only of what no endpoint has begun to work on, and go to another one: safe for every method.
+          # Retries go to another endpoint of the same version: of every method, what no endpoint has begun to work on
+          # (the header); of GET, HEAD and OPTIONS (the policy), also what was under way on an endpoint that went away.
           virtual_hosts:
 {virtual_hosts}"##,
         address = address(&options.listen.ip().to_string(), options.listen.port()),
@@ -144,7 +145,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
         authority: "tideshift-controller".to_owned(),
         token: None,
     };
-    let services = shifts.iter().map(service_at_rest).collect();
+    let services = shifts.iter().map(compile::service_at_rest).collect();
     let policy = Policy { controller: Some(controller), revision: 0, services };
     let policy = serde_json::to_value(policy).unwrap_or_default();
     format!(
@@ -170,14 +171,6 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
     )
 }
 
-/// The stable version gets everything, and rules lead only to versions that have endpoints.
-fn service_at_rest(shift: &TrafficShift) -> Service {
-    compile::service(shift, |name| {
-        let has_endpoints = shift.version(name).is_some_and(|version| !version.endpoints.is_empty());
-        (compile::weight_at_rest(shift, name), has_endpoints || name == shift.stable)
-    })
-}
-
 fn virtual_host(shift: &TrafficShift) -> String {
     let every = ["*".to_owned()];
     let domains = if shift.hostnames.is_empty() { &every[..] } else { &shift.hostnames[..] };
@@ -192,8 +185,12 @@ fn virtual_host(shift: &TrafficShift) -> String {
     format!(
         r##"- name: {name}
   domains: {domains}
+  request_headers_to_add:
+  - header: {{key: x-envoy-retry-on, value: "connect-failure,refused-stream,reset-before-request"}}
+    append_action: OVERWRITE_IF_EXISTS_OR_ADD
   retry_policy:
-    retry_on: connect-failure,refused-stream,reset-before-request
+    retry_on: reset
+    retriable_request_headers: [{{name: ":method", string_match: {{safe_regex: {{regex: GET|HEAD|OPTIONS}}}}}}]
     num_retries: 2
     retry_host_predicate:
     - name: envoy.retry_host_predicates.previous_hosts
@@ -319,15 +316,21 @@ fn health_checks(probe: &Probe, check: &HealthCheck<'_>) -> String {
         Some(get) => http_health_check(get),
     };
     format!(
-        r##"health_checks:
+        r##"# Endpoints that fail their checks get requests only if all fail; by default that is so once half of them do.
+common_lb_config: {{healthy_panic_threshold: {{value: 1}}}}
+# Those that fail them are checked more often, so that Envoy knows of one that is ready before it gets weight.
+health_checks:
 - interval: {interval}
-  no_traffic_interval: {interval}
+  no_traffic_interval: {comeback}
+  no_traffic_healthy_interval: {interval}
+  unhealthy_interval: {comeback}
   timeout: {timeout}
   healthy_threshold: {healthy}
   unhealthy_threshold: {unhealthy}
   reuse_connection: false
 {kind}"##,
         interval = seconds(probe.period),
+        comeback = seconds(probe.comeback_period()),
         timeout = seconds(probe.timeout),
         healthy = probe.success_threshold,
         unhealthy = probe.failure_threshold,

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 struct World {
     ready: BTreeMap<String, u32>,
     counts: BTreeMap<String, Counts>,
+    behind: bool,
 }
 
 impl Observed for World {
@@ -18,6 +19,10 @@ impl Observed for World {
 
     fn counts(&self, version: &str) -> Counts {
         self.counts.get(version).copied().unwrap_or_default()
+    }
+
+    fn is_up_to_date(&self) -> bool {
+        !self.behind
     }
 }
 
@@ -258,4 +263,27 @@ fn capacity_can_be_said_instead_of_counted() {
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
     play.ready("v2", 2);
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+}
+
+#[test]
+fn no_step_is_taken_on_counts_from_before_a_restart() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 5}, {"weight": 50}]));
+    play.pass(1);
+    play.world.behind = true;
+    assert_eq!(play.pass(60).shares(), [90.0, 10.0, 0.0]);
+    play.count("v2", 0, 11);
+    play.world.behind = false;
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(play.rollout.phase, Phase::Failed);
+}
+
+#[test]
+fn a_changed_capacity_counts_at_once_and_is_forgotten_when_it_is_taken_back() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 80, "holdSeconds": 3600}]));
+    play.ready("v2", 1);
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
+    play.set("capacity", json!({"endpointsForFullLoad": 2}));
+    assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+    play.set("capacity", json!({}));
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
 }
