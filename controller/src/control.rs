@@ -57,7 +57,7 @@ const SILENT: Millis = 60_000;
 /// The most proxies that are shown.
 const MAX_PROXIES: usize = 20_000;
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
-const CATCH_UP: Millis = 3_000;
+const CATCH_UP: Millis = 2_000;
 
 /// What the engine may see of one service.
 struct World<'a> {

@@ -70,7 +70,7 @@ impl Link {
 
     /// Polls if no poll is under way and none has failed just now. `applied` is what this VM runs.
     pub fn poll(&mut self, now: u64, applied: &Place, random: &mut Rng) {
-        if self.poll.is_some() || now < self.poll_at {
+        if self.poll.is_some() || !is_due(self.poll_at, now) {
             return;
         }
         let seen = self.seen.as_ref().unwrap_or(applied);
@@ -92,7 +92,7 @@ impl Link {
         (workers, applied): (u32, Option<Place>),
         services: impl FnOnce() -> Vec<ServiceReport>,
     ) {
-        if self.report.is_some() || now < self.report_at {
+        if self.report.is_some() || !is_due(self.report_at, now) {
             return;
         }
         self.report_at = now.saturating_add(REPORT_PERIOD.as_nanos() as u64);
@@ -162,6 +162,7 @@ impl Link {
                 if !place.replaces(self.seen.as_ref().unwrap_or(applied)) {
                     return Err(format!("revision {}, which is not newer than {}", place.revision, applied.revision));
                 }
+                log::info!("policy revision {} from the controller", place.revision);
                 shared.deliver(&place, &json);
                 self.seen = Some(place);
                 self.refused = None;
@@ -204,4 +205,10 @@ impl Link {
         }
         host::call(&self.controller.cluster, headers, body, timeout)
     }
+}
+
+/// Whether it is time. Nothing is ever put off for longer than the longest backoff; what seems to be lies beyond a
+/// clock that has jumped back.
+fn is_due(at: u64, now: u64) -> bool {
+    now >= at || at - now > LONGEST_BACKOFF.as_nanos() as u64
 }

@@ -92,7 +92,7 @@ impl Root {
         };
         self.worker.sequences.replace(places);
         self.worker.in_force.replace(Rc::new(InForce { plan, counters }));
-        log::info!("policy revision {} in force", place.revision);
+        log::debug!("policy revision {} in force", place.revision);
         self.place = place;
     }
 
@@ -143,6 +143,15 @@ impl Context for Root {
         if let Some(Controller { link, leads: true, .. }) = &mut self.controller {
             link.poll(now, &self.place, &mut self.random);
         }
+    }
+
+    /// This configuration is being replaced, or the proxy ends: others need not wait for it.
+    fn on_done(&mut self) -> bool {
+        if let Some(Controller { shared, workers: Some(workers), .. }) = self.controller.take() {
+            workers.leave();
+            shared.end_lease(workers.id);
+        }
+        true
     }
 }
 

@@ -97,6 +97,16 @@ impl Shared {
         let expired = expires < now || expires > now.saturating_add(2 * (until - now));
         (ours || expired) && host::shared_replace(&key, &value, version)
     }
+
+    /// Gives the lease up, if this VM has it.
+    pub fn end_lease(&self, worker: u32) {
+        let key = self.key("lease");
+        if let Some((held, version)) = host::shared(&key)
+            && integer(&held, 0) == u64::from(worker)
+        {
+            host::shared_replace(&key, &[0; 16], version);
+        }
+    }
 }
 
 fn decode(mut value: Vec<u8>) -> Option<Delivered> {

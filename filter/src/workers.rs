@@ -59,6 +59,11 @@ impl Workers {
         host::shared_set(&self.heartbeat_key(self.id), &value);
     }
 
+    /// Takes this VM off the list.
+    pub fn leave(&self) {
+        self.change_list(|list| list.retain(|id| *id != self.id));
+    }
+
     /// Wakes the others.
     pub fn wake(&self) {
         for id in self.list().into_iter().filter(|id| *id != self.id) {

@@ -1,6 +1,6 @@
 //! `tideshift status`: how things stand.
 
-use super::{Failure, print, server};
+use super::{Failure, print_on, server};
 use crate::status::Status;
 use clap::ValueEnum;
 use std::io::{IsTerminal, stdout};
@@ -50,8 +50,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             // Home, and clear what is below: less flicker than clearing first.
             text = format!("\x1b[H\x1b[J{text}");
         }
-        print(&text)?;
-        if !arguments.watch {
+        if !print_on(&text)? || !arguments.watch {
             return Ok(());
         }
         tokio::time::sleep(EVERY).await;
