@@ -1,0 +1,35 @@
+//! What users copy from `envoy-configs/` works as it stands.
+
+use anyhow::{Context as _, ensure};
+use std::{fs, path::PathBuf};
+use tideshift_tests::{artifacts, controller, envoy::Envoy};
+
+fn configs() -> PathBuf {
+    artifacts::workspace().join("envoy-configs")
+}
+
+/// A bootstrap, with the module at its absolute path.
+fn bootstrap(name: &str) -> anyhow::Result<String> {
+    let text = fs::read_to_string(configs().join(name)).with_context(|| name.to_owned())?;
+    ensure!(text.contains("filename: target/tideshift.wasm"), "{name} does not load the module");
+    Ok(text.replace("target/tideshift.wasm", &artifacts::wasm()?.to_string_lossy()))
+}
+
+#[test]
+fn envoy_takes_every_bootstrap() -> anyhow::Result<()> {
+    for name in ["static.yaml", "envoy.yaml"] {
+        Envoy::validate(&bootstrap(name)?).with_context(|| name.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_document_is_valid_and_its_bootstrap_is_what_render_prints() -> anyhow::Result<()> {
+    let document = configs().join("checkout.yaml");
+    let valid = controller::cli(["validate".as_ref(), "-f".as_ref(), document.as_os_str()])?;
+    ensure!(valid.code == Some(0), "{}", valid.stderr);
+    let rendered = controller::cli(["render".as_ref(), "envoy".as_ref(), "-f".as_ref(), document.as_os_str()])?;
+    let committed = fs::read_to_string(configs().join("envoy.yaml"))?;
+    ensure!(rendered.stdout == committed, "envoy-configs/envoy.yaml is not what `tideshift render envoy` prints now");
+    Ok(())
+}
