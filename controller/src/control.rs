@@ -20,6 +20,8 @@ pub struct Control {
     document_errors: Vec<String>,
     readiness: Arc<Readiness>,
     ledger: Ledger,
+    /// Whether counts have changed since they were last asked for.
+    counted: bool,
     kept: Kept,
     policy: Option<Policy>,
     /// The services that proxies have run last, under this controller or the one before.
@@ -89,6 +91,7 @@ impl Control {
             document_errors: Vec::new(),
             readiness: Arc::default(),
             ledger,
+            counted: false,
             policy: None,
             in_force: services_of(&kept),
             catching_up: None,
@@ -121,6 +124,7 @@ impl Control {
             shift.is_some_and(|shift| shift.version(version).is_some())
         };
         let changed = self.ledger.take(report, knows, now);
+        self.counted |= changed;
         let revision = (report.epoch == self.kept.epoch).then_some(report.revision);
         let services = report.services.iter();
         let in_flight = services.flat_map(|service| {
@@ -218,9 +222,9 @@ impl Control {
         &self.kept
     }
 
-    /// The counts to keep for the next start.
-    pub fn ledger(&self) -> &Ledger {
-        &self.ledger
+    /// The counts to keep for the next start, if they have changed since this was last asked.
+    pub fn changed_counts(&mut self) -> Option<Ledger> {
+        std::mem::take(&mut self.counted).then(|| self.ledger.clone())
     }
 
     /// How things stand.

@@ -218,8 +218,8 @@ impl Mind {
 
     fn keep_counts(&self) {
         let Some(store) = &self.store else { return };
-        let ledger = self.shared.control().ledger().clone();
-        if let Err(error) = store.keep_counts(&ledger) {
+        let ledger = self.shared.control().changed_counts();
+        if let Some(Err(error)) = ledger.map(|ledger| store.keep_counts(&ledger)) {
             tracing::error!("{error}");
         }
     }

@@ -6,6 +6,14 @@
 use crate::host;
 use tideshift_core::policy::ControllerRef;
 
+/// The keys of what VMs change together.
+const START: &str = "start";
+const LEASE: &str = "lease";
+/// The number of the VM that joined last.
+pub const NEXT_WORKER: &str = "next-worker";
+/// The list of VMs that are there.
+pub const WORKERS: &str = "workers";
+
 /// This plugin's corner of the shared data.
 #[derive(Clone)]
 pub struct Shared {
@@ -39,11 +47,25 @@ pub struct Delivered {
 }
 
 impl Shared {
-    /// The corner of the plugin with this controller.
+    /// The corner of the plugin with this controller. To be made while the plugin is configured: Envoy does that on
+    /// one VM before all others, so whatever VMs change together later is there when they do. (A value that is not
+    /// there cannot be compared with, so two VMs that both wanted to be the first would both believe that they were.)
     pub fn new(controller: &ControllerRef) -> Self {
         let root = host::property(&["plugin_root_id"]).unwrap_or_default();
         let root = String::from_utf8_lossy(&root).into_owned();
-        Self { prefix: format!("tideshift/{root}/{}/{}", controller.cluster, controller.authority) }
+        let shared = Self { prefix: format!("tideshift/{root}/{}/{}", controller.cluster, controller.authority) };
+        shared.set_first(START, format!("{:x}", host::now()).as_bytes());
+        shared.set_first(LEASE, &[0; 16]);
+        shared.set_first(NEXT_WORKER, &[0; 8]);
+        shared.set_first(WORKERS, &[0; 4]);
+        shared
+    }
+
+    fn set_first(&self, name: &str, value: &[u8]) {
+        let key = self.key(name);
+        if host::shared(&key).is_none() {
+            host::shared_set(&key, value);
+        }
     }
 
     /// A key of this corner.
@@ -53,11 +75,7 @@ impl Shared {
 
     /// This run of the proxy: the time at which its first VM came up, the same for all.
     pub fn start(&self) -> String {
-        let key = self.key("start");
-        if host::shared(&key).is_none() {
-            host::shared_set(&key, format!("{:x}", host::now()).as_bytes());
-        }
-        let start = host::shared(&key).map(|(start, _)| start).unwrap_or_default();
+        let start = host::shared(&self.key(START)).map(|(start, _)| start).unwrap_or_default();
         String::from_utf8_lossy(&start).into_owned()
     }
 
@@ -84,13 +102,9 @@ impl Shared {
     /// Takes or renews the right to talk to the controller until `until`, in nanoseconds. One VM has it at a time;
     /// if it dies, another takes it when its time is up.
     pub fn lease(&self, worker: u32, now: u64, until: u64) -> bool {
-        let key = self.key("lease");
+        let key = self.key(LEASE);
         let value = [u64::from(worker).to_le_bytes(), until.to_le_bytes()].concat();
-        let Some((held, version)) = host::shared(&key) else {
-            // The first time, so that there is a version to compare with; the next tick takes it.
-            host::shared_set(&key, &[0; 16]);
-            return false;
-        };
+        let Some((held, version)) = host::shared(&key) else { return false };
         let (holder, expires) = (integer(&held, 0), integer(&held, 8));
         let ours = holder == u64::from(worker);
         // A clock that jumped back must not leave the lease with a dead holder for good.
@@ -100,7 +114,7 @@ impl Shared {
 
     /// Gives the lease up, if this VM has it.
     pub fn end_lease(&self, worker: u32) {
-        let key = self.key("lease");
+        let key = self.key(LEASE);
         if let Some((held, version)) = host::shared(&key)
             && integer(&held, 0) == u64::from(worker)
         {

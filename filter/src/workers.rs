@@ -2,7 +2,7 @@
 //! woken when a policy arrives, and a heartbeat that says which policy it runs.
 
 use crate::host;
-use crate::shared::{Place, Shared, integer};
+use crate::shared::{NEXT_WORKER, Place, Shared, WORKERS, integer};
 use std::time::Duration;
 
 /// This VM's place among the others.
@@ -30,10 +30,7 @@ impl Workers {
     ///
     /// Not while being configured: Envoy configures a VM that it throws away before it configures the real ones.
     pub fn join(shared: Shared) -> Self {
-        let next = shared.key("next-worker");
-        if host::shared(&next).is_none() {
-            host::shared_set(&next, &0u64.to_le_bytes());
-        }
+        let next = shared.key(NEXT_WORKER);
         let mut id = 0;
         for _ in 0..Self::TRIES {
             let Some((value, version)) = host::shared(&next) else { continue };
@@ -110,15 +107,11 @@ impl Workers {
     }
 
     fn list(&self) -> Vec<u32> {
-        host::shared(&self.shared.key("workers")).map(|(list, _)| decode(&list)).unwrap_or_default()
+        host::shared(&self.shared.key(WORKERS)).map(|(list, _)| decode(&list)).unwrap_or_default()
     }
 
     fn change_list(&self, change: impl Fn(&mut Vec<u32>)) {
-        let key = self.shared.key("workers");
-        if host::shared(&key).is_none() {
-            // Never empty, because Envoy does not tell an empty value from none.
-            host::shared_set(&key, &encode(&[]));
-        }
+        let key = self.shared.key(WORKERS);
         for _ in 0..Self::TRIES {
             let Some((value, version)) = host::shared(&key) else { continue };
             let mut list = decode(&value);
@@ -130,7 +123,7 @@ impl Workers {
     }
 }
 
-/// A list of numbers; the first four bytes only keep it from being empty.
+/// A list of numbers; the first four bytes only keep it from being empty, which Envoy does not tell from nothing.
 fn encode(list: &[u32]) -> Vec<u8> {
     std::iter::once(&0).chain(list).flat_map(|id| id.to_le_bytes()).collect()
 }
