@@ -120,10 +120,25 @@ impl Rollout {
     /// The state after what has happened. At most one step forward for each call.
     pub fn advance(mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
         self.heed(shift, world, now);
-        if self.phase == Phase::Progressing {
-            self.progress(shift, world, now);
+        match self.phase {
+            Phase::Progressing => self.progress(shift, world, now),
+            Phase::Initialized | Phase::Succeeded => self.message = self.at_rest(shift, world),
+            // What the target did stays to be read.
+            Phase::Failed => {}
         }
         self
+    }
+
+    /// How it is while nothing is being moved: the stable version serves everything, as far as it can.
+    fn at_rest(&self, shift: &TrafficShift, world: &impl Observed) -> String {
+        let (stable, needed) = (&self.stable, self.full_load(shift));
+        match (world.ready(stable), self.phase) {
+            (ready, _) if ready < needed => {
+                format!("{stable} has {ready} of {needed} endpoints ready that the load needs")
+            }
+            (_, Phase::Succeeded) => format!("{stable} serves everything"),
+            _ => format!("{stable} serves"),
+        }
     }
 
     /// Each version's part, in the document's order.

@@ -40,13 +40,16 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::ports::Port;
+use crate::{ports::Port, wait::eventually};
 
 /// The response header that names the backend which answered.
 pub const SERVED_BY: &str = "x-served-by";
 
 /// How long a half-sent body stays half-sent before the reset, so that it reaches the client first.
 const BEFORE_RESET: Duration = Duration::from_millis(20);
+
+/// How long a port may be busy before a backend gives up.
+const TO_LISTEN: Duration = Duration::from_secs(5);
 
 /// What happens to a request, `/health` excepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +176,10 @@ impl Backend {
             return Ok(());
         }
         let address = self.address();
-        let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        // The listener that was stopped may live on for a moment in a process that another thread is about to start.
+        let listener =
+            eventually(&format!("{address}"), TO_LISTEN, async || Ok(TcpListener::bind(address).await?)).await;
+        let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
         let (open, closed) = mpsc::channel(1);
         let server = tokio::spawn(serve(listener, Arc::clone(&self.state), open));
         *lock(&self.server) = Some(server.abort_handle());

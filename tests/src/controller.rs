@@ -2,13 +2,17 @@
 
 use std::{
     ffi::OsStr,
+    io::Write as _,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus},
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -16,6 +20,8 @@ use crate::{artifacts, client::get, metrics::Metrics, ports::Port, process::Proc
 
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(20);
+/// How long a command that ends by itself may take.
+const CLI: Duration = Duration::from_secs(30);
 
 /// A controller on a port of its own; dropping it kills it.
 ///
@@ -83,11 +89,6 @@ impl Controller {
         self.process.terminate(END).await
     }
 
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.process.id()
-    }
-
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
@@ -134,7 +135,27 @@ pub struct Output {
 
 /// Runs `tideshift` with these arguments to its end.
 pub fn cli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> anyhow::Result<Output> {
-    let output = Command::new(artifacts::tideshift()?).args(arguments).output()?;
+    cli_reading(arguments, "")
+}
+
+/// The same with a standard input.
+pub fn cli_reading<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>, stdin: &str) -> anyhow::Result<Output> {
+    let mut command = Command::new(artifacts::tideshift()?);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    // It may end without having read all, or anything.
+    let _ = child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes());
+    // One that goes on and on is killed, and then has no exit code.
+    let (ended, to_end) = mpsc::channel::<()>();
+    let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
+    let guard = thread::spawn(move || {
+        if to_end.recv_timeout(CLI) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = kill_process(id, Signal::KILL);
+        }
+    });
+    let output = child.wait_with_output()?;
+    drop(ended);
+    let _ = guard.join();
     Ok(Output {
         code: output.status.code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -14,6 +14,7 @@ pub mod controller;
 pub mod envoy;
 pub mod load;
 pub mod metrics;
+pub mod openmetrics;
 pub mod policy_server;
 pub mod ports;
 pub mod process;

@@ -6,7 +6,7 @@
 //! other test processes see. It goes away with the process, whichever way that ends.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     ops::Range,
     process,
     sync::atomic::{AtomicU16, Ordering},
@@ -33,7 +33,9 @@ impl Port {
             let step = TRIED.fetch_add(1, Ordering::Relaxed) % length;
             let number = RANGE.start + (home + step) % length;
             if let Ok(lock) = UdpSocket::bind((Ipv4Addr::LOCALHOST, number))
-                && TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok()
+                // Asked by calling, not by listening: a listener could live on for a moment in a process that another
+                // thread is about to start.
+                && TcpStream::connect((Ipv4Addr::LOCALHOST, number)).is_err()
             {
                 return Ok(Self { number, _lock: lock });
             }
@@ -54,6 +56,8 @@ impl Port {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]

@@ -145,6 +145,11 @@ impl Rig {
         envoy::Options::new(self.render()?, self.admin.number()).concurrency(workers).start().await
     }
 
+    /// Where the controller listens, once it is started.
+    pub fn controller_address(&self) -> SocketAddr {
+        self.controller
+    }
+
     /// Where clients call.
     pub fn address(&self) -> SocketAddr {
         self.listen.address()

@@ -14,9 +14,9 @@ use tideshift_tests::{
 
 const WORKERS: usize = 2;
 /// Requests per second.
-const RATE: f64 = 400.0;
+const RATE: f64 = 500.0;
 /// The window in which shares are looked at.
-const WINDOW: u64 = 600;
+const WINDOW: u64 = 400;
 
 fn hold_at(weight: u32) -> serde_json::Value {
     json!({ "target": "v2", "strategy": { "steps": [{ "weight": weight, "holdSeconds": FOR_EVER }] } })

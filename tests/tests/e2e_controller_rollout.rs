@@ -1,11 +1,7 @@
 //! Rollouts from a document to the proxies: steps with holds, changes of the document half-way, documents that are wrong,
 //! and a target that is taken back because it fails.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fs};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
@@ -247,25 +243,11 @@ async fn roll_back(weight: u32, errors: Errors) -> anyhow::Result<Seen> {
     next_answers(&load, 200).await?;
 
     rig.version("v2")[0].set(|behaviour| behaviour.errors = errors);
-    // The times of the first error and of the last answer of v2 that the client saw.
-    let (mut first, mut last) = (None, None);
-    let mut answers = load.tally().of("v2");
-    eventually("the target to be taken back", DEADLINE, async || {
-        let tally = load.tally();
-        if tally.of_class("v2", 5) > 0 {
-            first.get_or_insert_with(Instant::now);
-        }
-        if tally.of("v2") > answers {
-            (answers, last) = (tally.of("v2"), Some(Instant::now()));
-        }
-        let quiet = last.is_some_and(|last| last.elapsed() > Duration::from_millis(1500));
-        ensure!(first.is_some() && quiet, "{answers} answers of v2, {} errors", tally.of_class("v2", 5));
-        Ok(())
-    })
-    .await?;
     let seen = until_shares(&controller, "the target's weight to be 0", &[100.0, 0.0]).await?;
+    next_answers(&load, 200).await?;
     let tally = load.stop().await?;
-    let took = last.zip(first).map(|(last, first)| last.duration_since(first)).context("no error")?;
+    let times = tally.times.get("v2").context("v2 was never called")?;
+    let took = times.last_sent.saturating_duration_since(times.first_error.context("no error")?);
     println!(
         "v2 at {weight} % of {RATE} requests/s, {} of {} fail: {} failed requests, {:.2} s from the first error to the \
          last request of v2",

@@ -33,7 +33,8 @@ async fn a_bad_policy_does_not_start_and_every_wrong_field_is_named() -> anyhow:
     let bad = policy(1, 90, 10);
     let bad = with(bad, "/services/0/versions/0", "weight", json!("90"))?;
     let bad = with(bad, "/services/0", "hostnames", json!(["shop.example.com:80"]))?;
-    let bad = with(bad, "/services/0", "rules", json!([{ "matches": [{ "heders": [] }], "versions": [{ "name": "v9" }] }]))?;
+    let bad =
+        with(bad, "/services/0", "rules", json!([{ "matches": [{ "heders": [] }], "versions": [{ "name": "v9" }] }]))?;
     let bad = with(bad, "", "controller", json!({ "cluster": "x", "token": "open sesame" }))?;
     let expected = [
         "plugin configuration: services[0].versions[0].weight: \"90\" is not allowed; expected",

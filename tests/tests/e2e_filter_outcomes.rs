@@ -23,8 +23,8 @@ const HOST: &str = "shop.example.com";
 const WORKERS: usize = 3;
 /// Each ending so many times.
 const TIMES: u64 = 4;
-/// The routes' time-out; longer than what any other case takes, whatever else the machine does.
-const TIMEOUT: Duration = Duration::from_millis(1_500);
+/// The time-out of the version that hangs; the others have Envoy's own, which a busy machine does not reach.
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Versions with a backend; each ends its exchanges in its own way.
 const BACKENDS: [&str; 17] = [
@@ -65,7 +65,8 @@ fn policy() -> Value {
     })
 }
 
-/// Retries for the versions that are called so, HTTP/2 to those with trailers, and routes that lead nowhere.
+/// Retries for the versions that are called so, a short time-out for the one that hangs and none for those that are
+/// left, HTTP/2 to those with trailers, and routes that lead nowhere.
 fn patch(bootstrap: &mut Value) {
     let resources = &mut bootstrap["static_resources"];
     for cluster in resources["clusters"].as_array_mut().into_iter().flatten() {
@@ -85,6 +86,8 @@ fn patch(bootstrap: &mut Value) {
             Some("retried" | "retried-in-vain") => {
                 route["route"]["retry_policy"] = json!({ "retry_on": "5xx,reset", "num_retries": 3 });
             }
+            Some("hangs") => route["route"]["timeout"] = json!(format!("{}s", TIMEOUT.as_secs_f64())),
+            Some("left" | "left-in-body") => route["route"]["timeout"] = json!("0s"),
             Some("no-cluster") => route["route"]["cluster"] = json!("there-is-no-such-cluster"),
             Some("no-route") => route["match"]["prefix"] = json!("/nobody/asks/for/this"),
             _ => {}
@@ -100,7 +103,7 @@ async fn start() -> anyhow::Result<(Setup, PolicyServer, Port)> {
     let server = PolicyServer::start().await?;
     let nobody = Port::reserve()?;
     let build = |bootstrap: Bootstrap| {
-        let bootstrap = bootstrap.controller(server.address()).timeout(TIMEOUT);
+        let bootstrap = bootstrap.controller(server.address());
         bootstrap.version("refuses", &[nobody.address()]).version("no-cluster", &[]).version("no-route", &[])
     };
     let setup = Setup::start_with(policy(), &BACKENDS, WORKERS, build, patch).await?;
@@ -222,7 +225,8 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
         }
         let slow = metrics.sum("tideshift_request_duration_milliseconds_sum", &[("version", "hangs")]);
         let wanted = TIMEOUT.as_millis() as f64 * TIMES as f64;
-        ensure!(slow.is_some_and(|sum| sum >= 0.9 * wanted && sum < 3.0 * wanted), "milliseconds, not {slow:?}");
+        // Wide: this is about the unit. Envoy's histograms are exact to 5 %.
+        ensure!(slow.is_some_and(|sum| sum >= 0.9 * wanted && sum < 100.0 * wanted), "milliseconds, not {slow:?}");
         Ok(())
     })
     .await?;

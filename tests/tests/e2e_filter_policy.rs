@@ -222,7 +222,11 @@ async fn a_newer_policy_is_in_force_on_every_worker_at_once() -> anyhow::Result<
     while let Some(client) = clients.join_next().await {
         client??;
     }
+    // Far above what it takes, and below what it would take without waking the workers: their next tick.
+    latencies.sort_unstable();
+    let median = latencies[latencies.len() / 2];
     println!("from the controller's answer to the last of {WORKERS} workers' effect: {}", spread(latencies));
+    assert!(median < Duration::from_millis(100), "{median:?}");
     let of_all = |report: &Report| report.epoch == "e1" && report.workers as usize == WORKERS + 1;
     reported(&server, "a report of the last revision", |r| of_all(r) && r.revision == CHANGES).await?;
     setup.no_trap().await
@@ -288,7 +292,10 @@ async fn what_is_older_bad_or_broken_is_refused_and_changes_nothing() -> anyhow:
         ("2 MB of garbage", http("200", e1, &vec![b'['; 2 << 20])),
         ("JSON, but no policy", http("200", e1, b"[1, 2]")),
         ("a policy without a revision", http("200", e1, b"{\"services\": []}")),
-        ("an epoch that is not UTF-8", b"HTTP/1.1 200 -\r\ncontent-length: 0\r\nx-tideshift-epoch: \xff\r\n\r\n".to_vec()),
+        (
+            "an epoch that is not UTF-8",
+            b"HTTP/1.1 200 -\r\ncontent-length: 0\r\nx-tideshift-epoch: \xff\r\n\r\n".to_vec(),
+        ),
         ("500", http("500", e1, &policy(10_000))),
         ("302", http("302", "location: /v1/policy\r\n", &policy(10_000))),
         ("no HTTP", b"hello\r\n\r\n".to_vec()),
@@ -310,6 +317,11 @@ async fn what_is_older_bad_or_broken_is_refused_and_changes_nothing() -> anyhow:
         workers.all_to(flip(revision + 1)).await.with_context(|| format!("after {name}"))?;
     }
     held_after(&server, revision).await?;
+    let log = setup.envoy.log();
+    assert!(log.contains("revision 3, which is not newer than 12"), "the log does not say why it was not taken");
+    for never in ["policy revision 3 in force", "policy revision 10000 in force"] {
+        assert!(!log.contains(never), "{never}");
+    }
 
     // The waits between polls: at least half of 250 ms, then of 500 ms and of 1 s.
     let before = server.polls().len();
@@ -450,7 +462,9 @@ async fn reports_say_who_sends_them_and_since_when() -> anyhow::Result<()> {
     setup.restart().await?;
     let again = reported(&server, "a report of the new run", |r| r.start != first.start && of_all_workers(r)).await?;
     assert_eq!((again.proxy.as_str(), told(&again)["v1"]), ("pod~1.shop/ü", Counts::default()));
-    assert!(server.reports()[reports..].iter().all(|report| report.start == again.start || report.start == first.start));
+    assert!(
+        server.reports()[reports..].iter().all(|report| report.start == again.start || report.start == first.start)
+    );
     setup.no_trap().await
 }
 

@@ -264,6 +264,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_endpoint_that_comes_back_counts_once_proxies_have_had_the_time_to_see_it() {
+        let (closed, port) = listener().await;
+        drop(closed);
+        let prober = Prober::start(RememberedReadiness::default()).unwrap();
+        prober.set(&[shift((&[port], tcp(json!({"periodMillis": 100}))), (&[], Value::Null))]);
+        until(&prober, |readiness| readiness.is_known("checkout")).await;
+        let _open = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+        let begun = Instant::now();
+        until(&prober, |readiness| readiness.ready("checkout", "v1") == 1).await;
+        assert!(begun.elapsed() >= Duration::from_millis(150), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
     async fn the_first_probe_comes_at_once_and_not_after_a_period() {
         let (_open, port) = listener().await;
         let prober = Prober::start(RememberedReadiness::default()).unwrap();

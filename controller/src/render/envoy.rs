@@ -66,7 +66,7 @@ static_resources:
 {listener}
   # Health checks are like the readiness probes, so that requests avoid a lost endpoint before any weights move; without
   # retriable_statuses one bad answer would be enough, whatever unhealthy_threshold says. Retries are not held back: they
-  # are of requests that nobody has seen, so they make no storm.
+  # are of requests whose endpoint was not there or went away, two at most, so they make no storm.
   clusters:
 {clusters}
 {stats}"##,
@@ -108,8 +108,8 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         route_config:
           name: tideshift
           ignore_port_in_host_matching: true
-          # Retries go to another endpoint of the same version: of every method, what no endpoint has begun to work on
-          # (the header); of GET, HEAD and OPTIONS (the policy), also what was under way on an endpoint that went away.
+          # Retries go to another endpoint of the same version: for every method what no endpoint has begun to work on, for
+          # GET (which may be repeated) also what was under way on an endpoint that went away.
           virtual_hosts:
 {virtual_hosts}"##,
         address = address(&options.listen.ip().to_string(), options.listen.port()),
@@ -174,40 +174,52 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
 fn virtual_host(shift: &TrafficShift) -> String {
     let every = ["*".to_owned()];
     let domains = if shift.hostnames.is_empty() { &every[..] } else { &shift.hostnames[..] };
-    let route = |version: &ShiftVersion| {
-        format!(
-            "  - match: {{prefix: /, headers: [{{name: {VERSION_HEADER}, string_match: {{exact: {}}}}}]}}\n    \
-             route: {{cluster: {}}}\n",
-            scalar(&version.name),
-            scalar(&cluster_name(shift, &version.name)),
-        )
-    };
+    let mut routes = String::new();
+    for version in &shift.versions {
+        let is_version = format!("{{name: {VERSION_HEADER}, string_match: {{exact: {}}}}}", scalar(&version.name));
+        // The policy of the first route has a name, for the others to refer to.
+        let policy = match routes.is_empty() {
+            true => format!("&get\n      retry_on: connect-failure,refused-stream,reset\n{}", indent(2, OTHER_HOST)),
+            false => "*get\n".to_owned(),
+        };
+        routes.push_str(&pair_of_routes(Some(&is_version), &cluster_name(shift, &version.name), &policy));
+    }
+    routes.push_str("# No version in service, or no filter: the stable one.\n");
+    routes.push_str(&pair_of_routes(None, &cluster_name(shift, &shift.stable), "*get\n"));
     format!(
         r##"- name: {name}
   domains: {domains}
-  request_headers_to_add:
-  - header: {{key: x-envoy-retry-on, value: "connect-failure,refused-stream,reset-before-request"}}
-    append_action: OVERWRITE_IF_EXISTS_OR_ADD
   retry_policy:
-    retry_on: reset
-    retriable_request_headers: [{{name: ":method", string_match: {{safe_regex: {{regex: GET|HEAD|OPTIONS}}}}}}]
-    num_retries: 2
+    retry_on: connect-failure,refused-stream,reset-before-request
+{OTHER_HOST}  routes:
+{routes}"##,
+        name = scalar(&shift.name),
+        domains = list(domains),
+        routes = indent(2, &routes),
+    )
+}
+
+/// Routes to a cluster: for GET, with a retry policy of its own, and for all other methods.
+fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str) -> String {
+    let is_get = r#"{name: ":method", string_match: {exact: GET}}"#;
+    let gets: Vec<_> = is_version.into_iter().chain([is_get]).collect();
+    let others = is_version.map(|is_version| format!(", headers: [{is_version}]")).unwrap_or_default();
+    let cluster = scalar(cluster);
+    format!(
+        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n    retry_policy: {policy}\
+         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}}}\n",
+        gets.join(", "),
+    )
+}
+
+/// How a retry finds another endpoint of its cluster.
+const OTHER_HOST: &str = r##"    num_retries: 2
     retry_host_predicate:
     - name: envoy.retry_host_predicates.previous_hosts
       typed_config:
         "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
     host_selection_retry_max_attempts: 3
-  routes:
-{routes}  # No version in service, or no filter: the stable one.
-  - match: {{prefix: /}}
-    route: {{cluster: {stable}}}
-"##,
-        name = scalar(&shift.name),
-        domains = list(domains),
-        routes = shift.versions.iter().map(route).collect::<String>(),
-        stable = scalar(&cluster_name(shift, &shift.stable)),
-    )
-}
+"##;
 
 fn clusters(shifts: &[TrafficShift], options: &Options) -> String {
     let mut clusters: String = versions(shifts).map(|(shift, version)| version_cluster(shift, version)).collect();
@@ -441,7 +453,7 @@ spec:
         let clusters = bootstrap["static_resources"]["clusters"].as_array().unwrap();
         let names: Vec<_> = clusters.iter().map(|cluster| &cluster["name"]).collect();
         let routes = manager["route_config"]["virtual_hosts"][0]["routes"].as_array().unwrap();
-        assert_eq!(routes.len(), checkout.versions.len() + 1);
+        assert_eq!(routes.len(), 2 * checkout.versions.len() + 2);
         assert!(routes.iter().all(|route| names.contains(&&route["route"]["cluster"])));
         assert_eq!(routes.last().unwrap()["match"], json!({"prefix": "/"}));
     }

@@ -99,6 +99,16 @@ fn the_stable_version_serves_while_nothing_is_wanted() {
 }
 
 #[test]
+fn a_version_at_rest_that_lacks_endpoints_is_said_to() {
+    let mut play = Play::new("v1", None, json!([{"weight": 100}]));
+    assert_eq!(play.pass(1).rollout.message, "v1 serves");
+    play.ready("v1", 3);
+    assert_eq!(play.pass(1).rollout.message, "v1 has 3 of 4 endpoints ready that the load needs");
+    play.ready("v1", 4);
+    assert_eq!(play.pass(1).rollout.message, "v1 serves");
+}
+
+#[test]
 fn steps_are_taken_after_their_holds() {
     let steps = json!([{"weight": 1, "holdSeconds": 30}, {"weight": 25, "holdSeconds": 60}, {"weight": 100}]);
     let mut play = Play::new("v1", Some("v2"), steps);

@@ -1,20 +1,25 @@
 //! Cleans up if the demo is killed with SIGKILL, when nothing of its own can: a small shell process that waits for the
-//! end of a pipe which ends with the demo, then kills what it was told of and removes the folder.
+//! end of a pipe which ends with the demo, then kills the demo's programs and removes its folder.
 
 use std::{
-    io::Write as _,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
 use anyhow::Context as _;
 
+/// The arguments are the folder and the programs: what runs one of them on something in the folder is the demo's.
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP
-pids=
-while read -r pid; do pids="$pids $pid"; done
-[ -z "$pids" ] || kill -KILL $pids
-rm -rf "$1"
+read -r _
+folder=$1
+shift
+ps -eo pid=,args= | while read -r pid args; do
+    for program; do
+        case $args in "$program "*"$folder"*) kill -KILL "$pid" ;; esac
+    done
+done
+rm -rf "$folder"
 "#;
 
 /// The guard of one folder; dropping it sends it away with nothing done.
@@ -23,17 +28,11 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    pub(crate) fn of(folder: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn new(folder: &Path, programs: [&Path; 2]) -> anyhow::Result<Self> {
         let mut shell = Command::new("sh");
-        shell.args(["-c", SCRIPT, "guard"]).arg(folder);
+        shell.args(["-c", SCRIPT, "guard"]).arg(folder).args(programs);
         shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(Self { shell: shell.spawn().context("cannot start sh")? })
-    }
-
-    /// Has this process killed when the demo is.
-    pub(crate) fn watch(&mut self, process: u32) -> anyhow::Result<()> {
-        let pipe = self.shell.stdin.as_mut().context("no pipe to the guard")?;
-        writeln!(pipe, "{process}").context("cannot write to the guard")
     }
 }
 

@@ -7,7 +7,7 @@ use console::{Color, Style, Term, measure_text_width, style, truncate_str};
 use tokio::time::Instant;
 
 use crate::{
-    text::{bar, clock, percent, thousands},
+    text::{bar, clock, percent, thousands, wrap},
     view::{Row, View},
 };
 
@@ -21,7 +21,7 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy)]
 pub(crate) struct Narration {
     pub(crate) title: &'static str,
-    pub(crate) text: [&'static str; 2],
+    pub(crate) text: &'static str,
 }
 
 /// The standard output.
@@ -31,6 +31,8 @@ pub(crate) struct Screen {
     begun: Instant,
     /// The picture that stands there, to be redrawn.
     drawn: Vec<String>,
+    /// How wide the terminal was then.
+    width: usize,
     line_at: Option<Instant>,
 }
 
@@ -38,7 +40,7 @@ impl Screen {
     pub(crate) fn new() -> Self {
         let term = Term::stdout();
         let is_live = term.is_term() && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
-        Self { term, is_live, begun: Instant::now(), drawn: Vec::new(), line_at: None }
+        Self { term, is_live, begun: Instant::now(), drawn: Vec::new(), width: 0, line_at: None }
     }
 
     /// Time since the start.
@@ -80,18 +82,19 @@ impl Screen {
     fn put(&mut self, lines: &[String], picture: Vec<String>) -> anyhow::Result<()> {
         let (height, width) = self.term.size_checked().map_or((24, 80), |(h, w)| (usize::from(h), usize::from(w)));
         let mut out = String::new();
-        // A line that was drawn before the terminal became narrower takes several by now.
-        let rows: usize = self.drawn.iter().map(|line| measure_text_width(line).div_ceil(width.max(1)).max(1)).sum();
-        if rows > 0 {
-            out += &format!("\x1b[{rows}A\r\x1b[J");
+        // Where its lines are once a terminal has become narrower or wider, terminals do not agree: it stays there.
+        if !self.drawn.is_empty() && self.width == width {
+            out += &format!("\x1b[{}A\r\x1b[J", self.drawn.len());
         }
-        let picture: Vec<String> = picture.into_iter().take(height.saturating_sub(1)).collect();
+        self.width = width;
+        let fitting = |line: &String| truncate_str(line, width.saturating_sub(1), "…").into_owned();
+        let picture: Vec<String> = picture.iter().take(height.saturating_sub(1)).map(fitting).collect();
         for line in lines {
             out += line;
             out.push('\n');
         }
         for line in &picture {
-            out += &truncate_str(line, width.saturating_sub(1), "…");
+            out += line;
             out.push('\n');
         }
         self.drawn = picture;
@@ -103,19 +106,21 @@ impl Screen {
         let bar_width = width.saturating_sub(WITHOUT_BAR).max(8);
         let time = clock(self.elapsed());
         let gap = width.saturating_sub(measure_text_width(narration.title) + time.len() + 1);
-        let mut lines = vec![
-            String::new(),
-            format!(" {}{:gap$}{}", style(narration.title).bold(), "", style(time).dim()),
-            format!(" {}", narration.text[0]),
-            format!(" {}", narration.text[1]),
-            String::new(),
-        ];
-        let columns =
-            format!(" {:<3}{:<bar_width$} {:>8} {:>7} {:>6} {:>9} {:>7}", "", "share of the last second", "", "weight", "ready", "requests", "errors");
+        let mut lines =
+            vec![String::new(), format!(" {}{:gap$}{}", style(narration.title).bold(), "", style(time).dim())];
+        lines.extend(wrap(narration.text, width).into_iter().map(|line| format!(" {line}")));
+        lines.push(String::new());
+        let share = if bar_width < 24 { "share" } else { "share of the last second" };
+        let columns = format!(
+            " {:<3}{:<bar_width$} {:>8} {:>7} {:>6} {:>9} {:>7}",
+            "", share, "", "weight", "ready", "requests", "errors"
+        );
         lines.push(style(columns).dim().to_string());
         lines.extend(view.rows.iter().enumerate().map(|(index, row)| bar_row(index, row, bar_width)));
         lines.push(String::new());
-        lines.push(format!(" {} {}", phase(&view.phase), view.message));
+        let message = wrap(&format!("{}: {}", view.phase, view.message), width);
+        lines
+            .extend(message.into_iter().map(|line| format!(" {}", line.replacen(&view.phase, &phase(&view.phase), 1))));
         let failed = format!("{} without an answer", thousands(view.failed));
         let failed = if view.failed > 0 { style(failed).red() } else { style(failed).dim() };
         let sum = style(format!("{:.0} requests/s · {} answered ·", view.rate, thousands(view.answered))).dim();
@@ -156,7 +161,7 @@ fn phase(phase: &str) -> String {
         "Failed" => style.red(),
         _ => style,
     };
-    style.apply_to(format!("{phase}:")).to_string()
+    style.apply_to(phase).to_string()
 }
 
 fn plain(view: &View) -> String {

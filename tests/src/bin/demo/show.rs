@@ -53,16 +53,17 @@ impl Show {
         Ok(())
     }
 
-    /// Goes on looking until this is so.
+    /// Goes on looking until this is so; a rollout that fails meanwhile is the end of it.
     pub(crate) async fn until(&mut self, what: &str, is_so: impl Fn(&View) -> bool) -> anyhow::Result<()> {
-        let end = Instant::now() + DEADLINE;
+        let begun = Instant::now();
         loop {
             let view = self.look().await?;
             if is_so(&view) {
                 return Ok(());
             }
-            if Instant::now() > end {
-                bail!("waited {DEADLINE:?} until {what}; the controller says: {}: {}", view.phase, view.message);
+            if view.phase == "Failed" || begun.elapsed() > DEADLINE {
+                let waited = begun.elapsed().as_secs();
+                bail!("waited {waited} s until {what}; the controller says: {}: {}", view.phase, view.message);
             }
             sleep(EVERY).await;
         }

@@ -20,8 +20,14 @@ use crate::{
     status::Status,
 };
 
-/// The versions in the document's order.
-pub(crate) const VERSIONS: [&str; 3] = ["v1", "v2", "v3"];
+/// The version that serves at first.
+pub(crate) const V1: &str = "v1";
+/// The next one, which is good.
+pub(crate) const V2: &str = "v2";
+/// The one after that, which is not.
+pub(crate) const V3: &str = "v3";
+/// All of them, in the document's order.
+pub(crate) const VERSIONS: [&str; 3] = [V1, V2, V3];
 /// Endpoints of each version.
 pub(crate) const ENDPOINTS: usize = 4;
 
@@ -41,14 +47,11 @@ pub(crate) struct Stage {
 
 impl Stage {
     /// Starts the endpoints of v1, the controller and Envoy; those of v2 and v3 exist in the document only.
-    pub(crate) async fn set_up() -> anyhow::Result<Self> {
-        let module = artifacts::wasm()?;
-        artifacts::tideshift()?;
-        artifacts::envoy()?;
+    pub(crate) async fn set_up(module: &Path) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("tideshift-demo-").tempdir().context("no temporary folder")?;
         // The actors' own folders go into it, so that one is all there is to remove.
         let _ = tempfile::env::override_temp_dir(folder.path());
-        let mut guard = Guard::of(folder.path())?;
+        let guard = Guard::new(folder.path(), [&artifacts::tideshift()?, &artifacts::envoy()?])?;
 
         let mut versions = Vec::new();
         for name in VERSIONS {
@@ -65,14 +68,12 @@ impl Stage {
             (*name, endpoints.iter().map(Backend::address).collect())
         };
         let document = Document::new(folder.path(), &versions.iter().map(addresses).collect::<Vec<_>>());
-        document.write(VERSIONS[0], None)?;
+        document.write(V1, None)?;
 
         let (listener, admin, controller) = (Port::reserve()?, Port::reserve()?, Port::reserve()?);
-        let bootstrap = bootstrap(document.path(), &listener, &admin, &controller, &module)?;
+        let bootstrap = bootstrap(document.path(), &listener, &admin, &controller, module)?;
         let controller = Controller::start_on(controller, &[document.path()], &[]).await?;
-        guard.watch(controller.id())?;
         let envoy = Options::new(bootstrap, admin.number()).concurrency(2).start().await?;
-        guard.watch(envoy.id())?;
         let load = Plan::new(listener.address(), HOST).connections(0).start();
         Ok(Self { load, envoy, controller, versions, listener, document, _guard: guard, _folder: folder })
     }

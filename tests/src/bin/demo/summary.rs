@@ -4,12 +4,12 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{bail, ensure};
 use console::{Style, style};
-use tideshift_core::outcome::{ErrorCodes, Ending, Outcome};
+use tideshift_core::outcome::{Ending, ErrorCodes, Outcome};
 use tideshift_tests::{load::Tally, wait::eventually};
 
 use crate::{
     document::SERVICE,
-    stage::{Stage, VERSIONS},
+    stage::{Stage, V3, VERSIONS},
     text::thousands,
 };
 
@@ -17,7 +17,7 @@ use crate::{
 const DEADLINE: Duration = Duration::from_secs(15);
 
 /// A version's name and how requests ended.
-type Key = (String, &'static str);
+type Key = (String, Outcome);
 type Counts = BTreeMap<Key, u64>;
 
 /// All that is told at the end.
@@ -30,26 +30,26 @@ pub(crate) struct Summary {
     controller: Counts,
     sent: u64,
     unanswered: u64,
-    /// Errors of the version that is meant to fail.
+    /// Errors of v3, which is meant to fail.
     expected: u64,
     /// All others, and the requests without an answer.
     unexpected: u64,
     failures: Vec<String>,
-    taken_back: Option<String>,
+    taken_back: Option<[String; 2]>,
     difference: Option<String>,
 }
 
 /// Waits until everybody has counted what the client has, and says so if they never do.
-pub(crate) async fn take(stage: &mut Stage, tally: &Tally, bad_version: &str) -> anyhow::Result<Summary> {
+pub(crate) async fn take(stage: &mut Stage, tally: &Tally) -> anyhow::Result<Summary> {
     let mut client = Counts::new();
     let mut statuses = BTreeMap::<Key, Vec<String>>::new();
     for ((version, status), count) in &tally.by {
         let ending = Ending { status: Some(*status), ..Ending::default() };
-        let key = (version.clone(), ErrorCodes::default().outcome(&ending).label());
+        let key = (version.clone(), ErrorCodes::default().outcome(&ending));
         *client.entry(key.clone()).or_default() += count;
         statuses.entry(key).or_default().push(status.to_string());
     }
-    let expected = tally.of_class(bad_version, 5);
+    let expected = tally.of_class(V3, 5);
     let mut summary = Summary {
         statuses,
         client,
@@ -61,7 +61,7 @@ pub(crate) async fn take(stage: &mut Stage, tally: &Tally, bad_version: &str) ->
         expected,
         unexpected: tally.bad() - expected,
         failures: tally.failures.clone(),
-        taken_back: taken_back(tally, bad_version),
+        taken_back: taken_back(tally, V3),
         difference: None,
     };
     let equal = eventually("the last report", DEADLINE, async || summary.ask(stage).await).await;
@@ -70,14 +70,16 @@ pub(crate) async fn take(stage: &mut Stage, tally: &Tally, bad_version: &str) ->
 }
 
 /// How long the bad version went on to get requests.
-fn taken_back(tally: &Tally, version: &str) -> Option<String> {
+fn taken_back(tally: &Tally, version: &str) -> Option<[String; 2]> {
     let times = tally.times.get(version)?;
     let seconds = times.last_sent.saturating_duration_since(times.first_error?).as_secs_f64();
     let (requests, errors) = (thousands(tally.of(version)), thousands(tally.of_class(version, 5)));
-    Some(format!(
-        "{version} was taken back: {seconds:.2} s from the first error that a client saw to the last request that \
-         {version} got; {requests} requests in all, {errors} of them errors"
-    ))
+    Some([
+        format!("{version} was taken back in {seconds:.2} s, after {requests} requests, {errors} of them errors"),
+        style(format!("(from the first error that a client saw to the last request that {version} got)"))
+            .dim()
+            .to_string(),
+    ])
 }
 
 impl Summary {
@@ -85,20 +87,20 @@ impl Summary {
     async fn ask(&mut self, stage: &mut Stage) -> anyhow::Result<()> {
         self.backends = VERSIONS.iter().flat_map(|version| of_backends(stage, version)).collect();
         let by_version = stage.envoy().prometheus().await?.requests_by_version(SERVICE);
-        let label = |name: &str| Outcome::ALL.map(Outcome::label).into_iter().find(|label| *label == name);
-        let known = by_version.into_iter().filter_map(|((version, outcome), n)| Some(((version, label(&outcome)?), n)));
+        let outcome = |label: &str| Outcome::ALL.into_iter().find(|outcome| outcome.label() == label);
+        let known = by_version.into_iter().filter_map(|((version, label), n)| Some(((version, outcome(&label)?), n)));
         self.envoy = known.filter(|(_, count)| *count > 0).collect();
 
         let status = stage.status().await?;
         let counts = status.versions.iter().flat_map(|version| {
-            Outcome::ALL.map(|outcome| ((version.name.clone(), outcome.label()), version.requests.of(outcome)))
+            Outcome::ALL.map(|outcome| ((version.name.clone(), outcome), version.requests.of(outcome)))
         });
         self.controller = counts.filter(|(_, count)| *count > 0).collect();
         ensure!(status.unrouted == 0, "{} requests found no version in service", status.unrouted);
         for (who, counts) in self.others() {
             if let Some(key) = self.keys().into_iter().find(|key| counts.get(key) != self.client.get(key)) {
                 let [theirs, ours] = [counts, &self.client].map(|counts| counts.get(&key).copied().unwrap_or_default());
-                bail!("{who} counted {theirs} of {} {}, the client {ours}", key.0, key.1);
+                bail!("{who} counted {theirs} of {} {}, the client {ours}", key.0, key.1.label());
             }
         }
         Ok(())
@@ -127,7 +129,8 @@ impl Summary {
         let mut lines = vec![String::new(), style(row(columns.map(str::to_owned))).dim().to_string()];
         for key in self.keys() {
             let of = |counts: &Counts| thousands(counts.get(&key).copied().unwrap_or_default());
-            let status = self.statuses.get(&key).map_or_else(|| key.1.to_owned(), |statuses| statuses.join(", "));
+            let status =
+                self.statuses.get(&key).map_or_else(|| key.1.label().to_owned(), |statuses| statuses.join(", "));
             let counted = [&self.client, &self.backends, &self.envoy, &self.controller].map(of);
             let [client, backends, envoy, controller] = counted;
             lines.push(row([key.0.clone(), status, client, backends, envoy, controller]));
@@ -135,10 +138,12 @@ impl Summary {
         let sum = |counts: &Counts| thousands(counts.values().sum());
         let [client, backends, envoy, controller] =
             [&self.client, &self.backends, &self.envoy, &self.controller].map(sum);
-        lines.push(style(row(["all".to_owned(), String::new(), client, backends, envoy, controller])).bold().to_string());
+        lines.push(
+            style(row(["all".to_owned(), String::new(), client, backends, envoy, controller])).bold().to_string(),
+        );
         lines.push(String::new());
         lines.extend(self.verdicts());
-        lines.push(format!("  {:.0} s", took.as_secs_f64()));
+        lines.push(format!("  all of it in {:.0} s", took.as_secs_f64()));
         lines
     }
 
@@ -157,10 +162,12 @@ impl Summary {
         let expected = thousands(self.expected);
         verdicts.push(format!("  {sent} sent, {answered} answered, {failed} other than the {expected} errors of v3"));
         verdicts.extend(self.failures.iter().take(3).map(|failure| format!("    {failure}")));
-        verdicts.push(match &self.taken_back {
-            Some(taken_back) => format!("  {taken_back}"),
-            None => format!("  {}", bad.apply_to("no client saw v3 fail, so there was nothing to show")),
-        });
+        match &self.taken_back {
+            Some(lines) => verdicts.extend(lines.iter().map(|line| format!("  {line}"))),
+            None => {
+                verdicts.push(format!("  {}", bad.apply_to("no client saw v3 fail: there was nothing to take back")))
+            }
+        }
         verdicts
     }
 }
@@ -173,7 +180,7 @@ fn of_backends(stage: &Stage, version: &'static str) -> Vec<(Key, u64)> {
     by_outcome
         .into_iter()
         .filter(|(_, count)| *count > 0)
-        .map(|(outcome, count)| ((version.to_owned(), outcome.label()), count))
+        .map(|(outcome, count)| ((version.to_owned(), outcome), count))
         .collect()
 }
 

@@ -35,6 +35,21 @@ pub(crate) fn bar(share: f64, width: usize) -> String {
     "█".repeat(eighths / 8) + EIGHTHS[eighths % 8]
 }
 
+/// The words in lines of at most `width` characters (a longer word is a line of its own).
+pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,6 +59,13 @@ mod tests {
         assert_eq!([7, 999, 1_000, 1_234_567].map(thousands), ["7", "999", "1,000", "1,234,567"]);
         assert_eq!([0, 9, 65].map(|seconds| clock(Duration::from_secs(seconds))), ["0:00", "0:09", "1:05"]);
         assert_eq!([0.0, 25.0, 100.0 / 3.0, 99.99].map(percent), ["0 %", "25 %", "33.3 %", "100 %"]);
+    }
+
+    #[test]
+    fn words_are_wrapped() {
+        assert_eq!(wrap("one two three", 7), ["one two", "three"]);
+        assert_eq!(wrap("incomprehensible", 7), ["incomprehensible"]);
+        assert_eq!(wrap(" ", 7), [""; 0]);
     }
 
     #[test]
