@@ -25,7 +25,7 @@ build: rust ## Build target/tideshift.wasm and target/release/tideshift
 .PHONY: demo
 demo: build envoy ## Show live how traffic shifts, and a bad release being taken back (KEEP=1 leaves it running)
 	$(heading) 'Demo'
-	cargo run --release -p tideshift-tests --bin demo
+	cargo run --release -p tideshift-tests --no-default-features --bin demo
 
 ## Check it
 

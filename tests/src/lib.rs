@@ -21,4 +21,5 @@ pub mod process;
 pub mod rig;
 pub mod setup;
 pub mod wait;
+#[cfg(feature = "wasm-host")]
 pub mod wasm_host;

@@ -139,6 +139,7 @@ async fn a_second_one_on_the_same_state_is_refused_kindly() -> anyhow::Result<()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn state_that_cannot_be_read_is_refused_and_left_alone() -> anyhow::Result<()> {
     let (rig, mut controller) = start().await?;
+    post(&controller, report("p", "1", 5).to_string()).send().await?;
     assert_eq!(controller.terminate().await?.code(), Some(0));
     for (name, text, why) in [
         ("rollouts.json", "{\"format\": 1, \"epo", "EOF while parsing"),
