@@ -92,7 +92,6 @@ impl Root {
         };
         self.worker.sequences.replace(places);
         self.worker.in_force.replace(Rc::new(InForce { plan, counters }));
-        log::debug!("policy revision {} in force", place.revision);
         self.place = place;
     }
 
@@ -106,6 +105,7 @@ impl Root {
         // Only valid policies are stored; should this one not be, what runs keeps running.
         if let Ok(policy) = Policy::from_json(&delivered.json) {
             self.apply(&policy, delivered.place);
+            log::debug!("policy revision {} of the controller in force", self.place.revision);
         }
     }
 
@@ -162,6 +162,7 @@ impl RootContext for Root {
             Ok(policy) => {
                 self.random = Rng::with_seed(host::now() ^ std::ptr::from_ref(self) as u64);
                 self.apply(&policy, Place { epoch: String::new(), revision: policy.revision });
+                log::info!("policy revision {} of the plugin configuration in force", policy.revision);
                 if let Some(controller) = &policy.controller {
                     self.connect(controller);
                 }

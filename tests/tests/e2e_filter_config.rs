@@ -207,7 +207,7 @@ async fn the_controllers_policy_outlives_a_change_of_the_plugin_configuration() 
 
     // The file's own revision may be higher; what the controller said counts more.
     watched.set(&controlled(policy(9, 1, 0))?)?;
-    let in_force = "policy revision 9 in force";
+    let in_force = "policy revision 9 of the plugin configuration in force";
     eventually("the new configuration", DEADLINE, async || {
         let times = setup.envoy.log().matches(in_force).count();
         ensure!(times >= WORKERS, "{times} workers have it");

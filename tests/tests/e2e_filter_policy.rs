@@ -319,7 +319,7 @@ async fn what_is_older_bad_or_broken_is_refused_and_changes_nothing() -> anyhow:
     held_after(&server, revision).await?;
     let log = setup.envoy.log();
     assert!(log.contains("revision 3, which is not newer than 12"), "the log does not say why it was not taken");
-    for never in ["policy revision 3 in force", "policy revision 10000 in force"] {
+    for never in ["policy revision 3 from the controller", "policy revision 10000 from the controller"] {
         assert!(!log.contains(never), "{never}");
     }
 
