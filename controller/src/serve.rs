@@ -106,8 +106,8 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
 fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::Ledger), StoreError> {
     let beside = || {
         let first = options.files.iter().find(|file| file.as_os_str() != "-")?;
-        let folder = first.parent().filter(|folder| !folder.as_os_str().is_empty());
-        Some(folder.map_or_else(|| PathBuf::from("."), PathBuf::from).join(".tideshift"))
+        // One for each first document, so that controllers of other documents in the same folder have their own.
+        Some(first.parent()?.join(".tideshift").join(first.file_name()?))
     };
     let fresh = || Kept { epoch: format!("{:x}-{:x}", now(), std::process::id()), ..Kept::default() };
     let nowhere = |why: String| {

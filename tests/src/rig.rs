@@ -124,7 +124,7 @@ impl Rig {
 
     /// Where the controller keeps its state.
     pub fn state_dir(&self) -> PathBuf {
-        self.path(".tideshift")
+        self.path(".tideshift").join(self.file().file_name().unwrap_or_default())
     }
 
     /// Starts `tideshift serve -f` the document.

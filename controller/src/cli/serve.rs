@@ -28,7 +28,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7460", env = "TIDESHIFT_LISTEN")]
     listen: SocketAddr,
 
-    /// Where to keep rollouts and counts across restarts. Without it: `.tideshift` beside the first document.
+    /// Where to keep rollouts and counts across restarts. Without it: `.tideshift` beside the first document, in a
+    /// folder of that document's name.
     #[arg(long, value_name = "DIR", env = "TIDESHIFT_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
