@@ -55,7 +55,7 @@ wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32
 .PHONY: e2e
 e2e: build envoy ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
-	cargo test -p tideshift-tests $(ARGS)
+	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests $(ARGS) # errors that are only waited out need no backtraces
 
 .PHONY: deny
 deny: cargo-deny ## Licences, bans and sources of the dependencies, and their known holes
