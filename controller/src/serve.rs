@@ -178,7 +178,8 @@ impl Mind {
         for (service, message) in &outcome.events {
             tracing::info!(service, "{message}");
         }
-        // First safe, then published: a revision that proxies have seen is never given to another policy.
+        // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing
+        // can be kept (a full disk), traffic goes on being moved all the same.
         if let (Some(kept), Some(store)) = (&kept, &self.store)
             && let Err(error) = store.keep(kept)
         {

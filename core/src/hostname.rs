@@ -27,14 +27,17 @@ pub struct Hostnames {
 }
 
 impl Hostnames {
-    /// Lets `hostname` (`None`: every host) mean `target`; returns what it meant before, if anything.
-    pub(crate) fn insert(&mut self, hostname: Option<&str>, target: usize) -> Option<usize> {
+    /// Lets `hostname` (`None`: every host) mean `target`.
+    pub(crate) fn insert(&mut self, hostname: Option<&str>, target: usize) {
         match hostname {
-            None => self.every.replace(target),
-            Some(name) => match name.strip_prefix("*.") {
-                Some(suffix) => self.suffix.insert(suffix.to_owned(), target),
-                None => self.exact.insert(name.to_owned(), target),
-            },
+            None => self.every = Some(target),
+            Some(name) => {
+                let (names, name) = match name.strip_prefix("*.") {
+                    Some(suffix) => (&mut self.suffix, suffix),
+                    None => (&mut self.exact, name),
+                };
+                names.insert(name.to_owned(), target);
+            }
         }
     }
 

@@ -53,7 +53,7 @@ const VERSION_FAILED: u64 =
 
 /// Which endings are the version's fault, for one service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase", into = "WrittenErrorCodes")]
+#[serde(into = "WrittenErrorCodes")]
 pub struct ErrorCodes {
     status: Vec<RangeInclusive<u16>>,
     grpc: Vec<u32>,
