@@ -20,17 +20,21 @@ pub trait Request {
 /// A request as the list of its headers, names in lower case.
 impl<N: AsRef<str>, V: AsRef<[u8]>> Request for [(N, V)] {
     fn header(&self, name: &str) -> Option<Cow<'_, [u8]>> {
-        let mut values = self.iter().filter(|(n, _)| n.as_ref() == name).map(|(_, value)| value.as_ref());
-        let first = values.next()?;
-        let Some(second) = values.next() else { return Some(Cow::Borrowed(first)) };
-        let separator: &[u8] = if name == "cookie" { b"; " } else { b"," };
-        let mut joined = first.to_vec();
-        for value in std::iter::once(second).chain(values) {
-            joined.extend_from_slice(separator);
-            joined.extend_from_slice(value);
-        }
-        Some(Cow::Owned(joined))
+        joined(name, self.iter().filter(|(n, _)| n.as_ref() == name).map(|(_, value)| value.as_ref()))
     }
+}
+
+/// The values of the header `name` as one; `None` if there are none.
+pub fn joined<'r>(name: &str, mut values: impl Iterator<Item = &'r [u8]>) -> Option<Cow<'r, [u8]>> {
+    let first = values.next()?;
+    let Some(second) = values.next() else { return Some(Cow::Borrowed(first)) };
+    let separator: &[u8] = if name == "cookie" { b"; " } else { b"," };
+    let mut joined = first.to_vec();
+    for value in std::iter::once(second).chain(values) {
+        joined.extend_from_slice(separator);
+        joined.extend_from_slice(value);
+    }
+    Some(Cow::Owned(joined))
 }
 
 /// Path without query, and query without `?` (empty if there is none).

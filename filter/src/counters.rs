@@ -3,8 +3,7 @@
 //!
 //! Names carry labels in the form that Istio and `tideshift render envoy` extract: `version=.=v1;.;`.
 
-use crate::host;
-use proxy_wasm::types::MetricType;
+use crate::host::{Stat, StatKind};
 use std::collections::BTreeMap;
 use tideshift_core::outcome::Outcome;
 use tideshift_core::plan::{Plan, ServicePlan};
@@ -21,13 +20,13 @@ pub struct Counters {
 /// The stats of one service.
 struct ServiceCounters {
     name: String,
-    unrouted: Option<u32>,
+    unrouted: Stat,
     versions: Vec<(String, VersionCounters)>,
 }
 
 /// The stats of one service of a plan, with its versions in the plan's order.
 pub struct PlanCounters {
-    unrouted: Option<u32>,
+    unrouted: Stat,
     /// One for each version.
     pub versions: Vec<VersionCounters>,
 }
@@ -35,9 +34,9 @@ pub struct PlanCounters {
 /// The stats of one version.
 #[derive(Clone, Copy)]
 pub struct VersionCounters {
-    outcomes: [Option<u32>; Outcome::ALL.len()],
-    in_flight: Option<u32>,
-    milliseconds: Option<u32>,
+    outcomes: [Stat; Outcome::ALL.len()],
+    in_flight: Stat,
+    milliseconds: Stat,
 }
 
 impl Counters {
@@ -51,7 +50,7 @@ impl Counters {
         let at = *self.index.entry(service.name.clone()).or_insert(next);
         if at == next {
             let name = format!("service=.={};.;tideshift_unrouted_requests_total", service.name);
-            let unrouted = host::stat(MetricType::Counter, &name);
+            let unrouted = Stat::define(StatKind::Counter, &name);
             self.services.push(ServiceCounters { name: service.name.clone(), unrouted, versions: Vec::new() });
         }
         let known = self.services.get_mut(at)?;
@@ -71,7 +70,7 @@ impl Counters {
     pub fn read(&self) -> Vec<ServiceReport> {
         let service = |service: &ServiceCounters| ServiceReport {
             name: service.name.clone(),
-            unrouted: host::stat_value(service.unrouted),
+            unrouted: service.unrouted.value(),
             versions: service.versions.iter().map(|(name, counters)| counters.read(name)).collect(),
         };
         self.services.iter().map(service).collect()
@@ -81,7 +80,7 @@ impl Counters {
 impl PlanCounters {
     /// Counts a request that found nothing in service.
     pub fn count_unrouted(&self) {
-        host::stat_add(self.unrouted, 1);
+        self.unrouted.add(1);
     }
 }
 
@@ -90,13 +89,13 @@ impl VersionCounters {
         let labels = format!("service=.={service};.;version=.={version};.;");
         let outcome = |outcome: Outcome| {
             let name = format!("{labels}outcome=.={};.;tideshift_requests_total", outcome.label());
-            host::stat(MetricType::Counter, &name)
+            Stat::define(StatKind::Counter, &name)
         };
         Self {
             outcomes: Outcome::ALL.map(outcome),
-            in_flight: host::stat(MetricType::Gauge, &format!("{labels}tideshift_requests_in_flight")),
-            milliseconds: host::stat(
-                MetricType::Histogram,
+            in_flight: Stat::define(StatKind::Gauge, &format!("{labels}tideshift_requests_in_flight")),
+            milliseconds: Stat::define(
+                StatKind::Histogram,
                 &format!("{labels}tideshift_request_duration_milliseconds"),
             ),
         }
@@ -104,24 +103,24 @@ impl VersionCounters {
 
     /// Counts a request that has been given to the version.
     pub fn started(&self) {
-        host::stat_add(self.in_flight, 1);
+        self.in_flight.add(1);
     }
 
     /// Counts how it ended, `nanoseconds` after its start.
     pub fn ended(&self, outcome: Outcome, nanoseconds: u64) {
-        host::stat_add(self.in_flight, -1);
-        host::stat_add(self.outcomes.get(outcome as usize).copied().flatten(), 1);
+        self.in_flight.add(-1);
+        self.outcomes.get(outcome as usize).copied().unwrap_or_default().add(1);
         if outcome != Outcome::Cancelled {
-            host::stat_record(self.milliseconds, nanoseconds / 1_000_000);
+            self.milliseconds.record(nanoseconds / 1_000_000);
         }
     }
 
     fn read(&self, name: &str) -> VersionReport {
-        let [ok, error, client_error, cancelled] = self.outcomes.map(host::stat_value);
+        let [ok, error, client_error, cancelled] = self.outcomes.map(Stat::value);
         VersionReport {
             name: name.to_owned(),
             ended: Counts { ok, error, client_error, cancelled },
-            in_flight: host::stat_value(self.in_flight),
+            in_flight: self.in_flight.value(),
         }
     }
 }

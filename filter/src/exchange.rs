@@ -1,10 +1,9 @@
 //! One request and its answer: gets its version, and is counted for it when it ends, whichever way.
 
 use crate::counters::VersionCounters;
-use crate::host;
+use crate::headers::Headers;
+use crate::host::{self, Map};
 use crate::root::{InForce, Worker};
-use proxy_wasm::traits::{Context, HttpContext};
-use proxy_wasm::types::Action;
 use std::rc::Rc;
 use tideshift_core::outcome::Ending;
 use tideshift_core::{OWN_HEADERS, VERSION_HEADER};
@@ -28,36 +27,33 @@ impl Exchange {
     pub fn new(worker: Rc<Worker>) -> Self {
         Self { worker, chosen: None }
     }
-}
 
-impl Context for Exchange {}
-
-impl HttpContext for Exchange {
-    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
-        let headers = host::request_headers();
+    /// The request's headers are there: gives it its version.
+    pub fn request(&mut self) {
+        let headers = Headers::of_request();
         // A client must not choose by forging ours.
-        for (name, _) in headers.iter().filter(|(name, _)| name.starts_with(OWN_HEADERS)) {
-            host::remove_request_header(name);
+        for (name, _) in headers.iter().filter(|(name, _)| name.starts_with(OWN_HEADERS.as_bytes())) {
+            host::remove_header(Map::Request, name);
         }
         let in_force = self.worker.in_force();
-        let Some(route) = in_force.plan.route(headers.as_slice()) else { return Action::Continue };
-        let Some(counters) = in_force.counters.get(route.service) else { return Action::Continue };
+        let Some(route) = in_force.plan.route(&headers) else { return };
+        let Some(counters) = in_force.counters.get(route.service) else { return };
         let version = self.worker.choose(route.split).and_then(|version| {
             let name = in_force.plan.services.get(route.service)?.versions.get(version)?;
             Some((name, *counters.versions.get(version)?))
         });
         let Some((name, counters)) = version else {
             counters.count_unrouted();
-            return Action::Continue;
+            return;
         };
-        host::set_request_header(VERSION_HEADER, name);
+        host::set_header(Map::Request, VERSION_HEADER, name);
         counters.started();
         self.chosen =
             Some(Chosen { counters, service: route.service, in_force: in_force.clone(), started: host::now() });
-        Action::Continue
     }
 
-    fn on_log(&mut self) {
+    /// The exchange is over: counts how it ended.
+    pub fn ended(mut self) {
         let Some(chosen) = self.chosen.take() else { return };
         let Some(service) = chosen.in_force.plan.services.get(chosen.service) else { return };
         let outcome = service.errors.outcome(&ending());
@@ -68,11 +64,13 @@ impl HttpContext for Exchange {
 /// What Envoy knows of the exchange now that it is over. The flags are read each time: only they tell an answer that
 /// broke off, after a status that looked fine, from a whole one.
 fn ending() -> Ending {
-    let number = |text: Vec<u8>| std::str::from_utf8(&text).ok()?.parse::<u32>().ok();
-    let grpc_status = || host::response_trailer("grpc-status").or_else(|| host::response_header("grpc-status"));
+    let number = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<u32>().ok();
+    let grpc_status =
+        || host::header(Map::ResponseTrailers, "grpc-status").or_else(|| host::header(Map::Response, "grpc-status"));
+    let status = host::header(Map::Response, ":status").and_then(|status| number(&status));
     Ending {
-        status: host::response_header(":status").and_then(number).and_then(|status| u16::try_from(status).ok()),
-        grpc_status: grpc_status().and_then(number),
-        flags: host::property_integer(&["response", "flags"]).unwrap_or_default(),
+        status: status.and_then(|status| u16::try_from(status).ok()),
+        grpc_status: grpc_status().and_then(|status| number(&status)),
+        flags: host::property_integer("response\0flags").unwrap_or_default(),
     }
 }

@@ -1,7 +1,7 @@
 //! The talk with the controller, through Envoy's callouts, by the one VM that holds the lease: a long poll that
 //! brings newer policies, and a report every second.
 
-use crate::host;
+use crate::host::{self, Map};
 use crate::shared::{Place, Shared};
 use fastrand::Rng;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -49,7 +49,7 @@ impl Link {
     /// A talk that has not begun.
     pub fn new(controller: &ControllerRef, shared: &Shared) -> Self {
         // Where Envoy 1.40 has it, and where older ones do.
-        let node = host::property(&["xds", "node", "id"]).or_else(|| host::property(&["node", "id"]));
+        let node = host::property("xds\0node\0id").or_else(|| host::property("node\0id"));
         let node = node.unwrap_or_default();
         let start = shared.start();
         Self {
@@ -78,7 +78,7 @@ impl Link {
         let (proxy, epoch) = (encode(&self.proxy), encode(&seen.epoch));
         let path = format!("/v1/policy?proxy={proxy}&epoch={epoch}&after={}", seen.revision);
         self.poll_at = now.saturating_add(POLL_PERIOD.as_nanos() as u64);
-        self.poll = self.call("GET", &path, None, POLL_TIMEOUT);
+        self.poll = self.call("GET", &path, b"", POLL_TIMEOUT);
         if self.poll.is_none() {
             let why = format!("Envoy has no cluster {} to call", self.controller.cluster);
             self.poll_failed(now, random, &why);
@@ -107,7 +107,7 @@ impl Link {
             services: services(),
         };
         let Ok(body) = serde_json::to_vec(&report) else { return };
-        self.report = self.call("POST", "/v1/reports", Some(&body), REPORT_TIMEOUT);
+        self.report = self.call("POST", "/v1/reports", &body, REPORT_TIMEOUT);
     }
 
     /// Takes the answer to a call; `headers` and `body` are their sizes.
@@ -121,7 +121,7 @@ impl Link {
         random: &mut Rng,
     ) -> Answer {
         // An answer without headers is one that broke off; asking for its headers would be a mistake.
-        let status = (headers > 0).then(|| host::call_header(":status")).flatten();
+        let status = (headers > 0).then(|| host::header(Map::CallResponse, ":status")).flatten();
         if self.report == Some(token) {
             self.report = None;
             return Answer::Nothing;
@@ -152,8 +152,8 @@ impl Link {
     }
 
     fn take(&mut self, size: usize, shared: &Shared, applied: &Place) -> Result<Answer, String> {
-        let epoch = host::call_header("x-tideshift-epoch").unwrap_or_default();
-        let epoch = String::from_utf8(epoch).map_err(|_| "an epoch that is not UTF-8".to_owned())?;
+        let epoch = host::header(Map::CallResponse, "x-tideshift-epoch").unwrap_or_default();
+        let epoch = String::from_utf8(epoch.into_vec()).map_err(|_| "an epoch that is not UTF-8".to_owned())?;
         let json = host::call_body(size);
         let place = |revision| Place { epoch: epoch.clone(), revision };
         match Policy::from_json(&json) {
@@ -194,16 +194,16 @@ impl Link {
         }
     }
 
-    fn call(&self, method: &str, path: &str, body: Option<&[u8]>, timeout: Duration) -> Option<u32> {
+    fn call(&self, method: &str, path: &str, body: &[u8], timeout: Duration) -> Option<u32> {
         let mut headers =
             vec![(":method", method), (":path", path), (":authority", self.controller.authority.as_str())];
         if let Some(authorization) = &self.authorization {
             headers.push(("authorization", authorization));
         }
-        if body.is_some() {
+        if !body.is_empty() {
             headers.push(("content-type", "application/json"));
         }
-        host::call(&self.controller.cluster, headers, body, timeout)
+        host::call(&self.controller.cluster, &headers, body, timeout)
     }
 }
 

@@ -7,8 +7,6 @@ use crate::link::{Answer, Link};
 use crate::shared::{Place, Shared};
 use crate::workers::Workers;
 use fastrand::Rng;
-use proxy_wasm::traits::{Context, HttpContext, RootContext};
-use proxy_wasm::types::ContextType;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -123,40 +121,9 @@ impl Root {
         self.catch_up();
         host::tick_every(FIRST_TICK);
     }
-}
 
-impl Context for Root {
-    fn on_http_call_response(&mut self, token: u32, headers: usize, body: usize, _: usize) {
-        let now = host::now();
-        let Some(Controller { shared, link, .. }) = &mut self.controller else { return };
-        match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
-            Answer::Policy => {
-                if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
-                    workers.wake();
-                }
-                self.catch_up();
-                self.beat(now);
-            }
-            Answer::Nothing => {}
-        }
-        // At once, not at the next tick; but a VM that has lost the lease meanwhile leaves it to the one that has it.
-        if let Some(Controller { link, leads: true, .. }) = &mut self.controller {
-            link.poll(now, &self.place, &mut self.random);
-        }
-    }
-
-    /// This configuration is being replaced, or the proxy ends: others need not wait for it.
-    fn on_done(&mut self) -> bool {
-        if let Some(Controller { shared, workers: Some(workers), .. }) = self.controller.take() {
-            workers.leave();
-            shared.end_lease(workers.id);
-        }
-        true
-    }
-}
-
-impl RootContext for Root {
-    fn on_configure(&mut self, size: usize) -> bool {
+    /// Takes the plugin configuration; `false`: it is not a policy, and what ran before stays.
+    pub fn configure(&mut self, size: usize) -> bool {
         let json = host::plugin_configuration(size).unwrap_or_default();
         match Policy::from_json(&json) {
             Ok(policy) => {
@@ -177,7 +144,13 @@ impl RootContext for Root {
         }
     }
 
-    fn on_tick(&mut self) {
+    /// A request that has just arrived.
+    pub fn exchange(&self) -> Exchange {
+        Exchange::new(self.worker.clone())
+    }
+
+    /// Heartbeat, lease, and the talk with the controller if this VM has the lease.
+    pub fn tick(&mut self) {
         let now = host::now();
         self.catch_up();
         let Some(controller) = &mut self.controller else { return };
@@ -194,7 +167,8 @@ impl RootContext for Root {
         }
     }
 
-    fn on_queue_ready(&mut self, queue: u32) {
+    /// Another VM says that there is something new.
+    pub fn woken(&mut self, queue: u32) {
         let woken = match &self.controller {
             Some(Controller { workers: Some(workers), .. }) => workers.is_woken_by(queue),
             _ => false,
@@ -205,11 +179,31 @@ impl RootContext for Root {
         }
     }
 
-    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Exchange::new(self.worker.clone())))
+    /// The answer to a call of the link's; `headers` and `body` are its sizes.
+    pub fn answered(&mut self, token: u32, headers: usize, body: usize) {
+        let now = host::now();
+        let Some(Controller { shared, link, .. }) = &mut self.controller else { return };
+        match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
+            Answer::Policy => {
+                if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
+                    workers.wake();
+                }
+                self.catch_up();
+                self.beat(now);
+            }
+            Answer::Nothing => {}
+        }
+        // At once, not at the next tick; but a VM that has lost the lease meanwhile leaves it to the one that has it.
+        if let Some(Controller { link, leads: true, .. }) = &mut self.controller {
+            link.poll(now, &self.place, &mut self.random);
+        }
     }
 
-    fn get_type(&self) -> Option<ContextType> {
-        Some(ContextType::HttpContext)
+    /// This configuration is being replaced, or the proxy ends: others need not wait for it.
+    pub fn leave(self) {
+        if let Some(Controller { shared, workers: Some(workers), .. }) = self.controller {
+            workers.leave();
+            shared.end_lease(workers.id);
+        }
     }
 }

@@ -51,7 +51,7 @@ impl Shared {
     /// one VM before all others, so whatever VMs change together later is there when they do. (A value that is not
     /// there cannot be compared with, so two VMs that both wanted to be the first would both believe that they were.)
     pub fn new(controller: &ControllerRef) -> Self {
-        let root = host::property(&["plugin_root_id"]).unwrap_or_default();
+        let root = host::property("plugin_root_id").unwrap_or_default();
         let root = String::from_utf8_lossy(&root).into_owned();
         let shared = Self { prefix: format!("tideshift/{root}/{}/{}", controller.cluster, controller.authority) };
         shared.set_first(START, format!("{:x}", host::now()).as_bytes());
@@ -81,7 +81,7 @@ impl Shared {
 
     /// The newest policy that the controller sent.
     pub fn delivered(&self) -> Option<Delivered> {
-        decode(host::shared(&self.key("policy"))?.0)
+        decode(&host::shared(&self.key("policy"))?.0)
     }
 
     /// The place of the newest policy; cheap enough for every tick.
@@ -123,11 +123,10 @@ impl Shared {
     }
 }
 
-fn decode(mut value: Vec<u8>) -> Option<Delivered> {
+fn decode(value: &[u8]) -> Option<Delivered> {
     let line = value.iter().position(|b| *b == b'\n')?;
-    let json = value.split_off(line + 1);
-    value.truncate(line);
-    Some(Delivered { place: decode_place(&value)?, json })
+    let (place, json) = value.split_at_checked(line)?;
+    Some(Delivered { place: decode_place(place)?, json: json.get(1..)?.to_vec() })
 }
 
 fn decode_place(value: &[u8]) -> Option<Place> {
