@@ -8,14 +8,16 @@ use tideshift_core::shift::TrafficShift;
 pub fn service(shift: &TrafficShift, state: impl Fn(&str) -> (u32, bool)) -> Service {
     let version = |name: &String| {
         let (weight, serving) = state(name);
-        Version { name: name.clone(), weight, serving }
+        Version { name: name.clone(), weight, serving, cluster: None }
     };
     Service {
         name: shift.name.clone(),
         hostnames: shift.hostnames.clone(),
         versions: shift.versions.iter().map(|v| version(&v.name)).collect(),
         rules: shift.rules.clone(),
+        session: shift.session.clone(),
         errors: shift.errors.clone(),
+        mirror: shift.mirror.clone(),
     }
 }
 

@@ -2,8 +2,9 @@
 //! which version a request goes to, and how an exchange counts. Pure functions of their arguments: no clock, no
 //! randomness, no I/O and no log, so the same code runs in a proxy, in tests, in a browser's wasm and in `explain`.
 //!
-//! A request's way: [`policy::Policy`] is read and compiled to a [`plan::Plan`]; [`plan::Plan::route`] finds service,
-//! rule and split; [`plan::Split::choose`] the version; [`outcome::ErrorCodes::outcome`] says how it ended.
+//! A request's way: [`policy::Policy`] is read and compiled to a [`plan::Plan`]; [`plan::Plan::decide`] finds service,
+//! rule and split, and the version by session ([`session`]) or by turn ([`split`]); [`outcome::ErrorCodes::outcome`] says
+//! how it ended.
 
 pub mod decode;
 pub mod hostname;
@@ -14,7 +15,10 @@ pub mod plan;
 pub mod policy;
 pub mod report;
 pub mod request;
+mod rules;
 pub mod sequence;
+pub mod session;
 pub mod shift;
+pub mod split;
 
-pub use name::{OWN_HEADERS, VERSION_HEADER};
+pub use name::{EXPLAIN_HEADER, MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};

@@ -161,13 +161,16 @@ impl Match {
         let cookies = named(&mut f, d, "cookies", cookie_name);
         let query_params = named(&mut f, d, "queryParams", Decoder::filled_text);
         let path = f.optional(d, "path", PathMatch::read);
-        let method = f.optional(d, "method", |d, value| {
-            let allowed = "a method in upper case, such as GET";
-            d.text_where(value, allowed, |m| name::is_token(m) && !m.bytes().any(|b| b.is_ascii_lowercase()))
-        });
+        let method = f.optional(d, "method", method);
         f.finish(d);
         Some(Self { headers, cookies, query_params, path, method })
     }
+}
+
+/// A method's name.
+pub(crate) fn method(d: &mut Decoder, value: &Value) -> Option<String> {
+    let allowed = "a method in upper case, such as GET";
+    d.text_where(value, allowed, |m| name::is_token(m) && !m.bytes().any(|b| b.is_ascii_lowercase()))
 }
 
 fn method_holds(wanted: &str, request: &(impl Request + ?Sized)) -> bool {
@@ -176,8 +179,12 @@ fn method_holds(wanted: &str, request: &(impl Request + ?Sized)) -> bool {
 
 /// The header that a match is about.
 fn header<'r>(m: &NamedMatch, request: &'r (impl Request + ?Sized)) -> Option<Cow<'r, [u8]>> {
-    // Envoy hands the host on under HTTP/2's name for it.
-    request.header(if m.name == "host" { AUTHORITY } else { &m.name })
+    request.header(header_name(&m.name))
+}
+
+/// Under which name Envoy hands a header on: the host under HTTP/2's name for it.
+pub(crate) fn header_name(name: &str) -> &str {
+    if name == "host" { AUTHORITY } else { name }
 }
 
 impl Mismatch<'_> {

@@ -9,6 +9,12 @@ pub const OWN_HEADERS: &str = "x-tideshift-";
 /// The header that carries the chosen version to Envoy's routes, the upstream and the access logs.
 pub const VERSION_HEADER: &str = "x-tideshift-version";
 
+/// The header that names the Envoy cluster for a copy of the request, to Envoy's mirror policies.
+pub const MIRROR_HEADER: &str = "x-tideshift-mirror";
+
+/// The header by which those who know the token ask why, and are told.
+pub const EXPLAIN_HEADER: &str = "x-tideshift-explain";
+
 /// A service's name: a Kubernetes object name (RFC 1123 subdomain, up to 253 characters).
 pub(crate) fn service(d: &mut Decoder, value: &Value) -> Option<String> {
     let allowed = "a name of lower-case letters, digits, '-' and '.', up to 253 long (RFC 1123 subdomain)";

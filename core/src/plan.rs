@@ -1,11 +1,14 @@
-//! The plan: a policy compiled for choosing, and the choice itself. One request's way is [`Plan::route`], which finds
-//! the service, the rule and the split, then [`Split::choose`], which takes the next point of the even sequence.
+//! The plan: a policy compiled for choosing, and the choice itself. [`Plan::route`] finds the service, the rule and the
+//! split that a request is for; [`Plan::decide`] goes on from there by session and by turn to the version.
 
 use crate::hostname::Hostnames;
 use crate::outcome::ErrorCodes;
-use crate::policy::{Policy, Rule, Service};
-use crate::request::{AUTHORITY, Request};
+use crate::policy::{Mirror, Policy, Rule, Service};
+use crate::request::{self, AUTHORITY, METHOD, Request, SCHEME};
+use crate::rules::RuleIndex;
 use crate::sequence::EvenSequence;
+use crate::session::{Session, SessionBy, SessionHash};
+pub use crate::split::{Split, Turns};
 use std::collections::BTreeMap;
 
 /// A policy made ready to choose by.
@@ -27,25 +30,32 @@ pub struct ServicePlan {
     pub versions: Vec<String>,
     /// What counts as a version's fault.
     pub errors: ErrorCodes,
-    rules: Vec<RulePlan>,
+    session: Option<SessionPlan>,
+    /// For the requests that no rule takes.
+    own: Destination,
+    rules: Vec<(Rule, Destination)>,
+    index: RuleIndex,
+}
+
+/// Where requests go: those that a rule takes, or those that none does.
+#[derive(Debug, Clone)]
+struct Destination {
     split: Split,
+    mirror: Option<MirrorPlan>,
 }
 
 #[derive(Debug, Clone)]
-struct RulePlan {
-    rule: Rule,
-    split: Split,
-}
-
-/// Versions in service with their weights, ready to choose among. Versions that are out of service or have no weight
-/// are not in it, so their share goes to the others in proportion.
-#[derive(Debug, Clone)]
-pub struct Split {
-    /// Index of a version, and the sum of the weights up to and including its own.
-    entries: Vec<(usize, u32)>,
-    total: u32,
-    /// Its place among the plan's splits: each service's own, followed by those of its rules.
+struct MirrorPlan {
+    percent: u32,
+    methods: Vec<String>,
+    cluster: String,
     slot: usize,
+}
+
+#[derive(Debug, Clone)]
+struct SessionPlan {
+    session: Session,
+    hash: SessionHash,
 }
 
 /// Where a request goes.
@@ -57,22 +67,54 @@ pub struct Route<'p> {
     pub rule: Option<usize>,
     /// The versions to choose among; empty if nothing is in service.
     pub split: &'p Split,
+    mirror: Option<&'p MirrorPlan>,
 }
 
-/// One worker's places in the even sequences of a plan's splits.
-#[derive(Debug, Clone, Default)]
-pub struct Sequences(Vec<EvenSequence>);
+/// What is to be done with a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision<'p> {
+    /// The service that it is for, as an index of [`Plan::services`].
+    pub service: usize,
+    /// The rule that took it, as an index of the service's rules; `None`: the service's own weights apply.
+    pub rule: Option<usize>,
+    /// The version that answers, as an index of the service's; `None`: nothing is in service.
+    pub version: Option<usize>,
+    /// Why that one.
+    pub reason: Reason,
+    /// What to send in `Set-Cookie` with the answer.
+    pub cookie: Option<String>,
+    /// The Envoy cluster that gets a copy.
+    pub mirror: Option<&'p str>,
+}
+
+/// Why a version was chosen. Buckets are for people to compare: a user's stays the same, a point moves on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// Its turn came: the sequence's point, of so many.
+    Weight(u32, u32),
+    /// The user was given it before; the user's bucket.
+    Session(u32),
+    /// The user's hash falls on it; the user's bucket.
+    Hash(u32),
+    /// Nothing is in service.
+    Unrouted,
+}
+
+impl Reason {
+    /// How many buckets users fall into.
+    pub const BUCKETS: u32 = 10_000;
+
+    fn bucket(user: u64) -> u32 {
+        (((user >> 32) * u64::from(Self::BUCKETS)) >> 32) as u32
+    }
+}
 
 impl Plan {
     /// Compiles a policy.
     pub fn new(policy: &Policy) -> Self {
         let mut hostnames = Hostnames::default();
-        let mut slots = 0;
-        let mut next_slot = || {
-            slots += 1;
-            slots - 1
-        };
         let mut services = Vec::with_capacity(policy.services.len());
+        let mut slots = 0;
         for (i, service) in policy.services.iter().enumerate() {
             if service.hostnames.is_empty() {
                 hostnames.insert(None, i);
@@ -80,7 +122,8 @@ impl Plan {
             for hostname in &service.hostnames {
                 hostnames.insert(Some(hostname), i);
             }
-            services.push(ServicePlan::new(service, &mut next_slot));
+            services.push(ServicePlan::new(service, slots));
+            slots += SLOTS * (1 + service.rules.len());
         }
         Self { revision: policy.revision, services, hostnames }
     }
@@ -91,110 +134,256 @@ impl Plan {
         let index = self.hostnames.find(authority.as_deref().unwrap_or_default())?;
         let service = self.services.get(index)?;
         // Rules come first, so that testers reach what users do not see yet. A rule that has nobody in service to
-        // offer is passed over. (Sessions, when they come, stand between the rules and the weights.)
-        let takes = |rule: &RulePlan| !rule.split.is_empty() && rule.holds(request);
-        match service.rules.iter().enumerate().find(|(_, rule)| takes(rule)) {
-            Some((i, rule)) => Some(Route { service: index, rule: Some(i), split: &rule.split }),
-            None => Some(Route { service: index, rule: None, split: &service.split }),
+        // offer is passed over.
+        let takes = |i: &usize| {
+            let rule = service.rules.get(*i);
+            rule.is_some_and(|(rule, to)| !to.split.is_empty() && rule.holds(request))
+        };
+        let rule = service.index.candidates(request).find(takes);
+        let to = rule.and_then(|i| service.rules.get(i)).map_or(&service.own, |(_, to)| to);
+        Some(Route { service: index, rule, split: &to.split, mirror: to.mirror.as_ref() })
+    }
+
+    /// What is to be done with a request; `None`: it is for no service of the plan, to be left alone. `random` names
+    /// users who have no name yet.
+    pub fn decide(
+        &self,
+        request: &(impl Request + ?Sized),
+        turns: &mut Turns,
+        random: impl FnOnce() -> u64,
+    ) -> Option<Decision<'_>> {
+        let route = self.route(request)?;
+        let service = self.services.get(route.service)?;
+        let by_session =
+            service.session.as_ref().and_then(|session| session.choose(service, &route, request, turns, random));
+        let choice = by_session.unwrap_or_else(|| Choice::by_turn(route.split, turns));
+        let mirror = route.mirror.filter(|mirror| choice.version.is_some() && mirror.takes(request, turns));
+        Some(Decision {
+            service: route.service,
+            rule: route.rule,
+            version: choice.version,
+            reason: choice.reason,
+            cookie: choice.cookie,
+            mirror: mirror.map(|mirror| mirror.cluster.as_str()),
+        })
+    }
+}
+
+impl Plan {
+    /// Why a request went where it did, for people, in a form that a header can hold.
+    pub fn explain(&self, decision: Option<&Decision<'_>>) -> String {
+        let revision = self.revision;
+        let known = decision.and_then(|decision| Some((decision, self.services.get(decision.service)?)));
+        let Some((decision, service)) = known else {
+            return format!("service=-; reason=no-service; revision={revision}");
+        };
+        let version = decision.version.and_then(|version| service.versions.get(version)).map_or("-", String::as_str);
+        let rule = match decision.rule {
+            Some(rule) => {
+                let name = service.rule(rule).and_then(|rule| rule.name.as_deref()).map(in_header);
+                name.unwrap_or_else(|| format!("#{rule}"))
+            }
+            None => "-".to_owned(),
+        };
+        let (reason, bucket) = match decision.reason {
+            Reason::Weight(point, total) => ("weight", format!("{point}/{total}")),
+            Reason::Session(bucket) => ("session", format!("{bucket}/{}", Reason::BUCKETS)),
+            Reason::Hash(bucket) => ("hash", format!("{bucket}/{}", Reason::BUCKETS)),
+            Reason::Unrouted => ("unrouted", "-".to_owned()),
+        };
+        let mirror = decision.mirror.map(|cluster| format!("; mirror={cluster}")).unwrap_or_default();
+        let service = &service.name;
+        format!(
+            "service={service}; rule={rule}; version={version}; reason={reason}; bucket={bucket}{mirror}; \
+             revision={revision}"
+        )
+    }
+}
+
+/// A rule's name, which may be any text, without what has a meaning of its own in a header.
+fn in_header(name: &str) -> String {
+    name.chars().map(|c| if c.is_ascii_graphic() && c != ';' { c } else { '_' }).collect()
+}
+
+/// A version, and what comes with it.
+struct Choice {
+    version: Option<usize>,
+    reason: Reason,
+    cookie: Option<String>,
+}
+
+impl Choice {
+    fn by_turn(split: &Split, turns: &mut Turns) -> Self {
+        let next = split.next(turns);
+        let reason = next.map_or(Reason::Unrouted, |(_, point)| Reason::Weight(point, split.total()));
+        Self { version: next.map(|(version, _)| version), reason, cookie: None }
+    }
+}
+
+impl SessionPlan {
+    /// The user's version; `None` if there is no user, or nothing to choose for one.
+    fn choose(
+        &self,
+        service: &ServicePlan,
+        route: &Route<'_>,
+        request: &(impl Request + ?Sized),
+        turns: &mut Turns,
+        random: impl FnOnce() -> u64,
+    ) -> Option<Choice> {
+        // A rule with one version leaves nothing to remember.
+        if route.split.is_empty() || (route.rule.is_some() && route.split.has_one()) {
+            return None;
+        }
+        match &self.session.by {
+            SessionBy::Header { name } => {
+                let user = request.header(name).filter(|user| !user.is_empty())?;
+                let user = self.hash.of(&user);
+                Some(Choice {
+                    version: route.split.of_user(user),
+                    reason: Reason::Hash(Reason::bucket(user)),
+                    cookie: None,
+                })
+            }
+            SessionBy::Cookie { name, ttl_seconds } => {
+                let header = request.header("cookie").unwrap_or_default();
+                let mut cookies = request::cookies(&header, name).peekable();
+                let sent = cookies.peek().is_some();
+                // Where everybody gets the same there is nothing to remember, but something to correct perhaps.
+                if !sent && route.split.has_one() {
+                    return None;
+                }
+                let given = cookies.find_map(|cookie| self.hash.read(cookie));
+                let is_new = given.is_none();
+                let id = given.as_ref().map_or_else(random, |given| given.id);
+                let user = self.hash.of(&id.to_le_bytes());
+                let bucket = Reason::bucket(user);
+                let current = given.filter(|given| given.generation == self.session.generation);
+                let kept = current.and_then(|given| service.version(given.version));
+                let keeps = |split: &Split| kept.filter(|version| split.has(*version));
+                let (version, reason) = match keeps(route.split) {
+                    Some(version) => (Some(version), Reason::Session(bucket)),
+                    // Somebody new: by turn, so that the shares of those who send no cookies back are even too. Under a
+                    // rule by hash, since the cookie may have to say something else.
+                    None if is_new && route.rule.is_none() => {
+                        let choice = Choice::by_turn(route.split, turns);
+                        (choice.version, choice.reason)
+                    }
+                    None => (route.split.of_user(user), Reason::Hash(bucket)),
+                };
+                // What the cookie says is what the user has by the service's own weights; rules come and go.
+                let own = keeps(&service.own.split)
+                    .or_else(|| version.filter(|version| service.own.split.has(*version)))
+                    .or_else(|| service.own.split.of_user(user));
+                let cookie = own.filter(|own| kept != Some(*own)).and_then(|own| {
+                    let value = self.hash.cookie(service.versions.get(own)?, self.session.generation, id);
+                    let secure = if request.header(SCHEME).as_deref() == Some(b"https") { "; Secure" } else { "" };
+                    Some(format!("{name}={value}; Path=/; Max-Age={ttl_seconds}; HttpOnly; SameSite=Lax{secure}"))
+                });
+                Some(Choice { version, reason, cookie })
+            }
         }
     }
 }
 
+impl MirrorPlan {
+    fn takes(&self, request: &(impl Request + ?Sized), turns: &mut Turns) -> bool {
+        let method = request.header(METHOD).unwrap_or_default();
+        self.methods.iter().any(|safe| safe.as_bytes() == &*method)
+            && turns.next(self.slot, 100).is_some_and(|point| point < self.percent)
+    }
+}
+
+/// The sequences that a destination may need: its split's and its mirror's.
+const SLOTS: usize = 2;
+
 impl ServicePlan {
-    fn new(service: &Service, next_slot: &mut impl FnMut() -> usize) -> Self {
-        let position = |name: &str| service.versions.iter().position(|version| version.name == name);
-        let mut split = |weights: &mut dyn Iterator<Item = (&str, u32)>| {
-            let mut entries = Vec::new();
-            let mut total = 0u32;
+    fn new(service: &Service, first_slot: usize) -> Self {
+        let secret = service.session.as_ref().and_then(|session| session.secret.as_ref());
+        let hash = SessionHash::new(secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
+        let session = service.session.clone().map(|session| SessionPlan { session, hash });
+        let mut slots = (first_slot..).step_by(SLOTS);
+        let mut destination = |weights: &mut dyn Iterator<Item = (&str, u32)>, mirror: Option<&Mirror>| {
+            let slot = slots.next().unwrap_or_default();
+            let mut split = Split::new(slot);
             for (name, weight) in weights {
-                let serving = position(name).and_then(|i| service.versions.get(i).filter(|v| v.serving).map(|_| i));
-                if let (Some(index), 1..) = (serving, weight) {
-                    total = total.saturating_add(weight);
-                    entries.push((index, total));
+                let index = service.versions.iter().position(|version| version.name == name && version.serving);
+                if let Some(index) = index {
+                    split.push(index, weight, hash.of(name.as_bytes()));
                 }
             }
-            Split { entries, total, slot: next_slot() }
+            Destination { split, mirror: mirror.and_then(|mirror| MirrorPlan::new(service, mirror, slot + 1)) }
         };
+        let own = destination(
+            &mut service.versions.iter().map(|version| (version.name.as_str(), version.weight)),
+            service.mirror.as_ref(),
+        );
+        let rules = service.rules.iter().map(|rule| {
+            let versions = &mut rule.versions.iter().map(|version| (version.name.as_str(), version.weight));
+            (rule.clone(), destination(versions, rule.mirror.as_ref()))
+        });
         Self {
             name: service.name.clone(),
             versions: service.versions.iter().map(|version| version.name.clone()).collect(),
             errors: service.errors.clone(),
-            split: split(&mut service.versions.iter().map(|version| (version.name.as_str(), version.weight))),
-            rules: service
-                .rules
-                .iter()
-                .map(|rule| RulePlan {
-                    rule: rule.clone(),
-                    split: split(&mut rule.versions.iter().map(|version| (version.name.as_str(), version.weight))),
-                })
-                .collect(),
+            session,
+            own,
+            rules: rules.collect(),
+            index: RuleIndex::new(&service.rules),
         }
     }
 
     /// The rule at an index of [`Route::rule`].
     pub fn rule(&self, index: usize) -> Option<&Rule> {
-        self.rules.get(index).map(|rule| &rule.rule)
-    }
-}
-
-impl RulePlan {
-    fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
-        self.rule.matches.is_empty() || self.rule.matches.iter().any(|m| m.holds(request))
-    }
-}
-
-impl Split {
-    /// Whether nothing is in service.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.rules.get(index).map(|(rule, _)| rule)
     }
 
-    /// The versions in service (by index) and their weights.
-    pub fn weights(&self) -> impl Iterator<Item = (usize, u32)> {
-        self.entries.iter().scan(0, |before, (version, sum)| {
-            let weight = sum - *before;
-            *before = *sum;
-            Some((*version, weight))
-        })
+    /// The index of a version.
+    fn version(&self, name: &[u8]) -> Option<usize> {
+        self.versions.iter().position(|version| version.as_bytes() == name)
     }
 
-    /// The version (by index) for the next request; `None` if nothing is in service.
-    pub fn choose(&self, sequences: &mut Sequences) -> Option<usize> {
-        let point = match self.entries.as_slice() {
-            [] => return None,
-            [(only, _)] => return Some(*only),
-            _ => sequences.0.get_mut(self.slot)?.next_below(self.total),
+    /// Of the destination of a rule, or of the requests that no rule takes.
+    fn slots(&self, rule: Option<usize>) -> Option<[usize; SLOTS]> {
+        let to = match rule {
+            None => &self.own,
+            Some(rule) => &self.rules.get(rule)?.1,
         };
-        let at = self.entries.partition_point(|(_, sum)| *sum <= point);
-        self.entries.get(at).map(|(version, _)| *version)
+        Some(std::array::from_fn(|i| to.split.slot() + i))
     }
 }
 
-impl Sequences {
-    /// The places for a new plan: splits that were in the old one go on where they were, so that frequent changes of
+impl MirrorPlan {
+    /// `None` if the version is out of service.
+    fn new(service: &Service, mirror: &Mirror, slot: usize) -> Option<Self> {
+        let version = service.versions.iter().find(|version| version.name == mirror.version && version.serving)?;
+        let cluster = version.cluster.clone().unwrap_or_else(|| format!("{}_{}", service.name, version.name));
+        Some(Self { percent: mirror.percent, methods: mirror.methods.clone(), cluster, slot })
+    }
+}
+
+impl Turns {
+    /// The places for a new plan: sequences that were in the old one go on where they were, so that frequent changes of
     /// weights do not make shares uneven; the others start at a place that `seed` decides.
     pub fn for_plan(plan: &Plan, seed: u64, before: Option<(&Plan, &Self)>) -> Self {
         let mut known = BTreeMap::new();
         if let Some((old, _)) = before {
-            known.extend(old.services.iter().enumerate().map(|(i, service)| (service.name.clone(), i)));
+            known.extend(old.services.iter().enumerate().map(|(i, service)| (service.name.as_str(), i)));
         }
         // A rule is known again by its service's name and its number.
-        let old_place = |service: &ServicePlan, rule: Option<usize>| {
+        let old_place = |service: &ServicePlan, rule: Option<usize>, i: usize| {
             let (old, places) = before?;
-            let service = old.services.get(*known.get(&service.name)?)?;
-            let split = match rule {
-                None => &service.split,
-                Some(rule) => &service.rules.get(rule)?.split,
-            };
-            places.0.get(split.slot).copied()
+            let service = old.services.get(*known.get(service.name.as_str())?)?;
+            places.0.get(*service.slots(rule)?.get(i)?).copied()
         };
         let mut places = Vec::new();
         for service in &plan.services {
             for rule in std::iter::once(None).chain((0..service.rules.len()).map(Some)) {
-                // Another odd multiple of the golden ratio for each split, so that they do not move in step.
-                let apart = (places.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                let fresh = || EvenSequence::new(seed.wrapping_add(apart));
-                places.push(old_place(service, rule).unwrap_or_else(fresh));
+                for i in 0..SLOTS {
+                    // Another odd multiple of the golden ratio for each, so that they do not move in step.
+                    let apart = (places.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    let fresh = || EvenSequence::new(seed.wrapping_add(apart));
+                    places.push(old_place(service, rule, i).unwrap_or_else(fresh));
+                }
             }
         }
         Self(places)

@@ -2,9 +2,11 @@
 
 use crate::decode::{Decoder, Errors, Fields};
 use crate::hostname;
-use crate::matching::Match;
-use crate::name;
+use crate::matching::{self, Match};
+use crate::name::{self, EXPLAIN_HEADER, MIRROR_HEADER, VERSION_HEADER};
 use crate::outcome::ErrorCodes;
+use crate::request::Request;
+use crate::session::{Secret, Session};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -24,6 +26,9 @@ pub struct Policy {
     /// configuration's counts: a policy that was delivered cannot send the proxy elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controller: Option<ControllerRef>,
+    /// Who may ask why a request went where it did; `None`: nobody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub explain: Option<Explain>,
     /// Only grows, for one controller state (epoch).
     pub revision: u64,
     /// The services, no hostname twice.
@@ -54,6 +59,16 @@ impl fmt::Debug for ControllerRef {
     }
 }
 
+/// Who may ask why a request went where it did: those who know the token, by sending it in a header. The answer comes
+/// in a header of the same name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explain {
+    /// The header's name, in lower case; default `x-tideshift-explain`.
+    pub header: String,
+    /// What it must hold.
+    pub token: Secret,
+}
+
 /// What clients call, and the versions that may answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -68,8 +83,14 @@ pub struct Service {
     /// In the order in which they are tried.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<Rule>,
+    /// How users stay on one version; `None`: each request is on its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<Session>,
     /// What is the versions' fault.
     pub errors: ErrorCodes,
+    /// Which of the requests that no rule takes are also sent to another version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
 }
 
 /// One backend of a service, and its share of the requests that no rule takes.
@@ -82,6 +103,21 @@ pub struct Version {
     pub weight: u32,
     /// Whether it may get requests at all, from rules too.
     pub serving: bool,
+    /// Its Envoy cluster, where mirroring must name it; `None`: `SERVICE_VERSION`, as `tideshift render envoy` has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
+}
+
+/// Copies of requests for a version whose answers nobody sees.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Mirror {
+    /// One of the service's versions.
+    pub version: String,
+    /// The share of the requests, 0 to 100; 100 where left out.
+    pub percent: u32,
+    /// Only requests with one of these methods: GET, HEAD, OPTIONS and TRACE where left out, since an order that is
+    /// sent twice is two orders.
+    pub methods: Vec<String>,
 }
 
 /// Requests that are split in a way of their own.
@@ -96,6 +132,9 @@ pub struct Rule {
     pub matches: Vec<Match>,
     /// At least one, all of them versions of the service.
     pub versions: Vec<WeightedVersion>,
+    /// Which of its requests are also sent to another version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
 }
 
 /// A version's share in a rule.
@@ -122,10 +161,11 @@ impl Policy {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
             let controller = f.optional(d, "controller", ControllerRef::read);
+            let explain = f.optional(d, "explain", Explain::read);
             let revision = f.required(d, "revision", REVISION, revision);
             let services = f.required(d, "services", "a list of services", services);
             f.finish(d);
-            Some(Self { controller, revision: revision?, services: services? })
+            Some(Self { controller, explain, revision: revision?, services: services? })
         })
     }
 }
@@ -185,6 +225,22 @@ impl ControllerRef {
     }
 }
 
+impl Explain {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let header = f.optional(d, "header", |d, v| {
+            let name = d.text_where(v, "a header name (RFC 9110 token)", name::is_token)?.to_ascii_lowercase();
+            if name == VERSION_HEADER || name == MIRROR_HEADER {
+                d.invalid(v, "a header that has no other use");
+            }
+            Some(name)
+        });
+        let token = f.required(d, "token", "a string that only those know who may ask", Secret::read);
+        f.finish(d);
+        Some(Self { header: header.unwrap_or_else(|| EXPLAIN_HEADER.to_owned()), token: token? })
+    }
+}
+
 impl Service {
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
@@ -198,9 +254,10 @@ impl Service {
         let known = VersionNames::of(value);
         let rules = f.optional(d, "rules", |d, v| rules(d, v, &known)).unwrap_or_default();
         let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
-        f.unsupported(d, &["session"]);
+        let session = f.optional(d, "session", Session::read);
+        let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
         f.finish(d);
-        Some(Self { name: name?, hostnames, versions: versions?, rules, errors })
+        Some(Self { name: name?, hostnames, versions: versions?, rules, session, errors, mirror })
     }
 }
 
@@ -210,8 +267,31 @@ impl Version {
         let name = f.required(d, "name", "a name", name::version);
         let weight = weight(&mut f, d);
         let serving = f.optional(d, "serving", Decoder::boolean).unwrap_or(true);
+        let cluster = f.optional(d, "cluster", cluster);
         f.finish(d);
-        Some(Self { name: name?, weight, serving })
+        Some(Self { name: name?, weight, serving, cluster })
+    }
+}
+
+/// The name of an Envoy cluster, which can stand in a header.
+fn cluster(d: &mut Decoder, value: &Value) -> Option<String> {
+    let fine = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic());
+    d.text_where(value, "the name of an Envoy cluster, of visible ASCII characters", fine)
+}
+
+impl Mirror {
+    /// The methods that only read (RFC 9110, 9.2.1).
+    const SAFE: [&str; 4] = ["GET", "HEAD", "OPTIONS", "TRACE"];
+
+    pub(crate) fn read(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let version = f.required(d, "version", "a version's name", |d, v| known.read(d, v));
+        let percent = f.optional(d, "percent", |d, v| d.integer(v, 0, 100)).unwrap_or(100);
+        let methods = f.optional(d, "methods", |d, v| d.list(v, matching::method));
+        let methods = methods.map(|methods| methods.into_iter().map(|(_, method)| method).collect());
+        f.finish(d);
+        let safe = || Self::SAFE.map(str::to_owned).to_vec();
+        Some(Self { version: version?, percent: percent as u32, methods: methods.unwrap_or_else(safe) })
     }
 }
 
@@ -283,8 +363,15 @@ impl Rule {
             check_versions(d, v, versions.iter().map(|(i, version)| (*i, version.name.as_str())));
             Some(versions.into_iter().map(|(_, version)| version).collect())
         });
+        let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, known));
         f.finish(d);
-        Some(Self { name, matches: matches.into_iter().map(|(_, m)| m).collect(), versions: versions? })
+        let matches = matches.into_iter().map(|(_, m)| m).collect();
+        Some(Self { name, matches, versions: versions?, mirror })
+    }
+
+    /// Whether the rule is for the request.
+    pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|m| m.holds(request))
     }
 }
 
@@ -324,7 +411,7 @@ mod tests {
     #[test]
     fn a_policy_needs_no_more_than_a_revision_and_services() {
         let policy = Policy::read(&one_service(json!({"name": "checkout", "versions": [{"name": "v1"}]})));
-        let version = Version { name: "v1".to_owned(), weight: 1, serving: true };
+        let version = Version { name: "v1".to_owned(), weight: 1, serving: true, cluster: None };
         assert_eq!(policy.map(|policy| policy.services[0].versions.clone()), Ok(vec![version]));
     }
 
@@ -348,7 +435,9 @@ mod tests {
                 "hostnames": ["checkout.example.com"],
                 "versions": [{"name": "v1", "weight": 90, "serving": true}, {"name": "v2", "weight": 10, "serving": false}],
                 "rules": [{"name": "beta", "matches": [{"method": "GET"}], "versions": [{"name": "v2", "weight": 1}]}],
+                "session": {"type": "Cookie", "name": "c", "ttlSeconds": 60, "generation": 2, "secret": "s"},
                 "errors": {"statusCodes": ["429", "500-599"], "grpcStatusCodes": [14]},
+                "mirror": {"version": "v2", "percent": 10, "methods": ["GET"]},
             }],
         });
         let written = Policy::read(&value).map(|policy| serde_json::to_value(policy).ok());
@@ -366,6 +455,7 @@ mod tests {
                     "versions": [{"name": "v1", "weight": 1_000_001}, {"name": "v2", "serving": "yes"}, {"name": "v2"}],
                     "rules": [{"versions": [{"name": "v3"}]}, {"name": "r", "versions": []}],
                     "session": {"type": "Cookie"},
+                    "mirror": {"version": "v9", "percent": 101},
                 },
                 {"name": "b", "versions": [{"name": "v1"}], "hostnames": ["a.example.com", "A.example.com"]},
             ],
@@ -381,7 +471,9 @@ mod tests {
             "services[0].versions[2].name: \"v2\" is not allowed; expected a version name that no other version here has",
             "services[0].rules[0].versions[0].name: \"v3\" is not allowed; expected one of the versions v1, v2, v2",
             "services[0].rules[1].versions: [] is not allowed; expected 1 to 1000 versions",
-            "services[0].session: not supported",
+            "services[0].session.name: missing; expected a cookie's name",
+            "services[0].mirror.version: \"v9\" is not allowed; expected one of the versions v1, v2, v2",
+            "services[0].mirror.percent: 101 is not allowed; expected an integer from 0 to 100",
             "services[1].hostnames[1]: \"a.example.com\" is not allowed; expected a hostname that no other service has",
             "revison: unknown field; did you mean `revision`?",
         ];

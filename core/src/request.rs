@@ -5,6 +5,8 @@ use std::borrow::Cow;
 
 /// The host of a request, a pseudo-header as Envoy has it.
 pub const AUTHORITY: &str = ":authority";
+/// How the client speaks to the proxy, `http` or `https`, a pseudo-header as Envoy has it.
+pub const SCHEME: &str = ":scheme";
 /// The method of a request, a pseudo-header as Envoy has it.
 pub const METHOD: &str = ":method";
 /// Path and query of a request, a pseudo-header as Envoy has it.
@@ -44,11 +46,16 @@ pub(crate) fn split_path(path_and_query: &[u8]) -> (&[u8], &[u8]) {
 
 /// The value of the first cookie called `name`, as it was sent.
 pub(crate) fn cookie<'a>(header: &'a [u8], name: &str) -> Option<&'a [u8]> {
-    let mut pairs = header.split(|b| *b == b';').map(|pair| {
+    cookies(header, name).next()
+}
+
+/// The values of all cookies called `name`, as they were sent.
+pub(crate) fn cookies<'a>(header: &'a [u8], name: &str) -> impl Iterator<Item = &'a [u8]> {
+    let pairs = header.split(|b| *b == b';').map(|pair| {
         let pair = pair.trim_ascii();
         split_once(pair, b'=').unwrap_or((pair, b""))
     });
-    pairs.find(|(n, _)| *n == name.as_bytes()).map(|(_, value)| value)
+    pairs.filter(move |(n, _)| *n == name.as_bytes()).map(|(_, value)| value)
 }
 
 /// The value of the first query parameter called `name`, with `%XX` and `+` decoded in both.

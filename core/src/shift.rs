@@ -4,7 +4,8 @@
 use crate::decode::{Decoder, Errors, Fields};
 use crate::name;
 use crate::outcome::ErrorCodes;
-use crate::policy::{self, Rule, VersionNames};
+use crate::policy::{self, Mirror, Rule, VersionNames};
+use crate::session::Session;
 use serde_json::{Map, Value};
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -30,8 +31,12 @@ pub struct TrafficShift {
     pub target: Option<String>,
     /// Requests that are split in a way of their own.
     pub rules: Vec<Rule>,
+    /// How users stay on one version; `None`: each request is on its own.
+    pub session: Option<Session>,
     /// What is the versions' fault.
     pub errors: ErrorCodes,
+    /// Which of the requests that no rule takes are also sent to another version.
+    pub mirror: Option<Mirror>,
     /// The way from stable to target; at least one step.
     pub steps: Vec<Step>,
     /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
@@ -168,7 +173,9 @@ impl TrafficShift {
         let steps = f.optional(d, "strategy", strategy).flatten();
         let endpoints_for_full_load = f.optional(d, "capacity", capacity).flatten();
         let max_errors = f.optional(d, "analysis", analysis).flatten().unwrap_or(DEFAULT_MAX_ERRORS);
-        f.unsupported(d, &["session", "drain"]);
+        let session = f.optional(d, "session", Session::read);
+        let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
+        f.unsupported(d, &["drain"]);
         f.finish(d);
         let steps = steps.unwrap_or_else(|| vec![Step { weight: 100, hold: Duration::ZERO }]);
         let name = name.cloned()?;
@@ -180,7 +187,9 @@ impl TrafficShift {
             stable,
             target,
             rules,
+            session,
             errors,
+            mirror,
             steps,
             endpoints_for_full_load,
             max_errors,

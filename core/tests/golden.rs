@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 use tideshift_core::outcome::Ending;
-use tideshift_core::plan::{Plan, Sequences};
+use tideshift_core::plan::{Plan, Turns};
 use tideshift_core::policy::Policy;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
@@ -29,8 +29,8 @@ fn decide(plan: &Plan, request: &Value) -> Value {
     let Some(route) = plan.route(headers.as_slice()) else { return Value::Null };
     let service = &plan.services[route.service];
     let versions = [1, u64::MAX / 3].map(|seed| {
-        let mut sequences = Sequences::for_plan(plan, seed, None);
-        let chosen = std::iter::repeat_with(|| route.split.choose(&mut sequences)).take(60);
+        let mut sequences = Turns::for_plan(plan, seed, None);
+        let chosen = std::iter::repeat_with(|| route.split.next(&mut sequences).map(|(version, _)| version)).take(60);
         chosen.map(|version| version.map_or("-", |version| &service.versions[version])).collect::<Vec<_>>().join(" ")
     });
     json!({"service": service.name, "rule": route.rule, "versions": versions})

@@ -124,6 +124,18 @@ extern "C" fn proxy_on_request_headers(id: u32, _: u32, _: u32) -> u32 {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn proxy_on_response_headers(id: u32, _: u32, is_all: u32) -> u32 {
+    with_exchange(id, |exchange| exchange.answer(is_all != 0));
+    CONTINUE
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn proxy_on_response_body(id: u32, _: u32, is_last: u32) -> u32 {
+    with_exchange(id, |exchange| exchange.answer_body(is_last != 0));
+    CONTINUE
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn proxy_on_log(id: u32) {
     with_vm(|vm| vm.exchanges.remove(&id)).map(Exchange::ended).unwrap_or_default();
 }

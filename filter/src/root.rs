@@ -2,6 +2,7 @@
 
 use crate::counters::{Counters, PlanCounters};
 use crate::exchange::Exchange;
+use crate::headers::Headers;
 use crate::host;
 use crate::link::{Answer, Link};
 use crate::shared::{Place, Shared};
@@ -10,8 +11,8 @@ use fastrand::Rng;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
-use tideshift_core::plan::{Plan, Sequences, Split};
-use tideshift_core::policy::{ControllerRef, Policy};
+use tideshift_core::plan::{Decision, Plan, Turns};
+use tideshift_core::policy::{ControllerRef, Explain, Policy};
 
 /// The first tick comes soon after configuring, so that the first policy does.
 const FIRST_TICK: Duration = Duration::from_millis(20);
@@ -25,6 +26,8 @@ pub struct Root {
     worker: Rc<Worker>,
     counters: Counters,
     place: Place,
+    /// Who may ask why where a policy from the controller does not say.
+    explain: Option<Explain>,
     controller: Option<Controller>,
     random: Rng,
 }
@@ -32,13 +35,17 @@ pub struct Root {
 /// What exchanges need of their VM.
 pub struct Worker {
     in_force: RefCell<Rc<InForce>>,
-    sequences: RefCell<Sequences>,
+    turns: RefCell<Turns>,
+    /// Names new users.
+    random: RefCell<Rng>,
 }
 
 /// A plan with the stats of its services, by the plan's indexes.
 pub struct InForce {
     /// The plan.
     pub plan: Plan,
+    /// Who may ask why.
+    pub explain: Option<Explain>,
     /// The stats of each of its services.
     pub counters: Vec<PlanCounters>,
 }
@@ -58,23 +65,25 @@ impl Worker {
         self.in_force.borrow().clone()
     }
 
-    /// The next version of a split of the policy in force.
-    pub fn choose(&self, split: &Split) -> Option<usize> {
-        split.choose(&mut self.sequences.borrow_mut())
+    /// What is to be done with a request, by the policy in force.
+    pub fn decide<'p>(&self, in_force: &'p InForce, headers: &Headers) -> Option<Decision<'p>> {
+        in_force.plan.decide(headers, &mut self.turns.borrow_mut(), || self.random.borrow_mut().u64(..))
     }
 }
 
 impl Root {
     /// A VM that has not been configured.
     pub fn new() -> Self {
-        let nothing = Plan::new(&Policy { controller: None, revision: 0, services: Vec::new() });
+        let nothing = Plan::new(&Policy { controller: None, explain: None, revision: 0, services: Vec::new() });
         Self {
             worker: Rc::new(Worker {
-                in_force: RefCell::new(Rc::new(InForce { plan: nothing, counters: Vec::new() })),
-                sequences: RefCell::default(),
+                in_force: RefCell::new(Rc::new(InForce { plan: nothing, explain: None, counters: Vec::new() })),
+                turns: RefCell::default(),
+                random: RefCell::new(Rng::with_seed(0)),
             }),
             counters: Counters::default(),
             place: Place::default(),
+            explain: None,
             controller: None,
             random: Rng::with_seed(0),
         }
@@ -84,12 +93,13 @@ impl Root {
         let plan = Plan::new(policy);
         let counters = self.counters.cover(&plan);
         let old = self.worker.in_force();
-        let places = {
-            let sequences = self.worker.sequences.borrow();
-            Sequences::for_plan(&plan, self.random.u64(..), Some((&old.plan, &sequences)))
+        let turns = {
+            let turns = self.worker.turns.borrow();
+            Turns::for_plan(&plan, self.random.u64(..), Some((&old.plan, &turns)))
         };
-        self.worker.sequences.replace(places);
-        self.worker.in_force.replace(Rc::new(InForce { plan, counters }));
+        self.worker.turns.replace(turns);
+        let explain = policy.explain.clone().or_else(|| self.explain.clone());
+        self.worker.in_force.replace(Rc::new(InForce { plan, explain, counters }));
         self.place = place;
     }
 
@@ -128,6 +138,8 @@ impl Root {
         match Policy::from_json(&json) {
             Ok(policy) => {
                 self.random = Rng::with_seed(host::now() ^ std::ptr::from_ref(self) as u64);
+                self.worker.random.replace(self.random.fork());
+                self.explain.clone_from(&policy.explain);
                 self.apply(&policy, Place { epoch: String::new(), revision: policy.revision });
                 log::info!("policy revision {} of the plugin configuration in force", policy.revision);
                 if let Some(controller) = &policy.controller {

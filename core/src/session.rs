@@ -1,0 +1,248 @@
+//! Sessions: how a user stays on one version while weights move. A user is known by a header of theirs or by a cookie of
+//! ours; which version a user has is decided in [`crate::split`] and [`crate::plan`].
+//!
+//! Everything here hangs on one hash for each service: SipHash-2-4 under a key that the session's secret gives. Who does
+//! not know the secret can neither find a user name that lands on a version nor write a cookie.
+//!
+//! A cookie is `VERSION~GENERATION~ID~MAC`: what the user was given, the session's generation at that time in decimal, a
+//! random number that tells users apart, and the SipHash of all before the last `~`; both numbers in 16 hex digits.
+
+use crate::decode::{Decoder, Fields};
+use crate::matching::choice;
+use crate::name;
+use serde::Serialize;
+use serde_json::Value;
+use siphasher::sip::SipHasher24;
+use siphasher::sip128;
+use std::fmt;
+
+/// How the users of one service are told apart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Session {
+    /// Where a user's name is.
+    #[serde(flatten)]
+    pub by: SessionBy,
+    /// Cookies of other generations no longer hold: raised to revoke what users were given. Default 0.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub generation: u64,
+    /// Salts the hash and signs the cookies; the same in all proxies that see the same users. Default: the service's
+    /// name, which keeps accidents out but nobody who knows how cookies are made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Secret>,
+}
+
+/// Where a user's name is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "type", rename_all_fields = "camelCase")]
+pub enum SessionBy {
+    /// In a cookie of ours, which says what the user was given.
+    Cookie {
+        /// The cookie's name.
+        name: String,
+        /// How long browsers keep it, 1 s to 400 days; default a day.
+        ttl_seconds: u64,
+    },
+    /// In a header of the request; one that is empty names nobody.
+    Header {
+        /// The header's name, in lower case.
+        name: String,
+    },
+}
+
+/// Text that no message or log shows.
+#[derive(Clone, PartialEq, Eq, Serialize)]
+pub struct Secret(String);
+
+impl Secret {
+    /// A secret made by code.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// How long browsers keep a cookie where the document does not say: a day.
+const DEFAULT_TTL_SECONDS: u64 = 86_400;
+/// Browsers cap `Max-Age` at 400 days (RFC 6265bis).
+const LONGEST_TTL_SECONDS: u64 = 400 * 86_400;
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
+fn is_zero(generation: &u64) -> bool {
+    *generation == 0
+}
+
+impl Session {
+    pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let allowed = "one of Cookie, Header";
+        let kind = f.required(d, "type", allowed, |d, v| choice(d, v, &["Cookie", "Header"]));
+        let by = match kind {
+            Some("Header") => {
+                f.required(d, "name", "a header's name", name::header).map(|name| SessionBy::Header { name })
+            }
+            _ => Self::read_cookie(&mut f, d),
+        };
+        let generation = f.optional(d, "generation", |d, v| d.integer(v, 0, u64::MAX));
+        let secret = f.optional(d, "secret", Secret::read);
+        f.finish(d);
+        Some(Self { by: by?, generation: generation.unwrap_or_default(), secret })
+    }
+
+    fn read_cookie(f: &mut Fields<'_>, d: &mut Decoder) -> Option<SessionBy> {
+        let cookie_name = |d: &mut Decoder, v: &Value| d.text_where(v, "a cookie name", name::is_token);
+        let name = f.required(d, "name", "a cookie's name", cookie_name);
+        let ttl = f.optional(d, "ttlSeconds", |d, v| d.integer(v, 1, LONGEST_TTL_SECONDS));
+        Some(SessionBy::Cookie { name: name?, ttl_seconds: ttl.unwrap_or(DEFAULT_TTL_SECONDS) })
+    }
+}
+
+impl Secret {
+    /// Not shown in messages, whatever is wrong with it.
+    pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let text = value.as_str().filter(|text| (1..=1024).contains(&text.len()));
+        if text.is_none() {
+            d.invalid(&Value::String("…".to_owned()), "a string of 1 to 1024 bytes");
+        }
+        text.map(|text| Self(text.to_owned()))
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+/// Whether two byte strings are the same, in a time that depends on their lengths only.
+pub fn same_bytes(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |differing, (a, b)| differing | (a ^ b)) == 0
+}
+
+/// The keyed hash of one service's sessions.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SessionHash {
+    users: SipHasher24,
+    cookies: SipHasher24,
+}
+
+impl SessionHash {
+    pub(crate) fn new(secret: &[u8]) -> Self {
+        let keyed = |purpose: u64| {
+            let key = sip128::SipHasher24::new_with_keys(purpose, 0).hash(secret);
+            SipHasher24::new_with_keys(key.h1, key.h2)
+        };
+        Self { users: keyed(0), cookies: keyed(1) }
+    }
+
+    /// The hash of a user's name, or of a version's.
+    pub(crate) fn of(&self, name: &[u8]) -> u64 {
+        self.users.hash(name)
+    }
+
+    /// The value of a cookie.
+    pub(crate) fn cookie(&self, version: &str, generation: u64, id: u64) -> String {
+        let signed = format!("{version}~{generation}~{id:016x}");
+        let mac = self.cookies.hash(signed.as_bytes());
+        format!("{signed}~{mac:016x}")
+    }
+
+    /// What a cookie says; `None` if it was not made by [`Self::cookie`] under the same secret.
+    pub(crate) fn read<'c>(&self, cookie: &'c [u8]) -> Option<Given<'c>> {
+        let (signed, mac) = rsplit(cookie)?;
+        if !same_bytes(&hex(self.cookies.hash(signed)), mac) {
+            return None;
+        }
+        let (rest, id) = rsplit(signed)?;
+        let (version, generation) = rsplit(rest)?;
+        let text = |bytes| std::str::from_utf8(bytes).ok();
+        Some(Given {
+            version,
+            generation: text(generation)?.parse().ok()?,
+            id: u64::from_str_radix(text(id)?, 16).ok()?,
+        })
+    }
+}
+
+/// What a user was given, from a cookie.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Given<'c> {
+    pub(crate) version: &'c [u8],
+    pub(crate) generation: u64,
+    pub(crate) id: u64,
+}
+
+fn rsplit(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = text.iter().rposition(|b| *b == b'~')?;
+    let (before, after) = text.split_at_checked(at)?;
+    Some((before, after.get(1..)?))
+}
+
+/// 16 hex digits, in lower case.
+fn hex(number: u64) -> [u8; 16] {
+    std::array::from_fn(|i| {
+        let digit = (number >> (60 - 4 * i)) as u8 & 15;
+        if digit < 10 { b'0' + digit } else { b'a' + digit - 10 }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    fn errors(session: Value) -> String {
+        Decoder::read(&session, Session::read).map_or_else(|errors| errors.to_string(), |_| String::new())
+    }
+
+    #[test]
+    fn a_session_is_read_with_its_defaults_and_written_as_it_was() {
+        let cookie = json!({"type": "Cookie", "name": "tideshift_checkout", "ttlSeconds": 86400});
+        let header = json!({"type": "Header", "name": "X-User-Id", "generation": 3, "secret": "s"});
+        let read = |value: &Value| Decoder::read(value, Session::read).unwrap();
+        assert_eq!(serde_json::to_value(read(&cookie)).unwrap(), cookie);
+        let written = json!({"type": "Header", "name": "x-user-id", "generation": 3, "secret": "s"});
+        assert_eq!(serde_json::to_value(read(&header)).unwrap(), written);
+        let without_ttl = read(&json!({"type": "Cookie", "name": "tideshift_checkout"}));
+        assert_eq!(without_ttl, read(&cookie));
+        assert!(!format!("{:?}", read(&header)).contains("\"s\""));
+    }
+
+    #[test]
+    fn errors_name_the_field_and_never_the_secret() {
+        assert_eq!(
+            errors(json!({"type": "Sticky"})),
+            "type: \"Sticky\" is not allowed; expected one of Cookie, Header\nname: missing; expected a cookie's name"
+        );
+        assert!(errors(json!({"type": "Cookie", "name": "a b"})).starts_with("name: \"a b\" is not allowed"));
+        assert!(errors(json!({"type": "Cookie", "name": "a", "ttlSeconds": 0})).starts_with("ttlSeconds: 0 is not"));
+        assert!(errors(json!({"type": "Header", "name": "x-tideshift-x"})).starts_with("name: "));
+        assert!(errors(json!({"type": "Header", "name": "x", "ttlSeconds": 5})).starts_with("ttlSeconds: unknown"));
+        let long = "geheim".repeat(200);
+        assert_eq!(errors(json!({"type": "Header", "name": "x", "secret": long})).matches("geheim").count(), 0);
+    }
+
+    #[test]
+    fn a_cookie_says_what_it_was_made_of_and_nobody_else_can_make_one() {
+        let hash = SessionHash::new(b"secret");
+        let cookie = hash.cookie("v2.1~b", 7, 0xabc);
+        let given = Given { version: b"v2.1~b", generation: 7, id: 0xabc };
+        assert_eq!(hash.read(cookie.as_bytes()), Some(given));
+        assert_eq!(SessionHash::new(b"other").read(cookie.as_bytes()), None);
+        for at in 0..cookie.len() {
+            let mut forged = cookie.clone().into_bytes();
+            forged[at] ^= 1;
+            assert_eq!(hash.read(&forged), None, "{}", String::from_utf8_lossy(&forged));
+        }
+        for made_up in ["", "v2", "~", "~~~", "v2~0~0000000000000abc", "v2~0~0000000000000abc~0000000000000000"] {
+            assert_eq!(hash.read(made_up.as_bytes()), None, "{made_up}");
+        }
+        assert_eq!(hash.read(cookie.to_uppercase().as_bytes()), None);
+    }
+}
