@@ -7,6 +7,8 @@
 //! how it ended.
 
 pub mod decode;
+pub mod evidence;
+pub mod guard;
 pub mod hostname;
 pub mod matching;
 mod name;
