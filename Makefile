@@ -27,6 +27,16 @@ demo: build envoy ## Show live how traffic shifts, and a bad release being taken
 	$(heading) 'Demo'
 	cargo run --release -p tideshift-tests --no-default-features --bin demo
 
+## Measure it
+
+.PHONY: bench
+bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1, ROUNDS=N, ONLY='weights|Lua', MODULE=FILE)
+	$(heading) 'Building what it is compared with'
+	cargo build --profile wasm --target wasm32-wasip1 -p tideshift-bench-noop -p tideshift-bench-raw
+	cargo build --release -p tideshift-tests --no-default-features --bin bench
+	$(heading) 'Bench'
+	$(if $(MODULE),TIDESHIFT_WASM=$(MODULE)) target/release/bench
+
 ## Check it
 
 .PHONY: test

@@ -138,7 +138,7 @@ impl Bootstrap {
         let mut filters = Vec::new();
         if let Some(policy) = &self.policy {
             let module = self.wasm.clone().map_or_else(artifacts::wasm, Ok)?;
-            filters.push(filter(&module, policy));
+            filters.push(filter("tideshift", &module, policy));
         }
         filters.push(json!({
             "name": "envoy.filters.http.router",
@@ -220,23 +220,24 @@ fn access_log(file: &Path) -> Value {
     })
 }
 
-fn filter(module: &Path, policy: &Value) -> Value {
+/// A module as an HTTP filter, in VMs of its own unless another one has the same `vm`.
+pub fn filter(vm: &str, module: &Path, configuration: &Value) -> Value {
     json!({
-        "name": "tideshift",
+        "name": vm,
         "typed_config": {
             "@type": type_url("extensions.filters.http.wasm.v3.Wasm"),
             "config": {
-                "name": "tideshift",
-                "root_id": "tideshift",
+                "name": vm,
+                "root_id": vm,
                 "failure_policy": "FAIL_RELOAD",
                 "vm_config": {
-                    "vm_id": "tideshift",
+                    "vm_id": vm,
                     "runtime": "envoy.wasm.runtime.v8",
                     "code": { "local": { "filename": module } },
                 },
                 "configuration": {
                     "@type": "type.googleapis.com/google.protobuf.StringValue",
-                    "value": policy.to_string(),
+                    "value": configuration.to_string(),
                 },
             },
         },
@@ -244,12 +245,13 @@ fn filter(module: &Path, policy: &Value) -> Value {
 }
 
 /// Metric names carry their labels as `service=.=checkout;.;`: the first group is cut out, the second is the value.
-fn stats_tags() -> Value {
+pub fn stats_tags() -> Value {
     let tag = |name: &str| json!({ "tag_name": name, "regex": format!(r"({name}=\.=(.*?);\.;)") });
     json!(["service", "version", "outcome"].map(tag))
 }
 
-fn cluster(name: &str, endpoints: &[SocketAddr], http2: bool) -> Value {
+/// A cluster of these endpoints.
+pub fn cluster(name: &str, endpoints: &[SocketAddr], http2: bool) -> Value {
     let endpoints: Vec<Value> =
         endpoints.iter().map(|&address| json!({ "endpoint": { "address": socket_address(address) } })).collect();
     let mut cluster = json!({
@@ -269,11 +271,13 @@ fn cluster(name: &str, endpoints: &[SocketAddr], http2: bool) -> Value {
     cluster
 }
 
-fn socket_address(address: SocketAddr) -> Value {
+/// An address as Envoy's configuration has it.
+pub fn socket_address(address: SocketAddr) -> Value {
     json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } })
 }
 
-fn type_url(name: &str) -> String {
+/// The type URL of one of Envoy's messages.
+pub fn type_url(name: &str) -> String {
     format!("type.googleapis.com/envoy.{name}")
 }
 

@@ -1,0 +1,147 @@
+//! A client that costs next to nothing: a few connections that are kept alive, one request at a time on each, and two
+//! system calls for a request. Every answer is checked.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use tideshift_tests::setup::DEADLINE;
+
+use crate::server::{BODY_LENGTH, served_by};
+
+/// The host of every request.
+pub(crate) const HOST: &str = "shop.example.com";
+
+/// Requests in flight.
+const CONNECTIONS: usize = 8;
+
+/// What a browser sends by way of a mesh.
+const HEADERS: [(&str, &str); 15] = [
+    ("user-agent", "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0"),
+    ("accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
+    ("accept-language", "en-GB,en;q=0.7,de;q=0.3"),
+    ("accept-encoding", "gzip, deflate, br, zstd"),
+    ("referer", "https://shop.example.com/cart/items?page=2"),
+    ("dnt", "1"),
+    ("sec-fetch-dest", "document"),
+    ("sec-fetch-mode", "navigate"),
+    ("sec-fetch-site", "same-origin"),
+    ("priority", "u=0, i"),
+    ("authorization", "Bearer eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiI0MiJ9.c2lnbmF0dXJlLWluLXNpemUtb25seQ"),
+    ("x-forwarded-proto", "https"),
+    ("x-b3-sampled", "0"),
+    ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"),
+    ("x-user-group", "customers"),
+];
+
+/// The cookies of every request.
+const COOKIES: &str = "theme=dark; consent=2026-01-03; sid=8f14e45fceea167a5a36dedd4bea2543";
+
+/// A request; `cookie` is one more cookie, `headers` further headers.
+pub(crate) fn request(cookie: Option<&str>, headers: &[(String, String)]) -> Vec<u8> {
+    let mut request = format!("GET /cart/items?page=3 HTTP/1.1\r\nhost: {HOST}\r\ncookie: {COOKIES}");
+    cookie.iter().for_each(|cookie| request.extend(["; ", cookie]));
+    request.push_str("\r\n");
+    let all = HEADERS.into_iter().chain(headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    all.for_each(|(name, value)| request.extend([name, ": ", value, "\r\n"]));
+    request.push_str("\r\n");
+    request.into_bytes()
+}
+
+/// A client of one listener.
+#[derive(Debug)]
+pub(crate) struct Client {
+    connections: Vec<Connection>,
+    requests: Vec<Sent>,
+    next: usize,
+    /// Answers by version.
+    pub(crate) answers: BTreeMap<String, u64>,
+}
+
+/// One of the requests that are sent in turn.
+#[derive(Debug)]
+struct Sent {
+    bytes: Vec<u8>,
+    /// Whoever answered it first must answer it always.
+    by: Option<String>,
+    sticky: bool,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+    filled: usize,
+    /// Which request it waits for the answer of.
+    asked: usize,
+}
+
+impl Client {
+    /// Connects; `requests` are sent in turn. `sticky`: whoever answered one of them first must answer it always.
+    pub(crate) fn connect(address: SocketAddr, requests: Vec<Vec<u8>>, sticky: bool) -> anyhow::Result<Self> {
+        let connections = (0..CONNECTIONS).map(|_| Connection::open(address)).collect::<anyhow::Result<_>>()?;
+        let requests = requests.into_iter().map(|bytes| Sent { bytes, by: None, sticky }).collect();
+        Ok(Self { connections, requests, next: 0, answers: BTreeMap::new() })
+    }
+
+    /// Sends so many requests and reads their answers.
+    pub(crate) fn batch(&mut self, requests: usize) -> anyhow::Result<()> {
+        let open = self.connections.len();
+        for number in 0..requests + open {
+            let connection = &mut self.connections[number % open];
+            if number >= open && number - open < requests {
+                let asked = connection.asked;
+                let body = connection.answer()?;
+                let sent = &mut self.requests[asked];
+                let version = std::str::from_utf8(served_by(body))?;
+                if sent.sticky {
+                    let by = sent.by.get_or_insert_with(|| version.to_owned());
+                    ensure!(by == version, "one user was served by {by} and then by {version}");
+                }
+                match self.answers.get_mut(version) {
+                    Some(answers) => *answers += 1,
+                    None => drop(self.answers.insert(version.to_owned(), 1)),
+                }
+            }
+            if number < requests {
+                connection.asked = self.next;
+                connection.stream.write_all(&self.requests[self.next].bytes).context("cannot send")?;
+                self.next = (self.next + 1) % self.requests.len();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    fn open(address: SocketAddr) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(address).context("cannot connect to Envoy")?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        Ok(Self { stream, buffer: vec![0; 1 << 14], filled: 0, asked: 0 })
+    }
+
+    /// Reads the next answer, which must be a whole one with status 200, and returns its body.
+    fn answer(&mut self) -> anyhow::Result<&[u8]> {
+        self.filled = 0;
+        let body = loop {
+            let read = self.stream.read(&mut self.buffer[self.filled..]).context("no answer")?;
+            ensure!(read > 0, "Envoy closed a connection: {}", String::from_utf8_lossy(&self.buffer[..self.filled]));
+            self.filled += read;
+            let answer = &self.buffer[..self.filled];
+            let Some(head) = answer.windows(4).position(|end| end == b"\r\n\r\n") else { continue };
+            ensure!(answer.starts_with(b"HTTP/1.1 200 "), "a failed request: {}", String::from_utf8_lossy(answer));
+            let end = head + 4 + BODY_LENGTH;
+            if answer.len() > end {
+                bail!("more than an answer: {}", String::from_utf8_lossy(answer));
+            }
+            if answer.len() == end {
+                break head + 4..end;
+            }
+        };
+        Ok(&self.buffer[body])
+    }
+}

@@ -1,0 +1,94 @@
+//! What of the machine the numbers depend on: which core runs what, and how much CPU time a thread has used.
+
+use std::{fs, time::Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::{
+    process::Pid,
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
+use tideshift_tests::setup::DEADLINE;
+
+/// One core for the proxy, another for everything that calls it and answers it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cores {
+    pub(crate) proxy: usize,
+    pub(crate) others: usize,
+}
+
+impl Cores {
+    /// The last two of those that this process may use: the first ones have the interrupts.
+    pub(crate) fn choose() -> anyhow::Result<Self> {
+        let allowed = sched_getaffinity(None)?;
+        let mut allowed = (0..CpuSet::MAX_CPU).rev().filter(|&core| allowed.is_set(core));
+        let (Some(proxy), Some(others)) = (allowed.next(), allowed.next()) else {
+            bail!("the bench needs two cores: one for Envoy, one for clients and backends");
+        };
+        Ok(Self { proxy, others })
+    }
+}
+
+/// Keeps every thread of a process on these cores; threads that it starts later stay there too.
+pub(crate) fn pin(process: u32, cores: &[usize]) -> anyhow::Result<()> {
+    let mut set = CpuSet::new();
+    cores.iter().for_each(|&core| set.set(core));
+    // A thread that is being started while we look may not have it yet, so look until there is none.
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let mut missed = false;
+        for thread in threads(process)? {
+            let id = Pid::from_raw(i32::try_from(thread)?);
+            // One that has ended meanwhile needs none.
+            if sched_getaffinity(id).is_ok_and(|now| now != set) {
+                missed |= sched_setaffinity(id, &set).is_ok();
+            }
+        }
+        if !missed {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "process {process} starts threads faster than they can be pinned");
+    }
+}
+
+fn threads(process: u32) -> anyhow::Result<Vec<u32>> {
+    let directory = fs::read_dir(format!("/proc/{process}/task")).context("cannot list threads: is this Linux?")?;
+    let id = |entry: std::io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().parse()?);
+    directory.map(id).collect()
+}
+
+/// A thread of another process, by its name.
+#[derive(Clone, Debug)]
+pub(crate) struct Thread {
+    stat: String,
+    schedstat: String,
+}
+
+impl Thread {
+    /// Envoy's first worker.
+    pub(crate) fn worker(envoy: u32) -> anyhow::Result<Self> {
+        for thread in threads(envoy)? {
+            let directory = format!("/proc/{envoy}/task/{thread}");
+            if fs::read_to_string(format!("{directory}/comm"))?.trim() == "wrk:worker_0" {
+                return Ok(Self { stat: format!("{directory}/stat"), schedstat: format!("{directory}/schedstat") });
+            }
+        }
+        bail!("Envoy has no thread wrk:worker_0")
+    }
+
+    /// The CPU time that it has used, in nanoseconds, once it has nothing left to do: the kernel counts a running
+    /// thread's time only now and then, and an exchange is not over for the proxy when the client has the answer.
+    pub(crate) fn cpu(&self) -> anyhow::Result<u64> {
+        let deadline = Instant::now() + DEADLINE;
+        while !self.sleeps()? {
+            ensure!(Instant::now() < deadline, "Envoy's worker has work without requests");
+        }
+        let schedstat = fs::read_to_string(&self.schedstat)?;
+        schedstat.split(' ').next().and_then(|time| time.parse().ok()).context("cannot read schedstat")
+    }
+
+    fn sleeps(&self) -> anyhow::Result<bool> {
+        let stat = fs::read_to_string(&self.stat)?;
+        // The state comes after the name, which is in parentheses and may hold anything.
+        Ok(stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('S')))
+    }
+}
