@@ -194,7 +194,7 @@ fn out_of_service(service: &Service, rule: Option<&Rule>) -> Vec<String> {
 fn hostname_found(service: &Service, host: &str) -> String {
     let leads = |hostname: &&String| {
         let service = Service { hostnames: vec![hostname.to_string()], ..service.clone() };
-        service_of(&Policy { controller: None, revision: 0, services: vec![service] }, host).is_some()
+        service_of(&Policy { controller: None, explain: None, revision: 0, services: vec![service] }, host).is_some()
     };
     let leading = service.hostnames.iter().filter(leads);
     // Without `*` is more specific, and so is longer.
