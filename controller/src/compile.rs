@@ -18,6 +18,7 @@ pub fn service(shift: &TrafficShift, state: impl Fn(&str) -> (u32, bool)) -> Ser
         session: shift.session.clone(),
         errors: shift.errors.clone(),
         mirror: shift.mirror.clone(),
+        guard: shift.guard.clone(),
     }
 }
 

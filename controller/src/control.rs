@@ -201,7 +201,7 @@ impl Control {
             outcome.keep = true;
         }
         self.in_force.clone_from(&services);
-        let policy = Policy { controller: None, explain: None, revision: self.kept.revision, services };
+        let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
     }

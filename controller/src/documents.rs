@@ -20,6 +20,7 @@ const MAX_EXPANDED_BYTES: usize = 4 * MAX_FILE_BYTES as usize;
 const STDIN: &str = "-";
 
 /// A document, whatever it says it is.
+#[allow(clippy::large_enum_variant, reason = "there are few, and none is moved often")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Document {
     /// What users want of a service's traffic.

@@ -111,7 +111,7 @@ pub fn explain(policy: &Policy, request: &Request) -> Explanation {
         notes: Vec::new(),
     };
     let headers = headers(request, &mut explanation.notes);
-    let plan = Plan::new(policy);
+    let plan = Plan::new(policy, |_, _| false);
     let found = plan.route(&headers[..]).and_then(|route| Some((route, policy.services.get(route.service)?)));
     match found {
         Some((route, service)) => explanation.fill_in(&plan, &route, service, &headers),
@@ -123,7 +123,7 @@ pub fn explain(policy: &Policy, request: &Request) -> Explanation {
 /// The service that a host leads to, as an index of the policy's services.
 pub fn service_of(policy: &Policy, host: &str) -> Option<usize> {
     let headers = [(AUTHORITY, host)];
-    Plan::new(policy).route(&headers[..]).map(|route| route.service)
+    Plan::new(policy, |_, _| false).route(&headers[..]).map(|route| route.service)
 }
 
 /// The headers as the filter sees them after its first step, which removes our own.
@@ -194,7 +194,7 @@ fn out_of_service(service: &Service, rule: Option<&Rule>) -> Vec<String> {
 fn hostname_found(service: &Service, host: &str) -> String {
     let leads = |hostname: &&String| {
         let service = Service { hostnames: vec![hostname.to_string()], ..service.clone() };
-        service_of(&Policy { controller: None, explain: None, revision: 0, services: vec![service] }, host).is_some()
+        service_of(&Policy { services: vec![service], ..Policy::default() }, host).is_some()
     };
     let leading = service.hostnames.iter().filter(leads);
     // Without `*` is more specific, and so is longer.

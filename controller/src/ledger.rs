@@ -110,7 +110,12 @@ mod tests {
     fn report(start: &str, ok: u64) -> Report {
         let ended = Counts { ok, ..Counts::default() };
         let version = VersionReport { name: "v1".to_owned(), ended, in_flight: 0 };
-        let service = ServiceReport { name: "checkout".to_owned(), unrouted: ok / 2, versions: vec![version] };
+        let service = ServiceReport {
+            name: "checkout".to_owned(),
+            unrouted: ok / 2,
+            versions: vec![version],
+            vetoes: Vec::new(),
+        };
         Report { proxy: "p".to_owned(), start: start.to_owned(), services: vec![service], ..Report::default() }
     }
 

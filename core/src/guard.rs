@@ -65,7 +65,11 @@ impl Default for GuardPolicy {
 }
 
 impl GuardPolicy {
-    #[allow(dead_code)] // Until the policy's services read it.
+    /// Whether a document need not say it.
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         const LONGEST_SECONDS: u64 = 24 * 3600;
         let default = Self::default();
@@ -93,7 +97,6 @@ impl GuardPolicy {
     }
 }
 
-#[allow(dead_code)]
 fn rate(d: &mut Decoder, value: &Value) -> Option<f64> {
     let rate = value.as_f64().filter(|rate| (1e-12..=0.01).contains(rate));
     if rate.is_none() {

@@ -2,23 +2,25 @@
 //! split that a request is for; [`Plan::decide`] goes on from there by session and by turn to the version.
 
 use crate::hostname::Hostnames;
+use crate::matching::header_name;
 use crate::outcome::ErrorCodes;
-use crate::policy::{Mirror, Policy, Rule, Service};
+use crate::policy::{Mirror, Policy, Rule, Service, Version};
 use crate::request::{self, AUTHORITY, METHOD, Request, SCHEME};
 use crate::rules::RuleIndex;
 use crate::sequence::EvenSequence;
 use crate::session::{Session, SessionBy, SessionHash};
 pub use crate::split::{Split, Turns};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A policy made ready to choose by.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Plan {
     /// The revision of the policy that it was made from.
     pub revision: u64,
     /// The services, in the policy's order.
     pub services: Vec<ServicePlan>,
     hostnames: Hostnames,
+    few_headers: Option<Vec<String>>,
 }
 
 /// One service of a plan.
@@ -110,8 +112,9 @@ impl Reason {
 }
 
 impl Plan {
-    /// Compiles a policy.
-    pub fn new(policy: &Policy) -> Self {
+    /// Compiles a policy. `is_vetoed` tells, by service and version, which versions are out of service whatever the
+    /// policy says.
+    pub fn new(policy: &Policy, is_vetoed: impl Fn(&str, &str) -> bool) -> Self {
         let mut hostnames = Hostnames::default();
         let mut services = Vec::with_capacity(policy.services.len());
         let mut slots = 0;
@@ -122,10 +125,17 @@ impl Plan {
             for hostname in &service.hostnames {
                 hostnames.insert(Some(hostname), i);
             }
-            services.push(ServicePlan::new(service, slots));
+            let serves = |version: &Version| version.serving && !is_vetoed(&service.name, &version.name);
+            services.push(ServicePlan::new(service, slots, serves));
             slots += SLOTS * (1 + service.rules.len());
         }
-        Self { revision: policy.revision, services, hostnames }
+        let few_headers = few_headers(policy, hostnames.refer_to_host());
+        Self { revision: policy.revision, services, hostnames, few_headers }
+    }
+
+    /// The headers that a decision may look at, if they are so few that asking for each is cheaper than for all.
+    pub fn few_headers(&self) -> Option<&[String]> {
+        self.few_headers.as_deref()
     }
 
     /// Where a request goes; `None`: it is for no service of the plan, to be left alone.
@@ -203,6 +213,37 @@ impl Plan {
 /// A rule's name, which may be any text, without what has a meaning of its own in a header.
 fn in_header(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_graphic() && c != ';' { c } else { '_' }).collect()
+}
+
+/// See [`Plan::few_headers`]. Where cookies, paths or methods matter, nearly every request has what is asked for, and
+/// one header that is there costs almost as much as all of them.
+fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
+    const MOST: usize = 4;
+    let mut names: BTreeSet<&str> = policy.explain.iter().map(|explain| explain.header.as_str()).collect();
+    for service in &policy.services {
+        match service.session.as_ref().map(|session| &session.by) {
+            Some(SessionBy::Cookie { .. }) => return None,
+            Some(SessionBy::Header { name }) => drop(names.insert(name)),
+            None => {}
+        }
+        if service.mirror.is_some() || service.rules.iter().any(|rule| rule.mirror.is_some()) {
+            return None;
+        }
+        for m in service.rules.iter().flat_map(|rule| &rule.matches) {
+            if m.method.is_some()
+                || m.path.is_some()
+                || !m.cookies.is_empty()
+                || !m.query_params.is_empty()
+                || m.headers.iter().any(|header| header.name == "cookie")
+            {
+                return None;
+            }
+            // (Several cookie headers would be joined in another way.)
+            names.extend(m.headers.iter().map(|header| header_name(&header.name)));
+        }
+    }
+    names.extend(refers_to_host.then_some(AUTHORITY));
+    (names.len() <= MOST).then(|| names.into_iter().map(str::to_owned).collect())
 }
 
 /// A version, and what comes with it.
@@ -297,7 +338,7 @@ impl MirrorPlan {
 const SLOTS: usize = 2;
 
 impl ServicePlan {
-    fn new(service: &Service, first_slot: usize) -> Self {
+    fn new(service: &Service, first_slot: usize, serves: impl Fn(&Version) -> bool) -> Self {
         let secret = service.session.as_ref().and_then(|session| session.secret.as_ref());
         let hash = SessionHash::new(secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
         let session = service.session.clone().map(|session| SessionPlan { session, hash });
@@ -306,12 +347,12 @@ impl ServicePlan {
             let slot = slots.next().unwrap_or_default();
             let mut split = Split::new(slot);
             for (name, weight) in weights {
-                let index = service.versions.iter().position(|version| version.name == name && version.serving);
+                let index = service.versions.iter().position(|version| version.name == name && serves(version));
                 if let Some(index) = index {
                     split.push(index, weight, hash.of(name.as_bytes()));
                 }
             }
-            Destination { split, mirror: mirror.and_then(|mirror| MirrorPlan::new(service, mirror, slot + 1)) }
+            Destination { split, mirror: mirror.and_then(|mirror| MirrorPlan::new(service, mirror, slot + 1, &serves)) }
         };
         let own = destination(
             &mut service.versions.iter().map(|version| (version.name.as_str(), version.weight)),
@@ -354,8 +395,8 @@ impl ServicePlan {
 
 impl MirrorPlan {
     /// `None` if the version is out of service.
-    fn new(service: &Service, mirror: &Mirror, slot: usize) -> Option<Self> {
-        let version = service.versions.iter().find(|version| version.name == mirror.version && version.serving)?;
+    fn new(service: &Service, mirror: &Mirror, slot: usize, serves: impl Fn(&Version) -> bool) -> Option<Self> {
+        let version = service.versions.iter().find(|version| version.name == mirror.version && serves(version))?;
         let cluster = version.cluster.clone().unwrap_or_else(|| format!("{}_{}", service.name, version.name));
         Some(Self { percent: mirror.percent, methods: mirror.methods.clone(), cluster, slot })
     }

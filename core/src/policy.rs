@@ -1,6 +1,7 @@
 //! The policy: the document that the filter runs, from its plugin configuration or from the controller.
 
 use crate::decode::{Decoder, Errors, Fields};
+use crate::guard::GuardPolicy;
 use crate::hostname;
 use crate::matching::{self, Match};
 use crate::name::{self, EXPLAIN_HEADER, MIRROR_HEADER, VERSION_HEADER};
@@ -29,6 +30,11 @@ pub struct Policy {
     /// Who may ask why a request went where it did; `None`: nobody.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explain: Option<Explain>,
+    /// Whether the filter removes every `x-tideshift-*` header that a client sends; `true` where left out. `false`
+    /// where Envoy does that before the filter (`early_header_mutation`), which is cheaper: it spares the filter reading
+    /// headers that nothing refers to. Only the plugin configuration's counts.
+    #[serde(skip_serializing_if = "is_true")]
+    pub strip_client_headers: bool,
     /// Only grows, for one controller state (epoch).
     pub revision: u64,
     /// The services, no hostname twice.
@@ -91,6 +97,9 @@ pub struct Service {
     /// Which of the requests that no rule takes are also sent to another version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
+    /// The proxy's own quick veto on a failing version.
+    #[serde(skip_serializing_if = "GuardPolicy::is_default")]
+    pub guard: GuardPolicy,
 }
 
 /// One backend of a service, and its share of the requests that no rule takes.
@@ -147,6 +156,12 @@ pub struct WeightedVersion {
     pub weight: u32,
 }
 
+impl Default for Policy {
+    fn default() -> Self {
+        Self { controller: None, explain: None, strip_client_headers: true, revision: 0, services: Vec::new() }
+    }
+}
+
 impl Policy {
     /// Reads a policy from JSON text.
     pub fn from_json(json: &[u8]) -> Result<Self, Errors> {
@@ -162,12 +177,18 @@ impl Policy {
             let mut f = d.object(value)?;
             let controller = f.optional(d, "controller", ControllerRef::read);
             let explain = f.optional(d, "explain", Explain::read);
+            let strip_client_headers = f.optional(d, "stripClientHeaders", Decoder::boolean).unwrap_or(true);
             let revision = f.required(d, "revision", REVISION, revision);
             let services = f.required(d, "services", "a list of services", services);
             f.finish(d);
-            Some(Self { controller, explain, revision: revision?, services: services? })
+            Some(Self { controller, explain, strip_client_headers, revision: revision?, services: services? })
         })
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
+fn is_true(flag: &bool) -> bool {
+    *flag
 }
 
 const REVISION: &str = "an integer of at least 0, as a number or a string";
@@ -256,8 +277,9 @@ impl Service {
         let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
         let session = f.optional(d, "session", Session::read);
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
+        let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
         f.finish(d);
-        Some(Self { name: name?, hostnames, versions: versions?, rules, session, errors, mirror })
+        Some(Self { name: name?, hostnames, versions: versions?, rules, session, errors, mirror, guard })
     }
 }
 
@@ -437,6 +459,7 @@ mod tests {
                 "rules": [{"name": "beta", "matches": [{"method": "GET"}], "versions": [{"name": "v2", "weight": 1}]}],
                 "session": {"type": "Cookie", "name": "c", "ttlSeconds": 60, "generation": 2, "secret": "s"},
                 "errors": {"statusCodes": ["429", "500-599"], "grpcStatusCodes": [14]},
+                "guard": {"enabled": true, "falseVetoRate": 1e-9, "coolDownSeconds": 5, "maxCoolDownSeconds": 60},
                 "mirror": {"version": "v2", "percent": 10, "methods": ["GET"]},
             }],
         });

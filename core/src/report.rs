@@ -2,6 +2,7 @@
 //!
 //! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing.
 
+use crate::guard::Veto;
 use crate::outcome::Outcome;
 use serde::{Deserialize, Serialize};
 use std::ops::{Add, AddAssign};
@@ -50,6 +51,9 @@ pub struct ServiceReport {
     pub unrouted: u64,
     /// Its versions, also those that are no longer in the policy.
     pub versions: Vec<VersionReport>,
+    /// The versions that the proxy's guard has taken out of service.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vetoes: Vec<Veto>,
 }
 
 /// One version's counts.

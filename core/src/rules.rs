@@ -147,7 +147,7 @@ mod tests {
             request.push((":method".to_owned(), "GET".to_owned()));
             request.push((":path".to_owned(), format!("/{path}?a=b")));
             request.push(("cookie".to_owned(), cookies.join("; ")));
-            let found = Plan::new(&policy).route(request.as_slice()).and_then(|route| route.rule);
+            let found = Plan::new(&policy, |_, _| false).route(request.as_slice()).and_then(|route| route.rule);
             let first = policy.services[0].rules.iter().position(|rule| rule.holds(request.as_slice()));
             prop_assert_eq!(found, first);
         }

@@ -2,6 +2,7 @@
 //! `tideshift serve -f` and, in Kubernetes, as a resource.
 
 use crate::decode::{Decoder, Errors, Fields};
+use crate::guard::GuardPolicy;
 use crate::name;
 use crate::outcome::ErrorCodes;
 use crate::policy::{self, Mirror, Rule, VersionNames};
@@ -37,6 +38,8 @@ pub struct TrafficShift {
     pub errors: ErrorCodes,
     /// Which of the requests that no rule takes are also sent to another version.
     pub mirror: Option<Mirror>,
+    /// The proxies' own quick veto on a failing version.
+    pub guard: GuardPolicy,
     /// The way from stable to target; at least one step.
     pub steps: Vec<Step>,
     /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
@@ -175,6 +178,7 @@ impl TrafficShift {
         let max_errors = f.optional(d, "analysis", analysis).flatten().unwrap_or(DEFAULT_MAX_ERRORS);
         let session = f.optional(d, "session", Session::read);
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
+        let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
         f.unsupported(d, &["drain"]);
         f.finish(d);
         let steps = steps.unwrap_or_else(|| vec![Step { weight: 100, hold: Duration::ZERO }]);
@@ -190,6 +194,7 @@ impl TrafficShift {
             session,
             errors,
             mirror,
+            guard,
             steps,
             endpoints_for_full_load,
             max_errors,

@@ -46,7 +46,10 @@ impl Worker {
 }
 
 fn plan(service: Value) -> Plan {
-    Plan::new(&Policy::read(&json!({"revision": 1, "services": [service]})).unwrap_or_else(|e| unreachable!("{e}")))
+    Plan::new(
+        &Policy::read(&json!({"revision": 1, "services": [service]})).unwrap_or_else(|e| unreachable!("{e}")),
+        |_, _| false,
+    )
 }
 
 /// A service with a cookie session and these weights.

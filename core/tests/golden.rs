@@ -18,7 +18,7 @@ const DECISIONS: &str = include_str!("golden/decisions.json");
 fn decisions() -> Value {
     let cases: Value = serde_json::from_str(CASES).unwrap();
     let policy = Policy::read(&cases["policy"]).unwrap_or_else(|errors| unreachable!("{errors}"));
-    let plan = Plan::new(&policy);
+    let plan = Plan::new(&policy, |_, _| false);
     let requests: Vec<Value> = list(&cases["requests"]).iter().map(|request| decide(&plan, request)).collect();
     json!({"requests": requests, "endings": list(&cases["endings"]).iter().map(|e| outcome(&plan, e)).collect::<Vec<_>>()})
 }

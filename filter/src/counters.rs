@@ -3,6 +3,7 @@
 //!
 //! Names carry labels in the form that Istio and `tideshift render envoy` extract: `version=.=v1;.;`.
 
+use crate::guards::Guards;
 use crate::host::{Stat, StatKind};
 use std::collections::BTreeMap;
 use tideshift_core::outcome::Outcome;
@@ -67,11 +68,12 @@ impl Counters {
     }
 
     /// The process's totals.
-    pub fn read(&self) -> Vec<ServiceReport> {
+    pub fn read(&self, guards: &Guards) -> Vec<ServiceReport> {
         let service = |service: &ServiceCounters| ServiceReport {
             name: service.name.clone(),
             unrouted: service.unrouted.value(),
             versions: service.versions.iter().map(|(name, counters)| counters.read(name)).collect(),
+            vetoes: guards.vetoes(&service.name).to_vec(),
         };
         self.services.iter().map(service).collect()
     }
@@ -115,12 +117,13 @@ impl VersionCounters {
         }
     }
 
-    fn read(&self, name: &str) -> VersionReport {
+    /// The process's totals by outcome.
+    pub fn ended_so_far(&self) -> Counts {
         let [ok, error, client_error, cancelled] = self.outcomes.map(Stat::value);
-        VersionReport {
-            name: name.to_owned(),
-            ended: Counts { ok, error, client_error, cancelled },
-            in_flight: self.in_flight.value(),
-        }
+        Counts { ok, error, client_error, cancelled }
+    }
+
+    fn read(&self, name: &str) -> VersionReport {
+        VersionReport { name: name.to_owned(), ended: self.ended_so_far(), in_flight: self.in_flight.value() }
     }
 }

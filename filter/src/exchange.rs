@@ -17,8 +17,9 @@ pub struct Exchange {
     chosen: Option<Chosen>,
     /// What the answer gets: the session's cookie, and why.
     for_answer: Option<Box<ForAnswer>>,
-    is_grpc: bool,
-    /// Whether the whole answer has passed, all but trailers.
+    /// How it ends, as far as that is known.
+    ending: Ending,
+    /// Whether the whole answer has passed.
     is_whole: bool,
 }
 
@@ -26,7 +27,7 @@ pub struct Exchange {
 struct Chosen {
     in_force: Rc<InForce>,
     service: usize,
-    counters: VersionCounters,
+    version: usize,
     started: u64,
 }
 
@@ -39,58 +40,59 @@ struct ForAnswer {
 impl Exchange {
     /// A request that has just arrived at this worker.
     pub fn new(worker: Rc<Worker>) -> Self {
-        Self { worker, chosen: None, for_answer: None, is_grpc: false, is_whole: false }
+        Self { worker, chosen: None, for_answer: None, ending: Ending::default(), is_whole: false }
     }
 
     /// The request's headers are there: gives it its version.
     pub fn request(&mut self) {
-        let headers = Headers::of_request();
-        // A client must not choose by forging ours.
-        for (name, _) in headers.iter().filter(|(name, _)| name.starts_with(OWN_HEADERS.as_bytes())) {
-            host::remove_header(Map::Request, name);
-        }
         let in_force = self.worker.in_force();
+        let headers = in_force.headers();
+        if let Headers::All(all) = &headers {
+            // A client must not choose by forging ours.
+            for (name, _) in all.iter().filter(|(name, _)| name.starts_with(OWN_HEADERS.as_bytes())) {
+                host::remove_header(Map::Request, name);
+            }
+        }
         let decision = self.worker.decide(&in_force, &headers);
         let explanation = explanation(&in_force, &headers, decision.as_ref());
-        if let Some(decision) = decision {
-            self.apply(&in_force, &headers, decision, explanation);
-        } else if explanation.is_some() {
-            self.for_answer = Some(Box::new(ForAnswer { cookie: None, explanation }));
-        }
-    }
-
-    fn apply(
-        &mut self,
-        in_force: &Rc<InForce>,
-        headers: &Headers,
-        decision: Decision<'_>,
-        explanation: Option<(String, String)>,
-    ) {
-        let Decision { service, version, cookie, mirror, .. } = decision;
+        let cookie = decision.as_ref().and_then(|decision| decision.cookie.clone());
         if cookie.is_some() || explanation.is_some() {
             self.for_answer = Some(Box::new(ForAnswer { cookie, explanation }));
         }
+        if let Some(decision) = decision {
+            self.apply(&in_force, &decision);
+        }
+    }
+
+    fn apply(&mut self, in_force: &Rc<InForce>, decision: &Decision<'_>) {
+        let service = decision.service;
         let Some(counters) = in_force.counters.get(service) else { return };
-        let version = version.and_then(|version| {
+        let version = decision.version.and_then(|version| {
             let name = in_force.plan.services.get(service)?.versions.get(version)?;
-            Some((name, *counters.versions.get(version)?))
+            Some((version, name, counters.versions.get(version)?))
         });
-        let Some((name, counters)) = version else {
+        let Some((version, name, counters)) = version else {
             counters.count_unrouted();
             return;
         };
         host::set_header(Map::Request, VERSION_HEADER, name);
-        if let Some(cluster) = mirror {
+        if let Some(cluster) = decision.mirror {
             host::set_header(Map::Request, MIRROR_HEADER, cluster);
         }
         counters.started();
-        self.is_grpc = headers.header("content-type").is_some_and(|kind| kind.starts_with(b"application/grpc"));
-        self.chosen = Some(Chosen { counters, service, in_force: in_force.clone(), started: host::now() });
+        self.chosen = Some(Chosen { in_force: in_force.clone(), service, version, started: host::now() });
     }
 
     /// The answer's headers are there, and nothing else if `is_all`.
     pub fn answer(&mut self, is_all: bool) {
-        self.is_whole = is_all;
+        if self.chosen.is_some() {
+            let status = host::header(Map::Response, ":status").and_then(|status| number(&status));
+            self.ending.status = status.and_then(|status| u16::try_from(status).ok());
+            self.is_whole = is_all;
+            if is_all {
+                self.heed_grpc_status(Map::Response);
+            }
+        }
         let Some(answer) = self.for_answer.take() else { return };
         if let Some(cookie) = answer.cookie {
             host::add_header(Map::Response, "set-cookie", &cookie);
@@ -105,32 +107,46 @@ impl Exchange {
         self.is_whole |= is_last;
     }
 
-    /// The exchange is over: counts how it ended.
-    pub fn ended(mut self) {
-        let Some(chosen) = self.chosen.take() else { return };
-        let Some(service) = chosen.in_force.plan.services.get(chosen.service) else { return };
-        let outcome = service.errors.outcome(&self.ending());
-        chosen.counters.ended(outcome, host::now().saturating_sub(chosen.started));
+    /// The answer's trailers are there.
+    pub fn answer_trailers(&mut self) {
+        self.is_whole = true;
+        if self.chosen.is_some() {
+            self.heed_grpc_status(Map::ResponseTrailers);
+        }
     }
 
-    /// What Envoy knows of the exchange now that it is over.
-    fn ending(&self) -> Ending {
-        let number = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<u32>().ok();
-        let read = |map, name| host::header(map, name).and_then(|text| number(&text));
-        let status = read(Map::Response, ":status").and_then(|status| u16::try_from(status).ok());
-        let grpc_status = match self.is_grpc {
-            true => read(Map::ResponseTrailers, "grpc-status").or_else(|| read(Map::Response, "grpc-status")),
-            false => None,
-        };
+    /// gRPC has its own status, in the trailers or, where there is nothing else, in the headers.
+    fn heed_grpc_status(&mut self, map: Map) {
+        let Some(status) = host::header(map, "grpc-status").and_then(|status| number(&status)) else { return };
+        let kind = host::header(Map::Response, "content-type");
+        if kind.is_some_and(|kind| kind.starts_with(b"application/grpc")) {
+            self.ending.grpc_status = Some(status);
+        }
+    }
+
+    /// The exchange is over: counts how it ended.
+    pub fn ended(mut self) {
+        let Some(Chosen { in_force, service, version, started }) = self.chosen.take() else { return };
         // The flags are dear, and say nothing more of an answer that is whole and no failure.
-        let speaks_for_itself = self.is_whole && status.is_some_and(|status| status < 500);
-        let flags = if speaks_for_itself { None } else { host::property_integer("response\0flags") };
-        Ending { status, grpc_status, flags: flags.unwrap_or_default() }
+        if !self.is_whole || self.ending.status.is_none_or(|status| status >= 500) {
+            self.ending.flags = host::property_integer("response\0flags").unwrap_or_default();
+        }
+        let Some(plan) = in_force.plan.services.get(service) else { return };
+        let outcome = plan.errors.outcome(&self.ending);
+        let counters: Option<&VersionCounters> =
+            in_force.counters.get(service).and_then(|counters| counters.versions.get(version));
+        if let Some(counters) = counters {
+            counters.ended(outcome, host::now().saturating_sub(started));
+        }
     }
 }
 
+fn number(text: &[u8]) -> Option<u32> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 /// The header that tells why, if the client asks and may know.
-fn explanation(in_force: &InForce, headers: &Headers, decision: Option<&Decision<'_>>) -> Option<(String, String)> {
+fn explanation(in_force: &InForce, headers: &Headers<'_>, decision: Option<&Decision<'_>>) -> Option<(String, String)> {
     let explain = in_force.explain.as_ref()?;
     let token = headers.header(&explain.header)?;
     // Upstreams need not know the token.

@@ -1,25 +1,48 @@
-//! The request's headers as `core` asks for them, read in place from what Envoy hands over.
+//! The request's headers as `core` asks for them: a few by name, or all at once, read in place from what Envoy hands over.
 
 use crate::host::{self, Map, Received};
 use std::borrow::Cow;
 use tideshift_core::request::{self, Request};
 
 /// The headers of the request that is being called for.
-#[derive(Default)]
-pub struct Headers {
-    bytes: Received,
+pub enum Headers<'n> {
+    /// Everything that the client sent.
+    All(AllHeaders),
+    /// Just these, asked for one by one: cheaper than all as long as they are few, most of all those that are absent.
+    Few(&'n [String], Vec<Option<Vec<u8>>>),
 }
 
-impl Headers {
-    /// Reads them all.
-    pub fn of_request() -> Self {
-        Self { bytes: host::headers(Map::Request).unwrap_or_default() }
+/// All headers as Envoy writes them down: see [`host::headers`].
+#[derive(Default)]
+pub struct AllHeaders(Received);
+
+impl<'n> Headers<'n> {
+    /// Reads all.
+    pub fn all() -> Self {
+        Self::All(AllHeaders(host::headers(Map::Request).unwrap_or_default()))
     }
 
+    /// Reads these.
+    pub fn few(names: &'n [String]) -> Self {
+        Self::Few(names, names.iter().map(|name| read(name)).collect())
+    }
+}
+
+/// One header of the request, its values joined if there are several.
+fn read(name: &str) -> Option<Vec<u8>> {
+    // The plain call would give the first value only; pseudo-headers have just one.
+    let value = match name.starts_with(':') {
+        true => host::header(Map::Request, name),
+        false => host::property(&["request\0headers\0", name].concat()),
+    };
+    value.map(Received::into_vec)
+}
+
+impl AllHeaders {
     /// Names (in lower case, as Envoy has them) and values. Ends early where the bytes make no sense.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        let count = integer(&self.bytes, 0).unwrap_or_default();
-        let mut sizes = self.bytes.get(4..).unwrap_or_default();
+        let count = integer(&self.0, 0).unwrap_or_default();
+        let mut sizes = self.0.get(4..).unwrap_or_default();
         let mut text = count.checked_mul(8).and_then(|length| sizes.get(length..)).unwrap_or_default();
         std::iter::from_fn(move || {
             let (name_size, value_size) = (integer(sizes, 0)?, integer(sizes, 4)?);
@@ -32,9 +55,17 @@ impl Headers {
     }
 }
 
-impl Request for Headers {
+impl Request for Headers<'_> {
     fn header(&self, name: &str) -> Option<Cow<'_, [u8]>> {
-        request::joined(name, self.iter().filter(|(n, _)| *n == name.as_bytes()).map(|(_, value)| value))
+        match self {
+            Self::All(all) => {
+                request::joined(name, all.iter().filter(|(n, _)| *n == name.as_bytes()).map(|(_, value)| value))
+            }
+            Self::Few(names, values) => {
+                let at = names.iter().position(|known| known == name)?;
+                values.get(at)?.as_deref().map(Cow::Borrowed)
+            }
+        }
     }
 }
 

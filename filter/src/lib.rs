@@ -12,6 +12,7 @@
 mod callbacks;
 mod counters;
 mod exchange;
+mod guards;
 mod headers;
 mod host;
 mod link;

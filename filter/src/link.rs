@@ -85,6 +85,11 @@ impl Link {
         }
     }
 
+    /// Lets the next report not wait for its time.
+    pub fn report_soon(&mut self) {
+        self.report_at = 0;
+    }
+
     /// Reports if it is time and the last report has been answered.
     pub fn report(
         &mut self,

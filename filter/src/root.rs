@@ -2,6 +2,7 @@
 
 use crate::counters::{Counters, PlanCounters};
 use crate::exchange::Exchange;
+use crate::guards::{Guards, Noted};
 use crate::headers::Headers;
 use crate::host;
 use crate::link::{Answer, Link};
@@ -12,23 +13,28 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 use tideshift_core::plan::{Decision, Plan, Turns};
-use tideshift_core::policy::{ControllerRef, Explain, Policy};
+use tideshift_core::policy::{Explain, Policy};
 
 /// The first tick comes soon after configuring, so that the first policy does.
 const FIRST_TICK: Duration = Duration::from_millis(20);
 /// The later ones: heartbeats, the lease, retries.
 const TICK: Duration = Duration::from_millis(200);
-/// How long the right to talk to the controller lasts without a renewal.
+/// Those of the VM that leads: the guard looks at the counts with each.
+const LEADERS_TICK: Duration = Duration::from_millis(100);
+/// How long the right to lead lasts without a renewal.
 const LEASE: Duration = Duration::from_secs(2);
 
 /// The plugin's root context: state of its own, because Envoy may keep several configurations alive in one VM.
 pub struct Root {
     worker: Rc<Worker>,
     counters: Counters,
+    /// The policy in force, as it was written.
+    policy: Policy,
     place: Place,
-    /// Who may ask why where a policy from the controller does not say.
-    explain: Option<Explain>,
-    controller: Option<Controller>,
+    /// What only the plugin configuration may say.
+    own: Own,
+    /// `None` until configured.
+    fleet: Option<Fleet>,
     random: Rng,
 }
 
@@ -41,6 +47,7 @@ pub struct Worker {
 }
 
 /// A plan with the stats of its services, by the plan's indexes.
+#[derive(Default)]
 pub struct InForce {
     /// The plan.
     pub plan: Plan,
@@ -48,15 +55,38 @@ pub struct InForce {
     pub explain: Option<Explain>,
     /// The stats of each of its services.
     pub counters: Vec<PlanCounters>,
+    strips: bool,
 }
 
-struct Controller {
+/// What the plugin configuration says for good.
+#[derive(Default)]
+struct Own {
+    explain: Option<Explain>,
+    strips: bool,
+}
+
+/// The proxy's VMs, seen from this one.
+struct Fleet {
     shared: Shared,
-    link: Link,
+    link: Option<Link>,
+    guards: Guards,
     /// `None` until the first tick.
     workers: Option<Workers>,
-    /// Whether this VM had the lease at its last tick.
+    /// Whether this VM had the lease at its last tick: one of them talks to the controller and guards.
     leads: bool,
+    /// The version of the shared vetoes that this VM has applied.
+    vetoes: u32,
+    tick: Duration,
+}
+
+impl InForce {
+    /// The headers of the request, as many as this policy can look at.
+    pub fn headers(&self) -> Headers<'_> {
+        match self.plan.few_headers() {
+            Some(names) if !self.strips => Headers::few(names),
+            _ => Headers::all(),
+        }
+    }
 }
 
 impl Worker {
@@ -66,7 +96,7 @@ impl Worker {
     }
 
     /// What is to be done with a request, by the policy in force.
-    pub fn decide<'p>(&self, in_force: &'p InForce, headers: &Headers) -> Option<Decision<'p>> {
+    pub fn decide<'p>(&self, in_force: &'p InForce, headers: &Headers<'_>) -> Option<Decision<'p>> {
         in_force.plan.decide(headers, &mut self.turns.borrow_mut(), || self.random.borrow_mut().u64(..))
     }
 }
@@ -74,62 +104,19 @@ impl Worker {
 impl Root {
     /// A VM that has not been configured.
     pub fn new() -> Self {
-        let nothing = Plan::new(&Policy { controller: None, explain: None, revision: 0, services: Vec::new() });
         Self {
             worker: Rc::new(Worker {
-                in_force: RefCell::new(Rc::new(InForce { plan: nothing, explain: None, counters: Vec::new() })),
+                in_force: RefCell::default(),
                 turns: RefCell::default(),
                 random: RefCell::new(Rng::with_seed(0)),
             }),
             counters: Counters::default(),
+            policy: Policy::default(),
             place: Place::default(),
-            explain: None,
-            controller: None,
+            own: Own::default(),
+            fleet: None,
             random: Rng::with_seed(0),
         }
-    }
-
-    fn apply(&mut self, policy: &Policy, place: Place) {
-        let plan = Plan::new(policy);
-        let counters = self.counters.cover(&plan);
-        let old = self.worker.in_force();
-        let turns = {
-            let turns = self.worker.turns.borrow();
-            Turns::for_plan(&plan, self.random.u64(..), Some((&old.plan, &turns)))
-        };
-        self.worker.turns.replace(turns);
-        let explain = policy.explain.clone().or_else(|| self.explain.clone());
-        self.worker.in_force.replace(Rc::new(InForce { plan, explain, counters }));
-        self.place = place;
-    }
-
-    /// Applies what the controller has sent, if this VM does not run it yet.
-    fn catch_up(&mut self) {
-        let Some(controller) = &self.controller else { return };
-        if !controller.shared.delivered_place().is_some_and(|place| place.replaces(&self.place)) {
-            return;
-        }
-        let Some(delivered) = controller.shared.delivered() else { return };
-        // Only valid policies are stored; should this one not be, what runs keeps running.
-        if let Ok(policy) = Policy::from_json(&delivered.json) {
-            self.apply(&policy, delivered.place);
-            log::debug!("policy revision {} of the controller in force", self.place.revision);
-        }
-    }
-
-    fn beat(&mut self, now: u64) {
-        if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
-            workers.beat(now, &self.place);
-        }
-    }
-
-    /// Takes up the talk with the controller that a configuration names.
-    fn connect(&mut self, controller: &ControllerRef) {
-        let shared = Shared::new(controller);
-        let link = Link::new(controller, &shared);
-        self.controller = Some(Controller { shared, link, workers: None, leads: false });
-        self.catch_up();
-        host::tick_every(FIRST_TICK);
     }
 
     /// Takes the plugin configuration; `false`: it is not a policy, and what ran before stays.
@@ -139,12 +126,23 @@ impl Root {
             Ok(policy) => {
                 self.random = Rng::with_seed(host::now() ^ std::ptr::from_ref(self) as u64);
                 self.worker.random.replace(self.random.fork());
-                self.explain.clone_from(&policy.explain);
-                self.apply(&policy, Place { epoch: String::new(), revision: policy.revision });
+                self.own = Own { explain: policy.explain.clone(), strips: policy.strip_client_headers };
+                let shared = Shared::new(policy.controller.as_ref());
+                let link = policy.controller.as_ref().map(|controller| Link::new(controller, &shared));
+                let place = Place { epoch: String::new(), revision: policy.revision };
+                self.fleet = Some(Fleet {
+                    shared,
+                    link,
+                    guards: Guards::default(),
+                    workers: None,
+                    leads: false,
+                    vetoes: 0,
+                    tick: FIRST_TICK,
+                });
                 log::info!("policy revision {} of the plugin configuration in force", policy.revision);
-                if let Some(controller) = &policy.controller {
-                    self.connect(controller);
-                }
+                self.adopt(policy, place);
+                self.catch_up();
+                host::tick_every(FIRST_TICK);
                 true
             }
             Err(errors) => {
@@ -156,33 +154,110 @@ impl Root {
         }
     }
 
+    fn adopt(&mut self, policy: Policy, place: Place) {
+        self.policy = policy;
+        self.place = place;
+        self.compile();
+    }
+
+    /// Makes the policy with the vetoes what requests go by.
+    fn compile(&mut self) {
+        let vetoes = self.fleet.as_ref().and_then(|fleet| fleet.shared.vetoes());
+        let vetoes = vetoes.map_or_else(Vec::new, |(text, version)| {
+            self.fleet.iter_mut().for_each(|fleet| fleet.vetoes = version);
+            Noted::read(&text)
+        });
+        let is_vetoed = |service: &str, version: &str| {
+            vetoes.iter().any(|noted| noted.in_force && noted.service == service && noted.veto.version == version)
+        };
+        let plan = Plan::new(&self.policy, is_vetoed);
+        let counters = self.counters.cover(&plan);
+        let old = self.worker.in_force();
+        let turns = {
+            let turns = self.worker.turns.borrow();
+            Turns::for_plan(&plan, self.random.u64(..), Some((&old.plan, &turns)))
+        };
+        self.worker.turns.replace(turns);
+        let explain = self.policy.explain.clone().or_else(|| self.own.explain.clone());
+        self.worker.in_force.replace(Rc::new(InForce { plan, explain, counters, strips: self.own.strips }));
+    }
+
+    /// Applies what other VMs have left: a policy that the controller sent, vetoes.
+    fn catch_up(&mut self) {
+        let Some(fleet) = &self.fleet else { return };
+        if fleet.shared.delivered_place().is_some_and(|place| place.replaces(&self.place)) {
+            // Only valid policies are stored; should this one not be, what runs keeps running.
+            if let Some(delivered) = fleet.shared.delivered()
+                && let Ok(policy) = Policy::from_json(&delivered.json)
+            {
+                self.adopt(policy, delivered.place);
+                log::debug!("policy revision {} of the controller in force", self.place.revision);
+            }
+        } else if fleet.shared.vetoes().is_some_and(|(_, version)| version != fleet.vetoes) {
+            self.compile();
+        }
+    }
+
+    fn beat(&mut self, now: u64) {
+        if let Some(Fleet { workers: Some(workers), .. }) = &self.fleet {
+            workers.beat(now, &self.place);
+        }
+    }
+
     /// A request that has just arrived.
     pub fn exchange(&self) -> Exchange {
         Exchange::new(self.worker.clone())
     }
 
-    /// Heartbeat, lease, and the talk with the controller if this VM has the lease.
+    /// Heartbeat and lease; for the VM that has the lease, the guard and the talk with the controller.
     pub fn tick(&mut self) {
         let now = host::now();
         self.catch_up();
-        let Some(controller) = &mut self.controller else { return };
-        if controller.workers.is_none() {
-            host::tick_every(TICK);
-            controller.workers = Some(Workers::join(controller.shared.clone()));
+        let Some(fleet) = &mut self.fleet else { return };
+        if fleet.workers.is_none() {
+            fleet.workers = Some(Workers::join(fleet.shared.clone()));
         }
         self.beat(now);
-        let Some(Controller { shared, link, workers: Some(workers), leads }) = &mut self.controller else { return };
-        *leads = shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64));
-        if *leads {
+        let Some(fleet) = &mut self.fleet else { return };
+        let Some(workers) = &fleet.workers else { return };
+        fleet.leads = fleet.shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64));
+        let tick = if fleet.leads { LEADERS_TICK } else { TICK };
+        if std::mem::replace(&mut fleet.tick, tick) != tick {
+            host::tick_every(tick);
+        }
+        if fleet.leads {
+            self.lead(now);
+        } else {
+            // Who leads next looks with fresh eyes.
+            fleet.guards = Guards::default();
+        }
+    }
+
+    fn lead(&mut self, now: u64) {
+        let in_force = self.worker.in_force();
+        let Some(Fleet { shared, link, guards, workers: Some(workers), .. }) = &mut self.fleet else { return };
+        let left = || shared.vetoes().map_or_else(Vec::new, |(text, _)| Noted::read(&text));
+        let vetoes_changed = guards.look(now, &self.policy, &in_force, left);
+        if vetoes_changed {
+            shared.set_vetoes(&Noted::write(guards.noted()));
+            workers.wake();
+        }
+        if let Some(link) = link {
+            if vetoes_changed {
+                link.report_soon();
+            }
             link.poll(now, &self.place, &mut self.random);
-            link.report(now, workers.applied_by_all(now), || self.counters.read());
+            link.report(now, workers.applied_by_all(now), || self.counters.read(guards));
+        }
+        if vetoes_changed {
+            self.compile();
         }
     }
 
     /// Another VM says that there is something new.
     pub fn woken(&mut self, queue: u32) {
-        let woken = match &self.controller {
-            Some(Controller { workers: Some(workers), .. }) => workers.is_woken_by(queue),
+        let woken = match &self.fleet {
+            Some(Fleet { workers: Some(workers), .. }) => workers.is_woken_by(queue),
             _ => false,
         };
         if woken {
@@ -194,10 +269,10 @@ impl Root {
     /// The answer to a call of the link's; `headers` and `body` are its sizes.
     pub fn answered(&mut self, token: u32, headers: usize, body: usize) {
         let now = host::now();
-        let Some(Controller { shared, link, .. }) = &mut self.controller else { return };
+        let Some(Fleet { shared, link: Some(link), .. }) = &mut self.fleet else { return };
         match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
             Answer::Policy => {
-                if let Some(Controller { workers: Some(workers), .. }) = &self.controller {
+                if let Some(Fleet { workers: Some(workers), .. }) = &self.fleet {
                     workers.wake();
                 }
                 self.catch_up();
@@ -206,14 +281,14 @@ impl Root {
             Answer::Nothing => {}
         }
         // At once, not at the next tick; but a VM that has lost the lease meanwhile leaves it to the one that has it.
-        if let Some(Controller { link, leads: true, .. }) = &mut self.controller {
+        if let Some(Fleet { link: Some(link), leads: true, .. }) = &mut self.fleet {
             link.poll(now, &self.place, &mut self.random);
         }
     }
 
-    /// This configuration is being replaced, or the proxy ends: others need not wait for it.
+    /// This configuration has been replaced, or the proxy ends: others need not wait for it.
     pub fn leave(self) {
-        if let Some(Controller { shared, workers: Some(workers), .. }) = self.controller {
+        if let Some(Fleet { shared, workers: Some(workers), .. }) = self.fleet {
             workers.leave();
             shared.end_lease(workers.id);
         }

@@ -1,14 +1,16 @@
-//! What the VMs of one proxy share: the newest policy from the controller, who talks to it, and this run's identity.
+//! What the VMs of one proxy share: the newest policy from the controller, the guard's vetoes, who leads, and this run's
+//! identity.
 //!
 //! Envoy's shared data is one table for all plugins without a `vm_id` of their own, as all are in Istio, so keys have
 //! a prefix; it also names the controller, so that a plugin configured for another one starts afresh.
 
-use crate::host;
+use crate::host::{self, Received};
 use tideshift_core::policy::ControllerRef;
 
 /// The keys of what VMs change together.
 const START: &str = "start";
 const LEASE: &str = "lease";
+const VETOES: &str = "vetoes";
 /// The number of the VM that joined last.
 pub const NEXT_WORKER: &str = "next-worker";
 /// The list of VMs that are there.
@@ -50,10 +52,11 @@ impl Shared {
     /// The corner of the plugin with this controller. To be made while the plugin is configured: Envoy does that on
     /// one VM before all others, so whatever VMs change together later is there when they do. (A value that is not
     /// there cannot be compared with, so two VMs that both wanted to be the first would both believe that they were.)
-    pub fn new(controller: &ControllerRef) -> Self {
+    pub fn new(controller: Option<&ControllerRef>) -> Self {
         let root = host::property("plugin_root_id").unwrap_or_default();
         let root = String::from_utf8_lossy(&root).into_owned();
-        let shared = Self { prefix: format!("tideshift/{root}/{}/{}", controller.cluster, controller.authority) };
+        let corner = controller.map(|controller| format!("/{}/{}", controller.cluster, controller.authority));
+        let shared = Self { prefix: format!("tideshift/{root}{}", corner.unwrap_or_default()) };
         shared.set_first(START, format!("{:x}", host::now()).as_bytes());
         shared.set_first(LEASE, &[0; 16]);
         shared.set_first(NEXT_WORKER, &[0; 8]);
@@ -99,7 +102,17 @@ impl Shared {
         host::shared_set(&self.key("place"), place.as_bytes());
     }
 
-    /// Takes or renews the right to talk to the controller until `until`, in nanoseconds. One VM has it at a time;
+    /// The guard's vetoes as [`Self::set_vetoes`] has them, and their version.
+    pub fn vetoes(&self) -> Option<(Received, u32)> {
+        host::shared(&self.key(VETOES))
+    }
+
+    /// Stores the guard's vetoes for all VMs.
+    pub fn set_vetoes(&self, text: &str) {
+        host::shared_set(&self.key(VETOES), text.as_bytes());
+    }
+
+    /// Takes or renews the right to lead until `until`, in nanoseconds. One VM has it at a time;
     /// if it dies, another takes it when its time is up.
     pub fn lease(&self, worker: u32, now: u64, until: u64) -> bool {
         let key = self.key(LEASE);

@@ -100,7 +100,7 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
             }
         }
     }
-    Ok(Policy { controller: None, explain: None, revision: 0, services })
+    Ok(Policy { services, ..Policy::default() })
 }
 
 async fn policy_in_force(server: &str) -> Result<Policy, Failure> {

@@ -146,7 +146,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
         token: None,
     };
     let services = shifts.iter().map(compile::service_at_rest).collect();
-    let policy = Policy { controller: Some(controller), explain: None, revision: 0, services };
+    let policy = Policy { controller: Some(controller), services, ..Policy::default() };
     let policy = serde_json::to_value(policy).unwrap_or_default();
     format!(
         r##"- name: tideshift

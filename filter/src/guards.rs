@@ -1,0 +1,108 @@
+//! The guards of all services, on the VM that leads; and how their vetoes reach the others.
+
+use crate::root::InForce;
+use std::collections::BTreeMap;
+use tideshift_core::guard::{Guard, Observed, Veto};
+use tideshift_core::policy::Policy;
+
+/// The guards of the services, by name.
+#[derive(Default)]
+pub struct Guards(BTreeMap<String, Guard>);
+
+/// A service's veto, and whether it is in force or only kept in mind.
+pub struct Noted {
+    /// The service.
+    pub service: String,
+    /// The veto.
+    pub veto: Veto,
+    /// Whether it is in force.
+    pub in_force: bool,
+}
+
+impl Guards {
+    /// Looks at what has been counted; whether the vetoes are others than before. `left` is what the guards before
+    /// these left.
+    pub fn look(&mut self, now: u64, policy: &Policy, in_force: &InForce, left: impl Fn() -> Vec<Noted>) -> bool {
+        let is_there = |name: &String| policy.services.iter().any(|service| service.name == *name);
+        let mut changed = self.0.iter().any(|(name, guard)| !is_there(name) && !guard.vetoes().is_empty());
+        self.0.retain(|name, _| is_there(name));
+        let mut noted = None;
+        for (service, counters) in policy.services.iter().zip(&in_force.counters) {
+            let guard = self.0.entry(service.name.clone()).or_insert_with(|| {
+                let noted: &Vec<Noted> = noted.get_or_insert_with(&left);
+                let of_service = noted.iter().filter(|noted| noted.service == service.name);
+                Guard::resume(service.guard.clone(), now, of_service.map(|noted| noted.veto.clone()))
+            });
+            let before: Vec<String> = guard.vetoes().iter().map(|veto| veto.version.clone()).collect();
+            let observed = service.versions.iter().zip(&counters.versions).map(|(version, counters)| Observed {
+                name: &version.name,
+                weight: version.weight,
+                serving: version.serving,
+                ended: counters.ended_so_far(),
+            });
+            guard.set_policy(service.guard.clone());
+            if !guard.observe(now, &observed.collect::<Vec<_>>()) {
+                continue;
+            }
+            changed = true;
+            for veto in guard.vetoes().iter().filter(|veto| !before.contains(&veto.version)) {
+                let Veto { version, requests, errors, others_requests, others_errors, .. } = veto;
+                let seconds = veto.until.saturating_sub(now) / 1_000_000_000;
+                log::warn!(
+                    "guard: {version} of {} is out of service for {seconds} s: {errors} of its {requests} requests failed, of \
+                     the others' {others_errors} of {others_requests}",
+                    service.name
+                );
+            }
+            for version in before.iter().filter(|version| !guard.vetoes().iter().any(|v| v.version == **version)) {
+                log::info!("guard: {version} of {} is back in service", service.name);
+            }
+        }
+        changed
+    }
+
+    /// The vetoes in force on versions of a service.
+    pub fn vetoes(&self, service: &str) -> &[Veto] {
+        self.0.get(service).map_or(&[], Guard::vetoes)
+    }
+
+    /// All vetoes.
+    pub fn noted(&self) -> impl Iterator<Item = Noted> {
+        self.0.iter().flat_map(|(service, guard)| {
+            let noted = |in_force| move |veto: &Veto| Noted { service: service.clone(), veto: veto.clone(), in_force };
+            guard.vetoes().iter().map(noted(true)).chain(guard.past().iter().map(noted(false)))
+        })
+    }
+}
+
+impl Noted {
+    /// Vetoes as VMs pass them to each other: a line each.
+    pub fn write(noted: impl Iterator<Item = Self>) -> String {
+        let mut text = String::from("vetoes\n");
+        for Self { service, veto, in_force } in noted {
+            let Veto { version, until, strikes, requests, errors, others_requests, others_errors } = veto;
+            let in_force = u8::from(in_force);
+            text += &format!(
+                "{service} {version} {in_force} {until} {strikes} {requests} {errors} {others_requests} {others_errors}\n"
+            );
+        }
+        text
+    }
+
+    /// Reads what [`Self::write`] wrote; lines that make no sense are left out.
+    pub fn read(text: &[u8]) -> Vec<Self> {
+        let text = std::str::from_utf8(text).unwrap_or_default();
+        text.lines().filter_map(Self::read_line).collect()
+    }
+
+    fn read_line(line: &str) -> Option<Self> {
+        let mut words = line.split(' ');
+        let (service, version) = (words.next()?.to_owned(), words.next()?.to_owned());
+        let mut number = || words.next()?.parse::<u64>().ok();
+        let in_force = number()? == 1;
+        let (until, strikes) = (number()?, number()? as u32);
+        let (requests, errors, others_requests, others_errors) = (number()?, number()?, number()?, number()?);
+        let veto = Veto { version, until, strikes, requests, errors, others_requests, others_errors };
+        Some(Self { service, veto, in_force })
+    }
+}
