@@ -64,6 +64,21 @@ pub struct Envoy {
 impl Envoy {
     /// Starts it and waits until it is ready.
     pub async fn start(options: Options) -> anyhow::Result<Self> {
+        let mut envoy = Self::spawn(options)?;
+        let admin = envoy.admin;
+        envoy
+            .process
+            .until_ready(START, async || {
+                let ready = get(admin, "/ready").send().await?;
+                ensure!(ready.status == 200, "/ready says {}: {}", ready.status, ready.text().trim());
+                Ok(())
+            })
+            .await?;
+        Ok(envoy)
+    }
+
+    /// Starts it, and leaves the waiting to the caller.
+    pub fn spawn(options: Options) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut command = command(&directory, &options.bootstrap)?;
         command
@@ -71,16 +86,8 @@ impl Envoy {
             .args(["--log-level", "warning", "--component-log-level", &options.component_log_level])
             // Access logs and drains should not make tests wait.
             .args(["--file-flush-interval-msec", "50", "--drain-time-s", "1"]);
-        let mut process = Process::start("Envoy", command, &directory.path().join("envoy.log"))?;
-        let admin = (Ipv4Addr::LOCALHOST, options.admin).into();
-        process
-            .until_ready(START, async || {
-                let ready = get(admin, "/ready").send().await?;
-                ensure!(ready.status == 200, "/ready says {}: {}", ready.status, ready.text().trim());
-                Ok(())
-            })
-            .await?;
-        Ok(Self { process, admin, _directory: directory })
+        let process = Process::start("Envoy", command, &directory.path().join("envoy.log"))?;
+        Ok(Self { process, admin: (Ipv4Addr::LOCALHOST, options.admin).into(), _directory: directory })
     }
 
     /// What `--mode validate` says of a bootstrap: `Err` with Envoy's own words if it refuses it.

@@ -11,6 +11,7 @@ pub mod backend;
 pub mod bootstrap;
 pub mod client;
 pub mod controller;
+pub mod effect;
 pub mod envoy;
 pub mod load;
 pub mod metrics;

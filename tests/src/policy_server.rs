@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use tideshift_core::report::Report;
 use tokio::{
@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::ports::Port;
+use crate::{ports::Port, setup::DEADLINE, wait::eventually};
 
 /// How long a poll is held where the test does not say otherwise.
 const HOLD: Duration = Duration::from_secs(25);
@@ -215,6 +215,15 @@ impl PolicyServer {
     fn kept(&self) -> MutexGuard<'_, Kept> {
         lock(&self.state.kept)
     }
+}
+
+/// Waits until the server holds a poll for what comes after `revision`.
+pub async fn held_after(server: &PolicyServer, revision: u64) -> anyhow::Result<()> {
+    eventually(&format!("a poll for what comes after {revision}"), DEADLINE, async || {
+        ensure!(server.holds_poll_after(revision), "{:?}", server.polls().last());
+        Ok(())
+    })
+    .await
 }
 
 impl Drop for PolicyServer {

@@ -150,5 +150,5 @@ impl Setup {
     }
 }
 
-/// VMs that Envoy has made so far; one more than at the start is one that was reloaded.
-const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";
+/// The stat of the VMs that Envoy has made so far; one more than at the start is one that was reloaded.
+pub const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";

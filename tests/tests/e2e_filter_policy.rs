@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,8 +16,9 @@ use tideshift_tests::{
     backend::{Errors, SERVED_BY},
     bootstrap::CONTROLLER_CLUSTER,
     client::{Connection, Request},
+    effect,
     load::{Plan, Tally},
-    policy_server::{PolicyServer, ReportAnswer},
+    policy_server::{PolicyServer, ReportAnswer, held_after},
     setup::{DEADLINE, Setup},
     wait::eventually,
 };
@@ -97,14 +97,6 @@ async fn reported(server: &PolicyServer, what: &str, holds: impl Fn(&Report) -> 
     .await
 }
 
-async fn held_after(server: &PolicyServer, revision: u64) -> anyhow::Result<()> {
-    eventually(&format!("a poll for what comes after {revision}"), DEADLINE, async || {
-        ensure!(server.holds_poll_after(revision), "{:?}", server.polls().last());
-        Ok(())
-    })
-    .await
-}
-
 /// What a report says of each version.
 fn told(report: &Report) -> BTreeMap<String, Counts> {
     report.services.iter().flat_map(|s| &s.versions).map(|v| (v.name.clone(), v.ended)).collect()
@@ -179,49 +171,11 @@ async fn a_newer_policy_is_in_force_on_every_worker_at_once() -> anyhow::Result<
     const CHANGES: u64 = 100;
     let (setup, server) = start().await?;
     held_after(&server, 100).await?;
-    // One client for each worker notes when it sees which version first.
-    let (seen, mut latest) = (tokio::sync::watch::Sender::new(0_u64), Vec::new());
-    let seen = Arc::new(seen);
-    let mut clients = tokio::task::JoinSet::new();
     let mut workers = EachWorker::open(&setup).await?;
     workers.all_to("v1").await?;
-    for mut connection in workers.connections {
-        let request = workers.request.clone();
-        let mut published = seen.subscribe();
-        let (told, tell) = tokio::sync::mpsc::unbounded_channel();
-        latest.push(tell);
-        clients.spawn(async move {
-            for revision in 1..=CHANGES {
-                published.wait_for(|published| *published >= revision).await?;
-                loop {
-                    let response = connection.send(&request).await?;
-                    ensure!(response.status == 200, "{response:?}");
-                    if response.header(SERVED_BY).as_deref() == Some(flip(revision)) {
-                        break;
-                    }
-                }
-                told.send(Instant::now())?;
-            }
-            anyhow::Ok(())
-        });
-    }
-    let mut latencies = Vec::new();
-    for revision in 1..=CHANGES {
-        held_after(&server, if revision == 1 { 100 } else { revision - 1 }).await?;
-        seen.send_replace(revision);
-        server.publish(&all_to(flip(revision), revision));
-        let mut last = None;
-        for client in &mut latest {
-            let at = tokio::time::timeout(DEADLINE, client.recv()).await;
-            let at = at.with_context(|| format!("revision {revision} reached not all workers"))?;
-            last = last.max(Some(at.context("a client gave up")?));
-        }
-        let answered = server.answered_at().context("no answer")?;
-        latencies.push(last.context("no client")?.saturating_duration_since(answered));
-    }
-    while let Some(client) = clients.join_next().await {
-        client??;
-    }
+    let flips = |revision| (flip(revision), all_to(flip(revision), revision));
+    let (effects, _) = effect::of_changes(&server, 100, workers.connections, &workers.request, CHANGES, flips).await?;
+    let mut latencies: Vec<_> = effects.iter().map(|effect| effect.since_answered).collect();
     // Far above what it takes, and below what it would take without waking the workers: their next tick.
     latencies.sort_unstable();
     let median = latencies[latencies.len() / 2];

@@ -54,6 +54,7 @@ pub(crate) fn request(cookie: Option<&str>, headers: &[(String, String)]) -> Vec
 /// A client of one listener.
 #[derive(Debug)]
 pub(crate) struct Client {
+    /// At least one.
     connections: Vec<Connection>,
     requests: Vec<Sent>,
     next: usize,
@@ -85,6 +86,28 @@ impl Client {
         let connections = (0..CONNECTIONS).map(|_| Connection::open(address)).collect::<anyhow::Result<_>>()?;
         let requests = requests.into_iter().map(|bytes| Sent { bytes, by: None, sticky }).collect();
         Ok(Self { connections, requests, next: 0, answers: BTreeMap::new() })
+    }
+
+    /// Connects; so many users are sent in turn, each with the cookie that the first answer has set.
+    pub(crate) fn with_cookies(address: SocketAddr, users: usize) -> anyhow::Result<Self> {
+        let mut client = Self::connect(address, vec![request(None, &[])], false)?;
+        let mut requests = Vec::with_capacity(users);
+        for _ in 0..users {
+            client.batch(1)?;
+            let connection = &client.connections[0];
+            let answer = &connection.buffer[..connection.filled];
+            let by = std::str::from_utf8(served_by(&answer[answer.len() - BODY_LENGTH..]))?.to_owned();
+            let answer = String::from_utf8_lossy(answer);
+            let set = answer.lines().find_map(|line| line.strip_prefix("set-cookie: "));
+            let cookie = set.with_context(|| format!("no cookie was set: {answer}"))?.split(';').next();
+            requests.push(Sent { bytes: request(cookie, &[]), by: Some(by), sticky: true });
+        }
+        Ok(Self { requests, next: 0, ..client })
+    }
+
+    /// Answers so far.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answers.values().sum()
     }
 
     /// Sends so many requests and reads their answers.

@@ -1,104 +1,132 @@
 //! What each variant costs in CPU time of Envoy's worker: batches to all listeners in random order, round after round,
-//! and the median over the rounds of what a variant costs against native in the same round.
+//! and the median over the rounds of what a variant costs against another one in the same round.
 
-use std::{net::SocketAddr, time::Instant};
+use std::{collections::BTreeMap, net::SocketAddr, time::Instant};
 
 use anyhow::{Context as _, ensure};
 use fastrand::Rng;
+use tideshift_tests::{
+    envoy::Envoy,
+    setup::{DEADLINE, VMS_CREATED},
+    wait::eventually,
+};
 
 use crate::{
     client::{Client, request},
     machine::{Cores, Thread, pin},
+    progress,
     proxy::Proxy,
     settings::Settings,
     statistics::Summary,
-    variants::{Expected, Requests, Variant, WEIGHTS},
+    variants::{Counted, Expected, Requests, Variant, WEIGHTS},
 };
 
 /// What came out for one variant.
 #[derive(Debug)]
 pub(crate) struct Cost {
-    pub(crate) name: String,
+    pub(crate) variant: Variant,
     /// CPU time for each request, in microseconds, of each round.
     pub(crate) rounds: Vec<f64>,
 }
 
 impl Cost {
-    /// In each round, against another one.
-    pub(crate) fn against(&self, other: &Self) -> Option<Summary> {
-        Summary::of(self.rounds.iter().zip(&other.rounds).map(|(own, other)| own / other))
+    /// All rounds.
+    pub(crate) fn summary(&self) -> Option<Summary> {
+        Summary::of(self.rounds.iter().copied())
+    }
+
+    /// Each round's together with that of another one in the same round.
+    pub(crate) fn with(&self, other: &Self, of: impl Fn(f64, f64) -> f64) -> Option<Summary> {
+        Summary::of(self.rounds.iter().zip(&other.rounds).map(|(&own, &other)| of(own, other)))
     }
 }
 
 /// Measures all of `variants`.
 pub(crate) async fn measure(
-    variants: &[Variant],
+    variants: Vec<Variant>,
     backends: &[SocketAddr],
-    cores: Cores,
+    cores: &Cores,
     settings: &Settings,
 ) -> anyhow::Result<Vec<Cost>> {
-    let proxy = Proxy::new(variants, backends)?;
-    let envoy = proxy.start().await?;
-    pin(envoy.id(), &[cores.proxy])?;
+    let proxy = Proxy::new(&variants, backends)?;
+    let envoy = proxy.options(1).start().await?;
+    pin(envoy.id(), &cores.proxy)?;
     let worker = Thread::worker(envoy.id())?;
+    let vms = envoy.stat(VMS_CREATED).await?;
     let addresses: Vec<SocketAddr> = proxy.addresses().collect();
-    let (variants, settings) = (variants.to_vec(), settings.clone());
+    let settings = settings.clone();
     // When this future is dropped, Envoy is, and the thread ends by losing its connections.
-    let measured = tokio::task::spawn_blocking(move || rounds(&variants, &addresses, &worker, &settings)).await?;
-    measured.with_context(|| envoy.tail())
+    let rounds = tokio::task::spawn_blocking(move || rounds(variants, &addresses, &worker, &settings));
+    let measured = rounds.await?.with_context(|| envoy.tail())?;
+    for (cost, client) in &measured {
+        check_shares(&cost.variant, client).with_context(|| cost.variant.name.clone())?;
+    }
+    check_counts(&measured, &envoy).await?;
+    ensure!(envoy.stat(VMS_CREATED).await? == vms, "a VM has trapped:\n{}", envoy.tail());
+    Ok(measured.into_iter().map(|(cost, _)| cost).collect())
+}
+
+/// Why Envoy refuses a variant, in the words of its log; `None` if it takes it.
+pub(crate) async fn refusal(variant: &Variant, backends: &[SocketAddr]) -> anyhow::Result<Option<String>> {
+    let proxy = Proxy::new(std::slice::from_ref(variant), backends)?;
+    let Err(error) = proxy.options(1).start().await else { return Ok(None) };
+    let error = error.to_string();
+    let why = error.lines().find_map(|line| line.split_once("plugin configuration: "));
+    Ok(Some(why.map(|(_, why)| why.to_owned()).context(error)?))
 }
 
 fn rounds(
-    variants: &[Variant],
+    variants: Vec<Variant>,
     addresses: &[SocketAddr],
     worker: &Thread,
     settings: &Settings,
-) -> anyhow::Result<Vec<Cost>> {
-    let mut clients = Vec::new();
-    for (variant, &address) in variants.iter().zip(addresses) {
-        clients.push(client(variant, address).with_context(|| variant.name.clone())?);
+) -> anyhow::Result<Vec<(Cost, Client)>> {
+    let mut measured = Vec::new();
+    for (variant, &address) in variants.into_iter().zip(addresses) {
+        let client = client(&variant, address).with_context(|| variant.name.clone())?;
+        measured.push((Cost { variant, rounds: Vec::new() }, client));
     }
-    let mut costs: Vec<Cost> =
-        variants.iter().map(|variant| Cost { name: variant.name.clone(), rounds: Vec::new() }).collect();
-    let mut order: Vec<usize> = (0..variants.len()).collect();
+    let mut order: Vec<usize> = (0..measured.len()).collect();
     let mut random = Rng::new();
     let begun = Instant::now();
-    for round in 0..settings.warm_up + settings.rounds {
+    let all = settings.warm_up + settings.rounds;
+    for round in 1..=all {
         random.shuffle(&mut order);
         for &index in &order {
+            let (cost, client) = &mut measured[index];
             let before = worker.cpu()?;
-            clients[index].batch(settings.batch).with_context(|| variants[index].name.clone())?;
+            client.batch(settings.batch).with_context(|| cost.variant.name.clone())?;
             let used = worker.cpu()? - before;
-            if round >= settings.warm_up {
-                costs[index].rounds.push(used as f64 / 1e3 / settings.batch as f64);
+            if round > settings.warm_up {
+                cost.rounds.push(used as f64 / 1e3 / settings.batch as f64);
             }
         }
-        if round % 10 == 9 {
-            let done = round + 1;
-            let all = settings.warm_up + settings.rounds;
-            let left = begun.elapsed().as_secs_f64() / done as f64 * (all - done) as f64;
-            eprint!("\r{done} of {all} rounds, {left:.0} s left   ");
+        if round % 10 == 0 || round == all {
+            let left = begun.elapsed().as_secs_f64() / round as f64 * (all - round) as f64;
+            progress(&format!(
+                "{} listeners, {} requests each, {round} of {all} rounds, {left:.0} s left",
+                order.len(),
+                settings.batch
+            ));
         }
     }
-    eprintln!();
-    for (variant, client) in variants.iter().zip(&clients) {
-        check(variant, client).with_context(|| variant.name.clone())?;
-    }
-    Ok(costs)
+    Ok(measured)
 }
 
 fn client(variant: &Variant, address: SocketAddr) -> anyhow::Result<Client> {
-    let requests = match &variant.requests {
-        Requests::Plain => vec![request(None, &[])],
-        Requests::With(headers) => headers.iter().map(|headers| request(None, headers)).collect(),
-    };
-    Client::connect(address, requests, variant.expected == Expected::Sticky)
+    match &variant.requests {
+        Requests::With(headers) => {
+            let requests = headers.iter().map(|headers| request(None, headers)).collect();
+            Client::connect(address, requests, variant.expected == Expected::Sticky)
+        }
+        Requests::Cookies(users) => Client::with_cookies(address, *users),
+    }
 }
 
-/// A variant that does not do its job is not worth measuring.
-fn check(variant: &Variant, client: &Client) -> anyhow::Result<()> {
+/// A variant that chooses wrong is not worth measuring.
+fn check_shares(variant: &Variant, client: &Client) -> anyhow::Result<()> {
     let answers = |version: &str| client.answers.get(version).copied().unwrap_or_default();
-    let all: u64 = client.answers.values().sum();
+    let all = client.answered();
     match variant.expected {
         Expected::All(version) => ensure!(answers(version) == all, "not all to {version}: {:?}", client.answers),
         Expected::Shares => {
@@ -114,4 +142,24 @@ fn check(variant: &Variant, client: &Client) -> anyhow::Result<()> {
         Expected::Sticky => {}
     }
     Ok(())
+}
+
+/// Nor is one that does not count.
+async fn check_counts(measured: &[(Cost, Client)], envoy: &Envoy) -> anyhow::Result<()> {
+    // A chain counts for the same service as the one that it is compared with.
+    let mut due: BTreeMap<&Counted, u64> = BTreeMap::new();
+    for (cost, client) in measured {
+        if let Some(counted) = &cost.variant.counted {
+            *due.entry(counted).or_default() += client.answered() * cost.variant.filters.len() as u64;
+        }
+    }
+    eventually("all requests to be counted", DEADLINE, async || {
+        let metrics = envoy.prometheus().await?;
+        for (Counted { stat, service }, due) in &due {
+            let count = metrics.sum(stat, &[("service", service)]);
+            ensure!(count == Some(*due as f64), "{stat} of {service} says {count:?} of {due}");
+        }
+        Ok(())
+    })
+    .await
 }

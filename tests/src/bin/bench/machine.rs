@@ -9,29 +9,35 @@ use rustix::{
 };
 use tideshift_tests::setup::DEADLINE;
 
-/// One core for the proxy, another for everything that calls it and answers it.
+/// Which cores there are, and who gets which while CPU time is measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cores {
-    pub(crate) proxy: usize,
-    pub(crate) others: usize,
+    /// All that this process may use.
+    pub(crate) all: CpuSet,
+    /// One for the proxy alone.
+    pub(crate) proxy: CpuSet,
+    /// One for everything that calls it and answers it.
+    pub(crate) others: CpuSet,
 }
 
 impl Cores {
-    /// The last two of those that this process may use: the first ones have the interrupts.
+    /// The last ones of those that this process may use: the first ones have the interrupts.
     pub(crate) fn choose() -> anyhow::Result<Self> {
-        let allowed = sched_getaffinity(None)?;
-        let mut allowed = (0..CpuSet::MAX_CPU).rev().filter(|&core| allowed.is_set(core));
-        let (Some(proxy), Some(others)) = (allowed.next(), allowed.next()) else {
+        let all = sched_getaffinity(None)?;
+        let mut last = (0..CpuSet::MAX_CPU).rev().filter(|&core| all.is_set(core)).map(|core| {
+            let mut only = CpuSet::new();
+            only.set(core);
+            only
+        });
+        let (Some(proxy), Some(others)) = (last.next(), last.next()) else {
             bail!("the bench needs two cores: one for Envoy, one for clients and backends");
         };
-        Ok(Self { proxy, others })
+        Ok(Self { all, proxy, others })
     }
 }
 
 /// Keeps every thread of a process on these cores; threads that it starts later stay there too.
-pub(crate) fn pin(process: u32, cores: &[usize]) -> anyhow::Result<()> {
-    let mut set = CpuSet::new();
-    cores.iter().for_each(|&core| set.set(core));
+pub(crate) fn pin(process: u32, cores: &CpuSet) -> anyhow::Result<()> {
     // A thread that is being started while we look may not have it yet, so look until there is none.
     let deadline = Instant::now() + DEADLINE;
     loop {
@@ -39,8 +45,8 @@ pub(crate) fn pin(process: u32, cores: &[usize]) -> anyhow::Result<()> {
         for thread in threads(process)? {
             let id = Pid::from_raw(i32::try_from(thread)?);
             // One that has ended meanwhile needs none.
-            if sched_getaffinity(id).is_ok_and(|now| now != set) {
-                missed |= sched_setaffinity(id, &set).is_ok();
+            if sched_getaffinity(id).is_ok_and(|now| now != *cores) {
+                missed |= sched_setaffinity(id, cores).is_ok();
             }
         }
         if !missed {
@@ -91,4 +97,11 @@ impl Thread {
         // The state comes after the name, which is in parentheses and may hold anything.
         Ok(stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('S')))
     }
+}
+
+/// The processor's name.
+pub(crate) fn processor() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    name.map_or_else(|| "unknown processor".to_owned(), |(_, name)| name.trim().to_owned())
 }

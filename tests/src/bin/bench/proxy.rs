@@ -1,11 +1,11 @@
-//! The Envoy that is measured: one worker on a core of its own, a listener for each variant.
+//! The Envoy that is measured: a listener for each variant.
 
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 use tideshift_tests::{
     bootstrap::{VERSION_HEADER, cluster, socket_address, stats_tags, type_url},
-    envoy::{Envoy, Options},
+    envoy::Options,
     ports::Port,
 };
 
@@ -35,9 +35,9 @@ impl Proxy {
         self.listeners.iter().map(|(port, _)| port.address())
     }
 
-    /// Starts it with one worker.
-    pub(crate) async fn start(&self) -> anyhow::Result<Envoy> {
-        Options::new(self.bootstrap().to_string(), self.admin.number()).concurrency(1).start().await
+    /// How to start it with so many workers.
+    pub(crate) fn options(&self, workers: usize) -> Options {
+        Options::new(self.bootstrap().to_string(), self.admin.number()).concurrency(workers)
     }
 
     fn bootstrap(&self) -> Value {
@@ -62,6 +62,8 @@ fn listener(port: &Port, variant: &Variant) -> Value {
     json!({
         "name": variant.name,
         "address": socket_address(port.address()),
+        // Few connections should still reach every worker.
+        "connection_balance_config": { "exact_balance": {} },
         "filter_chains": [{ "filters": [{
             "name": "envoy.filters.network.http_connection_manager",
             "typed_config": {

@@ -5,11 +5,22 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 use tideshift_tests::{
     artifacts,
-    bootstrap::{filter, type_url},
+    bootstrap::{VERSION_HEADER, filter, type_url},
 };
 
-/// The shares that all weighted variants are to give.
+use crate::client::HOST;
+
+/// The shares that all weighted variants give.
 pub(crate) const WEIGHTS: [(&str, u32); 2] = [("v1", 90), ("v2", 10)];
+
+/// How many of one filter a chain has.
+pub(crate) const CHAIN: usize = 6;
+
+/// Rules and services where there are many.
+const MANY: usize = 100;
+
+/// Users that take turns where sessions are measured.
+const USERS: usize = 20;
 
 /// One way to do the job.
 #[derive(Clone, Debug)]
@@ -21,6 +32,10 @@ pub(crate) struct Variant {
     pub(crate) routes: Routes,
     pub(crate) requests: Requests,
     pub(crate) expected: Expected,
+    pub(crate) counted: Option<Counted>,
+    /// Left out, loudly, if the module refuses its policy: what it needs is not built yet.
+    pub(crate) optional: bool,
+    pub(crate) table: Table,
 }
 
 /// What picks the cluster.
@@ -35,8 +50,9 @@ pub(crate) enum Routes {
 /// The headers that a variant's requests have besides those of all requests; they are sent in turn.
 #[derive(Clone, Debug)]
 pub(crate) enum Requests {
-    Plain,
     With(Vec<Vec<(String, String)>>),
+    /// So many users, each with the cookie that came with the first answer.
+    Cookies(usize),
 }
 
 /// Who answers, which is checked.
@@ -45,8 +61,24 @@ pub(crate) enum Expected {
     /// Each by its share of [`WEIGHTS`].
     Shares,
     All(&'static str),
-    /// Always the same for one request.
+    /// Always the same for one user.
     Sticky,
+}
+
+/// The stat that counts the requests, which is checked.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Counted {
+    pub(crate) stat: &'static str,
+    /// Its label `service`.
+    pub(crate) service: String,
+}
+
+/// Where the result stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    Costs,
+    /// A chain of [`CHAIN`] filters, compared with the variant of this name, which has one.
+    ChainOf(String),
 }
 
 /// The modules that are measured.
@@ -67,65 +99,146 @@ impl Modules {
         };
         Ok(Self { noop: built("bench_noop.wasm")?, raw: built("bench_raw.wasm")?, ours: artifacts::wasm()? })
     }
+
+    /// A filter that does nothing.
+    pub(crate) fn noop(&self) -> Variant {
+        let filters = vec![filter("noop", &self.noop, &json!({}))];
+        Variant { filters, expected: Expected::All("v1"), ..variant("no-op, SDK") }
+    }
+
+    /// Our yardstick.
+    pub(crate) fn raw(&self) -> Variant {
+        let counted = Some(Counted { stat: "bench_requests_total", service: "raw".to_owned() });
+        Variant { filters: vec![filter("raw", &self.raw, &json!({}))], counted, ..variant("raw ABI, hard-coded") }
+    }
+
+    /// Ours, with these fields of its one service.
+    pub(crate) fn ours(&self, name: &str, fields: Value) -> Variant {
+        self.with_services(name, vec![service(name, fields)])
+    }
+
+    fn with_services(&self, name: &str, services: Vec<Value>) -> Variant {
+        let policy = json!({ "revision": 1, "services": services });
+        let counted = Some(Counted { stat: "tideshift_requests_total", service: label(name) });
+        let filters = vec![filter(&label(name), &self.ours, &policy)];
+        Variant { filters, counted, ..variant(&format!("tideshift: {name}")) }
+    }
 }
 
-/// What everything else is measured against.
-pub(crate) const NATIVE: &str = "native `weighted_clusters`";
+/// What Envoy does by itself: what everything is measured against.
+pub(crate) fn native() -> Variant {
+    Variant { routes: Routes::Weighted, ..variant("native `weighted_clusters`") }
+}
 
-/// All variants; the first one is [`NATIVE`].
+/// All variants; the first one is [`native`].
 pub(crate) fn all(modules: &Modules) -> Vec<Variant> {
-    let native = |name: &str| Variant { routes: Routes::Weighted, ..variant(name, Vec::new()) };
-    let one = |header: &str, value: &str| vec![(header.to_owned(), value.to_owned())];
-    // 9 of 10 requests have the header of the one version, 1 that of the other.
-    let chosen = (0..10).map(|n| one("x-tideshift-version", if n == 5 { "v2" } else { "v1" })).collect();
-    vec![
-        native(NATIVE),
-        native("the same again"),
-        Variant { requests: Requests::With(chosen), ..variant("native header match", Vec::new()) },
+    // As many requests have each version's header as the weights say.
+    let chosen = (0..10).map(|n| one(VERSION_HEADER, if n == 5 { "v2" } else { "v1" })).collect();
+    let beta = |name: &str| modules.ours(name, json!({ "rules": [rule("x-beta", "1")] }));
+    let rules = |rule: &dyn Fn(usize) -> Value| json!({ "rules": (0..MANY).map(rule).collect::<Vec<_>>() });
+    let others = (1..MANY).map(|n| service(&format!("other{n}"), json!({ "hostnames": [format!("{n}.{HOST}")] })));
+    let services = others.chain([service("100 services", json!({ "hostnames": [HOST] }))]).collect();
+    let user = |n: usize| one("x-user-id", &format!("user-{n}"));
+
+    let mut variants = vec![
+        native(),
+        Variant { name: "the same again".to_owned(), ..native() },
+        Variant { requests: Requests::With(chosen), ..variant("native header match") },
+        modules.noop(),
+        modules.raw(),
+        modules.ours("weights", json!({})),
+        modules.ours("hostname", json!({ "hostnames": [HOST] })),
+        beta("a header rule that misses"),
         Variant {
-            expected: Expected::All("v1"),
-            ..variant("no-op SDK module", vec![filter("noop", &modules.noop, &json!({}))])
+            requests: Requests::With(vec![one("x-beta", "1")]),
+            expected: Expected::All("v2"),
+            ..beta("a header rule that matches")
         },
-        variant("whole job, raw ABI, hard-coded", vec![filter("raw", &modules.raw, &json!({}))]),
-        ours(modules, "weights", policy(&[], json!({}))),
-        variant("Lua: choose, set, count", vec![lua(include_str!("whole_job.lua"))]),
-        variant("Lua: choose, set, count, latency", vec![lua(include_str!("whole_job_latency.lua"))]),
-    ]
+        Variant {
+            requests: Requests::Cookies(USERS),
+            expected: Expected::Sticky,
+            optional: true,
+            ..modules.ours("a session by cookie", json!({ "session": { "type": "Cookie", "name": "tideshift_shop" } }))
+        },
+        Variant {
+            requests: Requests::With((0..USERS).map(user).collect()),
+            expected: Expected::Sticky,
+            optional: true,
+            ..modules.ours("a session by header", json!({ "session": { "type": "Header", "name": "x-user-id" } }))
+        },
+        modules.ours("100 rules for one header", rules(&|n| rule("x-user-group", &format!("group-{n}")))),
+        modules.ours("100 rules for 100 headers", rules(&|n| rule(&format!("x-test-{n}"), "1"))),
+        modules.with_services("100 services", services),
+        lua("Lua: choose, set, count", include_str!("whole_job.lua")),
+        lua("Lua: choose, set, count, latency", include_str!("whole_job_latency.lua")),
+    ];
+    let chained = ["weights", "a header rule that misses"].map(|name| format!("tideshift: {name}"));
+    let chained = ["no-op, SDK", "raw ABI, hard-coded", &chained[0], &chained[1], "Lua: choose, set, count, latency"];
+    let chains: Vec<_> = variants.iter().filter(|v| chained.contains(&v.name.as_str())).map(chain).collect();
+    variants.extend(chains);
+    variants
 }
 
-fn variant(name: &str, filters: Vec<Value>) -> Variant {
+/// Six filters in a row, in VMs that are not those of the one.
+fn chain(one: &Variant) -> Variant {
+    let mut filters = one.filters.clone();
+    for filter in &mut filters {
+        if let Some(vm) = filter.pointer_mut("/typed_config/config/vm_config/vm_id") {
+            *vm = json!(format!("chain of {}", vm.as_str().unwrap_or_default()));
+        }
+    }
+    Variant {
+        name: format!("{CHAIN} × {}", one.name),
+        filters: filters.into_iter().cycle().take(CHAIN).collect(),
+        table: Table::ChainOf(one.name.clone()),
+        ..one.clone()
+    }
+}
+
+fn variant(name: &str) -> Variant {
     Variant {
         name: name.to_owned(),
-        filters,
+        filters: Vec::new(),
         routes: Routes::ByHeader,
-        requests: Requests::Plain,
+        requests: Requests::With(vec![Vec::new()]),
         expected: Expected::Shares,
+        counted: None,
+        optional: false,
+        table: Table::Costs,
     }
 }
 
-fn ours(modules: &Modules, name: &str, policy: Value) -> Variant {
-    variant(&format!("tideshift: {name}"), vec![filter(name, &modules.ours, &policy)])
-}
-
-/// A policy with one service, and further fields of it.
-fn policy(hostnames: &[&str], fields: Value) -> Value {
-    let versions = WEIGHTS.map(|(name, weight)| json!({ "name": name, "weight": weight }));
-    let mut service = json!({ "name": "shop", "versions": versions });
-    if !hostnames.is_empty() {
-        service["hostnames"] = json!(hostnames);
-    }
-    for (name, value) in fields.as_object().into_iter().flatten() {
-        service[name] = value.clone();
-    }
-    json!({ "revision": 1, "services": [service] })
-}
-
-fn lua(script: &str) -> Value {
-    json!({
+fn lua(name: &str, script: &str) -> Variant {
+    let filter = json!({
         "name": "lua",
         "typed_config": {
             "@type": type_url("extensions.filters.http.lua.v3.Lua"),
             "default_source_code": { "inline_string": script },
         },
+    });
+    Variant { filters: vec![filter], ..variant(name) }
+}
+
+/// A service of our policy, with further fields.
+fn service(name: &str, mut fields: Value) -> Value {
+    fields["name"] = json!(label(name));
+    fields["versions"] = json!(WEIGHTS.map(|(name, weight)| json!({ "name": name, "weight": weight })));
+    fields
+}
+
+/// A name that a service may have.
+fn label(name: &str) -> String {
+    name.replace(' ', "-")
+}
+
+/// Requests with this header go to v2.
+fn rule(header: &str, value: &str) -> Value {
+    json!({
+        "matches": [{ "headers": [{ "name": header, "value": value }] }],
+        "versions": [{ "name": "v2", "weight": 1 }],
     })
+}
+
+fn one(header: &str, value: &str) -> Vec<(String, String)> {
+    vec![(header.to_owned(), value.to_owned())]
 }
