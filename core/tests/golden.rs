@@ -20,12 +20,33 @@ fn decisions() -> Value {
     let policy = Policy::read(&cases["policy"]).unwrap_or_else(|errors| unreachable!("{errors}"));
     let plan = Plan::new(&policy, |_, _| false);
     let requests: Vec<Value> = list(&cases["requests"]).iter().map(|request| decide(&plan, request)).collect();
-    json!({"requests": requests, "endings": list(&cases["endings"]).iter().map(|e| outcome(&plan, e)).collect::<Vec<_>>()})
+    let sessions: Vec<Value> = list(&cases["sessions"]).iter().map(|request| session(&plan, request)).collect();
+    let endings: Vec<Value> = list(&cases["endings"]).iter().map(|ending| outcome(&plan, ending)).collect();
+    json!({"requests": requests, "sessions": sessions, "endings": endings})
+}
+
+/// What is done with a request, and with the next one that sends back the cookie that it got.
+fn session(plan: &Plan, request: &Value) -> Value {
+    let mut headers = headers(request);
+    let mut turns = Turns::for_plan(plan, 7, None);
+    let mut decide = |headers: &[(String, Vec<u8>)]| {
+        let decision = plan.decide(headers, &mut turns, || 0x0123_4567_89ab_cdef);
+        (plan.explain(decision.as_ref()), decision.and_then(|decision| decision.cookie))
+    };
+    let (first, cookie) = decide(&headers);
+    let Some(cookie) = cookie else { return json!(first) };
+    headers.push(("cookie".to_owned(), cookie.split(';').next().unwrap_or_default().as_bytes().to_vec()));
+    let (second, again) = decide(&headers);
+    json!({"first": first, "cookie": cookie, "second": second, "again": again})
+}
+
+fn headers(request: &Value) -> Vec<(String, Vec<u8>)> {
+    list(request).iter().map(|pair| (text(&pair[0]), bytes(&pair[1]))).collect()
 }
 
 /// Where a request goes, and the versions of 60 such requests in a row, for each of two seeds.
 fn decide(plan: &Plan, request: &Value) -> Value {
-    let headers: Vec<(String, Vec<u8>)> = list(request).iter().map(|pair| (text(&pair[0]), bytes(&pair[1]))).collect();
+    let headers = headers(request);
     let Some(route) = plan.route(headers.as_slice()) else { return Value::Null };
     let service = &plan.services[route.service];
     let versions = [1, u64::MAX / 3].map(|seed| {
@@ -71,7 +92,7 @@ fn decisions_are_what_they_were() {
         return std::fs::write(path, serde_json::to_string_pretty(&now).unwrap() + "\n").unwrap();
     }
     let golden: Value = serde_json::from_str(DECISIONS).unwrap();
-    for part in ["requests", "endings"] {
+    for part in ["requests", "sessions", "endings"] {
         assert_eq!(list(&now[part]).len(), list(&golden[part]).len(), "{part}");
         for (i, (now, golden)) in list(&now[part]).iter().zip(list(&golden[part])).enumerate() {
             assert_eq!(now, golden, "{part}[{i}]");

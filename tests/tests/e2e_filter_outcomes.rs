@@ -108,7 +108,9 @@ async fn start() -> anyhow::Result<(Setup, PolicyServer, Port)> {
     };
     let setup = Setup::start_with(policy(), &BACKENDS, WORKERS, build, patch).await?;
     let set = |name: &str, change: &dyn Fn(&mut Behaviour)| setup.backend(name).set(change);
-    let grpc = |status: &str| vec![("grpc-status".to_owned(), status.to_owned())];
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let is_grpc = || pair("content-type", "application/grpc");
+    let grpc = |status: &str| vec![is_grpc(), pair("grpc-status", status)];
     set("not-found", &|b| b.status = 404);
     set("teapot", &|b| b.status = 418);
     set("redirect", &|b| b.status = 302);
@@ -121,8 +123,8 @@ async fn start() -> anyhow::Result<(Setup, PolicyServer, Port)> {
     set("grpc-ok", &|b| b.headers = grpc("0"));
     set("grpc-unavailable", &|b| b.headers = grpc("14"));
     set("grpc-not-found", &|b| b.headers = grpc("5"));
-    set("grpc-trailers", &|b| b.trailers = grpc("14"));
-    set("grpc-trailers-fine", &|b| b.trailers = grpc("0"));
+    set("grpc-trailers", &|b| (b.headers, b.trailers) = (vec![is_grpc()], vec![pair("grpc-status", "14")]));
+    set("grpc-trailers-fine", &|b| (b.headers, b.trailers) = (vec![is_grpc()], vec![pair("grpc-status", "0")]));
     set("retried", &|b| b.errors = Errors { bad: 1, of: 2 });
     set("retried-in-vain", &|b| b.errors = Errors { bad: 1, of: 1 });
     Ok((setup, server, nobody))

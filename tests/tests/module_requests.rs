@@ -32,6 +32,11 @@ fn count(host: &WasmHost, version: &str, outcome: &str) -> u64 {
     host.metric(&name).unwrap_or_default()
 }
 
+/// An answer of a gRPC server.
+fn grpc() -> Ending {
+    Ending::status(200).header("content-type", "application/grpc")
+}
+
 fn in_flight(host: &WasmHost, version: &str) -> u64 {
     let name = format!("service=.=checkout;.;version=.={version};.;tideshift_requests_in_flight");
     host.metric(&name).unwrap_or_default()
@@ -46,8 +51,9 @@ fn each_ending_is_counted_once_for_the_version_that_was_chosen() -> anyhow::Resu
         (Ending::status(404), "client_error"),
         (Ending::status(503).flags(32), "error"),
         (Ending::status(200).flags(0x80_0000), "error"),
-        (Ending::status(200).trailer("grpc-status", "14"), "error"),
-        (Ending::status(200).header("grpc-status", "14"), "error"),
+        (grpc().trailer("grpc-status", "14"), "error"),
+        (grpc().header("grpc-status", "14"), "error"),
+        (Ending::status(200).header("grpc-status", "14"), "ok"),
         (Ending::client_gone(), "cancelled"),
     ] {
         let before = count(&host, "v2", outcome);

@@ -200,7 +200,8 @@ impl Vm {
         stream.properties.extend(ending.properties());
         if let Some(headers) = ending.headers() {
             stream.response = Some(headers.clone());
-            let last = u32::from(ending.trailers.is_empty());
+            // An answer with flags, after a status of its own, is one that broke off.
+            let last = u32::from(ending.trailers.is_empty() && ending.flags == 0);
             self.call_for(context, "proxy_on_response_headers", &[context, headers.len() as u32, last])?;
             if !ending.trailers.is_empty() {
                 self.stream(context)?.trailers = Some(ending.trailers.clone());
