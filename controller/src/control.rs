@@ -5,12 +5,16 @@ use crate::compile;
 use crate::ledger::{Ledger, VersionKey};
 use crate::readiness::Readiness;
 use crate::rollout::{Millis, Observed, Rollout, percent};
-use crate::status::{EndpointsStatus, NotReady, ProxyStatus, ServiceStatus, Status, StepStatus, VersionStatus};
+use crate::status::{
+    EndpointsStatus, NotReady, ProxyStatus, ServiceStatus, Status, StepStatus, VersionStatus, VetoStatus,
+};
 use crate::store::Kept;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tideshift_core::guard::Veto;
 use tideshift_core::policy::{Policy, Service};
 use tideshift_core::report::{Counts, Refused, Report};
+use tideshift_core::session::Secret;
 use tideshift_core::shift::TrafficShift;
 
 /// Everything that the controller knows.
@@ -41,6 +45,8 @@ struct Proxy {
     workers: u32,
     in_flight: BTreeMap<VersionKey, u64>,
     refused: Option<Refused>,
+    /// By service.
+    vetoes: Vec<(String, Veto)>,
 }
 
 /// What came of looking at everything anew.
@@ -66,6 +72,7 @@ struct World<'a> {
     service: &'a str,
     readiness: &'a Readiness,
     ledger: &'a Ledger,
+    vetoes: Vec<&'a Veto>,
     up_to_date: bool,
 }
 
@@ -76,6 +83,10 @@ impl Observed for World<'_> {
 
     fn counts(&self, version: &str) -> Counts {
         self.ledger.total(self.service, version)
+    }
+
+    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto> {
+        self.vetoes.iter().copied().filter(move |veto| veto.version == version)
     }
 
     fn is_up_to_date(&self) -> bool {
@@ -117,7 +128,7 @@ impl Control {
         self.readiness = readiness;
     }
 
-    /// A proxy reports. Returns whether counts changed.
+    /// A proxy reports. Returns whether counts or vetoes changed.
     pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
         let knows = |service: &str, version: &str| {
             let shift = self.shifts.iter().find(|shift| shift.name == service);
@@ -130,13 +141,20 @@ impl Control {
         let in_flight = services.flat_map(|service| {
             service.versions.iter().map(|version| ((service.name.clone(), version.name.clone()), version.in_flight))
         });
+        let vetoes = report.services.iter().flat_map(|service| {
+            let known = service.vetoes.iter().filter(|veto| knows(&service.name, &veto.version));
+            known.map(|veto| (service.name.clone(), veto.clone()))
+        });
+        let vetoes: Vec<_> = vetoes.collect();
         let in_flight = in_flight.filter(|((service, version), _)| knows(service, version)).collect();
         let proxy = self.proxy((report.proxy.clone(), report.start.clone()), now);
         proxy.revision = revision;
         proxy.workers = report.workers;
         proxy.refused = report.refused.clone();
         proxy.in_flight = in_flight;
-        changed
+        let vetoed = !vetoes.is_empty() && proxy.vetoes != vetoes;
+        proxy.vetoes = vetoes;
+        changed || vetoed
     }
 
     fn proxy(&mut self, run: (String, String), now: Millis) -> &mut Proxy {
@@ -162,7 +180,15 @@ impl Control {
                 services.push(self.service_in_force(shift));
                 continue;
             }
-            let world = World { service: &shift.name, readiness: &self.readiness, ledger: &self.ledger, up_to_date };
+            let proxies = self.proxies.values().filter(|proxy| now.saturating_sub(proxy.seen) <= SILENT);
+            let vetoes = proxies.flat_map(|proxy| &proxy.vetoes).filter(|(service, _)| *service == shift.name);
+            let world = World {
+                service: &shift.name,
+                readiness: &self.readiness,
+                ledger: &self.ledger,
+                vetoes: vetoes.map(|(_, veto)| veto).collect(),
+                up_to_date,
+            };
             let before = self.kept.rollouts.get(&shift.name).cloned();
             let after = before.clone().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
             let parts = after.parts(shift, &world);
@@ -187,7 +213,14 @@ impl Control {
         outcome
     }
 
-    fn publish(&mut self, services: Vec<Service>, outcome: &mut Outcome) {
+    fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome) {
+        for service in &mut services {
+            let Some(session) = &mut service.session else { continue };
+            let secret = || Secret::new(self.kept.session_secret.clone());
+            session.secret.get_or_insert_with(secret);
+            let rollout = self.kept.rollouts.get(&service.name);
+            session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
+        }
         let is_known = |shift: &TrafficShift| self.readiness.is_known(&shift.name);
         let nothing_known = !self.shifts.is_empty() && !self.shifts.iter().any(is_known);
         if nothing_known || self.policy.as_ref().is_some_and(|policy| policy.services == services) {
@@ -242,6 +275,7 @@ impl Control {
             workers: proxy.workers,
             last_seen: timestamp(proxy.seen),
             refused: proxy.refused.clone(),
+            vetoes: proxy.vetoes.iter().map(|(service, veto)| VetoStatus::new(service, veto)).collect(),
         });
         Status {
             epoch: self.kept.epoch.clone(),
@@ -259,7 +293,7 @@ impl Control {
         now: Millis,
     ) -> ServiceStatus {
         let (readiness, ledger) = (&self.readiness, &self.ledger);
-        let world = World { service: &shift.name, readiness, ledger, up_to_date: true };
+        let world = World { service: &shift.name, readiness, ledger, vetoes: Vec::new(), up_to_date: true };
         let rollout = self.kept.rollouts.get(&shift.name).cloned();
         let known = rollout.is_some();
         let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));

@@ -4,6 +4,7 @@
 use crate::shares::{Claim, shares, weights};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
 use tideshift_core::shift::{Step, TrafficShift};
 
@@ -34,6 +35,9 @@ pub struct Rollout {
     pub message: String,
     /// Since when.
     pub since: Millis,
+    /// How often users were taken back from a target; what they were given before no longer holds.
+    #[serde(default)]
+    pub taken_back: u64,
     /// What the document said when it was last looked at, so that a change is noticed.
     said: Said,
     /// Whether the target failed so badly that it gets nothing while anybody else is ready.
@@ -81,6 +85,8 @@ pub trait Observed {
     fn ready(&self, version: &str) -> u32;
     /// What was counted for a version, over all proxies, since ever.
     fn counts(&self, version: &str) -> Counts;
+    /// The vetoes of the proxies' guards on a version.
+    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto>;
     /// Whether the proxies have had the time to say what they counted while no controller was there.
     fn is_up_to_date(&self) -> bool;
 }
@@ -112,6 +118,7 @@ impl Rollout {
             counted_before: Counts::default(),
             message: format!("{} serves", shift.stable),
             since: now,
+            taken_back: 0,
             said: Said { stable: shift.stable.clone(), target: None },
             shunned: false,
         }
@@ -226,6 +233,7 @@ impl Rollout {
                 Some(target) if *target != self.stable => self.start(target.clone(), shift, world, now),
                 _ => {
                     if self.phase == Phase::Progressing {
+                        self.taken_back += 1;
                         self.leaving = self.target.take();
                     }
                     self.rest(shift, now);
@@ -258,18 +266,27 @@ impl Rollout {
     fn progress(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let Some(target) = self.target.clone() else { return };
         let counts = world.counts(&target).since(&self.counted_before);
-        if counts.error > shift.max_errors {
+        let began = |veto: &Veto| veto.until.saturating_sub(shift.guard.cool_down_for(veto.strikes)) / 1_000_000;
+        // One from before speaks of an earlier attempt.
+        let veto = world.vetoes(&target).find(|veto| began(veto) >= self.since);
+        if counts.error > shift.max_errors || veto.is_some() {
             let (error, answered) = (counts.error, counts.answered());
             // More than half of its requests: anything is better, even a stable version that is too small.
-            self.shunned = error.saturating_mul(2) > answered;
+            let (failed, of) = veto.map_or((error, answered), |veto| (veto.errors, veto.requests));
+            self.shunned = failed.saturating_mul(2) > of;
             let back = match self.shunned {
                 true => "all at once",
                 false => "as far as it can carry the load",
             };
-            let message = format!(
-                "{target}: {error} of {answered} requests failed, more than the {} allowed; back to {} {back}",
-                shift.max_errors, self.stable
-            );
+            let why = match veto {
+                Some(Veto { requests, errors, others_requests, others_errors, .. }) => format!(
+                    "a proxy's guard stopped it: {errors} of {requests} requests failed there, of the others' \
+                     {others_errors} of {others_requests}"
+                ),
+                None => format!("{error} of {answered} requests failed, more than the {} allowed", shift.max_errors),
+            };
+            let message = format!("{target}: {why}; back to {} {back}", self.stable);
+            self.taken_back += 1;
             return self.enter(Phase::Failed, message, now);
         }
         let Some(step) = self.current_step(shift) else { return };

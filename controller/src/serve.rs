@@ -109,21 +109,24 @@ fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::
         // One for each first document, so that controllers of other documents in the same folder have their own.
         Some(first.parent()?.join(".tideshift").join(first.file_name()?))
     };
-    let fresh = || Kept { epoch: format!("{:x}-{:x}", now(), std::process::id()), ..Kept::default() };
-    let nowhere = |why: String| {
+    let fresh = Kept::fresh(format!("{:x}-{:x}", now(), std::process::id()))
+        .map_err(|error| StoreError::Io { path: "a random number".into(), error })?;
+    let nowhere = |why: String, fresh: Kept| {
         tracing::warn!("state is not kept, a restart begins at the stable version: {why}");
-        (None, fresh(), crate::ledger::Ledger::default())
+        (None, fresh, crate::ledger::Ledger::default())
     };
     let (dir, chosen) = match (&options.state_dir, beside()) {
         (Some(dir), _) => (dir.clone(), true),
         (None, Some(dir)) => (dir, false),
-        (None, None) => return Ok(nowhere("the document came from standard input; give --state-dir".to_owned())),
+        (None, None) => {
+            return Ok(nowhere("the document came from standard input; give --state-dir".to_owned(), fresh));
+        }
     };
     match Store::open(&dir) {
-        Ok((store, kept, ledger)) => Ok((Some(store), kept.unwrap_or_else(fresh), ledger.unwrap_or_default())),
+        Ok((store, kept, ledger)) => Ok((Some(store), kept.unwrap_or(fresh), ledger.unwrap_or_default())),
         // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
         Err(StoreError::Io { error, .. }) if !chosen => {
-            Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display())))
+            Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))
         }
         Err(error) => Err(error),
     }

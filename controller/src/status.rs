@@ -2,6 +2,7 @@
 
 use crate::rollout::Phase;
 use serde::{Deserialize, Serialize};
+use tideshift_core::guard::Veto;
 use tideshift_core::report::{Counts, Refused};
 
 /// The answer to `GET /v1/status`.
@@ -122,6 +123,45 @@ pub struct ProxyStatus {
     /// A policy that it could not take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
+    /// The versions that its guard has taken out of service.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vetoes: Vec<VetoStatus>,
+}
+
+/// A version that a proxy's guard has taken out of service, and the counts that spoke against it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VetoStatus {
+    /// The service.
+    pub service: String,
+    /// The version.
+    pub version: String,
+    /// When it gets its traffic back, by the proxy's clock, RFC 3339.
+    pub until: jiff::Timestamp,
+    /// Its requests.
+    pub requests: u64,
+    /// Those that failed.
+    pub errors: u64,
+    /// The requests of the other versions in the same time.
+    pub others_requests: u64,
+    /// Those that failed.
+    pub others_errors: u64,
+}
+
+impl VetoStatus {
+    /// What a proxy reported.
+    pub fn new(service: &str, veto: &Veto) -> Self {
+        let until = i128::from(veto.until);
+        Self {
+            service: service.to_owned(),
+            version: veto.version.clone(),
+            until: jiff::Timestamp::from_nanosecond(until).unwrap_or(jiff::Timestamp::MAX),
+            requests: veto.requests,
+            errors: veto.errors,
+            others_requests: veto.others_requests,
+            others_errors: veto.others_errors,
+        }
+    }
 }
 
 mod table;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// The format that this build writes, and the only one that it reads.
@@ -28,6 +29,27 @@ pub struct Kept {
     pub rollouts: BTreeMap<String, Rollout>,
     /// The endpoints that were ready.
     pub ready: RememberedReadiness,
+    /// Signs the cookies of sessions whose document brings no secret of its own.
+    #[serde(default)]
+    pub session_secret: String,
+}
+
+impl Kept {
+    /// A state that begins now; `epoch` names it.
+    ///
+    /// # Errors
+    ///
+    /// If the system has no random numbers to give.
+    pub fn fresh(epoch: String) -> io::Result<Self> {
+        Ok(Self { epoch, session_secret: new_secret()?, ..Self::default() })
+    }
+}
+
+/// 128 random bits in hex.
+fn new_secret() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// The directory of one controller's state.
@@ -83,7 +105,10 @@ impl Store {
             TryLockError::Error(error) => io(error),
         })?;
         let store = Self { dir: dir.to_owned(), _lock: lock };
-        let (kept, ledger) = (store.read("rollouts.json")?, store.read("counts.json")?);
+        let (mut kept, ledger) = (store.read::<Kept>("rollouts.json")?, store.read("counts.json")?);
+        if let Some(kept) = kept.as_mut().filter(|kept| kept.session_secret.is_empty()) {
+            kept.session_secret = new_secret().map_err(io)?;
+        }
         Ok((store, kept, ledger))
     }
 
@@ -121,7 +146,10 @@ impl Store {
         let path = self.dir.join(name);
         let replace = || {
             let new = path.with_extension("new");
-            let mut file = File::create(&new)?;
+            // Nobody else's business: the policy may hold secrets.
+            let mut options = File::options();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&new)?;
             file.write_all(&serde_json::to_vec(&Versioned { format: FORMAT, content })?)?;
             file.sync_data()?;
             fs::rename(&new, &path)
@@ -137,7 +165,7 @@ mod tests {
     #[test]
     fn what_was_kept_is_found_again() {
         let dir = tempfile::tempdir().unwrap();
-        let kept = Kept { epoch: "e".to_owned(), revision: u64::MAX, ..Kept::default() };
+        let kept = Kept { revision: u64::MAX, ..Kept::fresh("e".to_owned()).unwrap() };
         {
             let (store, nothing, counts) = Store::open(dir.path()).unwrap();
             assert_eq!((nothing, counts), (None, None));

@@ -90,8 +90,8 @@ impl GuardPolicy {
         Some(Self { enabled, false_veto_rate: rate, cool_down, max_cool_down })
     }
 
-    /// How long a version's veto lasts that is its `strikes`th.
-    fn cool_down_for(&self, strikes: u32) -> u64 {
+    /// How long a version's veto lasts that is its `strikes`th, in nanoseconds.
+    pub fn cool_down_for(&self, strikes: u32) -> u64 {
         let doublings = strikes.saturating_sub(1).min(31);
         nanos(self.cool_down.saturating_mul(1 << doublings).min(self.max_cool_down))
     }

@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 use std::time::Duration;
+use tideshift_core::session::SessionBy;
 use tideshift_core::shift::{Check, TrafficShift};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
@@ -63,9 +64,27 @@ fn probes_are_read_whole() {
 }
 
 #[test]
+fn sessions_mirrors_and_the_guard_are_read_as_policies_have_them() {
+    let mut spec = spec();
+    spec["session"] = json!({"type": "Header", "name": "X-User-Id"});
+    spec["mirror"] = json!({"version": "v2", "percent": 5});
+    spec["guard"] = json!({"coolDownSeconds": 30});
+    let shift = TrafficShift::read(&document(spec)).unwrap();
+    assert_eq!(shift.session.unwrap().by, SessionBy::Header { name: "x-user-id".to_owned() });
+    assert_eq!(shift.mirror.map(|mirror| (mirror.version, mirror.percent)), Some(("v2".to_owned(), 5)));
+    assert_eq!(shift.guard.cool_down, Duration::from_secs(30));
+    let errors = errors_with("/mirror", json!({"version": "v9"}));
+    assert!(
+        errors[0].starts_with("spec.mirror.version: \"v9\" is not allowed; expected one of the versions"),
+        "{errors:?}"
+    );
+    let errors = errors_with("/guard", json!({"coolDownSeconds": 30, "maxCoolDownSeconds": 20}));
+    assert!(errors[0].starts_with("spec.guard.maxCoolDownSeconds: 20 is not allowed"), "{errors:?}");
+}
+
+#[test]
 fn what_is_not_built_yet_is_refused_and_never_ignored() {
     for (pointer, value) in [
-        ("/session", json!({"type": "Header", "name": "x-user-id"})),
         ("/drain", json!({"timeoutSeconds": 300})),
         ("/strategy", json!({"maxSurge": "25%"})),
         ("/strategy", json!({"maxUnavailable": 1})),

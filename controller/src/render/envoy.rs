@@ -7,9 +7,9 @@
 use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
-use tideshift_core::VERSION_HEADER;
 use tideshift_core::policy::{ControllerRef, Policy};
 use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftVersion, TrafficShift};
+use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 
 /// What the documents do not say.
 #[derive(Debug, Clone)]
@@ -101,6 +101,13 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         stat_prefix: ingress_http
         # Clients are not trusted: what they say in x-envoy-* headers is removed, x-forwarded-for gets their address.
         use_remote_address: true
+        # What they say in x-tideshift-* too; the filter need not look for it then.
+        early_header_mutation_extensions:
+        - name: envoy.http.early_header_mutation.header_mutation
+          typed_config:
+            "@type": type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation
+            mutations:
+            - remove_on_match: {{key_matcher: {{prefix: {OWN_HEADERS}}}}}
 {access_log}        http_filters:
 {filter}        - name: envoy.filters.http.router
           typed_config:
@@ -146,7 +153,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
         token: None,
     };
     let services = shifts.iter().map(compile::service_at_rest).collect();
-    let policy = Policy { controller: Some(controller), services, ..Policy::default() };
+    let policy = Policy { controller: Some(controller), strip_client_headers: false, services, ..Policy::default() };
     let policy = serde_json::to_value(policy).unwrap_or_default();
     format!(
         r##"- name: tideshift
@@ -182,10 +189,11 @@ fn virtual_host(shift: &TrafficShift) -> String {
             true => format!("&get\n      retry_on: connect-failure,refused-stream,reset\n{}", indent(2, OTHER_HOST)),
             false => "*get\n".to_owned(),
         };
-        routes.push_str(&pair_of_routes(Some(&is_version), &cluster_name(shift, &version.name), &policy));
+        let cluster = cluster_name(shift, &version.name);
+        routes.push_str(&pair_of_routes(Some(&is_version), &cluster, &policy, has_mirror(shift)));
     }
     routes.push_str("# No version in service, or no filter: the stable one.\n");
-    routes.push_str(&pair_of_routes(None, &cluster_name(shift, &shift.stable), "*get\n"));
+    routes.push_str(&pair_of_routes(None, &cluster_name(shift, &shift.stable), "*get\n", has_mirror(shift)));
     format!(
         r##"- name: {name}
   domains: {domains}
@@ -199,16 +207,28 @@ fn virtual_host(shift: &TrafficShift) -> String {
     )
 }
 
+fn has_mirror(shift: &TrafficShift) -> bool {
+    shift.mirror.is_some() || shift.rules.iter().any(|rule| rule.mirror.is_some())
+}
+
 /// Routes to a cluster: for GET, with a retry policy of its own, and for all other methods.
-fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str) -> String {
+fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str, has_mirror: bool) -> String {
     let is_get = r#"{name: ":method", string_match: {exact: GET}}"#;
     let gets: Vec<_> = is_version.into_iter().chain([is_get]).collect();
     let others = is_version.map(|is_version| format!(", headers: [{is_version}]")).unwrap_or_default();
     let cluster = scalar(cluster);
+    // The filter names the cluster that gets a copy, if one does.
+    let mirror = if has_mirror { format!("[{{cluster_header: {MIRROR_HEADER}}}]") } else { String::new() };
+    let field = |before: &str, after: &str| match has_mirror {
+        true => format!("{before}request_mirror_policies: {mirror}{after}"),
+        false => String::new(),
+    };
     format!(
-        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n    retry_policy: {policy}\
-         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}}}\n",
+        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n{}    retry_policy: {policy}\
+         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}{}}}\n",
         gets.join(", "),
+        field("    ", "\n"),
+        field(", ", ""),
     )
 }
 

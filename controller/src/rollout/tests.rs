@@ -3,12 +3,14 @@
 use super::*;
 use serde_json::json;
 use std::collections::BTreeMap;
+use tideshift_core::guard::GuardPolicy;
 
 /// A world that tests set.
 #[derive(Default)]
 struct World {
     ready: BTreeMap<String, u32>,
     counts: BTreeMap<String, Counts>,
+    vetoes: Vec<Veto>,
     behind: bool,
 }
 
@@ -19,6 +21,10 @@ impl Observed for World {
 
     fn counts(&self, version: &str) -> Counts {
         self.counts.get(version).copied().unwrap_or_default()
+    }
+
+    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto> {
+        self.vetoes.iter().filter(move |veto| veto.version == version)
     }
 
     fn is_up_to_date(&self) -> bool {
@@ -205,6 +211,33 @@ fn a_target_that_fails_most_requests_loses_all_at_once() {
     assert_eq!(play.pass(1).shares(), [0.0, 0.0, 100.0], "even an uninvolved version is better");
     play.ready("v3", 0);
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0], "and a bad answer better than none");
+}
+
+/// A guard's veto on v2 that began at a time, in milliseconds.
+fn veto(at: u64, strikes: u32) -> Veto {
+    let until = at * 1_000_000 + GuardPolicy::default().cool_down_for(strikes);
+    Veto { version: "v2".to_owned(), until, strikes, requests: 9, errors: 9, others_requests: 81, others_errors: 0 }
+}
+
+#[test]
+fn a_guards_veto_takes_the_target_back() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
+    assert_eq!(play.pass(1).shares(), [90.0, 10.0, 0.0]);
+    play.world.vetoes = vec![veto(play.now, 2)];
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(
+        (play.rollout.phase, play.rollout.taken_back, play.rollout.message.as_str()),
+        (
+            Phase::Failed,
+            1,
+            "v2: a proxy's guard stopped it: 9 of 9 requests failed there, of the others' 0 of 81; back to v1 all at once"
+        )
+    );
+    // Tried again while that veto still lasts: it speaks of the first attempt.
+    play.set("target", json!(null));
+    play.pass(1);
+    play.set("target", json!("v2"));
+    assert_eq!(play.pass(2).shares(), [90.0, 10.0, 0.0]);
 }
 
 #[test]

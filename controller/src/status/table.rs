@@ -1,6 +1,6 @@
 //! The status as tables, for people.
 
-use super::{ProxyStatus, ServiceStatus, Status, VersionStatus};
+use super::{ProxyStatus, ServiceStatus, Status, VersionStatus, VetoStatus};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
@@ -92,7 +92,7 @@ impl ServiceStatus {
 }
 
 fn proxies(proxies: &[ProxyStatus]) -> Table {
-    let mut table = plain(&["PROXY", "REVISION", "WORKERS", "LAST SEEN", "REFUSED"]);
+    let mut table = plain(&["PROXY", "REVISION", "WORKERS", "LAST SEEN", "REFUSED", "GUARD KEEPS OUT"]);
     for proxy in proxies {
         let refused = proxy.refused.as_ref().map_or(String::new(), |refused| refused.errors.join("; "));
         table.add_row([
@@ -101,9 +101,15 @@ fn proxies(proxies: &[ProxyStatus]) -> Table {
             proxy.workers.to_string(),
             format!("{:.0}", proxy.last_seen),
             refused,
+            proxy.vetoes.iter().map(veto).collect::<Vec<_>>().join("; "),
         ]);
     }
     table
+}
+
+fn veto(veto: &VetoStatus) -> String {
+    let VetoStatus { service, version, errors, requests, others_errors, others_requests, .. } = veto;
+    format!("{version} of {service}: {errors} of {requests} failed, of the others {others_errors} of {others_requests}")
 }
 
 fn plain(columns: &[&str]) -> Table {
