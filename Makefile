@@ -49,7 +49,7 @@ lint: rust ## Formatting and clippy
 	cargo fmt --all --check
 	$(heading) 'Clippy'
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy -p tideshift-filter --target wasm32-wasip1 -- -D warnings
+	cargo clippy -p tideshift-filter -p tideshift-bench-noop -p tideshift-bench-raw --target wasm32-wasip1 -- -D warnings
 
 .PHONY: unit
 unit: rust ## Unit and property tests

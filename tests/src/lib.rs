@@ -1,4 +1,4 @@
-//! The actors that the end-to-end tests and the demo share.
+//! The actors that the end-to-end tests, the demo and the bench share.
 //!
 //! Everything a user would see is real here: [`envoy`] runs the Envoy binary, [`controller`] the `tideshift` binary,
 //! [`backend`] answers over real sockets and [`client`] and [`load`] call through them. The one stand-in is

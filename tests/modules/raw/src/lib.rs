@@ -1,6 +1,6 @@
 //! The whole job, hard-coded on the bare proxy-wasm ABI 0.2.1: look for a header that is absent, choose 9:1 between two
 //! versions, set the header that the routes match, and count outcome, latency and requests in flight. No policy, no
-//! controller, no allocation that is freed: a yardstick for what Wasm can do at all, which `make bench` measures.
+//! controller, no callback that is not needed: a yardstick for what Wasm can do at all, which `make bench` measures.
 
 // Its host calls are only there in a proxy.
 #![cfg(target_family = "wasm")]
@@ -128,9 +128,6 @@ extern "C" fn proxy_on_memory_allocate(size: usize) -> *mut u8 {
         ptr::addr_of_mut!((*module).heap).cast::<u8>().add(start)
     }
 }
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_context_create(_: u32, _: u32) {}
 
 #[unsafe(no_mangle)]
 extern "C" fn proxy_on_vm_start(_: u32, _: usize) -> u32 {

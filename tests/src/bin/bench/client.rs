@@ -15,8 +15,8 @@ use crate::server::{BODY_LENGTH, served_by};
 /// The host of every request.
 pub(crate) const HOST: &str = "shop.example.com";
 
-/// Requests in flight.
-const CONNECTIONS: usize = 8;
+/// A client's connections, each with at most one request at a time.
+pub(crate) const CONNECTIONS: usize = 8;
 
 /// What a browser sends by way of a mesh.
 const HEADERS: [(&str, &str); 15] = [

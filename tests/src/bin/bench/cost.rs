@@ -1,9 +1,13 @@
 //! What each variant costs in CPU time of Envoy's worker: batches to all listeners in random order, round after round,
 //! and the median over the rounds of what a variant costs against another one in the same round.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Instant};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use fastrand::Rng;
 use tideshift_tests::{
     envoy::Envoy,
@@ -27,6 +31,10 @@ pub(crate) struct Cost {
     pub(crate) variant: Variant,
     /// CPU time for each request, in microseconds, of each round.
     pub(crate) rounds: Vec<f64>,
+    /// How long all rounds took.
+    pub(crate) took: Duration,
+    /// How long of that the worker waited for its core because others used it.
+    pub(crate) waited: Duration,
 }
 
 impl Cost {
@@ -57,7 +65,7 @@ pub(crate) async fn measure(
     let settings = settings.clone();
     // When this future is dropped, Envoy is, and the thread ends by losing its connections.
     let rounds = tokio::task::spawn_blocking(move || rounds(variants, &addresses, &worker, &settings));
-    let measured = rounds.await?.with_context(|| envoy.tail())?;
+    let measured = rounds.await?.map_err(|error| anyhow!("{error:#}\n{}", envoy.tail()))?;
     for (cost, client) in &measured {
         check_shares(&cost.variant, client).with_context(|| cost.variant.name.clone())?;
     }
@@ -84,7 +92,7 @@ fn rounds(
     let mut measured = Vec::new();
     for (variant, &address) in variants.into_iter().zip(addresses) {
         let client = client(&variant, address).with_context(|| variant.name.clone())?;
-        measured.push((Cost { variant, rounds: Vec::new() }, client));
+        measured.push((Cost { variant, rounds: Vec::new(), took: Duration::ZERO, waited: Duration::ZERO }, client));
     }
     let mut order: Vec<usize> = (0..measured.len()).collect();
     let mut random = Rng::new();
@@ -94,11 +102,13 @@ fn rounds(
         random.shuffle(&mut order);
         for &index in &order {
             let (cost, client) = &mut measured[index];
-            let before = worker.cpu()?;
+            let (before, begun) = (worker.used()?, Instant::now());
             client.batch(settings.batch).with_context(|| cost.variant.name.clone())?;
-            let used = worker.cpu()? - before;
+            let (took, after) = (begun.elapsed(), worker.used()?);
             if round > settings.warm_up {
-                cost.rounds.push(used as f64 / 1e3 / settings.batch as f64);
+                cost.rounds.push((after.cpu - before.cpu) as f64 / 1e3 / settings.batch as f64);
+                cost.took += took;
+                cost.waited += Duration::from_nanos(after.waited - before.waited);
             }
         }
         if round % 10 == 0 || round == all {

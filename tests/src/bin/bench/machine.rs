@@ -62,6 +62,15 @@ fn threads(process: u32) -> anyhow::Result<Vec<u32>> {
     directory.map(id).collect()
 }
 
+/// What a thread has used of its core so far, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Used {
+    /// CPU time.
+    pub(crate) cpu: u64,
+    /// How long it could have run, but others did.
+    pub(crate) waited: u64,
+}
+
 /// A thread of another process, by its name.
 #[derive(Clone, Debug)]
 pub(crate) struct Thread {
@@ -81,15 +90,19 @@ impl Thread {
         bail!("Envoy has no thread wrk:worker_0")
     }
 
-    /// The CPU time that it has used, in nanoseconds, once it has nothing left to do: the kernel counts a running
-    /// thread's time only now and then, and an exchange is not over for the proxy when the client has the answer.
-    pub(crate) fn cpu(&self) -> anyhow::Result<u64> {
+    /// What it has used of its core, once it has nothing left to do: the kernel counts a running thread's time only now
+    /// and then, and an exchange is not over for the proxy when the client has the answer.
+    pub(crate) fn used(&self) -> anyhow::Result<Used> {
         let deadline = Instant::now() + DEADLINE;
         while !self.sleeps()? {
             ensure!(Instant::now() < deadline, "Envoy's worker has work without requests");
         }
         let schedstat = fs::read_to_string(&self.schedstat)?;
-        schedstat.split(' ').next().and_then(|time| time.parse().ok()).context("cannot read schedstat")
+        let mut numbers = schedstat.split(' ').map(str::parse);
+        let (Some(Ok(cpu)), Some(Ok(waited))) = (numbers.next(), numbers.next()) else {
+            bail!("cannot read {}: {schedstat}", self.schedstat);
+        };
+        Ok(Used { cpu, waited })
     }
 
     fn sleeps(&self) -> anyhow::Result<bool> {

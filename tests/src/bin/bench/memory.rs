@@ -2,10 +2,10 @@
 
 use std::{fs, net::SocketAddr};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 
 use crate::{
-    client::{Client, request},
+    client::{CONNECTIONS, Client, request},
     progress,
     proxy::Proxy,
     statistics::Summary,
@@ -13,9 +13,9 @@ use crate::{
 };
 
 /// Workers of the Envoys that are compared with one that has a single worker.
-pub(crate) const WORKERS: usize = 8;
-/// Requests to each Envoy before its memory is read, so that every worker has had some.
-pub(crate) const REQUESTS: usize = 2_000;
+pub(crate) const WORKERS: usize = 33;
+/// Requests to each worker before memory is read.
+pub(crate) const REQUESTS: usize = 100;
 
 /// An Envoy's resident memory in KB: with one worker, and what each further one adds.
 #[derive(Debug)]
@@ -47,8 +47,14 @@ async fn resident(variant: &Variant, backends: &[SocketAddr], workers: usize) ->
     let proxy = Proxy::new(std::slice::from_ref(variant), backends)?;
     let envoy = proxy.options(workers).start().await?;
     let address = proxy.addresses().next().context("no listener")?;
-    let load = move || Client::connect(address, vec![request(None, &[])], false)?.batch(REQUESTS);
-    tokio::task::spawn_blocking(load).await?.with_context(|| envoy.tail())?;
+    let load = move || {
+        // Until each worker has a connection, as the listener balances them exactly.
+        let clients = (0..workers.div_ceil(CONNECTIONS))
+            .map(|_| Client::connect(address, vec![request(None, &[])], false))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        clients.into_iter().try_for_each(|mut client| client.batch(REQUESTS * CONNECTIONS))
+    };
+    tokio::task::spawn_blocking(load).await?.map_err(|error| anyhow!("{error:#}\n{}", envoy.tail()))?;
     let status = fs::read_to_string(format!("/proc/{}/status", envoy.id()))?;
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
     Ok(resident.context("no VmRSS")?.parse()?)

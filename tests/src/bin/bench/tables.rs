@@ -5,6 +5,7 @@ use std::{fmt::Write as _, fs, path::PathBuf, time::Duration};
 use tideshift_tests::effect::Effect;
 
 use crate::{
+    client::CONNECTIONS,
     cost::Cost,
     effect::{self, Effects, RATE},
     memory::{self, Memory},
@@ -16,14 +17,18 @@ use crate::{
 /// What each variant costs against native, the first of them; then what was left out, and why.
 pub(crate) fn costs(costs: &[Cost], left_out: &[(String, String)], settings: &Settings) -> String {
     let Some(native) = costs.first() else { return String::new() };
+    let waited: Duration = costs.iter().map(|cost| cost.waited).sum();
+    let took: Duration = costs.iter().map(|cost| cost.took).sum();
     let mut text = format!(
         "### CPU time for each request\n\n\
          Of Envoy's one worker, on a core of its own: {} rounds of {} requests to each of {} listeners of one Envoy, in\n\
-         random order. × native is the median over the rounds of what a listener cost against native in the same round.\n\n\
+         random order, {CONNECTIONS} at a time. × native is the median over the rounds of what a listener cost against native in\n\
+         the same round. Others took the worker's core for {:.0} % of the time.\n\n\
          | filter | × native | 95 % of it | quartiles | µs |\n|---|---|---|---|---|\n",
         settings.rounds,
         settings.batch,
         costs.len(),
+        100.0 * waited.as_secs_f64() / took.as_secs_f64(),
     );
     for cost in costs.iter().filter(|cost| cost.variant.table == Table::Costs) {
         let ratio = cost.with(native, |own, native| own / native);
@@ -65,8 +70,8 @@ pub(crate) fn memory(measured: &[Memory], modules: &[Option<&PathBuf>]) -> anyho
     let workers = memory::WORKERS;
     let mut text = format!(
         "### Size and memory\n\n\
-         Resident memory of Envoy after {} requests: with one worker (so one VM for it and one for the main thread), and\n\
-         what each worker more takes, from {workers} workers. A VM is what such a worker takes more than one without a filter.\n\n\
+         Resident memory of Envoy after {} requests to each worker: with one (so a VM for it and one for the main thread),\n\
+         and what each further one takes, up to {workers}. Its VM is what it takes more than one without a filter.\n\n\
          | filter | module | one worker | each further worker | of that its VM |\n|---|---|---|---|---|\n",
         memory::REQUESTS
     );
