@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
+use tideshift_core::OWN_HEADERS;
 use tideshift_tests::{
     bootstrap::{VERSION_HEADER, cluster, socket_address, stats_tags, type_url},
     envoy::Options,
@@ -70,6 +71,7 @@ fn listener(port: &Port, variant: &Variant) -> Value {
                 "@type": type_url("extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"),
                 "stat_prefix": format!("bench_{}", port.number()),
                 "use_remote_address": true,
+                "early_header_mutation_extensions": if variant.strips { vec![strip()] } else { Vec::new() },
                 "http_filters": filters,
                 "route_config": {
                     "name": "bench",
@@ -113,6 +115,16 @@ fn routes(routes: Routes) -> Vec<Value> {
             WEIGHTS.into_iter().flat_map(version).chain(default).collect()
         }
     }
+}
+
+fn strip() -> Value {
+    json!({
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": type_url("extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"),
+            "mutations": [{ "remove_on_match": { "key_matcher": { "prefix": OWN_HEADERS } } }],
+        },
+    })
 }
 
 fn retries(on: &str) -> Value {

@@ -30,6 +30,8 @@ pub(crate) struct Variant {
     /// The HTTP filters before the router.
     pub(crate) filters: Vec<Value>,
     pub(crate) routes: Routes,
+    /// Whether Envoy removes what clients send in our name, before the filters.
+    pub(crate) strips: bool,
     pub(crate) requests: Requests,
     pub(crate) expected: Expected,
     pub(crate) counted: Option<Counted>,
@@ -114,11 +116,12 @@ impl Modules {
 
     /// Ours, with these fields of its one service.
     pub(crate) fn ours(&self, name: &str, fields: Value) -> Variant {
-        self.with_services(name, vec![service(name, fields)])
+        let policy = json!({ "stripClientHeaders": false, "services": [service(name, fields)] });
+        Variant { strips: true, ..self.under(name, policy) }
     }
 
-    fn with_services(&self, name: &str, services: Vec<Value>) -> Variant {
-        let policy = json!({ "revision": 1, "services": services });
+    fn under(&self, name: &str, mut policy: Value) -> Variant {
+        policy["revision"] = json!(1);
         let counted = Some(Counted { stat: "tideshift_requests_total", service: label(name) });
         let filters = vec![filter(&label(name), &self.ours, &policy)];
         Variant { filters, counted, ..variant(&format!("tideshift: {name}")) }
@@ -137,12 +140,15 @@ pub(crate) fn all(modules: &Modules) -> Vec<Variant> {
     let beta = |name: &str| modules.ours(name, json!({ "rules": [rule("x-beta", "1")] }));
     let rules = |rule: &dyn Fn(usize) -> Value| json!({ "rules": (0..MANY).map(rule).collect::<Vec<_>>() });
     let others = (1..MANY).map(|n| service(&format!("other{n}"), json!({ "hostnames": [format!("{n}.{HOST}")] })));
-    let services = others.chain([service("100 services", json!({ "hostnames": [HOST] }))]).collect();
+    let services = others.chain([service("100 services", json!({ "hostnames": [HOST] }))]);
+    let services = json!({ "stripClientHeaders": false, "services": services.collect::<Vec<_>>() });
+    let strips_itself = json!({ "services": [service("weights, strips by itself", json!({}))] });
     let user = |n: usize| one("x-user-id", &format!("user-{n}"));
 
     let mut variants = vec![
         native(),
         Variant { name: "the same again".to_owned(), ..native() },
+        Variant { name: "the same, our headers stripped".to_owned(), strips: true, ..native() },
         Variant { requests: Requests::With(chosen), ..variant("native header match") },
         modules.noop(),
         modules.raw(),
@@ -168,7 +174,8 @@ pub(crate) fn all(modules: &Modules) -> Vec<Variant> {
         },
         modules.ours("100 rules for one header", rules(&|n| rule("x-user-group", &format!("group-{n}")))),
         modules.ours("100 rules for 100 headers", rules(&|n| rule(&format!("x-test-{n}"), "1"))),
-        modules.with_services("100 services", services),
+        Variant { strips: true, ..modules.under("100 services", services) },
+        modules.under("weights, strips by itself", strips_itself),
         lua("Lua: choose, set, count", include_str!("whole_job.lua")),
         lua("Lua: choose, set, count, latency", include_str!("whole_job_latency.lua")),
     ];
@@ -200,6 +207,7 @@ fn variant(name: &str) -> Variant {
         name: name.to_owned(),
         filters: Vec::new(),
         routes: Routes::ByHeader,
+        strips: false,
         requests: Requests::With(vec![Vec::new()]),
         expected: Expected::Shares,
         counted: None,
@@ -228,7 +236,7 @@ fn service(name: &str, mut fields: Value) -> Value {
 
 /// A name that a service may have.
 fn label(name: &str) -> String {
-    name.replace(' ', "-")
+    name.replace(", ", "-").replace(' ', "-")
 }
 
 /// Requests with this header go to v2.
