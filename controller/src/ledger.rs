@@ -109,7 +109,7 @@ mod tests {
 
     fn report(start: &str, ok: u64) -> Report {
         let ended = Counts { ok, ..Counts::default() };
-        let version = VersionReport { name: "v1".to_owned(), ended, in_flight: 0 };
+        let version = VersionReport { name: "v1".to_owned(), ended, ..VersionReport::default() };
         let service = ServiceReport {
             name: "checkout".to_owned(),
             unrouted: ok / 2,

@@ -293,7 +293,7 @@ impl Guard {
             let evidence = self.versions.get(version.name).map(|watched| watched.evidence.log());
             accused.extend(evidence.filter(|evidence| *evidence >= enough).map(|evidence| (evidence, version)));
         }
-        accused.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
         let before = self.vetoes.len();
         for (_, version) in accused {
             // Evidence that could not be acted on is gone too: who may be vetoed later is judged by what it does then.

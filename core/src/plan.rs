@@ -219,7 +219,8 @@ fn in_header(name: &str) -> String {
 /// one header that is there costs almost as much as all of them.
 fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
     const MOST: usize = 4;
-    let mut names: BTreeSet<&str> = policy.explain.iter().map(|explain| explain.header.as_str()).collect();
+    let mut names = BTreeSet::new();
+    names.extend(policy.explain.as_ref().map(|explain| explain.header.as_str()));
     for service in &policy.services {
         match service.session.as_ref().map(|session| &session.by) {
             Some(SessionBy::Cookie { .. }) => return None,

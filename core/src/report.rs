@@ -68,6 +68,20 @@ pub struct VersionReport {
     /// Exchanges that have not ended yet.
     #[serde(default)]
     pub in_flight: u64,
+    /// How long exchanges took that were not cancelled: how many took up to the first of [`DURATION_BOUNDS`], from there
+    /// to the second, and so on, and those beyond all bounds. Zeros at the end are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub durations: Vec<u64>,
+}
+
+/// The bounds of a report's durations in milliseconds: three for each power of two and a half at the fast end, where
+/// most exchanges are, coarser after 10 s.
+pub const DURATION_BOUNDS: [u64; 22] =
+    [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1_000, 2_000, 5_000, 10_000, 30_000];
+
+/// Which of a report's durations an exchange of so many milliseconds counts to.
+pub fn duration_bucket(milliseconds: u64) -> usize {
+    DURATION_BOUNDS.partition_point(|bound| *bound < milliseconds)
 }
 
 /// Exchanges by outcome.

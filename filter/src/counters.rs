@@ -5,10 +5,12 @@
 
 use crate::guards::Guards;
 use crate::host::{Stat, StatKind};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use tideshift_core::outcome::Outcome;
 use tideshift_core::plan::{Plan, ServicePlan};
-use tideshift_core::report::{Counts, ServiceReport, VersionReport};
+use tideshift_core::report::{Counts, DURATION_BOUNDS, ServiceReport, VersionReport, duration_bucket};
 
 /// The stats of everything that this VM has counted for, also of what is gone from the policy.
 #[derive(Default)]
@@ -33,11 +35,19 @@ pub struct PlanCounters {
 }
 
 /// The stats of one version.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct VersionCounters {
     outcomes: [Stat; Outcome::ALL.len()],
     in_flight: Stat,
     milliseconds: Stat,
+    /// The histogram's values again, by [`duration_bucket`], since a histogram cannot be read.
+    durations: Rc<Durations>,
+}
+
+/// Counters that are defined when they are first needed: most versions need few of them.
+struct Durations {
+    labels: String,
+    buckets: RefCell<Vec<Option<Stat>>>,
 }
 
 impl Counters {
@@ -57,10 +67,10 @@ impl Counters {
         let known = self.services.get_mut(at)?;
         let mut versions = Vec::with_capacity(service.versions.len());
         for version in &service.versions {
-            let defined = known.versions.iter().find(|(name, _)| name == version).map(|(_, counters)| *counters);
+            let defined = known.versions.iter().find(|(name, _)| name == version).map(|(_, counters)| counters.clone());
             versions.push(defined.unwrap_or_else(|| {
                 let counters = VersionCounters::define(&service.name, version);
-                known.versions.push((version.clone(), counters));
+                known.versions.push((version.clone(), counters.clone()));
                 counters
             }));
         }
@@ -100,6 +110,7 @@ impl VersionCounters {
                 StatKind::Histogram,
                 &format!("{labels}tideshift_request_duration_milliseconds"),
             ),
+            durations: Rc::new(Durations { labels, buckets: RefCell::default() }),
         }
     }
 
@@ -113,7 +124,9 @@ impl VersionCounters {
         self.in_flight.add(-1);
         self.outcomes.get(outcome as usize).copied().unwrap_or_default().add(1);
         if outcome != Outcome::Cancelled {
-            self.milliseconds.record(nanoseconds / 1_000_000);
+            let milliseconds = nanoseconds / 1_000_000;
+            self.milliseconds.record(milliseconds);
+            self.durations.stat(duration_bucket(milliseconds)).add(1);
         }
     }
 
@@ -124,6 +137,26 @@ impl VersionCounters {
     }
 
     fn read(&self, name: &str) -> VersionReport {
-        VersionReport { name: name.to_owned(), ended: self.ended_so_far(), in_flight: self.in_flight.value() }
+        let mut durations: Vec<u64> =
+            (0..=DURATION_BOUNDS.len()).map(|bucket| self.durations.stat(bucket).value()).collect();
+        let used = durations.iter().rposition(|count| *count > 0).map_or(0, |last| last + 1);
+        durations.truncate(used);
+        let (ended, in_flight) = (self.ended_so_far(), self.in_flight.value());
+        VersionReport { name: name.to_owned(), ended, in_flight, durations }
+    }
+}
+
+impl Durations {
+    fn stat(&self, bucket: usize) -> Stat {
+        let mut buckets = self.buckets.borrow_mut();
+        if buckets.is_empty() {
+            buckets.resize(DURATION_BOUNDS.len() + 1, None);
+        }
+        let Some(stat) = buckets.get_mut(bucket) else { return Stat::default() };
+        *stat.get_or_insert_with(|| {
+            let bound = DURATION_BOUNDS.get(bucket).map_or("+Inf".to_owned(), u64::to_string);
+            let name = format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels);
+            Stat::define(StatKind::Counter, &name)
+        })
     }
 }

@@ -247,7 +247,7 @@ pub fn filter(vm: &str, module: &Path, configuration: &Value) -> Value {
 /// Metric names carry their labels as `service=.=checkout;.;`: the first group is cut out, the second is the value.
 pub fn stats_tags() -> Value {
     let tag = |name: &str| json!({ "tag_name": name, "regex": format!(r"({name}=\.=(.*?);\.;)") });
-    json!(["service", "version", "outcome"].map(tag))
+    json!(["service", "version", "outcome", "upto"].map(tag))
 }
 
 /// A cluster of these endpoints.

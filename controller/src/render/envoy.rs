@@ -395,6 +395,7 @@ stats_config:
   stats_tags:
   - {tag_name: service, regex: '^wasmcustom\..*?(service=\.=(.*?);\.;)'}
   - {tag_name: version, regex: '^wasmcustom\..*?(version=\.=(.*?);\.;)'}
+  - {tag_name: upto, regex: '^wasmcustom\..*?(upto=\.=(.*?);\.;)'}
   - {tag_name: outcome, regex: '^wasmcustom\..*?(outcome=\.=(.*?);\.;)'}
 "##;
 
