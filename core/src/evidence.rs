@@ -13,47 +13,51 @@
 //! forgets, Shin, Ramdas and Rinaldo, arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree
 //! to the last bit.
 
+use std::ops::AddAssign;
+
 /// How many times as often as the others: what the verdict asks of.
 pub const RATIOS: [f64; 6] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0];
 /// The same for the guard, which runs for ever and is to take out what fails, not what is a little worse: evidence for
 /// a ratio r grows only against a version that fails more than (r − 1)/ln r times as often, here 1.8.
 pub const RECENT_RATIOS: [f64; 4] = [3.0, 5.0, 10.0, 30.0];
-/// The most log-evidence that one batch may contribute: errors come in clumps. A cap takes evidence away and never
-/// adds any, so every bound holds with it.
-pub const MOST_PER_BATCH: f64 = 3.4;
 
-/// What one batch of ended requests says of one version.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What ended in one batch: requests and errors of one version, and of all others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Errors of the version.
+    /// Requests of the version.
+    pub requests: u64,
+    /// Those that failed.
     pub errors: u64,
-    /// Errors of all others.
+    /// Requests of the others.
+    pub others_requests: u64,
+    /// Those that failed.
     pub others_errors: u64,
-    /// The version's share of the requests that ended, 0 to 1.
-    pub share: f64,
 }
 
 impl Batch {
-    /// From counts of requests and errors: the version's, and those of all others.
-    pub fn of(requests: u64, errors: u64, others_requests: u64, others_errors: u64) -> Self {
-        let all = requests as f64 + others_requests as f64;
-        // Nothing ended: a share of 1, with which nothing speaks against the version.
-        let share = if all > 0.0 { requests as f64 / all } else { 1.0 };
-        Self { errors, others_errors, share }
+    /// The version's share of the requests. 1 if there were none: with that nothing speaks against it.
+    fn share(&self) -> f64 {
+        let all = self.requests as f64 + self.others_requests as f64;
+        if all > 0.0 { self.requests as f64 / all } else { 1.0 }
     }
 
-    /// Whether nothing failed, which says nothing.
-    pub fn is_silent(&self) -> bool {
-        self.errors == 0 && self.others_errors == 0
-    }
-
-    /// The log-evidence Δ(r), capped; finite, whatever the counts and the share.
-    fn evidence(&self, ratio: f64) -> f64 {
-        // What is no number must not speak against anybody either.
-        let share = if self.share.is_nan() { 1.0 } else { self.share.clamp(0.0, 1.0) };
+    /// The log-evidence Δ(r), but no more than that of `most` errors of the version alone: errors come in clumps. A
+    /// cap takes evidence away and never adds any, so every bound holds with it. Finite, whatever the counts.
+    fn evidence(&self, ratio: f64, most: u64) -> f64 {
+        // One function for both, so that a share of 1 leaves exactly nothing.
+        let (of_error, of_any) = (libm::log1p(ratio - 1.0), libm::log1p(self.share() * (ratio - 1.0)));
         let (errors, others) = (self.errors as f64, self.others_errors as f64);
-        let gain = errors * libm::log(ratio) - (errors + others) * libm::log1p(share * (ratio - 1.0));
-        gain.min(MOST_PER_BATCH)
+        let evidence = errors * (of_error - of_any) - others * of_any;
+        evidence.min(most as f64 * (of_error - of_any))
+    }
+}
+
+impl AddAssign for Batch {
+    fn add_assign(&mut self, other: Self) {
+        self.requests = self.requests.saturating_add(other.requests);
+        self.errors = self.errors.saturating_add(other.errors);
+        self.others_requests = self.others_requests.saturating_add(other.others_requests);
+        self.others_errors = self.others_errors.saturating_add(other.others_errors);
     }
 }
 
@@ -71,10 +75,10 @@ impl Default for Evidence {
 }
 
 impl Evidence {
-    /// Takes a batch in.
-    pub fn add(&mut self, batch: &Batch) {
+    /// Takes a batch in, as if it had no more than `most` errors of the version.
+    pub fn add(&mut self, batch: &Batch, most: u64) {
         for (sum, ratio) in self.sums.iter_mut().zip(RATIOS) {
-            *sum += batch.evidence(ratio);
+            *sum += batch.evidence(ratio, most);
         }
     }
 
@@ -99,13 +103,10 @@ impl Default for RecentEvidence {
 }
 
 impl RecentEvidence {
-    /// Takes a batch in.
-    pub fn add(&mut self, batch: &Batch) {
-        if batch.is_silent() {
-            return;
-        }
+    /// Takes a batch in, as if it had no more than `most` errors of the version.
+    pub fn add(&mut self, batch: &Batch, most: u64) {
         for (sum, ratio) in self.sums.iter_mut().zip(RECENT_RATIOS) {
-            *sum = sum.max(0.0) + batch.evidence(ratio);
+            *sum = sum.max(0.0) + batch.evidence(ratio, most);
         }
     }
 
@@ -134,131 +135,155 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    /// The mean of exp(Δ) when `requests` and `others` fail with the probabilities `p` and `q`, by summing over every
-    /// outcome.
-    fn mean(ratio: f64, (requests, p): (u64, f64), (others, q): (u64, f64)) -> f64 {
-        let (of_version, of_others) = (binomial(requests, p), binomial(others, q));
-        let mut mean = 0.0;
-        for (errors, p) in of_version.iter().enumerate() {
-            for (others_errors, q) in of_others.iter().enumerate() {
-                let batch = Batch::of(requests, errors as u64, others, others_errors as u64);
-                mean += p * q * libm::exp(batch.evidence(ratio));
-            }
-        }
-        mean
+    const ALL: u64 = u64::MAX;
+
+    fn batch(requests: u64, errors: u64, others_requests: u64, others_errors: u64) -> Batch {
+        Batch { requests, errors, others_requests, others_errors }
     }
 
-    fn binomial(n: u64, p: f64) -> Vec<f64> {
-        let mut chances = vec![1.0];
-        for _ in 0..n {
-            let failed = chances.iter().map(|chance| chance * p);
-            let mut next: Vec<f64> = std::iter::once(0.0).chain(failed).collect();
+    /// The chances of 0, 1, 2 … failures among requests that fail with these probabilities.
+    fn chances(of_each: &[f64]) -> Vec<f64> {
+        of_each.iter().fold(vec![1.0], |chances, p| {
+            let mut next: Vec<f64> = std::iter::once(0.0).chain(chances.iter().map(|chance| chance * p)).collect();
             next.iter_mut().zip(&chances).for_each(|(next, chance)| *next += chance * (1.0 - p));
-            chances = next;
-        }
-        chances
+            next
+        })
+    }
+
+    /// Ways to choose `k` of `n`.
+    fn ways(n: u64, k: u64) -> f64 {
+        (0..k).map(|i| (n - i) as f64 / (i + 1) as f64).product()
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
+        /// Each request has a probability of its own; on average the version's is at most the others'.
         #[test]
         fn a_version_that_is_no_worse_gains_nothing_on_average(
-            requests in 0u64..12, others in 0u64..40, q in 0.0..=1.0, part in 0.0..=1.0,
+            mut own in prop::collection::vec(0.0..=1.0, 1..12), others in prop::collection::vec(0.0..=1.0, 1..30),
         ) {
+            let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+            let factor = (mean(&others) / mean(&own)).min(1.0);
+            own.iter_mut().for_each(|p| *p *= factor);
             for ratio in RATIOS {
-                let mean = mean(ratio, (requests, q * part), (others, q));
-                prop_assert!(mean <= 1.0 + 1e-9, "{}", mean);
+                let mut mean = 0.0;
+                for (errors, p) in chances(&own).iter().enumerate() {
+                    for (others_errors, q) in chances(&others).iter().enumerate() {
+                        let batch = batch(own.len() as u64, errors as u64, others.len() as u64, others_errors as u64);
+                        mean += p * q * libm::exp(batch.evidence(ratio, ALL));
+                    }
+                }
+                prop_assert!(mean <= 1.0 + 1e-9, "{} for {}", mean, ratio);
             }
         }
 
+        /// So many of all requests fail, whoever serves them, and chance dealt them.
         #[test]
-        fn errors_that_were_dealt_at_random_gain_nothing_on_average(
-            requests in 0u64..12, others in 0u64..40, failed in 0.0..=1.0,
-        ) {
-            let all = requests + others;
-            let bad = (failed * all as f64) as u64;
+        fn errors_dealt_at_random_gain_nothing_on_average(requests in 0u64..12, others in 0u64..40, part in 0.0..=1.0) {
+            let bad = (part * (requests + others) as f64) as u64;
             for ratio in RATIOS {
-                // Hypergeometric, as the ratio of numbers of ways.
                 let mean: f64 = (bad.saturating_sub(others)..=bad.min(requests)).map(|errors| {
-                    let ways = ways(requests, errors) * ways(others, bad - errors) / ways(all, bad);
-                    ways * libm::exp(Batch::of(requests, errors, others, bad - errors).evidence(ratio))
+                    let chance = ways(requests, errors) * ways(others, bad - errors) / ways(requests + others, bad);
+                    chance * libm::exp(batch(requests, errors, others, bad - errors).evidence(ratio, ALL))
                 }).sum();
-                prop_assert!(mean <= 1.0 + 1e-9, "{}", mean);
+                prop_assert!(mean <= 1.0 + 1e-9, "{} for {}", mean, ratio);
+            }
+        }
+
+        /// All errors fall on one side, as when one client tries again and again.
+        #[test]
+        fn a_clump_that_counts_as_one_error_gains_nothing_on_average(
+            requests in 1u64..1_000, others in 1u64..1_000, clump in 1u64..1_000,
+        ) {
+            for ratio in RATIOS {
+                let of = |errors, others_errors| libm::exp(batch(requests, errors, others, others_errors).evidence(ratio, 1));
+                let share = batch(requests, 0, others, 0).share();
+                let mean = share * of(clump, 0) + (1.0 - share) * of(0, clump);
+                prop_assert!(mean <= 1.0 + 1e-9, "{} for {}", mean, ratio);
             }
         }
 
         #[test]
-        fn no_input_makes_it_anything_but_a_number(
-            batches in prop::collection::vec((any::<u64>(), any::<u64>(), any::<f64>()), 0..50),
+        fn evidence_is_a_number_whatever_the_counts(
+            batches in prop::collection::vec(any::<[u64; 5]>(), 0..50),
         ) {
             let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
-            for (errors, others_errors, share) in batches {
-                let batch = Batch { errors, others_errors, share };
-                whole.add(&batch);
-                recent.add(&batch);
+            for [requests, errors, others_requests, others_errors, most] in batches {
+                let batch = batch(requests, errors, others_requests, others_errors);
+                whole.add(&batch, most);
+                recent.add(&batch, most);
                 prop_assert!(whole.log().is_finite() && recent.log().is_finite(), "{:?}", batch);
             }
         }
     }
 
-    fn ways(n: u64, k: u64) -> f64 {
-        (0..k).map(|i| (n - i) as f64 / (i + 1) as f64).product()
-    }
-
     #[test]
     fn extremes_are_numbers_too() {
-        for errors in [0, 1, u64::MAX] {
-            for others_errors in [0, 1, u64::MAX] {
-                for share in [0.0, 1.0, -1.0, 2.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
-                    let batch = Batch { errors, others_errors, share };
-                    let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
-                    for _ in 0..100 {
-                        whole.add(&batch);
-                        recent.add(&batch);
-                    }
-                    assert!(whole.log().is_finite() && recent.log().is_finite(), "{batch:?}");
-                }
-            }
-        }
-        assert_eq!(Batch::of(0, 0, 0, 0).share, 1.0);
-        assert_eq!(Batch::of(u64::MAX, 0, u64::MAX, 0).share, 0.5);
+        let extremes = [0, 1, u64::MAX];
+        let every = |f: &mut dyn FnMut(u64)| extremes.iter().for_each(|n| f(*n));
+        every(&mut |requests| {
+            every(&mut |errors| {
+                every(&mut |others_requests| {
+                    every(&mut |others_errors| {
+                        every(&mut |most| {
+                            let batch = batch(requests, errors, others_requests, others_errors);
+                            let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
+                            for _ in 0..100 {
+                                whole.add(&batch, most);
+                                recent.add(&batch, most);
+                            }
+                            assert!(whole.log().is_finite() && recent.log().is_finite(), "{batch:?}");
+                        });
+                    });
+                });
+            });
+        });
     }
 
     #[test]
-    fn only_the_evidence_that_forgets_does() {
-        let (good, bad) = (Batch::of(10, 0, 90, 10), Batch::of(10, 2, 90, 0));
-        let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
+    fn nothing_speaks_against_who_served_everything() {
+        let mut whole = Evidence::default();
+        whole.add(&batch(u64::MAX, u64::MAX, 0, 0), ALL);
+        whole.add(&batch(0, u64::MAX, 0, 0), ALL);
+        assert_eq!(whole.log(), 0.0);
+    }
+
+    #[test]
+    fn one_kind_of_evidence_forgets_good_times() {
+        let (good, bad) = (batch(10, 0, 90, 10), batch(10, 2, 90, 0));
+        let (mut whole, mut recent, mut fresh) =
+            (Evidence::default(), RecentEvidence::default(), RecentEvidence::default());
         for _ in 0..1_000 {
-            whole.add(&good);
-            recent.add(&good);
+            whole.add(&good, ALL);
+            recent.add(&good, ALL);
         }
         assert!(recent.is_none() && recent.log() < 0.0);
         for _ in 0..5 {
-            whole.add(&bad);
-            recent.add(&bad);
+            whole.add(&bad, ALL);
+            recent.add(&bad, ALL);
+            fresh.add(&bad, ALL);
         }
-        let mut fresh = RecentEvidence::default();
-        (0..5).for_each(|_| fresh.add(&bad));
         assert_eq!(recent, fresh);
         assert!(recent.log() > 10.0 && whole.log() < -10.0);
     }
 
     #[test]
-    fn one_batch_counts_no_more_than_its_cap() {
-        let mut recent = RecentEvidence::default();
-        recent.add(&Batch::of(1_000, 1_000, 9_000, 0));
-        assert_eq!(recent.log(), MOST_PER_BATCH);
+    fn a_batch_counts_no_more_than_so_many_errors() {
+        let (mut many, mut two) = (RecentEvidence::default(), RecentEvidence::default());
+        many.add(&batch(100, 90, 900, 0), 2);
+        two.add(&batch(100, 2, 900, 0), ALL);
+        assert_eq!(many, two);
     }
 
     /// The same bits in every build.
     #[test]
     fn evidence_is_what_it_was() {
         let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
-        for batch in [Batch::of(2, 2, 18, 0), Batch::of(3, 1, 20, 1), Batch::of(0, 0, 25, 2), Batch::of(4, 1, 20, 0)] {
-            whole.add(&batch);
-            recent.add(&batch);
+        for batch in [batch(2, 2, 18, 0), batch(3, 1, 20, 1), batch(0, 0, 25, 2), batch(4, 1, 20, 0)] {
+            whole.add(&batch, 5);
+            recent.add(&batch, 5);
         }
-        assert_eq!((whole.log().to_bits(), recent.log().to_bits()), (4616789952538899832, 4617220756206020096));
+        assert_eq!((whole.log().to_bits(), recent.log().to_bits()), (4617130217001474412, 4617567783039874832));
     }
 }

@@ -11,12 +11,17 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Requests that make a batch. Fewer, and at low traffic each batch would be of one version, with nothing to compare;
-/// more, and at 100 requests a second a batch would take longer to fill than a look is worth waiting for.
-const BATCH: u64 = 20;
+/// Requests that make a batch. Fewer, and each batch would be of one version at low traffic, with nothing to compare;
+/// more, and at 100 requests a second batches would be slower than looks.
+const BATCH: u64 = 10;
+/// A look at which a version had errors counts as one error against it, however many there were; as so many if at
+/// least half of its requests failed.
+const MOST_PER_LOOK: u64 = 2;
+/// A veto takes errors at so many looks: a clump of errors that is over within 300 ms is seen at four.
+const FEWEST_LOOKS: u64 = 5;
 /// A version that fails fewer than one in so many requests does not fail in the guard's sense, however well the others
 /// do; nor do errors count together that are further apart.
-const FAILING_ONE_IN: u64 = 100;
+const FAILING_ONE_IN: u64 = 50;
 
 /// How a service is guarded.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -24,7 +29,8 @@ const FAILING_ONE_IN: u64 = 100;
 pub struct GuardPolicy {
     /// Whether it is.
     pub enabled: bool,
-    /// α: a version that is no worse than the others is vetoed once in 1/α looks that saw an error, at most.
+    /// α: a version that is no worse than the others is vetoed at most once in 1/α batches that have errors, on
+    /// average. 1e-12 to 0.01.
     pub false_veto_rate: f64,
     /// How long the first veto on a version lasts; each further one twice as long as the one before.
     pub cool_down: Duration,
@@ -57,7 +63,7 @@ impl Default for GuardPolicy {
     fn default() -> Self {
         Self {
             enabled: true,
-            false_veto_rate: 1e-6,
+            false_veto_rate: 1e-7,
             cool_down: Duration::from_secs(10),
             max_cool_down: Duration::from_secs(300),
         }
@@ -152,21 +158,21 @@ pub struct Guard {
     past: Vec<Veto>,
 }
 
+/// One version of the service.
 #[derive(Debug, Clone, Default)]
 struct Watched {
-    /// The counts at the start of the running batch.
+    /// Its counts at the start of the running batch.
     base: Counts,
+    /// Its counts at the last look.
+    seen: Counts,
+    /// Looks in the running batch that saw errors of it.
+    looks: u64,
+    /// As how many errors the running batch counts against it at most.
+    most: u64,
     evidence: RecentEvidence,
-    since: Tally,
-}
-
-/// Requests and errors since the evidence began.
-#[derive(Debug, Clone, Copy, Default)]
-struct Tally {
-    requests: u64,
-    errors: u64,
-    others_requests: u64,
-    others_errors: u64,
+    /// What ended since the evidence began, and how many looks saw errors.
+    since: Batch,
+    since_looks: u64,
 }
 
 impl Guard {
@@ -246,16 +252,17 @@ impl Guard {
     fn has_new_counters(&self, observed: &[Observed<'_>]) -> bool {
         observed.iter().any(|version| {
             let known = self.versions.get(version.name);
-            known.is_none_or(|known| version.ended.any_below(&known.base))
+            known.is_none_or(|known| version.ended.any_below(&known.seen))
         })
     }
 
     fn start_batch(&mut self, observed: &[Observed<'_>]) {
         for version in observed {
             match self.versions.get_mut(version.name) {
-                Some(watched) => watched.base = version.ended,
+                Some(watched) => watched.start_batch(&version.ended),
                 None => {
-                    let watched = Watched { base: version.ended, ..Watched::default() };
+                    let mut watched = Watched::default();
+                    watched.start_batch(&version.ended);
                     self.versions.insert(version.name.to_owned(), watched);
                 }
             }
@@ -266,11 +273,12 @@ impl Guard {
     fn close_batch(&mut self, observed: &[Observed<'_>]) -> bool {
         // What still arrives of a vetoed version was sent before the veto: no news, and nothing to compare with.
         let vetoes = &self.vetoes;
-        let in_service = observed.iter().filter(|version| !vetoes.iter().any(|veto| veto.version == version.name));
+        let in_service = observed.iter().filter(|version| vetoes.iter().all(|veto| veto.version != version.name));
         let mut all = Counts::default();
         for version in in_service.clone() {
-            if let Some(watched) = self.versions.get(version.name) {
-                all += version.ended.since(&watched.base);
+            if let Some(watched) = self.versions.get_mut(version.name) {
+                watched.look(&version.ended);
+                all += watched.batch();
             }
         }
         if all.answered() < BATCH {
@@ -278,7 +286,7 @@ impl Guard {
         }
         for version in in_service {
             if let Some(watched) = self.versions.get_mut(version.name) {
-                watched.take(&version.ended.since(&watched.base), &all);
+                watched.close_batch(&all);
             }
         }
         self.start_batch(observed);
@@ -290,19 +298,20 @@ impl Guard {
         let enough = -libm::log(self.policy.false_veto_rate);
         let mut accused: Vec<(f64, &Observed<'_>)> = Vec::new();
         for version in observed.iter().filter(|version| !self.is_vetoed(version.name)) {
-            let evidence = self.versions.get(version.name).map(|watched| watched.evidence.log());
-            accused.extend(evidence.filter(|evidence| *evidence >= enough).map(|evidence| (evidence, version)));
+            let watched = self.versions.get(version.name).filter(|watched| watched.since_looks >= FEWEST_LOOKS);
+            let evidence = watched.map(|watched| watched.evidence.log()).filter(|evidence| *evidence >= enough);
+            accused.extend(evidence.map(|evidence| (evidence, version)));
         }
         accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
         let before = self.vetoes.len();
         for (_, version) in accused {
-            // Evidence that could not be acted on is gone too: who may be vetoed later is judged by what it does then.
+            // Evidence that cannot be acted on goes too: who can be spared later is judged by what it does then.
             let Some(watched) = self.versions.get_mut(version.name) else { continue };
-            let (Tally { requests, errors, others_requests, others_errors }, name) = (watched.since, version.name);
-            (watched.evidence, watched.since) = Default::default();
+            let Batch { requests, errors, others_requests, others_errors } = watched.forget();
             if !self.can_be_spared(version, observed) {
                 continue;
             }
+            let name = version.name;
             let strikes = self.past.extract_if(.., |veto| veto.version == name).map(|veto| veto.strikes).max();
             let strikes = strikes.unwrap_or(0).saturating_add(1);
             let until = now.saturating_add(self.policy.cool_down_for(strikes));
@@ -324,18 +333,363 @@ impl Guard {
 }
 
 impl Watched {
-    /// Takes in what ended for this version in a batch, and for all.
-    fn take(&mut self, own: &Counts, all: &Counts) {
-        let others = all.since(own);
-        self.evidence.add(&Batch::of(own.answered(), own.error, others.answered(), others.error));
-        let since = &mut self.since;
-        since.requests = since.requests.saturating_add(own.answered());
-        since.errors = since.errors.saturating_add(own.error);
-        since.others_requests = since.others_requests.saturating_add(others.answered());
-        since.others_errors = since.others_errors.saturating_add(others.error);
-        // Taking evidence away early breaks no bound.
-        if self.evidence.is_none() || since.errors.saturating_mul(FAILING_ONE_IN) < since.requests {
-            (self.evidence, self.since) = Default::default();
+    fn start_batch(&mut self, ended: &Counts) {
+        (self.base, self.seen, self.looks, self.most) = (*ended, *ended, 0, 0);
+    }
+
+    fn look(&mut self, ended: &Counts) {
+        let news = ended.since(&self.seen);
+        self.seen = *ended;
+        if news.error > 0 {
+            let is_failing = news.error >= news.answered().saturating_sub(news.error);
+            self.looks += 1;
+            self.most += if is_failing { news.error.min(MOST_PER_LOOK) } else { 1 };
+        }
+    }
+
+    /// What ended in the running batch.
+    fn batch(&self) -> Counts {
+        self.seen.since(&self.base)
+    }
+
+    /// Takes the running batch in, in which `all` ended for all versions.
+    fn close_batch(&mut self, all: &Counts) {
+        let own = self.batch();
+        let others = all.since(&own);
+        let batch = Batch {
+            requests: own.answered(),
+            errors: own.error,
+            others_requests: others.answered(),
+            others_errors: others.error,
+        };
+        self.evidence.add(&batch, self.most);
+        self.since += batch;
+        self.since_looks += self.looks;
+        // Dropping evidence early breaks no bound.
+        if self.evidence.is_none() || self.since.errors.saturating_mul(FAILING_ONE_IN) < self.since.requests {
+            self.forget();
+        }
+    }
+
+    /// Starts again without evidence. What had ended since it began.
+    fn forget(&mut self) -> Batch {
+        (self.evidence, self.since_looks) = Default::default();
+        std::mem::take(&mut self.since)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    const START: u64 = 1_800_000_000 * SECOND;
+    const SECOND: u64 = 1_000_000_000;
+    const LOOK: u64 = SECOND / 10;
+
+    /// A proxy that serves one service, looked at ten times a second.
+    struct Proxy {
+        guard: Guard,
+        now: u64,
+        versions: Vec<(&'static str, u32, bool, Counts)>,
+    }
+
+    impl Proxy {
+        /// Versions with their weights, all in service.
+        fn new(weights: &[(&'static str, u32)]) -> Self {
+            let versions = weights.iter().map(|(name, weight)| (*name, *weight, true, Counts::default())).collect();
+            let mut proxy = Self { guard: Guard::new(GuardPolicy::default()), now: START, versions };
+            proxy.look();
+            proxy
+        }
+
+        fn look(&mut self) -> bool {
+            let observed = self.versions.iter().map(|(name, weight, serving, ended)| Observed {
+                name,
+                weight: *weight,
+                serving: *serving,
+                ended: *ended,
+            });
+            self.now += LOOK;
+            self.guard.observe(self.now, &observed.collect::<Vec<_>>())
+        }
+
+        fn counts(&mut self, version: &str) -> &mut Counts {
+            self.versions.iter_mut().find(|(name, ..)| *name == version).map(|(.., counts)| counts).unwrap()
+        }
+
+        /// So many looks, before each of which these versions answer and fail so many requests. Looks until the
+        /// vetoes changed.
+        fn serve(&mut self, looks: u64, ended: &[(&str, u64, u64)]) -> Option<u64> {
+            (1..=looks).find(|_| {
+                for (version, ok, errors) in ended {
+                    self.counts(version).ok += ok;
+                    self.counts(version).error += errors;
+                }
+                self.look()
+            })
+        }
+
+        fn vetoed(&self) -> Vec<&str> {
+            self.guard.vetoes().iter().map(|veto| veto.version.as_str()).collect()
+        }
+
+        /// Until v2 has been vetoed for failing everything, how long its veto lasts.
+        fn fail_v2(&mut self) -> u64 {
+            assert!(self.serve(20, &[("v1", 9, 0), ("v2", 0, 1)]).is_some());
+            (self.guard.vetoes()[0].until - self.now) / SECOND
+        }
+    }
+
+    #[test]
+    fn a_version_that_fails_everything_is_out_within_a_second() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 1, 0)]), None);
+        assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), Some(9));
+        let veto = Veto {
+            version: "v2".to_owned(),
+            until: proxy.now + 10 * SECOND,
+            strikes: 1,
+            requests: 9,
+            errors: 9,
+            others_requests: 81,
+            others_errors: 0,
+        };
+        assert_eq!(proxy.guard.vetoes(), [veto]);
+    }
+
+    #[test]
+    fn errors_at_few_looks_veto_nobody() {
+        let mut proxy = Proxy::new(&[("v1", 99), ("v2", 1)]);
+        assert_eq!(proxy.serve(4, &[("v1", 990, 0), ("v2", 0, 10)]), None);
+        assert_eq!(proxy.serve(1, &[("v1", 990, 0), ("v2", 0, 10)]), Some(1));
+    }
+
+    #[test]
+    fn what_fails_for_all_is_nobodys_fault() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        assert_eq!(proxy.serve(1_000, &[("v1", 0, 9), ("v2", 0, 1)]), None);
+    }
+
+    #[test]
+    fn a_few_errors_among_many_answers_veto_nobody() {
+        let mut proxy = Proxy::new(&[("v1", 50), ("v2", 50)]);
+        assert_eq!(proxy.serve(10_000, &[("v1", 100, 0), ("v2", 99, 1)]), None);
+        assert!(proxy.serve(100, &[("v1", 100, 0), ("v2", 97, 3)]).is_some());
+    }
+
+    #[test]
+    fn requests_that_clients_ended_are_no_requests() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        for _ in 0..100 {
+            proxy.counts("v1").cancelled += 90;
+            proxy.counts("v1").ok += 1;
+            proxy.counts("v2").cancelled += 10;
+            proxy.look();
+        }
+        // Were they, v2 would fail one of ten here.
+        assert_eq!(proxy.serve(8, &[("v1", 9, 0), ("v2", 0, 1)]), None);
+        assert_eq!(proxy.guard.versions["v2"].since.requests, 8);
+    }
+
+    #[test]
+    fn what_carries_most_or_all_stays() {
+        let fails = |weights: &[(&'static str, u32)]| {
+            let mut proxy = Proxy::new(weights);
+            proxy.serve(100, &[("v1", 6, 0), ("v2", 0, 4)]).is_some()
+        };
+        assert!(fails(&[("v1", 50), ("v2", 50)]));
+        assert!(fails(&[("v1", 50), ("v2", 0)]), "rules may send requests to it");
+        assert!(!fails(&[("v1", 49), ("v2", 51)]));
+        assert!(!fails(&[("v1", 0), ("v2", 1)]), "nobody else has weight");
+        assert!(!fails(&[("v1", 0), ("v2", 0)]), "nobody has weight");
+
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        proxy.versions[0].2 = false;
+        assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), None);
+        // Who can be spared from now on is not judged by what was before.
+        proxy.versions[0].2 = true;
+        assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), Some(8));
+    }
+
+    #[test]
+    fn of_several_that_fail_the_worst_goes_first_and_one_stays() {
+        // v1 has no weight, but a rule's requests. Both are accused at the same look.
+        let mut proxy = Proxy::new(&[("v1", 0), ("v2", 50), ("v3", 50)]);
+        let ended = [("v1", 980, 0), ("v2", 0, 10), ("v3", 0, 5)];
+        assert_eq!(proxy.serve(10, &ended), Some(FEWEST_LOOKS));
+        assert_eq!(proxy.vetoed(), ["v3"]);
+        assert_eq!(proxy.serve(90, &ended), None);
+
+        let mut proxy = Proxy::new(&[("v1", 40), ("v2", 30), ("v3", 30)]);
+        assert!(proxy.serve(100, &[("v1", 98, 0), ("v2", 0, 1), ("v3", 0, 1)]).is_some());
+        assert_eq!(proxy.vetoed(), ["v2", "v3"]);
+    }
+
+    #[test]
+    fn each_veto_lasts_twice_as_long_until_there_was_none_for_a_while() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        for expected in [10, 20, 40, 80, 160, 300, 300] {
+            assert_eq!(proxy.fail_v2(), expected);
+            assert_eq!(proxy.serve(expected * 10 - 1, &[("v1", 10, 0)]), None);
+            assert_eq!(proxy.serve(1, &[("v1", 10, 0)]), Some(1));
+            assert!(proxy.vetoed().is_empty());
+        }
+        assert_eq!(proxy.guard.past()[0].strikes, 7);
+        assert_eq!(proxy.serve(2_980, &[("v1", 9, 0), ("v2", 1, 0)]), None);
+        assert_eq!(proxy.fail_v2(), 300);
+        assert_eq!(proxy.serve(3_000, &[("v1", 10, 0)]), Some(3_000));
+        assert_eq!(proxy.serve(3_000, &[("v1", 9, 0), ("v2", 1, 0)]), None);
+        assert_eq!(proxy.guard.past(), []);
+        assert_eq!(proxy.fail_v2(), 10);
+    }
+
+    #[test]
+    fn what_arrives_late_counts_against_nobody() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        proxy.fail_v2();
+        assert_eq!(proxy.serve(99, &[("v1", 9, 0), ("v2", 0, 1)]), None);
+        assert_eq!(proxy.serve(1, &[("v1", 9, 0), ("v2", 0, 1)]), Some(1));
+        assert_eq!(proxy.serve(8, &[("v1", 9, 0), ("v2", 0, 1)]), None);
+        assert_eq!(proxy.guard.versions["v2"].since.errors, 8);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_keeps_nobody_out_for_ever() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        proxy.fail_v2();
+        proxy.now -= 1_000 * SECOND;
+        assert_eq!(proxy.serve(2_999, &[]), None);
+        assert_eq!(proxy.serve(10, &[]), Some(2));
+        proxy.now = 0;
+        assert_eq!(proxy.fail_v2(), 20);
+        proxy.now = u64::MAX - LOOK;
+        assert!(proxy.look() && proxy.vetoed().is_empty());
+    }
+
+    #[test]
+    fn counts_from_before_are_no_news() {
+        let mut proxy = Proxy::new(&[("v1", 90)]);
+        proxy.serve(10, &[("v1", 10, 0)]);
+        proxy.versions.push(("v2", 10, true, Counts { error: 1_000, ..Counts::default() }));
+        assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
+        assert_eq!(proxy.guard.versions["v2"].since, Batch::default());
+        // Nor are those of a counter that starts again.
+        *proxy.counts("v2") = Counts { error: 900, ..Counts::default() };
+        assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
+        assert_eq!(proxy.guard.versions["v2"].since, Batch::default());
+        assert!(proxy.serve(9, &[("v1", 9, 0), ("v2", 0, 1)]).is_some());
+    }
+
+    #[test]
+    fn vetoes_go_with_their_versions_and_with_the_guard() {
+        let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
+        proxy.fail_v2();
+        let v2 = proxy.versions.remove(1);
+        assert!(proxy.look() && proxy.vetoed().is_empty());
+        proxy.versions.push(v2);
+        proxy.look();
+        assert_eq!(proxy.fail_v2(), 10);
+
+        proxy.guard.set_policy(GuardPolicy { enabled: false, ..GuardPolicy::default() });
+        assert!(proxy.look() && proxy.vetoed().is_empty());
+        assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), None);
+        proxy.guard.set_policy(GuardPolicy::default());
+        proxy.look();
+        assert_eq!(proxy.fail_v2(), 10);
+    }
+
+    #[test]
+    fn another_vm_takes_over() {
+        let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
+        proxy.fail_v2();
+        proxy.serve(100, &[("v1", 10, 0)]);
+        assert!(proxy.serve(9, &[("v1", 9, 0), ("v3", 0, 1)]).is_some());
+        let left: Vec<_> = proxy.guard.vetoes().iter().chain(proxy.guard.past()).collect();
+        let left: Vec<Veto> = serde_json::from_str(&serde_json::to_string(&left).unwrap()).unwrap();
+        proxy.guard = Guard::resume(GuardPolicy::default(), proxy.now, left);
+        assert_eq!(proxy.vetoed(), ["v3"]);
+        assert_eq!(proxy.serve(98, &[("v1", 10, 0)]), None);
+        assert_eq!(proxy.serve(98, &[("v1", 10, 0)]), Some(2));
+        assert_eq!(proxy.fail_v2(), 20);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn one_with_weight_stays_whatever_is_counted(
+            looks in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<[u64; 4]>(), 3)), 1..40),
+            weights in prop::collection::vec(0u32..4, 3), serving in prop::collection::vec(any::<bool>(), 3),
+        ) {
+            let mut guard = Guard::new(GuardPolicy { false_veto_rate: 0.01, ..GuardPolicy::default() });
+            for (now, counts) in looks {
+                let observed: Vec<_> = counts.iter().enumerate().map(|(i, [ok, error, client_error, cancelled])| {
+                    let (ok, error, client_error, cancelled) = (*ok, *error, *client_error, *cancelled);
+                    let ended = Counts { ok, error, client_error, cancelled };
+                    Observed { name: ["a", "b", "c"][i], weight: weights[i], serving: serving[i], ended }
+                }).collect();
+                guard.observe(now, &observed);
+                let has_weight = |v: &&Observed<'_>| v.serving && v.weight > 0;
+                let stays = |v: &&Observed<'_>| guard.vetoes().iter().all(|veto| veto.version != v.name);
+                let weighty = observed.iter().filter(has_weight);
+                prop_assert!(weighty.clone().count() == 0 || weighty.filter(stays).count() > 0);
+                prop_assert!(guard.vetoes().iter().all(|veto| veto.until <= now.saturating_add(300 * SECOND)));
+            }
+        }
+    }
+
+    fn read(value: Value) -> Result<GuardPolicy, Vec<String>> {
+        let read = Decoder::read(&value, |d, v| d.within("guard", |d| GuardPolicy::read(d, v)));
+        read.map_err(|errors| errors.0.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_policy_left_out_is_the_usual_one() {
+        assert_eq!(read(json!({})), Ok(GuardPolicy::default()));
+        let longer = read(json!({"coolDownSeconds": 600})).map(|policy| policy.max_cool_down.as_secs());
+        assert_eq!(longer, Ok(600));
+    }
+
+    #[test]
+    fn a_policy_is_written_as_it_is_read() {
+        let value =
+            json!({"enabled": false, "falseVetoRate": 0.000001, "coolDownSeconds": 5, "maxCoolDownSeconds": 60});
+        assert_eq!(read(value.clone()).map(|policy| serde_json::to_value(policy).ok()), Ok(Some(value)));
+        let default = json!({"enabled": true, "falseVetoRate": 1e-7, "coolDownSeconds": 10, "maxCoolDownSeconds": 300});
+        assert_eq!(serde_json::to_value(GuardPolicy::default()).ok(), Some(default));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_is_allowed() {
+        for (value, expected) in [
+            (json!(true), "guard: true is not allowed; expected an object"),
+            (json!({"enabled": 1}), "guard.enabled: 1 is not allowed; expected true or false"),
+            (
+                json!({"falseVetoRate": 0}),
+                "guard.falseVetoRate: 0 is not allowed; expected a number from 1e-12 to 0.01",
+            ),
+            (json!({"falseVetoRate": "1e-6"}), "guard.falseVetoRate: \"1e-6\" is not allowed; expected a number from"),
+            (
+                json!({"coolDownSeconds": 0}),
+                "guard.coolDownSeconds: 0 is not allowed; expected an integer from 1 to 86400",
+            ),
+            (
+                json!({"coolDownSeconds": 60, "maxCoolDownSeconds": 59}),
+                "guard.maxCoolDownSeconds: 59 is not allowed; expected at least coolDownSeconds, which is 60",
+            ),
+            (
+                json!({"maxCoolDownSeconds": 9}),
+                "guard.maxCoolDownSeconds: 9 is not allowed; expected at least coolDownSeconds, which is 10",
+            ),
+            (json!({"cooldownSeconds": 3}), "guard.cooldownSeconds: unknown field; did you mean `coolDownSeconds`?"),
+        ] {
+            let errors = read(value.clone()).err().unwrap_or_default();
+            assert_eq!(errors.len(), 1, "{value}: {errors:?}");
+            assert!(errors[0].starts_with(expected), "{}\nshould start with\n{expected}", errors[0]);
         }
     }
 }
