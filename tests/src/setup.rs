@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     backend::{Backend, SERVED_BY},
     bootstrap::Bootstrap,
-    client::{Connection, Request},
+    client::{Connection, Request, Response},
     envoy::{self, Envoy},
     metrics::Metrics,
     wait::eventually,
@@ -109,7 +109,7 @@ impl Setup {
         let mut choices = Vec::with_capacity(requests);
         for _ in 0..requests {
             let response = connection.send(&request).await?;
-            choices.push(response.header(SERVED_BY).with_context(|| format!("nobody served: {response:?}"))?);
+            choices.push(served_by(&response)?);
         }
         Ok(choices)
     }
@@ -152,3 +152,53 @@ impl Setup {
 
 /// The stat of the VMs that Envoy has made so far; one more than at the start is one that was reloaded.
 pub const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";
+
+/// A connection to each worker of an Envoy; the listener balances connections exactly.
+#[derive(Debug)]
+pub struct EachWorker {
+    /// What they are for.
+    pub request: Request,
+    /// One to each worker.
+    pub connections: Vec<Connection>,
+}
+
+impl EachWorker {
+    /// Connects to each, for requests like this one; nobody else should be connecting meanwhile.
+    pub async fn open(setup: &Setup, request: Request) -> anyhow::Result<Self> {
+        let mut connections = Vec::new();
+        for _ in 0..setup.options.concurrency {
+            connections.push(Connection::open(setup.address()).await?);
+        }
+        Ok(Self { request, connections })
+    }
+
+    /// Each worker's answer to another request.
+    pub async fn send(&mut self, request: &Request) -> anyhow::Result<Vec<Response>> {
+        let mut responses = Vec::new();
+        for connection in &mut self.connections {
+            responses.push(connection.send(request).await?);
+        }
+        Ok(responses)
+    }
+
+    /// Who answers one request to each worker.
+    pub async fn versions(&mut self) -> anyhow::Result<Vec<String>> {
+        let request = self.request.clone();
+        self.send(&request).await?.iter().map(served_by).collect()
+    }
+
+    /// Waits until one version answers each worker's next request.
+    pub async fn all_to(&mut self, version: &str) -> anyhow::Result<()> {
+        eventually(&format!("every worker to choose {version}"), DEADLINE, async || {
+            let versions = self.versions().await?;
+            ensure!(versions.iter().all(|other| other == version), "{versions:?}");
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// The version that gave an answer; an error if none did.
+pub fn served_by(response: &Response) -> anyhow::Result<String> {
+    response.header(SERVED_BY).with_context(|| format!("nobody served: {response:?}"))
+}

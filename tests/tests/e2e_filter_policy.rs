@@ -13,13 +13,12 @@ use tideshift_core::{
     report::{Counts, Report},
 };
 use tideshift_tests::{
-    backend::{Errors, SERVED_BY},
+    backend::Errors,
     bootstrap::CONTROLLER_CLUSTER,
-    client::{Connection, Request},
     effect,
     load::{Plan, Tally},
     policy_server::{PolicyServer, ReportAnswer, held_after},
-    setup::{DEADLINE, Setup},
+    setup::{DEADLINE, EachWorker, Setup},
     wait::eventually,
 };
 
@@ -50,41 +49,6 @@ async fn start_with(patch: impl FnOnce(&mut Value)) -> anyhow::Result<(Setup, Po
     let build = |bootstrap: tideshift_tests::bootstrap::Bootstrap| bootstrap.controller(server.address());
     let setup = Setup::start_with(policy, &VERSIONS, WORKERS, build, patch).await?;
     Ok((setup, server))
-}
-
-/// A connection to each worker; the listener balances connections exactly.
-struct EachWorker {
-    request: Request,
-    connections: Vec<Connection>,
-}
-
-impl EachWorker {
-    async fn open(setup: &Setup) -> anyhow::Result<Self> {
-        let mut connections = Vec::new();
-        for _ in 0..WORKERS {
-            connections.push(Connection::open(setup.address()).await?);
-        }
-        Ok(Self { request: setup.get(HOST, "/"), connections })
-    }
-
-    /// Who answers one request to each worker.
-    async fn versions(&mut self) -> anyhow::Result<Vec<String>> {
-        let mut versions = Vec::new();
-        for connection in &mut self.connections {
-            let response = connection.send(&self.request).await?;
-            versions.push(response.header(SERVED_BY).with_context(|| format!("nobody served: {response:?}"))?);
-        }
-        Ok(versions)
-    }
-
-    async fn all_to(&mut self, version: &str) -> anyhow::Result<()> {
-        eventually(&format!("every worker to choose {version}"), DEADLINE, async || {
-            let versions = self.versions().await?;
-            ensure!(versions.iter().all(|other| other == version), "{versions:?}");
-            Ok(())
-        })
-        .await
-    }
 }
 
 /// Waits for a report for which this holds.
@@ -171,7 +135,7 @@ async fn a_newer_policy_is_in_force_on_every_worker_at_once() -> anyhow::Result<
     const CHANGES: u64 = 100;
     let (setup, server) = start().await?;
     held_after(&server, 100).await?;
-    let mut workers = EachWorker::open(&setup).await?;
+    let mut workers = EachWorker::open(&setup, setup.get(HOST, "/")).await?;
     workers.all_to("v1").await?;
     let flips = |revision| (flip(revision), all_to(flip(revision), revision));
     let (effects, _) = effect::of_changes(&server, 100, workers.connections, &workers.request, CHANGES, flips).await?;
@@ -193,7 +157,7 @@ fn flip(revision: u64) -> &'static str {
 #[tokio::test]
 async fn what_is_older_bad_or_broken_is_refused_and_changes_nothing() -> anyhow::Result<()> {
     let (setup, server) = start().await?;
-    let mut workers = EachWorker::open(&setup).await?;
+    let mut workers = EachWorker::open(&setup, setup.get(HOST, "/")).await?;
     // Revision 10 replaces 100: that was the plugin configuration's own.
     server.publish(&all_to("v2", 10));
     workers.all_to("v2").await?;
@@ -300,7 +264,7 @@ async fn what_is_older_bad_or_broken_is_refused_and_changes_nothing() -> anyhow:
 #[tokio::test]
 async fn an_epoch_that_it_does_not_know_is_followed() -> anyhow::Result<()> {
     let (setup, server) = start().await?;
-    let mut workers = EachWorker::open(&setup).await?;
+    let mut workers = EachWorker::open(&setup, setup.get(HOST, "/")).await?;
     let first = eventually("a poll", DEADLINE, async || server.polls().into_iter().next().context("none")).await?;
     assert_eq!((first.epoch(), first.after()), ("", 100));
     server.publish(&all_to("v2", 5_000));
@@ -340,7 +304,7 @@ async fn polls_that_bring_nothing_do_not_spin() -> anyhow::Result<()> {
     assert!(took >= Duration::from_millis(1_500), "3 polls that brought nothing within {took:?}");
     server.hold(DEADLINE);
     server.publish(&all_to("v3", 2));
-    EachWorker::open(&setup).await?.all_to("v3").await?;
+    EachWorker::open(&setup, setup.get(HOST, "/")).await?.all_to("v3").await?;
     setup.no_trap().await
 }
 

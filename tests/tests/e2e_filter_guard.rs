@@ -1,0 +1,313 @@
+//! The guard in a real Envoy of several workers: a version that fails is out of service everywhere within about a
+//! second, with or without a controller, and nobody is who does no worse than the others.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::{Value, json};
+use tideshift_core::guard::Veto;
+use tideshift_tests::{
+    backend::Errors,
+    bootstrap::{CONTROLLER_CLUSTER, type_url},
+    load::{Load, NOBODY, Plan, Tally},
+    policy_server::{PolicyServer, held_after},
+    setup::{DEADLINE, EachWorker, Setup},
+    wait::eventually,
+};
+use tokio::time::Instant;
+
+const WORKERS: usize = 3;
+const HOST: &str = "shop.example.com";
+const ALL: Errors = Errors { bad: 1, of: 1 };
+const NONE: Errors = Errors { bad: 0, of: 1 };
+
+/// Called by `NAME.example.com`; versions that were vetoed are tried again after 2 s.
+fn service(name: &str, weights: &[(&str, u32)]) -> Value {
+    let versions: Vec<Value> = weights.iter().map(|(name, weight)| json!({ "name": name, "weight": weight })).collect();
+    json!({
+        "name": name,
+        "hostnames": [format!("{name}.example.com")],
+        "versions": versions,
+        "guard": { "coolDownSeconds": 2 },
+    })
+}
+
+fn fails(setup: &Setup, version: &str, errors: Errors) {
+    setup.backend(version).set(|behaviour| behaviour.errors = errors);
+}
+
+/// About what one small service gets, on every worker.
+fn hundred_a_second(setup: &Setup) -> Load {
+    Plan::new(setup.address(), HOST).connections(2 * WORKERS).rate(100.0).start()
+}
+
+/// Waits for a line of Envoy's log, and says when it was seen.
+async fn logged(setup: &Setup, line: &str) -> anyhow::Result<Instant> {
+    eventually(&format!("{line:?} in the log"), DEADLINE, async || {
+        let log = setup.envoy.log();
+        let guards = || log.lines().filter(|line| line.contains("guard")).collect::<Vec<_>>();
+        ensure!(log.contains(line), "{:?}", guards());
+        Ok(Instant::now())
+    })
+    .await
+}
+
+/// Waits for so many more answers.
+async fn next(load: &Load, answers: u64) -> anyhow::Result<Tally> {
+    let before = load.tally();
+    eventually(&format!("{answers} more answers"), DEADLINE, async || {
+        let tally = load.tally().since(&before);
+        ensure!(tally.answered >= answers, "{}", tally.answered);
+        Ok(tally)
+    })
+    .await
+}
+
+/// What the guard takes while v2 fails a tenth of 100 requests a second; a busy machine may take longer for them.
+const MOST_FAILED: u64 = 20;
+
+/// v2, which has a tenth of the requests, begins to fail them all and is taken out; when that was.
+async fn fails_and_is_taken_out(setup: &Setup, load: &Load, what: &str) -> anyhow::Result<Instant> {
+    let mut workers = EachWorker::open(setup, setup.get(HOST, "/")).await?;
+    assert!(next(load, 100).await?.of("v2") >= 5, "{what}: v2 gets its share as long as it is well");
+
+    fails(setup, "v2", ALL);
+    let out = logged(setup, "guard: v2 of shop is out of service for 2 s").await?;
+    // On all workers at once: at its share each would choose it 3 times in 30.
+    for _ in 0..30 {
+        assert!(workers.versions().await?.iter().all(|version| version == "v1"), "{what}: a worker still chooses v2");
+    }
+    assert!(out.elapsed() < Duration::from_secs(2), "{what}: the machine is too slow for this test");
+    let tally = load.tally();
+    let times = tally.times.get("v2").context("v2 was never asked")?;
+    let lasted = times.last_sent - times.first_error.context("v2 never failed")?;
+    println!("{what}: {} failed requests within {lasted:?}", tally.bad());
+    assert!(tally.bad() <= MOST_FAILED, "{what}: {} requests failed", tally.bad());
+    assert!(lasted < Duration::from_secs(3), "{what}: v2 was asked for {lasted:?}");
+    assert_eq!(tally.bad(), tally.of_class("v2", 5), "{what}: only v2 failed");
+    Ok(out)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_fails_is_out_within_a_second_or_so_tried_again_and_stays_when_it_has_healed()
+-> anyhow::Result<()> {
+    let policy = json!({ "revision": 1, "services": [service("shop", &[("v1", 90), ("v2", 10)])] });
+    let setup = Setup::start(policy, &["v1", "v2"], WORKERS).await?;
+    let load = hundred_a_second(&setup);
+    let out = fails_and_is_taken_out(&setup, &load, "no controller").await?;
+
+    let before = load.tally();
+    logged(&setup, "guard: v2 of shop is back in service").await?;
+    assert!(out.elapsed() >= Duration::from_millis(1_500), "back after {:?} of 2 s", out.elapsed());
+    let out = logged(&setup, "guard: v2 of shop is out of service for 4 s").await?;
+    let again = load.tally().since(&before).bad();
+    println!("tried again: {again} failed requests");
+    assert!((1..=MOST_FAILED).contains(&again), "{again} requests failed when it was tried again");
+
+    fails(&setup, "v2", NONE);
+    let before = load.tally();
+    let back = eventually("v2 to be back", DEADLINE, async || {
+        ensure!(load.tally().since(&before).of_class("v2", 2) > 2);
+        Ok(Instant::now())
+    });
+    let lasted = back.await? - out;
+    assert!(lasted >= Duration::from_millis(3_500), "back after {lasted:?} of 4 s");
+    let tally = next(&load, 200).await?;
+    assert!(tally.of("v2") >= 14 && tally.bad() == 0, "healed, it stays: {tally:?}");
+    load.stop().await?;
+    assert_eq!(setup.envoy.log().matches("guard: v2 of shop is out of service").count(), 2);
+    setup.no_trap().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_guard_needs_no_controller_that_lives() -> anyhow::Result<()> {
+    let server = PolicyServer::start().await?;
+    let setup = with_controller(&server).await?;
+    server.publish(&json!({ "revision": 101, "services": [service("shop", &[("v1", 90), ("v2", 10)])] }));
+    held_after(&server, 101).await?;
+    server.stop();
+    let load = hundred_a_second(&setup);
+    fails_and_is_taken_out(&setup, &load, "a dead controller").await?;
+    logged(&setup, "guard: v2 of shop is back in service").await?;
+    load.stop().await?;
+    setup.no_trap().await
+}
+
+/// All to v1 at revision 100.
+async fn with_controller(server: &PolicyServer) -> anyhow::Result<Setup> {
+    let mut policy = json!({ "revision": 100, "services": [service("shop", &[("v1", 1), ("v2", 0)])] });
+    policy["controller"] = json!({ "cluster": CONTROLLER_CLUSTER });
+    let build = |bootstrap: tideshift_tests::bootstrap::Bootstrap| bootstrap.controller(server.address());
+    Setup::start_with(policy, &["v1", "v2"], WORKERS, build, |_| ()).await
+}
+
+/// The vetoes of the last report.
+fn told(server: &PolicyServer) -> anyhow::Result<Vec<Veto>> {
+    let report = server.last_report()?;
+    Ok(report.services.into_iter().flat_map(|service| service.vetoes).collect())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_veto_is_reported_outlives_new_policies_and_ends_rules_too() -> anyhow::Result<()> {
+    let server = PolicyServer::start().await?;
+    let setup = with_controller(&server).await?;
+    let policy = |revision: u64, weights: &[(&str, u32)], cool_down: u64| {
+        let mut shop = service("shop", weights);
+        let is_beta = json!([{ "headers": [{ "name": "x-beta", "type": "Present" }] }]);
+        shop["rules"] = json!([{ "name": "beta", "matches": is_beta, "versions": [{ "name": "v2" }] }]);
+        shop["guard"] = json!({ "coolDownSeconds": cool_down });
+        json!({ "revision": revision, "services": [shop] })
+    };
+    server.publish(&policy(101, &[("v1", 90), ("v2", 10)], 60));
+    held_after(&server, 101).await?;
+    let tester = setup.get(HOST, "/").header("x-beta", "1");
+    let mut testers = EachWorker::open(&setup, tester).await?;
+    testers.all_to("v2").await?;
+    assert_eq!(told(&server).unwrap_or_default(), []);
+
+    let load = hundred_a_second(&setup);
+    fails(&setup, "v2", ALL);
+    let out = logged(&setup, "guard: v2 of shop is out of service for 60 s").await?;
+    let veto =
+        eventually("the veto in a report", DEADLINE, async || told(&server)?.into_iter().next().context("no veto"));
+    let veto = veto.await?;
+    println!("{veto:?} reported within {:?}", out.elapsed());
+    assert!(out.elapsed() < Duration::from_millis(900), "reports come each second, this one at once");
+    assert_eq!((veto.version.as_str(), veto.strikes, veto.others_errors), ("v2", 1, 0), "{veto:?}");
+    assert!(veto.errors >= 3 && veto.requests >= veto.errors && veto.others_requests >= 20, "{veto:?}");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
+    assert!((40..=60).contains(&(veto.until.saturating_sub(now) / 1_000_000_000)), "{veto:?} at {now}");
+    // The rule has nobody left to offer.
+    assert_eq!(testers.versions().await?, ["v1"; WORKERS]);
+
+    // More weight for v2, and the controller's word that it serves, do not bring it back.
+    fails(&setup, "v2", NONE);
+    let mut more = policy(102, &[("v1", 50), ("v2", 50)], 60);
+    more["services"][0]["rules"][0]["versions"] = json!([{ "name": "v2" }, { "name": "v1" }]);
+    server.publish(&more);
+    eventually("revision 102 on all workers", DEADLINE, async || {
+        let report = server.last_report()?;
+        ensure!(report.revision == 102, "{report:?}");
+        Ok(())
+    })
+    .await?;
+    let tally = next(&load, 100).await?;
+    assert_eq!(tally.of("v2"), 0, "{tally:?}");
+    assert_eq!(testers.versions().await?, ["v1"; WORKERS]);
+    assert_eq!(told(&server)?.len(), 1);
+
+    // Without its guard the service is as its policy says.
+    let mut unguarded = policy(103, &[("v1", 50), ("v2", 50)], 60);
+    unguarded["services"][0]["guard"] = json!({ "enabled": false });
+    server.publish(&unguarded);
+    testers.all_to("v2").await?;
+    eventually("no veto in the report", DEADLINE, async || {
+        ensure!(told(&server)?.is_empty());
+        Ok(())
+    })
+    .await?;
+    load.stop().await?;
+    setup.no_trap().await
+}
+
+/// A version that only testers reach by a rule, with no weight of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn testers_of_a_version_that_fails_fall_through_to_the_users_version() -> anyhow::Result<()> {
+    let mut shop = service("shop", &[("v1", 1), ("v2", 0)]);
+    let is_beta = json!([{ "headers": [{ "name": "x-beta", "type": "Present" }] }]);
+    shop["rules"] = json!([{ "name": "beta", "matches": is_beta, "versions": [{ "name": "v2" }] }]);
+    shop["guard"] = json!({ "coolDownSeconds": 60 });
+    let setup = Setup::start(json!({ "revision": 1, "services": [shop] }), &["v1", "v2"], WORKERS).await?;
+    fails(&setup, "v2", ALL);
+    let users = hundred_a_second(&setup);
+    let testers = Plan::new(setup.address(), HOST).header("x-beta", "1").connections(WORKERS).rate(10.0).start();
+    logged(&setup, "guard: v2 of shop is out of service for 60 s").await?;
+    let mut each = EachWorker::open(&setup, setup.get(HOST, "/").header("x-beta", "1")).await?;
+    each.all_to("v1").await?;
+    let tally = testers.stop().await?;
+    assert!(tally.bad() <= MOST_FAILED, "{} testers' requests failed", tally.bad());
+    assert_eq!(users.stop().await?.bad(), 0);
+    setup.no_trap().await
+}
+
+/// Several services at once, each with versions of its own, so that one Envoy answers for all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_who_does_worse_than_others_that_can_do_without_it_is_taken_out() -> anyhow::Result<()> {
+    const REQUESTS: u64 = 900;
+    let mut unguarded = service("unguarded", &[("u1", 90), ("u2", 10)]);
+    unguarded["guard"] = json!({ "enabled": false });
+    let services = [
+        service("outage", &[("o1", 90), ("o2", 10)]),
+        service("most", &[("m1", 60), ("m2", 40)]),
+        service("alone", &[("a1", 1), ("a2", 0)]),
+        unguarded,
+        service("control", &[("c1", 90), ("c2", 10)]),
+    ];
+    let policy = json!({ "revision": 1, "services": services });
+    let versions = ["o1", "o2", "m1", "m2", "a1", "a2", "u1", "u2", "c1", "c2"];
+    let setup = Setup::start(policy, &versions, WORKERS).await?;
+    for failing in ["o1", "o2", "m1", "a1", "u2", "c2"] {
+        fails(&setup, failing, ALL);
+    }
+    let mut loads = Vec::new();
+    for (service, failing, share) in [
+        ("outage", "o2", 0.1),
+        ("most", "m1", 0.6),
+        ("alone", "a1", 1.0),
+        ("unguarded", "u2", 0.1),
+        ("control", "", 0.0),
+    ] {
+        let plan = Plan::new(setup.address(), &format!("{service}.example.com"));
+        let plan = plan.connections(WORKERS).rate(300.0);
+        loads.push((service, failing, share, tokio::spawn(plan.run(REQUESTS))));
+    }
+    for (service, failing, share, load) in loads {
+        let tally = load.await??;
+        let log = setup.envoy.log();
+        let vetoes = log.lines().filter(|line| line.contains("guard: ") && line.contains(&format!(" of {service} ")));
+        if service == "control" {
+            assert!(vetoes.count() > 0, "the guard is awake");
+            continue;
+        }
+        assert_eq!(vetoes.collect::<Vec<_>>(), Vec::<&str>::new());
+        let (due, got) = (REQUESTS as f64 * share, tally.of(failing) as f64);
+        // The bound of the even sequence, on each worker.
+        assert!((got - due).abs() <= 3.0 * WORKERS as f64, "{service}: {failing} got {got} requests of {due}");
+    }
+    setup.no_trap().await
+}
+
+/// A filter behind ours that fails 2 % of all requests at random, whichever version they are for.
+fn fail_two_percent(bootstrap: &mut Value) {
+    let fault = json!({
+        "name": "envoy.filters.http.fault",
+        "typed_config": {
+            "@type": type_url("extensions.filters.http.fault.v3.HTTPFault"),
+            "abort": { "http_status": 500, "percentage": { "numerator": 2, "denominator": "HUNDRED" } },
+        },
+    });
+    let manager = &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"];
+    manager["http_filters"].as_array_mut().into_iter().for_each(|filters| filters.insert(1, fault.clone()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn versions_that_fail_alike_stay_in_service() -> anyhow::Result<()> {
+    const REQUESTS: u64 = 12_000;
+    let policy = json!({ "revision": 1, "services": [service("shop", &[("v1", 90), ("v2", 10)])] });
+    let setup = Setup::start_with(policy, &["v1", "v2"], WORKERS, |bootstrap| bootstrap, fail_two_percent).await?;
+    let tally = Plan::new(setup.address(), HOST).connections(2 * WORKERS).run(REQUESTS).await?;
+    let failed = tally.of_class(NOBODY, 5);
+    println!("{failed} of {REQUESTS} failed, whichever version they were for");
+    assert!((150..=350).contains(&failed), "{tally:?}");
+    let log = setup.envoy.log();
+    assert!(!log.contains("guard: "), "{:?}", log.lines().find(|line| line.contains("guard: ")));
+    let on_v2 = setup.settled("shop", REQUESTS).await?.requests_by_version("shop");
+    let on_v2: u64 = on_v2.iter().filter(|((version, _), _)| version == "v2").map(|(_, count)| count).sum();
+    assert!(on_v2.abs_diff(REQUESTS / 10) <= 3 * WORKERS as u64, "{on_v2} of {REQUESTS} were for v2");
+    // One that fails more is found among such errors too.
+    fails(&setup, "v2", ALL);
+    let load = hundred_a_second(&setup);
+    logged(&setup, "guard: v2 of shop is out of service for 2 s").await?;
+    println!("{} of v2's requests failed", load.stop().await?.of_class("v2", 5));
+    setup.no_trap().await
+}
