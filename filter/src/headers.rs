@@ -9,7 +9,7 @@ pub enum Headers<'n> {
     /// Everything that the client sent.
     All(AllHeaders),
     /// Just these, asked for one by one: cheaper than all as long as they are few, most of all those that are absent.
-    Few(&'n [String], Vec<Option<Vec<u8>>>),
+    Few(&'n [String], Vec<Option<Received>>),
 }
 
 /// All headers as Envoy writes them down: see [`host::headers`].
@@ -29,13 +29,13 @@ impl<'n> Headers<'n> {
 }
 
 /// One header of the request, its values joined if there are several.
-fn read(name: &str) -> Option<Vec<u8>> {
-    // The plain call would give the first value only; pseudo-headers have just one.
-    let value = match name.starts_with(':') {
-        true => host::header(Map::Request, name),
-        false => host::property(&["request\0headers\0", name].concat()),
-    };
-    value.map(Received::into_vec)
+fn read(name: &str) -> Option<Received> {
+    let first = host::header(Map::Request, name)?;
+    // Pseudo-headers have one value; of the others that was the first one.
+    if name.starts_with(':') {
+        return Some(first);
+    }
+    Some(host::property(&["request\0headers\0", name].concat()).unwrap_or(first))
 }
 
 impl AllHeaders {
