@@ -6,9 +6,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use tideshift_core::OWN_HEADERS;
 use tideshift_core::matching::{Match, Mismatch, NamedMatch, PathMatch, ValueMatch};
-use tideshift_core::plan::{Plan, Route};
-use tideshift_core::policy::{Policy, Rule, Service};
+use tideshift_core::plan::{Decision, Plan, Reason, Route, Turns};
+use tideshift_core::policy::{Mirror, Policy, Rule, Service};
 use tideshift_core::request::{AUTHORITY, METHOD, PATH};
+use tideshift_core::session::{Session, SessionBy};
 
 /// The request in question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -177,6 +178,45 @@ impl Explanation {
                 format!("{} by {by}", shares.join(", "))
             }
         };
+        if let (None, Some(session)) = (&self.version, &service.session) {
+            self.tell_session(plan, session, headers);
+        }
+        let mirror = rule.map_or(service.mirror.as_ref(), |(_, rule)| rule.mirror.as_ref());
+        self.notes.extend(mirror.map(|Mirror { version, percent, methods }| {
+            format!(
+                "{percent} % of such requests are also sent to {version}, if their method is {}",
+                methods.join(", ")
+            )
+        }));
+    }
+
+    /// Who stays on which version.
+    fn tell_session(&mut self, plan: &Plan, session: &Session, headers: &[(String, String)]) {
+        let by = match &session.by {
+            SessionBy::Cookie { name, .. } => format!("cookie {name}"),
+            SessionBy::Header { name } => format!("header {name}"),
+        };
+        let mut turns = Turns::for_plan(plan, 0, None);
+        let decision = plan.decide(headers, &mut turns, || 0);
+        let is_of_user = |decision: &Decision<'_>| match session.by {
+            SessionBy::Cookie { .. } => matches!(decision.reason, Reason::Session(_)),
+            SessionBy::Header { .. } => matches!(decision.reason, Reason::Hash(_)),
+        };
+        let user = decision.filter(is_of_user);
+        let note = match (user, &session.secret) {
+            (Some(Decision { service, version: Some(version), .. }), Some(_)) => {
+                self.version = plan.services.get(service).and_then(|service| service.versions.get(version)).cloned();
+                let version = self.version.as_deref().unwrap_or_default();
+                self.reason = format!("{version} by the user's {by}; for others, {}", self.reason);
+                return;
+            }
+            (Some(_), None) => format!(
+                "this user always gets the same of them, by {by}; which one depends on the controller's secret: ask a \
+                 running one with --server"
+            ),
+            _ => format!("users with a {by} stay on the version that they have"),
+        };
+        self.notes.push(note);
     }
 }
 
@@ -343,6 +383,32 @@ mod tests {
 
     fn told(host: &str, path: &str, headers: &[(&str, &str)]) -> String {
         explain(&shop(), &request(host, path, headers)).to_string()
+    }
+
+    #[test]
+    fn a_users_session_is_told_as_far_as_it_is_known() {
+        let shop = |secret: Option<&str>| {
+            policy(json!({"revision": 1, "services": [{
+                "name": "checkout",
+                "versions": [{"name": "v1", "weight": 50}, {"name": "v2", "weight": 50}],
+                "session": {"type": "Header", "name": "x-user", "secret": secret},
+                "mirror": {"version": "v2", "percent": 5},
+            }]}))
+        };
+        let explain = |secret, headers| explain(&shop(secret), &request("a", "/", headers));
+        let known = explain(Some("s"), &[("x-user", "42")]);
+        let version = known.version.unwrap();
+        let by = "by the user's header x-user; for others, v1 50 %, v2 50 % by the service's weights";
+        assert_eq!(known.reason, format!("{version} {by}"));
+        assert_eq!(
+            known.notes,
+            ["5 % of such requests are also sent to v2, if their method is GET, HEAD, OPTIONS, TRACE"]
+        );
+        let unknown = explain(None, &[("x-user", "42")]);
+        assert_eq!(unknown.version, None);
+        assert!(unknown.notes[0].starts_with("this user always gets the same of them"), "{:?}", unknown.notes);
+        let nobody = explain(Some("s"), &[]);
+        assert!(nobody.notes[0].starts_with("users with a header x-user stay"), "{:?}", nobody.notes);
     }
 
     #[test]
