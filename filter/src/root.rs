@@ -154,7 +154,9 @@ impl Root {
         }
     }
 
-    fn adopt(&mut self, policy: Policy, place: Place) {
+    fn adopt(&mut self, mut policy: Policy, place: Place) {
+        // Here, because the plan has to know of every header that is looked at.
+        policy.explain = policy.explain.or_else(|| self.own.explain.clone());
         self.policy = policy;
         self.place = place;
         self.compile();
@@ -178,7 +180,7 @@ impl Root {
             Turns::for_plan(&plan, self.random.u64(..), Some((&old.plan, &turns)))
         };
         self.worker.turns.replace(turns);
-        let explain = self.policy.explain.clone().or_else(|| self.own.explain.clone());
+        let explain = self.policy.explain.clone();
         self.worker.in_force.replace(Rc::new(InForce { plan, explain, counters, strips: self.own.strips }));
     }
 
