@@ -31,6 +31,8 @@ impl Guards {
             let guard = self.0.entry(service.name.clone()).or_insert_with(|| {
                 let noted: &Vec<Noted> = noted.get_or_insert_with(&left);
                 let of_service = noted.iter().filter(|noted| noted.service == service.name);
+                // Those whose time was up while nobody led have yet to be ended.
+                changed |= of_service.clone().any(|noted| noted.in_force && noted.veto.until <= now);
                 Guard::resume(service.guard.clone(), now, of_service.map(|noted| noted.veto.clone()))
             });
             let before: Vec<String> = guard.vetoes().iter().map(|veto| veto.version.clone()).collect();
