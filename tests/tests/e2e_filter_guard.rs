@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tideshift_core::guard::Veto;
 use tideshift_tests::{
     backend::Errors,
-    bootstrap::{CONTROLLER_CLUSTER, type_url},
+    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, type_url},
     load::{Load, NOBODY, Plan, Tally},
     policy_server::{PolicyServer, held_after},
     setup::{DEADLINE, EachWorker, Setup},
@@ -137,7 +137,7 @@ async fn the_guard_needs_no_controller_that_lives() -> anyhow::Result<()> {
 async fn with_controller(server: &PolicyServer) -> anyhow::Result<Setup> {
     let mut policy = json!({ "revision": 100, "services": [service("shop", &[("v1", 1), ("v2", 0)])] });
     policy["controller"] = json!({ "cluster": CONTROLLER_CLUSTER });
-    let build = |bootstrap: tideshift_tests::bootstrap::Bootstrap| bootstrap.controller(server.address());
+    let build = |bootstrap: Bootstrap| bootstrap.controller(server.address());
     Setup::start_with(policy, &["v1", "v2"], WORKERS, build, |_| ()).await
 }
 
