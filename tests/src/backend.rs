@@ -1,10 +1,11 @@
 //! One version's backend: an HTTP server on a loopback port whose behaviour a test switches while it runs.
 //!
 //! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC's trailers), answers `GET /health` by its own `ready`
-//! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered.
+//! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered. It serves gRPC
+//! and WebSocket if it is told to.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     future::pending,
     io,
@@ -20,7 +21,7 @@ use std::{
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
+use http_body_util::{BodyExt as _, combinators::UnsyncBoxBody};
 use hyper::{
     HeaderMap, Request, Response, StatusCode,
     body::{Body, Frame, Incoming, SizeHint},
@@ -40,7 +41,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::{ports::Port, wait::eventually};
+use crate::{bootstrap::VERSION_HEADER, ports::Port, wait::eventually};
 
 /// The response header that names the backend which answered.
 pub const SERVED_BY: &str = "x-served-by";
@@ -67,6 +68,14 @@ pub enum Mode {
     Hang,
     /// The headers at once, each half of the body after this pause.
     SlowBody(Duration),
+    /// Server-sent events, one after each pause, until there were so many.
+    Events(Duration, u32),
+    /// gRPC: the calls say what happens to them, see [`grpc`](crate::grpc).
+    #[cfg(feature = "streams")]
+    Grpc,
+    /// WebSocket: says again what it hears.
+    #[cfg(feature = "streams")]
+    WebSocket,
 }
 
 /// How many of the requests answer 500, evenly spread: 1 of 4 fails each fourth request.
@@ -144,6 +153,10 @@ struct State {
     requests: AtomicU64,
     errors: AtomicU64,
     health: AtomicU64,
+    /// Whether connections end with a reset.
+    reset: AtomicBool,
+    /// The requests by the version that they came for.
+    versions: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Backend {
@@ -162,6 +175,8 @@ impl Backend {
                 requests: AtomicU64::new(0),
                 errors: AtomicU64::new(0),
                 health: AtomicU64::new(0),
+                reset: AtomicBool::new(false),
+                versions: Mutex::default(),
             }),
             server: Mutex::new(None),
             closed: Mutex::new(None),
@@ -199,6 +214,13 @@ impl Backend {
         }
     }
 
+    /// The same with a reset of every connection.
+    pub async fn reset(&self) {
+        self.state.reset.store(true, Ordering::Relaxed);
+        self.stop().await;
+        self.state.reset.store(false, Ordering::Relaxed);
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
@@ -222,6 +244,11 @@ impl Backend {
     /// Changes the name that it answers with.
     pub fn set_name(&self, name: &str) {
         name.clone_into(&mut lock(&self.state.name));
+    }
+
+    /// The requests by the version header that they came with; those without are not in it.
+    pub fn versions(&self) -> BTreeMap<String, u64> {
+        lock(&self.state.versions).clone()
     }
 
     /// What it was asked so far.
@@ -261,31 +288,75 @@ async fn serve(listener: TcpListener, state: Arc<State>, open: mpsc::Sender<()>)
     }
 }
 
+/// A connection, as its requests see it.
+struct Peer {
+    state: Arc<State>,
+    /// Set by who wants it to end with a reset.
+    reset: Arc<AtomicBool>,
+    /// What becomes of it after its last HTTP answer.
+    #[cfg(feature = "streams")]
+    upgrade: Mutex<Option<hyper::upgrade::OnUpgrade>>,
+}
+
 async fn connection(stream: TcpStream, state: Arc<State>) {
     // A peer that went away a moment after it connected is no concern of a backend.
     let _ = stream.set_nodelay(true);
     let reset = Arc::new(AtomicBool::new(false));
-    let socket = Socket { stream, reset: Arc::clone(&reset) };
-    let service = service_fn(move |request| answer(request, Arc::clone(&state), Arc::clone(&reset)));
-    let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await;
+    let socket = Socket { stream, reset: Arc::clone(&reset), state: Arc::clone(&state) };
+    let peer = Arc::new(Peer {
+        state,
+        reset,
+        #[cfg(feature = "streams")]
+        upgrade: Mutex::default(),
+    });
+    let service = service_fn(|request| answer(request, Arc::clone(&peer)));
+    let server = auto::Builder::new(TokioExecutor::new());
+    let _ = server.serve_connection_with_upgrades(TokioIo::new(socket), service).await;
+    #[cfg(feature = "streams")]
+    {
+        let upgrade = lock(&peer.upgrade).take();
+        if let Some(upgrade) = upgrade
+            && let Ok(upgraded) = upgrade.await
+        {
+            crate::websocket::serve(upgraded).await;
+        }
+    }
 }
 
-async fn answer(
-    request: Request<Incoming>,
-    state: Arc<State>,
-    reset: Arc<AtomicBool>,
-) -> Result<Response<Answer>, ConnectionReset> {
+type ResponseBody = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
+
+async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<ResponseBody>, ConnectionReset> {
+    let state = &peer.state;
     let behaviour = Arc::clone(&lock(&state.behaviour));
+    let boxed = |answer: Answer| answer.map_err(Into::into).boxed_unsync();
+    if let Some(version) = request.headers().get(VERSION_HEADER) {
+        *lock(&state.versions).entry(String::from_utf8_lossy(version.as_bytes()).into_owned()).or_default() += 1;
+    }
+    let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
+    #[cfg(feature = "streams")]
+    if behaviour.mode == Mode::Grpc {
+        state.requests.fetch_add(1, Ordering::Relaxed);
+        return Ok(crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync()));
+    } else if behaviour.mode == Mode::WebSocket
+        && let Some(key) = crate::websocket::accept_key(&request)
+    {
+        state.requests.fetch_add(1, Ordering::Relaxed);
+        *lock(&peer.upgrade) = Some(hyper::upgrade::on(request));
+        let headers = [("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-accept", key.as_str())];
+        for (name, value) in headers {
+            response = response.header(name, value);
+        }
+        return response.status(101).body(boxed(Answer::whole(""))).map_err(|_| ConnectionReset);
+    }
     let (head, body) = request.into_parts();
     if body.collect().await.is_err() {
         return Err(ConnectionReset);
     }
-    let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
 
     if head.uri.path() == "/health" {
         state.health.fetch_add(1, Ordering::Relaxed);
         let status = if behaviour.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        return response.status(status).body(Answer::whole("")).map_err(|_| ConnectionReset);
+        return response.status(status).body(boxed(Answer::whole(""))).map_err(|_| ConnectionReset);
     }
 
     let number = state.requests.fetch_add(1, Ordering::Relaxed);
@@ -293,8 +364,11 @@ async fn answer(
         sleep(behaviour.latency).await;
     }
     let status = if behaviour.errors.fails(number) { 500 } else { behaviour.status };
+    let reset = Arc::clone(&peer.reset);
     let body = match behaviour.mode {
         Mode::Answer => Answer::whole("ok"),
+        #[cfg(feature = "streams")]
+        Mode::Grpc | Mode::WebSocket => Answer::whole("ok"),
         Mode::Echo => Answer::whole(echo(&head.method, &head.uri, &head.headers).to_string()),
         Mode::Reset => {
             reset.store(true, Ordering::Relaxed);
@@ -303,6 +377,10 @@ async fn answer(
         Mode::ResetInBody => Answer::cut("the first half", BEFORE_RESET, reset),
         Mode::Hang => pending().await,
         Mode::SlowBody(pause) => Answer::slow("the first half", "and the second", pause),
+        Mode::Events(pause, events) => {
+            response = response.header("content-type", "text/event-stream");
+            Answer::events(pause, events)
+        }
     };
     if status >= 500 {
         state.errors.fetch_add(1, Ordering::Relaxed);
@@ -310,7 +388,8 @@ async fn answer(
     for (name, value) in &behaviour.headers {
         response = response.header(name, value);
     }
-    response.status(status).body(body.with_trailers(&behaviour.trailers)).map_err(|_| ConnectionReset)
+    let body = body.with_trailers(&behaviour.trailers);
+    response.status(status).body(boxed(body)).map_err(|_| ConnectionReset)
 }
 
 fn echo(method: &hyper::Method, uri: &hyper::Uri, headers: &HeaderMap) -> Value {
@@ -349,19 +428,22 @@ impl std::error::Error for ConnectionReset {}
 struct Answer {
     steps: VecDeque<Step>,
     pause: Option<Pin<Box<Sleep>>>,
-    length: u64,
+    /// `None`: not announced.
+    length: Option<u64>,
 }
 
 enum Step {
     Data(Bytes),
     Pause(Duration),
+    /// So many events, each after a pause.
+    Events(Duration, u32),
     Trailers(HeaderMap),
     Reset(Arc<AtomicBool>),
 }
 
 impl Answer {
     fn new(steps: impl Into<VecDeque<Step>>, length: usize) -> Self {
-        Self { steps: steps.into(), pause: None, length: length as u64 }
+        Self { steps: steps.into(), pause: None, length: Some(length as u64) }
     }
 
     fn whole(body: impl Into<Bytes>) -> Self {
@@ -378,6 +460,10 @@ impl Answer {
 
     fn cut(half: &'static str, pause: Duration, reset: Arc<AtomicBool>) -> Self {
         Self::new([Step::Data(half.into()), Step::Pause(pause), Step::Reset(reset)], 2 * half.len())
+    }
+
+    fn events(pause: Duration, events: u32) -> Self {
+        Self { steps: [Step::Events(pause, events)].into(), pause: None, length: None }
     }
 
     fn with_trailers(mut self, trailers: &[(String, String)]) -> Self {
@@ -406,10 +492,16 @@ impl Body for Answer {
             }
             match self.steps.pop_front() {
                 Some(Step::Data(data)) => {
-                    self.length = self.length.saturating_sub(data.len() as u64);
+                    self.length = self.length.map(|length| length.saturating_sub(data.len() as u64));
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
                 Some(Step::Pause(pause)) => self.pause = Some(Box::pin(sleep(pause))),
+                Some(Step::Events(_, 0)) => {}
+                Some(Step::Events(pause, events)) => {
+                    self.steps.push_front(Step::Events(pause, events - 1));
+                    self.steps.push_front(Step::Data("data: tick\n\n".into()));
+                    self.pause = Some(Box::pin(sleep(pause)));
+                }
                 Some(Step::Trailers(trailers)) => return Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
                 Some(Step::Reset(reset)) => {
                     reset.store(true, Ordering::Relaxed);
@@ -425,19 +517,20 @@ impl Body for Answer {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.length)
+        self.length.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
-/// A socket that is reset (RST) instead of closed (FIN) when `reset` is set before it is dropped.
+/// A socket that is reset (RST) instead of closed (FIN) when its or its backend's `reset` is set before it is dropped.
 struct Socket {
     stream: TcpStream,
     reset: Arc<AtomicBool>,
+    state: Arc<State>,
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.reset.load(Ordering::Relaxed) {
+        if self.reset.load(Ordering::Relaxed) || self.state.reset.load(Ordering::Relaxed) {
             let _ = self.stream.set_zero_linger();
         }
     }
@@ -562,5 +655,15 @@ mod tests {
         backend.set(|behaviour| behaviour.mode = Mode::SlowBody(Duration::from_millis(1)));
         backend.start_again().await.unwrap();
         assert_eq!(get(address, "/").send().await.unwrap().body, b"the first halfand the second");
+    }
+
+    #[tokio::test]
+    async fn events_end_when_there_were_so_many() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::Events(Duration::from_millis(1), 3));
+        let response = get(backend.address(), "/").header(VERSION_HEADER, "v1").send().await.unwrap();
+        assert_eq!(response.header("content-type").as_deref(), Some("text/event-stream"));
+        assert_eq!(response.text(), "data: tick\n\n".repeat(3));
+        assert_eq!(backend.versions(), [("v1".to_owned(), 1)].into());
     }
 }

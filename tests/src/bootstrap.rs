@@ -30,7 +30,7 @@ pub struct Bootstrap {
     controller: Option<SocketAddr>,
     timeout: Duration,
     retries: u32,
-    http2: bool,
+    http2: Vec<String>,
     access_log: Option<PathBuf>,
 }
 
@@ -46,7 +46,7 @@ impl Bootstrap {
             controller: None,
             timeout: Duration::from_secs(15),
             retries: 0,
-            http2: false,
+            http2: Vec::new(),
             access_log: None,
         })
     }
@@ -86,9 +86,9 @@ impl Bootstrap {
         self
     }
 
-    /// Calls the versions by HTTP/2, for gRPC and its trailers.
-    pub fn http2(mut self) -> Self {
-        self.http2 = true;
+    /// Calls these versions by HTTP/2, for gRPC and its trailers.
+    pub fn http2(mut self, versions: &[&str]) -> Self {
+        self.http2.extend(versions.iter().map(|&name| name.to_owned()));
         self
     }
 
@@ -110,8 +110,8 @@ impl Bootstrap {
 
     /// The bootstrap itself.
     pub fn to_json(&self) -> anyhow::Result<Value> {
-        let mut clusters: Vec<Value> =
-            self.versions.iter().map(|(name, endpoints)| cluster(name, endpoints, self.http2)).collect();
+        let version = |(name, endpoints): &(String, Vec<_>)| cluster(name, endpoints, self.http2.contains(name));
+        let mut clusters: Vec<Value> = self.versions.iter().map(version).collect();
         clusters.extend(self.controller.map(|address| cluster(CONTROLLER_CLUSTER, &[address], false)));
         Ok(json!({
             "admin": { "address": socket_address(self.admin.address()) },
@@ -218,6 +218,25 @@ fn access_log(file: &Path) -> Value {
             "log_format": { "text_format_source": { "inline_string": format } },
         },
     })
+}
+
+/// The connection manager of a bootstrap.
+pub fn manager(bootstrap: &mut Value) -> &mut Value {
+    &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+}
+
+/// The route of a version; the first one, since the first version is the default route as well.
+pub fn route<'b>(bootstrap: &'b mut Value, version: &str) -> &'b mut Value {
+    let routes = &mut manager(bootstrap)["route_config"]["virtual_hosts"][0]["routes"];
+    let mut routes = routes.as_array_mut().into_iter().flatten();
+    routes.find(|route| route["route"]["cluster"] == version).expect("a version of the bootstrap")
+}
+
+/// The cluster of a version.
+pub fn cluster_of<'b>(bootstrap: &'b mut Value, version: &str) -> &'b mut Value {
+    let clusters = &mut bootstrap["static_resources"]["clusters"];
+    let mut clusters = clusters.as_array_mut().into_iter().flatten();
+    clusters.find(|cluster| cluster["name"] == version).expect("a version of the bootstrap")
 }
 
 /// A module as an HTTP filter, in VMs of its own unless another one has the same `vm`.

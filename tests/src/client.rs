@@ -135,6 +135,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Reads until these bytes are there, and leaves everything unread; for answers that have no end.
+    pub async fn read_until(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        while !self.unread.windows(bytes.len()).any(|window| window == bytes) {
+            ensure!(self.fill().await? > 0, "closed before {:?}", String::from_utf8_lossy(bytes));
+        }
+        Ok(())
+    }
+
     /// Ends the connection with a reset instead of the usual close.
     pub fn reset(self) -> anyhow::Result<()> {
         self.stream.set_zero_linger().context("cannot reset the connection")

@@ -13,6 +13,8 @@ pub mod client;
 pub mod controller;
 pub mod effect;
 pub mod envoy;
+#[cfg(feature = "streams")]
+pub mod grpc;
 pub mod load;
 pub mod metrics;
 pub mod openmetrics;
@@ -24,3 +26,6 @@ pub mod setup;
 pub mod wait;
 #[cfg(feature = "wasm-host")]
 pub mod wasm_host;
+pub mod watched;
+#[cfg(feature = "streams")]
+pub mod websocket;

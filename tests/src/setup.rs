@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     backend::{Backend, SERVED_BY},
@@ -16,6 +16,26 @@ use crate::{
 
 /// How long anything that these tests wait for may take; on a busy machine a second is soon over.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The header by which clients pick a version of [`picked_service`].
+pub const WANT: &str = "x-want";
+
+/// A service whose clients pick the version, so that each ending can be provoked for sure. It is not guarded: versions
+/// that are made to fail go on being called.
+pub fn picked_service(name: &str, host: &str, versions: &[&str]) -> Value {
+    let version = |name: &&str| json!({ "name": name, "weight": 1 });
+    let rule = |name: &&str| {
+        let matches = json!([{ "headers": [{ "name": WANT, "value": name }] }]);
+        json!({ "matches": matches, "versions": [{ "name": name }] })
+    };
+    json!({
+        "name": name,
+        "hostnames": [host],
+        "versions": versions.iter().map(version).collect::<Vec<_>>(),
+        "rules": versions.iter().map(rule).collect::<Vec<_>>(),
+        "guard": { "enabled": false },
+    })
+}
 
 /// What stands in Envoy's log when a VM has trapped or the module has panicked.
 const SIGNS_OF_A_TRAP: [&str; 4] = ["panicked", "Uncaught", "unreachable", "Function: "];

@@ -1,11 +1,10 @@
 //! The plugin configuration in a real Envoy: what is bad is refused with the field named, at the start and while it
 //! runs; what is good takes effect under load with no request lost.
 
-use std::{fs, path::Path, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tideshift_tests::{
     bootstrap::{Bootstrap, CONTROLLER_CLUSTER},
     envoy::Envoy,
@@ -13,6 +12,7 @@ use tideshift_tests::{
     policy_server::PolicyServer,
     setup::{DEADLINE, Setup},
     wait::eventually,
+    watched::Watched,
 };
 
 const HOST: &str = "shop.example.com";
@@ -74,60 +74,6 @@ async fn what_is_not_even_a_policy_does_not_start() -> anyhow::Result<()> {
 async fn validate_takes_a_good_policy() -> anyhow::Result<()> {
     let bootstrap = Bootstrap::new(policy(1, 90, 10))?.version("v1", &[]).version("v2", &[]);
     Envoy::validate(&bootstrap.to_json()?.to_string())
-}
-
-/// The filter's configuration in a file of its own, which Envoy watches; it takes what is *renamed* to it.
-struct Watched {
-    directory: TempDir,
-    /// What the bootstrap had in this place.
-    filter: Value,
-}
-
-impl Watched {
-    fn new() -> anyhow::Result<Self> {
-        Ok(Self { directory: tempfile::tempdir()?, filter: Value::Null })
-    }
-
-    fn file(&self) -> std::path::PathBuf {
-        self.directory.path().join("filter.json")
-    }
-
-    /// Moves the filter's configuration out of the bootstrap into the file.
-    fn take_from(&mut self, bootstrap: &mut Value) {
-        // Without, Envoy takes no configuration from anywhere else.
-        bootstrap["node"] = json!({ "id": "tests", "cluster": "tests" });
-        let listener = &mut bootstrap["static_resources"]["listeners"][0];
-        let filter = &mut listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][0];
-        let discovery = json!({
-            "name": "tideshift",
-            "config_discovery": {
-                "config_source": { "path_config_source": { "path": self.file() }, "resource_api_version": "V3" },
-                "type_urls": [filter["typed_config"]["@type"]],
-            },
-        });
-        self.filter = std::mem::replace(filter, discovery);
-        // Envoy wants the file to be there at its start.
-        let write = self.write(&self.filter["typed_config"]["config"]["configuration"]["value"]);
-        write.expect("a temporary folder can be written to");
-    }
-
-    fn set(&self, policy: &Value) -> anyhow::Result<()> {
-        self.write(&Value::String(policy.to_string()))
-    }
-
-    fn write(&self, configuration: &Value) -> anyhow::Result<()> {
-        let mut config = self.filter["typed_config"].clone();
-        config["config"]["configuration"]["value"] = configuration.clone();
-        let resource = json!({
-            "@type": "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
-            "name": "tideshift",
-            "typed_config": config,
-        });
-        let next: &Path = &self.directory.path().join("next.json");
-        fs::write(next, json!({ "resources": [resource] }).to_string())?;
-        fs::rename(next, self.file())?;
-        Ok(())
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
