@@ -43,6 +43,8 @@ pub struct Ending {
     pub grpc_status: Option<u32>,
     /// Envoy's response flags as the bits of its `response.flags` attribute.
     pub flags: u64,
+    /// Whether the server of a WebSocket has closed it.
+    pub is_closed: bool,
 }
 
 /// Response flags of Envoy 1.40 that say that the version did not do its part, whatever the status: no healthy
@@ -90,6 +92,10 @@ impl ErrorCodes {
     pub fn outcome(&self, ending: &Ending) -> Outcome {
         const GRPC_CANCELLED: u32 = 1;
         let is_error = |status: u16| self.status.iter().any(|range| range.contains(&status));
+        // A WebSocket's connections always break off in the end; what tells is whether somebody wanted that.
+        if ending.status == Some(101) && (ending.is_closed || ending.is_client_gone()) {
+            return Outcome::Ok;
+        }
         if ending.flags & VERSION_FAILED != 0
             || ending.status.is_some_and(is_error)
             || ending.grpc_status.is_some_and(|status| self.grpc.contains(&status))
@@ -120,6 +126,12 @@ impl ErrorCodes {
 }
 
 impl Ending {
+    /// Whether this is no end at all: nobody has answered and nothing went wrong. So it looks when Envoy follows a
+    /// redirection by itself; the request then comes again.
+    pub fn goes_on(&self) -> bool {
+        self.status.is_none() && self.flags == 0
+    }
+
     /// Whether the client ended it: it closed the connection, reset the stream, or broke the protocol.
     fn is_client_gone(&self) -> bool {
         const DOWNSTREAM: u64 = 0x4000 | 0x4_0000 | 0x1000_0000;
@@ -152,7 +164,7 @@ mod tests {
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn outcome(status: Option<u16>, grpc_status: Option<u32>, flags: u64) -> Outcome {
-        ErrorCodes::default().outcome(&Ending { status, grpc_status, flags })
+        ErrorCodes::default().outcome(&Ending { status, grpc_status, flags, is_closed: false })
     }
 
     #[test]
@@ -184,6 +196,17 @@ mod tests {
         assert_eq!(outcome(Some(500), None, 16_384), Outcome::Error);
     }
 
+    /// As measured on Envoy 1.40: upstream connection termination, and the client's.
+    #[test]
+    fn a_websocket_that_somebody_closed_is_fine() {
+        let outcome = |flags, is_closed| {
+            ErrorCodes::default().outcome(&Ending { status: Some(101), flags, is_closed, ..Ending::default() })
+        };
+        assert_eq!(outcome(0x40, true), Outcome::Ok);
+        assert_eq!(outcome(0x40, false), Outcome::Error);
+        assert_eq!(outcome(16_384, false), Outcome::Ok);
+    }
+
     #[test]
     fn grpc_statuses_count_by_whose_fault_they_are() {
         assert_eq!(outcome(Some(200), Some(0), 0), Outcome::Ok);
@@ -199,7 +222,8 @@ mod tests {
             Decoder::read(&value, ErrorCodes::read).map_err(|e| e.to_string())
         };
         let codes = read(r#"{"statusCodes": [429, "502-504"], "grpcStatusCodes": []}"#).unwrap_or_default();
-        let outcome = |status, grpc_status| codes.outcome(&Ending { status: Some(status), grpc_status, flags: 0 });
+        let outcome =
+            |status, grpc_status| codes.outcome(&Ending { status: Some(status), grpc_status, ..Ending::default() });
         assert_eq!(outcome(429, None), Outcome::Error);
         assert_eq!(outcome(500, None), Outcome::Ok);
         assert_eq!(outcome(503, None), Outcome::Error);

@@ -4,7 +4,7 @@ use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
 use crate::hostname;
 use crate::matching::{self, Match};
-use crate::name::{self, EXPLAIN_HEADER, MIRROR_HEADER, VERSION_HEADER};
+use crate::name::{self, EXPLAIN_HEADER, MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 use crate::outcome::ErrorCodes;
 use crate::request::Request;
 use crate::session::{Secret, Session};
@@ -178,6 +178,14 @@ impl Policy {
             let controller = f.optional(d, "controller", ControllerRef::read);
             let explain = f.optional(d, "explain", Explain::read);
             let strip_client_headers = f.optional(d, "stripClientHeaders", Decoder::boolean).unwrap_or(true);
+            if let Some(explain) =
+                explain.as_ref().filter(|e| !strip_client_headers && e.header.starts_with(OWN_HEADERS))
+            {
+                let allowed =
+                    format!("a header without {OWN_HEADERS}, which Envoy removes if stripClientHeaders is false");
+                let header = Value::String(explain.header.clone());
+                d.within("explain", |d| d.within("header", |d| d.invalid(&header, allowed)));
+            }
             let revision = f.required(d, "revision", REVISION, revision);
             let services = f.required(d, "services", "a list of services", services);
             f.finish(d);
@@ -513,6 +521,18 @@ mod tests {
         assert_eq!(found.len(), 3, "{found:#?}");
         assert!(found[0].starts_with("services[1].hostnames: \"*\" is not allowed"));
         assert!(found.iter().any(|error| error.starts_with("services[2].name: \"a\"")));
+    }
+
+    #[test]
+    fn who_asks_why_needs_a_header_that_arrives() {
+        let policy = |header: Value, strips: bool| {
+            let explain = json!({"header": header, "token": "t"});
+            errors(&json!({"explain": explain, "stripClientHeaders": strips, "revision": 1, "services": []}))
+        };
+        assert_eq!(policy(Value::Null, true), [""; 0]);
+        assert_eq!(policy(json!("X-Why"), false), [""; 0]);
+        assert!(policy(Value::Null, false)[0].starts_with("explain.header: \"x-tideshift-explain\" is not allowed"));
+        assert!(policy(json!("x-tideshift-version"), true)[0].starts_with("explain.header: "));
     }
 
     #[test]

@@ -130,8 +130,8 @@ extern "C" fn proxy_on_response_headers(id: u32, _: u32, is_all: u32) -> u32 {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn proxy_on_response_body(id: u32, _: u32, is_last: u32) -> u32 {
-    with_exchange(id, |exchange| exchange.answer_body(is_last != 0));
+extern "C" fn proxy_on_response_body(id: u32, size: usize, is_last: u32) -> u32 {
+    with_exchange(id, |exchange| exchange.answer_body(size, is_last != 0));
     CONTINUE
 }
 

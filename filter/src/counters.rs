@@ -119,6 +119,11 @@ impl VersionCounters {
         self.in_flight.add(1);
     }
 
+    /// Takes back that it has started: Envoy goes on with the request by itself, and it will come again.
+    pub fn redirected(&self) {
+        self.in_flight.add(-1);
+    }
+
     /// Counts how it ended, `nanoseconds` after its start.
     pub fn ended(&self, outcome: Outcome, nanoseconds: u64) {
         self.in_flight.add(-1);

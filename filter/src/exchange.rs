@@ -1,6 +1,5 @@
 //! One request and its answer: gets its version, and is counted for it when it ends, whichever way.
 
-use crate::counters::VersionCounters;
 use crate::headers::Headers;
 use crate::host::{self, Map};
 use crate::root::{InForce, Worker};
@@ -9,7 +8,10 @@ use tideshift_core::outcome::Ending;
 use tideshift_core::plan::Decision;
 use tideshift_core::request::Request;
 use tideshift_core::session::same_bytes;
+use tideshift_core::websocket::Frames;
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
+
+const SWITCHING_PROTOCOLS: u16 = 101;
 
 /// A request that is being answered.
 pub struct Exchange {
@@ -21,6 +23,9 @@ pub struct Exchange {
     ending: Ending,
     /// Whether the whole answer has passed.
     is_whole: bool,
+    is_grpc: bool,
+    /// Of a WebSocket.
+    frames: Option<Box<Frames>>,
 }
 
 /// What was chosen for it. It is counted by the policy that chose, even if another is in force by the time it ends.
@@ -40,7 +45,15 @@ struct ForAnswer {
 impl Exchange {
     /// A request that has just arrived at this worker.
     pub fn new(worker: Rc<Worker>) -> Self {
-        Self { worker, chosen: None, for_answer: None, ending: Ending::default(), is_whole: false }
+        Self {
+            worker,
+            chosen: None,
+            for_answer: None,
+            ending: Ending::default(),
+            is_whole: false,
+            is_grpc: false,
+            frames: None,
+        }
     }
 
     /// The request's headers are there: gives it its version.
@@ -60,6 +73,8 @@ impl Exchange {
             self.for_answer = Some(Box::new(ForAnswer { cookie, explanation }));
         }
         if let Some(decision) = decision {
+            // The answer's own type can be read no more when its trailers come, and costs more: most requests have none.
+            self.is_grpc = headers.is_grpc();
             self.apply(&in_force, &decision);
         }
     }
@@ -89,9 +104,8 @@ impl Exchange {
             let status = host::header(Map::Response, ":status").and_then(|status| number(&status));
             self.ending.status = status.and_then(|status| u16::try_from(status).ok());
             self.is_whole = is_all;
-            if is_all {
-                self.heed_grpc_status(Map::Response);
-            }
+            self.heed_grpc_status(Map::Response);
+            self.frames = (self.ending.status == Some(SWITCHING_PROTOCOLS)).then(Box::default);
         }
         let Some(answer) = self.for_answer.take() else { return };
         if let Some(cookie) = answer.cookie {
@@ -102,9 +116,12 @@ impl Exchange {
         }
     }
 
-    /// A part of the answer's body is there, and nothing after it if `is_last`.
-    pub fn answer_body(&mut self, is_last: bool) {
+    /// So many bytes of the answer's body are there, and nothing after them if `is_last`.
+    pub fn answer_body(&mut self, size: usize, is_last: bool) {
         self.is_whole |= is_last;
+        if let Some(frames) = &mut self.frames {
+            frames.pass(&host::answer_body(size));
+        }
     }
 
     /// The answer's trailers are there.
@@ -117,10 +134,8 @@ impl Exchange {
 
     /// gRPC has its own status, in the trailers or, where there is nothing else, in the headers.
     fn heed_grpc_status(&mut self, map: Map) {
-        let Some(status) = host::header(map, "grpc-status").and_then(|status| number(&status)) else { return };
-        let kind = host::header(Map::Response, "content-type");
-        if kind.is_some_and(|kind| kind.starts_with(b"application/grpc")) {
-            self.ending.grpc_status = Some(status);
+        if self.is_grpc {
+            self.ending.grpc_status = host::header(map, "grpc-status").and_then(|status| number(&status));
         }
     }
 
@@ -128,15 +143,18 @@ impl Exchange {
     pub fn ended(mut self) {
         let Some(Chosen { in_force, service, version, started }) = self.chosen.take() else { return };
         // The flags are dear, and say nothing more of an answer that is whole and no failure.
-        if !self.is_whole || self.ending.status.is_none_or(|status| status >= 500) {
+        let failed = self.ending.status.is_none_or(|status| status >= 500) || self.ending.grpc_status.unwrap_or(0) > 0;
+        if !self.is_whole || failed {
             self.ending.flags = host::property_integer("response\0flags").unwrap_or_default();
         }
+        self.ending.is_closed = self.frames.is_some_and(|frames| frames.is_closed());
         let Some(plan) = in_force.plan.services.get(service) else { return };
-        let outcome = plan.errors.outcome(&self.ending);
-        let counters: Option<&VersionCounters> =
-            in_force.counters.get(service).and_then(|counters| counters.versions.get(version));
-        if let Some(counters) = counters {
-            counters.ended(outcome, host::now().saturating_sub(started));
+        let Some(counters) = in_force.counters.get(service).and_then(|service| service.versions.get(version)) else {
+            return;
+        };
+        match self.ending.goes_on() {
+            true => counters.redirected(),
+            false => counters.ended(plan.errors.outcome(&self.ending), host::now().saturating_sub(started)),
         }
     }
 }

@@ -38,6 +38,18 @@ fn read(name: &str) -> Option<Received> {
     Some(host::property(&["request\0headers\0", name].concat()).unwrap_or(first))
 }
 
+impl Headers<'_> {
+    /// Whether this is a gRPC request.
+    pub fn is_grpc(&self) -> bool {
+        const KIND: &str = "content-type";
+        let is_grpc = |kind: &[u8]| kind.starts_with(b"application/grpc");
+        match self {
+            Self::All(_) => self.header(KIND).is_some_and(|kind| is_grpc(&kind)),
+            Self::Few(..) => host::header(Map::Request, KIND).is_some_and(|kind| is_grpc(&kind)),
+        }
+    }
+}
+
 impl AllHeaders {
     /// Names (in lower case, as Envoy has them) and values. Ends early where the bytes make no sense.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {

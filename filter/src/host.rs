@@ -210,6 +210,7 @@ pub fn log_to_envoy() {
 // Configuration and attributes.
 
 const PLUGIN_CONFIGURATION: u32 = 7;
+const RESPONSE_BODY: u32 = 1;
 const CALL_RESPONSE_BODY: u32 = 4;
 
 #[allow(unsafe_code)]
@@ -433,6 +434,11 @@ fn written(headers: &[(&str, &str)]) -> Vec<u8> {
         bytes.push(0);
     }
     bytes
+}
+
+/// The part of the answer's body that is being called for.
+pub fn answer_body(size: usize) -> Received {
+    buffer(RESPONSE_BODY, size).unwrap_or_default()
 }
 
 /// The body of a call's answer.

@@ -128,7 +128,7 @@ spec:
 #[test]
 fn what_is_not_built_yet_is_refused_in_so_many_words() -> anyhow::Result<()> {
     let fields = [
-        ("spec.session", "session: {type: Header, name: x-user-id}"),
+        ("spec.drain", "drain: {timeoutSeconds: 60}"),
         ("spec.drain", "drain: {timeoutSeconds: 300}"),
         ("spec.strategy.maxSurge", "strategy: {maxSurge: 25%}"),
         ("spec.strategy.maxUnavailable", "strategy: {maxUnavailable: 25%}"),

@@ -170,7 +170,9 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
             let setup = Arc::clone(&setup);
             clients.spawn(async move {
                 for _ in 0..times {
-                    let response = setup.get(HOST, "/").header("x-want", version).send().await;
+                    let kind = if version.starts_with("grpc") { "application/grpc" } else { "text/plain" };
+                    let request = setup.get(HOST, "/").header("x-want", version).header("content-type", kind);
+                    let response = request.send().await;
                     let seen = response.as_ref().ok().map(|response| response.status);
                     ensure!(seen == status, "{version}: the client saw {response:?}");
                 }

@@ -323,27 +323,6 @@ async fn what_never_reaches_the_filter_is_not_counted() -> anyhow::Result<()> {
     setup.no_trap().await
 }
 
-/// Envoy may replace a failure's status by another one; the version has failed nevertheless.
-#[tokio::test]
-async fn a_failure_behind_a_friendly_page_is_still_one() -> anyhow::Result<()> {
-    let nobody = Port::reserve()?;
-    let patch = |bootstrap: &mut Value| {
-        let is_503 = json!({ "comparison": { "op": "EQ", "value": { "default_value": 503, "runtime_key": "tests" } } });
-        manager(bootstrap)["local_reply_config"] = json!({ "mappers": [{
-            "filter": { "status_code_filter": is_503 },
-            "status_code": 200,
-            "body": { "inline_string": "We are tidying up and back in a minute." },
-        }] });
-    };
-    let build = |bootstrap: Bootstrap| bootstrap.version("refuses", &[nobody.address()]);
-    let setup = Setup::start_with(policy(&["refuses"]), &[], WORKERS, build, patch).await?;
-    let response = call(&setup, "refuses").await?;
-    assert_eq!((response.status, response.text().contains("tidying")), (200, true));
-    let metrics = setup.settled("shop", 1).await?;
-    assert_eq!(outcomes(&metrics, "refuses"), [0, 1, 0, 0]);
-    setup.no_trap().await
-}
-
 /// The request goes through the filter anew for a redirection that Envoy follows by itself: still one for the client.
 #[tokio::test]
 async fn a_redirection_that_envoy_follows_has_the_outcome_of_its_last_answer() -> anyhow::Result<()> {

@@ -32,11 +32,6 @@ fn count(host: &WasmHost, version: &str, outcome: &str) -> u64 {
     host.metric(&name).unwrap_or_default()
 }
 
-/// An answer of a gRPC server.
-fn grpc() -> Ending {
-    Ending::status(200).header("content-type", "application/grpc")
-}
-
 fn in_flight(host: &WasmHost, version: &str) -> u64 {
     let name = format!("service=.=checkout;.;version=.={version};.;tideshift_requests_in_flight");
     host.metric(&name).unwrap_or_default()
@@ -45,19 +40,21 @@ fn in_flight(host: &WasmHost, version: &str) -> u64 {
 #[test]
 fn each_ending_is_counted_once_for_the_version_that_was_chosen() -> anyhow::Result<()> {
     let mut host = host(policy())?;
-    let beta = headers("checkout.example.com", &[("x-beta", b"1")]);
-    for (ending, outcome) in [
-        (Ending::status(200), "ok"),
-        (Ending::status(404), "client_error"),
-        (Ending::status(503).flags(32), "error"),
-        (Ending::status(200).flags(0x80_0000), "error"),
-        (grpc().trailer("grpc-status", "14"), "error"),
-        (grpc().header("grpc-status", "14"), "error"),
-        (Ending::status(200).header("grpc-status", "14"), "ok"),
-        (Ending::client_gone(), "cancelled"),
+    let asking = |kind| headers("checkout.example.com", &[("x-beta", b"1"), ("content-type", kind)]);
+    let (json, grpc) = (asking(&b"application/json"[..]), asking(b"application/grpc+proto"));
+    for (request, ending, outcome) in [
+        (&json, Ending::status(200), "ok"),
+        (&json, Ending::status(404), "client_error"),
+        (&json, Ending::status(503).flags(32), "error"),
+        (&json, Ending::status(200).flags(0x80_0000), "error"),
+        (&json, Ending::status(200).trailer("grpc-status", "14"), "ok"),
+        (&json, Ending::status(200).header("grpc-status", "14"), "ok"),
+        (&grpc, Ending::status(200).trailer("grpc-status", "14"), "error"),
+        (&grpc, Ending::status(200).header("grpc-status", "14"), "error"),
+        (&json, Ending::client_gone(), "cancelled"),
     ] {
         let before = count(&host, "v2", outcome);
-        let exchange = host.request(1, &beta)?;
+        let exchange = host.request(1, request)?;
         ensure!(exchange.version().as_deref() == Some("v2"));
         ensure!(in_flight(&host, "v2") == 1);
         host.end(exchange, &ending)?;
@@ -66,7 +63,7 @@ fn each_ending_is_counted_once_for_the_version_that_was_chosen() -> anyhow::Resu
     }
     let counted: u64 =
         ["ok", "error", "client_error", "cancelled"].map(|outcome| count(&host, "v2", outcome)).iter().sum();
-    ensure!(counted == 7, "{counted}");
+    ensure!(counted == 9, "{counted}");
     ensure!(count(&host, "v1", "ok") == 0);
     Ok(())
 }
