@@ -484,15 +484,17 @@ mod tests {
     #[test]
     fn requests_that_clients_ended_are_no_requests() {
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
-        for _ in 0..100 {
-            proxy.counts("v1").cancelled += 90;
-            proxy.counts("v1").ok += 1;
-            proxy.counts("v2").cancelled += 10;
-            proxy.look();
+        let mut vetoed = None;
+        for look in 1..20 {
+            // Were they, v2 would fail one of 100, and each look would close a batch.
+            proxy.counts("v1").cancelled += 100;
+            proxy.counts("v2").cancelled += 99;
+            if proxy.serve(1, &[("v1", 5, 0), ("v2", 0, 1)]).is_some() {
+                vetoed = Some((look, proxy.guard.vetoes()[0].requests));
+                break;
+            }
         }
-        // Were they, v2 would fail one of ten here.
-        assert_eq!(proxy.serve(8, &[("v1", 9, 0), ("v2", 0, 1)]), None);
-        assert_eq!(proxy.guard.versions["v2"].since.requests, 8);
+        assert_eq!(vetoed, Some((12, 12)));
     }
 
     #[test]
@@ -574,11 +576,11 @@ mod tests {
     fn counts_from_before_are_no_news() {
         let mut proxy = Proxy::new(&[("v1", 90)]);
         proxy.serve(10, &[("v1", 10, 0)]);
-        proxy.versions.push(("v2", 10, true, Counts { error: 1_000, ..Counts::default() }));
+        proxy.versions.push(("v2", 10, true, Counts { ok: 1_000, error: 1_000, ..Counts::default() }));
         assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
         assert_eq!(proxy.guard.versions["v2"].since, Batch::default());
         // Nor are those of a counter that starts again.
-        *proxy.counts("v2") = Counts { error: 900, ..Counts::default() };
+        *proxy.counts("v2") = Counts { error: 1_100, ..Counts::default() };
         assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
         assert_eq!(proxy.guard.versions["v2"].since, Batch::default());
         assert!(proxy.serve(9, &[("v1", 9, 0), ("v2", 0, 1)]).is_some());

@@ -220,6 +220,7 @@ fn what_fails_everything_at_a_tenth_of_100_requests_a_second_is_out_within_about
     assert!(errors.0 <= 10.0, "{errors:?} errors");
 }
 
+#[cfg_attr(target_arch = "wasm32", ignore = "slow there")]
 #[test]
 fn what_was_fine_for_an_hour_is_caught_as_fast_as_what_is_new() {
     for (weights, failing) in [(&[90, 10], 1.0), (&[50, 50], 0.5), (&[99, 1], 1.0)] {
@@ -230,6 +231,7 @@ fn what_was_fine_for_an_hour_is_caught_as_fast_as_what_is_new() {
 }
 
 /// At a rate at which vetoes can be counted: so many batches times that rate, for each version, is the most.
+#[cfg_attr(target_arch = "wasm32", ignore = "slow there")]
 #[test]
 fn versions_that_are_alike_are_vetoed_no_more_often_than_promised() {
     const RATE: f64 = 0.01;
@@ -259,6 +261,7 @@ fn an_outage_of_all_vetoes_nobody() {
 }
 
 /// Once a minute 20 errors within 100 ms, all of one version.
+#[cfg_attr(target_arch = "wasm32", ignore = "slow there")]
 #[test]
 fn clumps_of_errors_veto_nobody() {
     for (rate, weights) in [(20.0, [90, 10]), (100.0, [50, 50]), (100.0, [90, 10])] {
