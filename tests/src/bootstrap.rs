@@ -239,6 +239,18 @@ pub fn cluster_of<'b>(bootstrap: &'b mut Value, version: &str) -> &'b mut Value 
     clusters.find(|cluster| cluster["name"] == version).expect("a version of the bootstrap")
 }
 
+/// Lets Envoy remove what clients send in our name before it comes to the filter, which a policy's
+/// `stripClientHeaders: false` relies on.
+pub fn strip_early(bootstrap: &mut Value) {
+    manager(bootstrap)["early_header_mutation_extensions"] = json!([{
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": type_url("extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"),
+            "mutations": [{ "remove_on_match": { "key_matcher": { "prefix": "x-tideshift-" } } }],
+        },
+    }]);
+}
+
 /// A module as an HTTP filter, in VMs of its own unless another one has the same `vm`.
 pub fn filter(vm: &str, module: &Path, configuration: &Value) -> Value {
     json!({

@@ -1,14 +1,14 @@
 //! The guard in a real Envoy of several workers: a version that fails is out of service everywhere within about a
 //! second, with or without a controller, and nobody is who does no worse than the others.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_core::guard::Veto;
 use tideshift_tests::{
     backend::Errors,
-    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, type_url},
+    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, type_url},
     load::{Load, NOBODY, Plan, Tally},
     policy_server::{PolicyServer, held_after},
     setup::{DEADLINE, EachWorker, Setup},
@@ -63,8 +63,9 @@ async fn next(load: &Load, answers: u64) -> anyhow::Result<Tally> {
     .await
 }
 
-/// What the guard takes while v2 fails a tenth of 100 requests a second; a busy machine may take longer for them.
-const MOST_FAILED: u64 = 20;
+/// About 10 requests fail before the guard has seen enough of a version that has a tenth of 100 requests a second; more
+/// where a busy machine sends them in bursts, of which the guard counts each as little more than one.
+const MOST_FAILED: u64 = 30;
 
 /// v2, which has a tenth of the requests, begins to fail them all and is taken out; when that was.
 async fn fails_and_is_taken_out(setup: &Setup, load: &Load, what: &str) -> anyhow::Result<Instant> {
@@ -167,16 +168,15 @@ async fn a_veto_is_reported_outlives_new_policies_and_ends_rules_too() -> anyhow
 
     let load = hundred_a_second(&setup);
     fails(&setup, "v2", ALL);
-    let out = logged(&setup, "guard: v2 of shop is out of service for 60 s").await?;
     let veto =
         eventually("the veto in a report", DEADLINE, async || told(&server)?.into_iter().next().context("no veto"));
     let veto = veto.await?;
-    println!("{veto:?} reported within {:?}", out.elapsed());
-    assert!(out.elapsed() < Duration::from_millis(900), "reports come each second, this one at once");
+    let begun = Duration::from_nanos(veto.until) - Duration::from_secs(60);
+    let reported_within = SystemTime::now().duration_since(UNIX_EPOCH)?.saturating_sub(begun);
+    println!("{veto:?} reported within {reported_within:?}");
+    assert!(reported_within < Duration::from_millis(300), "not at once, but after {reported_within:?}");
     assert_eq!((veto.version.as_str(), veto.strikes, veto.others_errors), ("v2", 1, 0), "{veto:?}");
     assert!(veto.errors >= 3 && veto.requests >= veto.errors && veto.others_requests >= 20, "{veto:?}");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
-    assert!((40..=60).contains(&(veto.until.saturating_sub(now) / 1_000_000_000)), "{veto:?} at {now}");
     // The rule has nobody left to offer.
     assert_eq!(testers.versions().await?, ["v1"; WORKERS]);
 
@@ -286,8 +286,8 @@ fn fail_two_percent(bootstrap: &mut Value) {
             "abort": { "http_status": 500, "percentage": { "numerator": 2, "denominator": "HUNDRED" } },
         },
     });
-    let manager = &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"];
-    manager["http_filters"].as_array_mut().into_iter().for_each(|filters| filters.insert(1, fault.clone()));
+    let filters = &mut manager(bootstrap)["http_filters"];
+    filters.as_array_mut().into_iter().for_each(|filters| filters.insert(1, fault.clone()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

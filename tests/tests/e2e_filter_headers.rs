@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
     backend::{Mode, SERVED_BY},
-    bootstrap::VERSION_HEADER,
+    bootstrap::{VERSION_HEADER, manager},
     client::{Connection, Request, Response},
     setup::Setup,
 };
@@ -121,9 +121,8 @@ enum Expected {
 async fn hostile_requests_are_answered_counted_and_survived() -> anyhow::Result<()> {
     use Expected::{By, NoRoute, Refused, Unmarked};
     let accept_http_10 = |bootstrap: &mut Value| {
-        let listener = &mut bootstrap["static_resources"]["listeners"][0];
-        let manager = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
-        manager["http_protocol_options"] = json!({ "accept_http_10": true, "default_host_for_http_10": SHOP });
+        manager(bootstrap)["http_protocol_options"] =
+            json!({ "accept_http_10": true, "default_host_for_http_10": SHOP });
     };
     let setup =
         Setup::start_with(policy(), &["v1", "v2", "v3"], WORKERS, |bootstrap| bootstrap, accept_http_10).await?;

@@ -7,7 +7,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 use tideshift_tests::{
     backend::{Behaviour, Errors, Mode},
-    bootstrap::{Bootstrap, CONTROLLER_CLUSTER},
+    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, strip_early},
     client::{Connection, Request},
     policy_server::PolicyServer,
     setup::{DEADLINE, EachWorker, Setup, served_by},
@@ -39,8 +39,8 @@ fn policy(services: &[Value]) -> Value {
 
 /// On every route, the default one too.
 fn mirror_on_every_route(bootstrap: &mut Value) {
-    let manager = &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"];
-    for route in manager["route_config"]["virtual_hosts"][0]["routes"].as_array_mut().into_iter().flatten() {
+    let virtual_host = &mut manager(bootstrap)["route_config"]["virtual_hosts"][0];
+    for route in virtual_host["routes"].as_array_mut().into_iter().flatten() {
         route["route"]["request_mirror_policies"] = json!([{ "cluster_header": MIRROR_HEADER }]);
     }
 }
@@ -206,22 +206,32 @@ async fn clients_cannot_mirror() -> anyhow::Result<()> {
         service("posts", json!({ "mirror": { "version": "v2", "methods": ["POST"] } })),
         service("gone", json!({ "versions": [{ "name": "v2", "serving": false }] })),
     ];
-    let setup = start(&services).await?;
+    forge(&start(&services).await?).await?;
+    let mut policy = policy(&services);
+    policy["stripClientHeaders"] = json!(false);
+    let patch = |bootstrap: &mut Value| {
+        mirror_on_every_route(bootstrap);
+        strip_early(bootstrap);
+    };
+    forge(&Setup::start_with(policy, &VERSIONS, WORKERS, |bootstrap| bootstrap, patch).await?).await
+}
+
+async fn forge(setup: &Setup) -> anyhow::Result<()> {
     let mut sent = 0;
     for host in [HOST, "posts.example.com", "gone.example.com", "elsewhere.example.com"] {
         for forged in
             [&["x-tideshift-mirror"][..], &["X-Tideshift-Mirror"], &["x-tideshift-mirror", "X-TIDESHIFT-MIRROR"]]
         {
             let request = forged.iter().fold(setup.get(host, "/"), |request, name| request.header(name, "v3"));
-            send(&setup, &request, WORKERS).await?;
+            send(setup, &request, WORKERS).await?;
             sent += WORKERS as u64;
         }
     }
     // A copy that is due goes where the policy says.
     let request = setup.request("POST", "posts.example.com", "/").header(MIRROR_HEADER, "v3").body("");
-    send(&setup, &request, WORKERS).await?;
+    send(setup, &request, WORKERS).await?;
     sent += WORKERS as u64;
-    arrived(&setup, "what was forged", [sent, WORKERS as u64, 0]).await?;
+    arrived(setup, "what was forged", [sent, WORKERS as u64, 0]).await?;
     assert_eq!(setup.envoy.stat("cluster.v3.upstream_rq_total").await?, 0);
     setup.no_trap().await
 }

@@ -231,10 +231,10 @@ async fn cookies_that_do_not_hold_are_replaced_and_choose_nothing() -> anyhow::R
     let mut workers = each_worker(&setup).await?;
     // The cookies of another service's users of a version.
     let mut cookies_of = async |service: &str, version: &str| {
-        let users = newcomers(&setup, &mut workers, &format!("{service}.example.com"), 60).await?;
-        let cookies: Vec<_> =
-            users.into_iter().filter(|user| user.version == version).map(|user| user.cookie).collect();
-        ensure!(cookies.len() >= 20, "{} users of {version}", cookies.len());
+        let users = newcomers(&setup, &mut workers, &format!("{service}.example.com"), 45).await?;
+        let of_version = users.into_iter().filter(|user| user.version == version).take(15);
+        let cookies: Vec<_> = of_version.map(|user| user.cookie).collect();
+        ensure!(cookies.len() == 15, "only {} users of {version}", cookies.len());
         Ok(cookies)
     };
     let holding = cookies_of("neighbour", "v2").await?;
@@ -267,7 +267,7 @@ async fn cookies_that_do_not_hold_are_replaced_and_choose_nothing() -> anyhow::R
         ("cut", cut),
         ("quoted", quoted),
         ("another name", of_another_name),
-        ("made up", made_up.cycle().take(45).collect()),
+        ("made up", made_up.cycle().take(20).collect()),
     ] {
         let cookies: Vec<String> = cookies;
         let mut on_v2 = 0;
@@ -278,8 +278,8 @@ async fn cookies_that_do_not_hold_are_replaced_and_choose_nothing() -> anyhow::R
                 on_v2 += usize::from(user.version == "v2");
             }
         }
-        // One in a thousand gets v2 whatever they send; each was asked on each worker.
-        assert!(on_v2 <= 3 * WORKERS, "{what}: {on_v2} of {} reached v2", WORKERS * cookies.len());
+        // One in a thousand gets v2, whatever they send.
+        assert!(on_v2 <= 9, "{what}: {on_v2} of {} reached v2", WORKERS * cookies.len());
     }
     let not_text = setup.get(HOST, "/").header("cookie", [COOKIE.as_bytes(), b"=\xff~1~\xfe~\x80"].concat());
     for response in workers.send(&not_text).await? {
@@ -396,17 +396,19 @@ async fn users_known_by_a_header_move_once_at_most_and_alike_on_every_proxy() ->
     let (mut at_one, mut at_other) = (each_worker(&one).await?, each_worker(&other).await?);
     let user = |setup: &Setup, number: usize| setup.get(HOST, "/").header("x-user-id", format!("user-{number}"));
     let mut before = vec!["v1".to_owned(); USERS];
-    for (revision, v2) in (101..).zip([1, 5, 25, 50, 100]) {
+    for (step, v2) in [1, 5, 25, 50, 100].into_iter().enumerate() {
         let weights = [("v1", 100 - v2), ("v2", v2)];
         let mut proxies = [(&one, &mut at_one), (&other, &mut at_other)];
-        apply(&server, revision, service("shop", &weights, &session), &mut proxies).await?;
+        apply(&server, 101 + step as u64, service("shop", &weights, &session), &mut proxies).await?;
         for (number, before) in before.iter_mut().enumerate() {
-            let mut responses = at_one.send(&user(&one, number)).await?;
-            responses.extend(at_other.send(&user(&other, number)).await?);
-            let now: BTreeSet<_> = responses.iter().map(served_by).collect::<anyhow::Result<_>>()?;
-            assert_eq!(now.len(), 1, "user {number} is on {now:?} at once");
-            assert!(responses.iter().all(|response| set_cookies(response).is_empty()));
-            let now = now.into_iter().next().context("no answer")?;
+            // On another worker with each step.
+            let worker = (number + step) % WORKERS;
+            let (here, there) = (user(&one, number), user(&other, number));
+            let (here, there) =
+                tokio::try_join!(at_one.connections[worker].send(&here), at_other.connections[worker].send(&there))?;
+            let now = served_by(&here)?;
+            assert_eq!(now, served_by(&there)?, "user {number} at {v2} %: the proxies disagree");
+            assert!(set_cookies(&here).is_empty(), "{here:?}");
             assert!(now == *before || now == "v2", "user {number} moved from {before} to {now} at {v2} %");
             *before = now;
         }
