@@ -10,6 +10,7 @@ export CARGO_TARGET_DIR := $(CURDIR)/target
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
 module := target/wasm32-wasip1/wasm/tideshift_filter.wasm
+FUZZ_SECONDS ?= 10
 heading = @printf '\n\033[1m== %s\033[0m\n'
 
 ## Use it
@@ -40,16 +41,18 @@ bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1,
 ## Check it
 
 .PHONY: test
-test: lint deny unit wasm-test e2e ## Everything below, as CI does
+test: lint deny unit wasm-test fuzz e2e ## Everything below, as CI does
 	$(heading) 'All tests passed'
 
 .PHONY: lint
 lint: rust ## Formatting and clippy
 	$(heading) 'Formatting'
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(heading) 'Clippy'
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p tideshift-filter -p tideshift-bench-noop -p tideshift-bench-raw --target wasm32-wasip1 -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml --no-default-features --lib --test corpus -- -D warnings
 
 .PHONY: unit
 unit: rust ## Unit and property tests
@@ -61,6 +64,11 @@ wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32
 	$(heading) 'The same tests of core on wasm32'
 	CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER=wasm-bindgen-test-runner \
 		cargo test -p tideshift-core --target wasm32-unknown-unknown
+
+.PHONY: fuzz
+fuzz: rust cargo-fuzz ## Documents, requests and reports made up by a fuzzer, for FUZZ_SECONDS=10
+	$(heading) 'Fuzzing'
+	tools/fuzz $(FUZZ_SECONDS)
 
 .PHONY: e2e
 e2e: build envoy ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
@@ -77,15 +85,16 @@ deny: cargo-deny ## Licences, bans and sources of the dependencies, and their kn
 ## Get what it needs
 
 .PHONY: tools
-tools: rust envoy node wasm-bindgen cargo-deny ## Everything below at once
+tools: rust envoy node wasm-bindgen cargo-deny cargo-fuzz ## Everything below at once
 
-.PHONY: rust envoy node wasm-bindgen cargo-deny
+.PHONY: rust envoy node wasm-bindgen cargo-deny cargo-fuzz
 rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
 envoy: ## Envoy, into .tools/bin
 node: ## Node, if there is none
 wasm-bindgen: ## wasm-bindgen's test runner
 cargo-deny: ## cargo-deny
-rust envoy node wasm-bindgen cargo-deny:
+cargo-fuzz: ## cargo-fuzz
+rust envoy node wasm-bindgen cargo-deny cargo-fuzz:
 	@tools/install $@
 
 .PHONY: clean

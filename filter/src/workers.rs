@@ -14,6 +14,7 @@ pub struct Workers {
 }
 
 /// What a VM says of itself.
+#[derive(Clone)]
 struct Heartbeat {
     queue: u32,
     at: u64,
@@ -42,18 +43,34 @@ impl Workers {
         let id = id as u32;
         let queue = host::queue(&shared.key(&format!("worker/{id}/queue")));
         let workers = Self { shared, id, queue };
-        workers.change_list(|list| list.push(id));
+        workers.enlist();
         workers
     }
 
     /// Says that this VM lives and which policy it runs.
     pub fn beat(&self, now: u64, applied: &Place) {
-        let mut value = Vec::with_capacity(24 + applied.epoch.len());
-        for number in [self.queue.map_or(0, u64::from), now, applied.revision] {
+        self.note(self.id, &Heartbeat { queue: self.queue.unwrap_or_default(), at: now, applied: applied.clone() });
+        // A VM that stood still for long, or whose clock jumped, was taken for gone.
+        if !self.list().contains(&self.id) {
+            self.enlist();
+        }
+    }
+
+    fn enlist(&self) {
+        self.change_list(|list| {
+            if !list.contains(&self.id) {
+                list.push(self.id);
+            }
+        });
+    }
+
+    fn note(&self, id: u32, beat: &Heartbeat) {
+        let mut value = Vec::with_capacity(24 + beat.applied.epoch.len());
+        for number in [u64::from(beat.queue), beat.at, beat.applied.revision] {
             value.extend_from_slice(&number.to_le_bytes());
         }
-        value.extend_from_slice(applied.epoch.as_bytes());
-        host::shared_set(&self.heartbeat_key(self.id), &value);
+        value.extend_from_slice(beat.applied.epoch.as_bytes());
+        host::shared_set(&self.heartbeat_key(id), &value);
     }
 
     /// Takes this VM off the list.
@@ -72,7 +89,8 @@ impl Workers {
 
     /// Whether a queue is the one that wakes this VM; empties it.
     pub fn is_woken_by(&self, queue: u32) -> bool {
-        while host::dequeue(queue) {}
+        // No more than were ever put there, should the queue seem to have no end.
+        let _ = (0..Self::TRIES).take_while(|_| host::dequeue(queue)).count();
         self.queue == Some(queue)
     }
 
@@ -83,6 +101,11 @@ impl Workers {
         let mut gone = Vec::new();
         for id in self.list() {
             match self.heartbeat(id) {
+                // From before the clock was set back: it ages from now on.
+                Some(beat) if beat.at > now => {
+                    self.note(id, &Heartbeat { at: now, ..beat.clone() });
+                    live.push(beat);
+                }
                 Some(beat) if beat.at.saturating_add(Self::GONE_AFTER.as_nanos() as u64) >= now => live.push(beat),
                 _ => gone.push(id),
             }

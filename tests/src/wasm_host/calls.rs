@@ -10,6 +10,7 @@ use super::{
     Callout, LocalResponse,
     abi::{self, Level, Map, Status},
     guest::{Called, Guest, Stop},
+    hostile::Fault,
     shared::Kind,
     vm::{State, Tick},
 };
@@ -88,16 +89,27 @@ fn enter(
     call: impl FnOnce(&mut Guest<'_>) -> Called,
 ) -> Result<u32, Error> {
     let mut guest = Guest(caller);
-    let fault = guest.state().shared().enter(name);
-    let called = match fault {
-        Some(status) => Err(Stop::Status(status)),
-        None => call(&mut guest),
-    };
-    match called {
+    match guard(&mut guest, name, call) {
         Ok(()) => Ok(Status::Ok as u32),
         Err(Stop::Status(status)) => Ok(status as u32),
+        Err(Stop::Odd(status)) => Ok(status),
         Err(Stop::Trap(trap)) => Err(trap),
     }
+}
+
+/// Counts a call and makes it, unless it is to go wrong.
+pub(super) fn guard(guest: &mut Guest<'_>, name: &'static str, call: impl FnOnce(&mut Guest<'_>) -> Called) -> Called {
+    let fault = guest.state().shared().enter(name);
+    match &fault {
+        Some(Fault::Status(status)) => return Err(Stop::Odd(*status)),
+        Some(Fault::Allocate(size)) => drop(guest.allocate(*size)?),
+        Some(Fault::CallBack(export, arguments)) => guest.call_back(export, arguments)?,
+        _ => {}
+    }
+    guest.state().fault = fault;
+    let called = call(guest);
+    guest.state().fault = None;
+    called
 }
 
 // The log and the clock.
@@ -124,7 +136,7 @@ fn proxy_get_current_time_nanoseconds(guest: &mut Guest<'_>, time: u32) -> Calle
 fn proxy_set_tick_period_milliseconds(guest: &mut Guest<'_>, period: u32) -> Called {
     let state = guest.state();
     let period = Duration::from_millis(period.into());
-    let due = state.shared().now + period;
+    let due = state.shared().uptime + period;
     let root = state.root();
     let root = state.roots.get_mut(&root).ok_or(Status::BadArgument)?;
     root.tick = (!period.is_zero()).then_some(Tick { period, due });
@@ -223,7 +235,7 @@ fn changeable(state: &mut State, map: u32) -> Result<&mut Vec<abi::Header>, Stop
 fn proxy_get_property(guest: &mut Guest<'_>, path: u32, path_size: u32, data: u32, size: u32) -> Called {
     let path = read_path(guest, path, path_size)?;
     let state = guest.state();
-    let own = state.stream().and_then(|stream| stream.properties.get(&path).cloned());
+    let own = state.stream().and_then(|stream| stream.property(&path));
     let value = own.or_else(|| state.shared().properties.get(&path).cloned());
     guest.give(&value.ok_or(Status::NotFound)?, data, size)
 }

@@ -2,11 +2,16 @@
 
 use wasmi::{Caller, Memory};
 
-use super::{abi::Status, vm::State};
+use super::{
+    abi::Status,
+    hostile::{Fault, Word, spoil},
+    vm::State,
+};
 
-/// How a host call ends before its end: with a status for the module, or by a trap.
+/// How a host call ends before its end: with a status for the module, perhaps one that does not exist, or by a trap.
 pub(super) enum Stop {
     Status(Status),
+    Odd(u32),
     Trap(wasmi::Error),
 }
 
@@ -46,27 +51,65 @@ impl Guest<'_> {
         memory.write(&mut self.0, address as usize, bytes).map_err(|_| Stop::Status(Status::InvalidMemoryAccess))
     }
 
+    /// Writes a number that is a result.
     pub(super) fn write_u32(&mut self, address: u32, value: u32) -> Called {
+        let value = self.number().map_or(value, |other| other as u32);
         self.write(address, &value.to_le_bytes())
     }
 
     pub(super) fn write_u64(&mut self, address: u32, value: u64) -> Called {
+        let value = self.number().unwrap_or(value);
         self.write(address, &value.to_le_bytes())
+    }
+
+    fn number(&mut self) -> Option<u64> {
+        match self.state().fault {
+            Some(Fault::Number(number)) => Some(number),
+            _ => None,
+        }
     }
 
     /// Hands bytes over in memory that the module allocates; no bytes are a null pointer.
     pub(super) fn give(&mut self, bytes: &[u8], address: u32, size: u32) -> Called {
+        let (mut words, mut other) = ((Word::Right, Word::Right), None);
+        match &self.state().fault {
+            Some(Fault::Bytes(bytes)) => other = Some(bytes.clone()),
+            Some(Fault::Spoilt(seed)) => other = Some(spoil(bytes.to_vec(), *seed)),
+            Some(Fault::Handed { address, size }) => words = (*address, *size),
+            _ => {}
+        }
+        let bytes = other.as_deref().unwrap_or(bytes);
         let given = if bytes.is_empty() { 0 } else { self.allocate(bytes.len() as u32)? };
+        if given == 0 && !bytes.is_empty() {
+            return Err(Status::InvalidMemoryAccess.into());
+        }
         self.write(given, bytes)?;
-        self.write_u32(address, given)?;
-        self.write_u32(size, bytes.len() as u32)
+        for (place, word) in [(address, words.0.of(given)), (size, words.1.of(bytes.len() as u32))] {
+            if let Some(word) = word {
+                self.write(place, &word.to_le_bytes())?;
+            }
+        }
+        Ok(())
     }
 
-    fn allocate(&mut self, size: u32) -> Result<u32, Stop> {
+    /// Asks the module for memory; 0 if it refuses. What it lends must be there.
+    pub(super) fn allocate(&mut self, size: u32) -> Result<u32, Stop> {
         let allocator = ["proxy_on_memory_allocate", "malloc"].iter().find_map(|name| self.0.get_export(name));
         let function = allocator.and_then(wasmi::Extern::into_func);
         let function = function.ok_or_else(|| wasmi::Error::new("the module exports no allocator"))?;
-        Ok(function.typed::<u32, u32>(&self.0)?.call(&mut self.0, size)?)
+        let lent = function.typed::<u32, u32>(&self.0)?.call(&mut self.0, size)?;
+        let end = self.memory()?.data_size(&self.0) as u64;
+        if lent != 0 && u64::from(lent) + u64::from(size) > end {
+            return Err(wasmi::Error::new(format!("the module lends {size} bytes at {lent}, of {end}")).into());
+        }
+        Ok(lent)
+    }
+
+    /// Calls an export of the module, if it is there, in the midst of a host call.
+    pub(super) fn call_back(&mut self, name: &str, arguments: &[u32]) -> Called {
+        let Some(function) = self.0.get_export(name).and_then(wasmi::Extern::into_func) else { return Ok(()) };
+        let (arguments, mut results) = super::vm::values(&function.ty(&self.0), arguments);
+        Ok(function.call(&mut self.0, &arguments, &mut results)?)
     }
 
     fn memory(&self) -> Result<Memory, Stop> {

@@ -23,6 +23,7 @@
 mod abi;
 mod calls;
 mod guest;
+mod hostile;
 mod shared;
 mod vm;
 mod wasi;
@@ -34,14 +35,15 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail, ensure};
-use wasmi::{Engine, Module};
+use anyhow::{Context as _, bail};
+use wasmi::{Config, Engine, ExternType, Module};
 
-pub use self::abi::{Header, Level, Status};
-use self::{
-    shared::{Fault, Shared},
-    vm::Vm,
+pub use self::{
+    abi::{Header, Level, Status},
+    hostile::{Fault, Word},
+    shared::Random,
 };
+use self::{shared::Shared, vm::Vm};
 use crate::{artifacts, bootstrap::CONTROLLER_CLUSTER};
 
 /// The main thread's VM: it gets ticks, queues and callouts, but no requests. The workers are 1, 2 and so on.
@@ -73,7 +75,7 @@ impl WasmHost {
     ///
     /// Its clock stands at 2026-01-01; it knows the controller's cluster and the properties of the plugin.
     pub fn with_module(module: &[u8], workers: usize) -> anyhow::Result<Self> {
-        let engine = Engine::default();
+        let engine = Engine::new(Config::default().consume_fuel(true));
         let module = Module::new(&engine, module).context("not a wasm module")?;
         let host = Self {
             engine,
@@ -96,7 +98,8 @@ impl WasmHost {
     }
 
     /// Gives the proxy a configuration: `false` if the module refuses it, which [`log`](Self::log) explains. The proxy
-    /// then goes on with the configuration it had; one that never had any has no VMs.
+    /// then goes on with the configuration it had; one that never had any has no VMs. (A VM that refuses what the others
+    /// took, which only faults can bring about, goes on with the one it had.)
     ///
     /// The first call creates the VMs.
     pub fn configure(&mut self, configuration: &str) -> anyhow::Result<bool> {
@@ -110,14 +113,11 @@ impl WasmHost {
             self.vms =
                 (MAIN..=self.workers).map(|thread| self.create(thread).map(Some)).collect::<anyhow::Result<_>>()?;
         }
+        let mut accepted = true;
         for thread in MAIN..=self.workers {
-            ensure!(
-                self.on(thread, |vm| vm.configure(configuration.as_bytes()))?,
-                "thread {thread} refuses what the canary took: {}",
-                self.last_words()
-            );
+            accepted &= self.on(thread, |vm| vm.configure(configuration.as_bytes()))?;
         }
-        Ok(true)
+        Ok(accepted)
     }
 
     /// A new VM for a thread, as after a trap, with the configuration in force: `false` if the module refuses it.
@@ -151,6 +151,11 @@ impl WasmHost {
     /// The exchange ends: the answer's headers and trailers arrive, if there are any, then `on_log`, `on_done` and
     /// `on_delete`.
     pub fn end(&mut self, exchange: Exchange, ending: &Ending) -> anyhow::Result<()> {
+        self.finish(exchange, ending).map(drop)
+    }
+
+    /// The same; what the client got, headers as the module left them. `None` if there was no answer.
+    pub fn finish(&mut self, exchange: Exchange, ending: &Ending) -> anyhow::Result<Option<Vec<Header>>> {
         self.on(exchange.worker, |vm| vm.end(exchange.context, ending))
     }
 
@@ -158,7 +163,7 @@ impl WasmHost {
     pub fn malformed(&mut self, worker: usize, ending: &Ending) -> anyhow::Result<()> {
         self.on(worker, |vm| {
             let context = vm.open()?;
-            vm.end(context, ending)
+            vm.end(context, ending).map(drop)
         })
     }
 
@@ -169,20 +174,20 @@ impl WasmHost {
         self.shared().now
     }
 
-    /// Sets the clock, forward or back, without any tick.
+    /// Sets the clock, forward or back, without any tick: timers do not follow it.
     pub fn set_now(&mut self, now: Duration) {
         self.shared().now = now;
     }
 
     /// Lets time pass: each tick at its time, on each thread, and after it whatever queues it filled.
     pub fn advance(&mut self, by: Duration) -> anyhow::Result<()> {
-        let end = self.now() + by;
+        let end = self.shared().uptime + by;
         while let Some((due, thread, root)) = self.next_tick(end) {
-            self.set_now(due);
+            self.shared().pass_until(due);
             self.on(thread, |vm| vm.tick(root))?;
             self.wake()?;
         }
-        self.set_now(end);
+        self.shared().pass_until(end);
         Ok(())
     }
 
@@ -249,6 +254,27 @@ impl WasmHost {
 
     // What can be seen.
 
+    /// The functions that the module imports.
+    pub fn imports(&self) -> Vec<String> {
+        self.module.imports().map(|import| import.name().to_owned()).collect()
+    }
+
+    /// The functions that the module exports.
+    pub fn exports(&self) -> Vec<String> {
+        let functions = self.module.exports().filter(|export| matches!(export.ty(), ExternType::Func(_)));
+        functions.map(|export| export.name().to_owned()).collect()
+    }
+
+    /// How much memory a thread's VM has, in pages of 64 KiB; it never gives any back.
+    pub fn pages(&self, thread: usize) -> u64 {
+        self.vms.get(thread).and_then(Option::as_ref).map_or(0, Vm::pages)
+    }
+
+    /// A thread's root context that is in force.
+    pub fn root(&self, thread: usize) -> Option<u32> {
+        Some(self.vms.get(thread)?.as_ref()?.root().0)
+    }
+
     /// All log lines so far, of all VMs.
     pub fn log(&self) -> Vec<LogLine> {
         self.shared().log.clone()
@@ -257,6 +283,11 @@ impl WasmHost {
     /// The log lines of that level and above.
     pub fn log_from(&self, level: Level) -> Vec<LogLine> {
         self.log().into_iter().filter(|line| line.level >= level).collect()
+    }
+
+    /// Forgets the log.
+    pub fn clear_log(&mut self) {
+        self.shared().log.clear();
     }
 
     /// A counter or gauge by its full name; `None` if it was never defined.
@@ -279,6 +310,11 @@ impl WasmHost {
         self.shared().data.get(key.as_bytes()).ok().map(|(value, _)| value)
     }
 
+    /// All keys of shared data.
+    pub fn shared_keys(&self) -> Vec<String> {
+        self.shared().data.keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect()
+    }
+
     /// Overwrites shared data, as another VM would.
     pub fn set_shared_data(&mut self, key: &str, value: &[u8]) {
         // Unconditional, so it cannot fail.
@@ -299,17 +335,41 @@ impl WasmHost {
 
     /// Lets a host call fail with a status from now on.
     pub fn fail(&mut self, call: &str, status: Status) {
-        self.fail_times(call, status, u64::MAX);
+        self.lie(call, Fault::Status(status as u32));
     }
 
     /// Lets only the next calls of that name fail.
     pub fn fail_times(&mut self, call: &str, status: Status, times: u64) {
-        self.shared().faults.insert(call.to_owned(), Fault { status, times: times.max(1) });
+        self.lie_times(call, Fault::Status(status as u32), times);
+    }
+
+    /// Lets a host call go wrong from now on, in that way.
+    pub fn lie(&mut self, call: &str, fault: Fault) {
+        self.lie_times(call, fault, u64::MAX);
+    }
+
+    /// Lets only the next calls of that name go wrong.
+    pub fn lie_times(&mut self, call: &str, fault: Fault, times: u64) {
+        self.shared().faults.insert(call.to_owned(), (fault, times.max(1)));
+    }
+
+    /// Lets so many of a hundred host calls go wrong from now on, each in a way of its own, which the seed decides.
+    pub fn storm(&mut self, of_a_hundred: u64, seed: u64) {
+        let mut shared = self.shared();
+        (shared.storm, shared.random) = (of_a_hundred, Random::new(seed));
     }
 
     /// Lets all host calls work again.
     pub fn heal(&mut self) {
-        self.shared().faults.clear();
+        let mut shared = self.shared();
+        shared.faults.clear();
+        shared.storm = 0;
+    }
+
+    /// Calls an export of one thread's VM with any arguments, whether that makes sense or not; `None` if the module has
+    /// no such export, which Envoy then does without.
+    pub fn callback(&mut self, thread: usize, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
+        self.on(thread, |vm| vm.callback(name, arguments))
     }
 
     /// Sets a property that holds for all exchanges, such as `node.id`; the elements of the path are divided by dots.
@@ -339,10 +399,11 @@ impl WasmHost {
         })
     }
 
+    /// The last few lines of the log: a panic takes three.
     fn last_words(&self) -> String {
-        self.log()
-            .last()
-            .map_or_else(|| "nothing was logged".to_owned(), |line| format!("logged last: {}", line.message))
+        let log = &self.shared().log;
+        let lines: Vec<&str> = log.iter().rev().take(3).rev().map(|line| line.message.as_str()).collect();
+        format!("logged last: {}", lines.join(" | "))
     }
 }
 
@@ -351,13 +412,14 @@ impl WasmHost {
 pub struct Exchange {
     /// The worker that it is on.
     pub worker: usize,
+    /// Its context's id.
+    pub context: u32,
     /// The request's headers after `on_request_headers`, in order.
     pub headers: Vec<Header>,
     /// Whether the module let it go on, rather than pausing it.
     pub goes_on: bool,
     /// The answer that the module gave in the upstream's place.
     pub local_response: Option<LocalResponse>,
-    context: u32,
 }
 
 impl Exchange {
@@ -389,6 +451,7 @@ pub struct LocalResponse {
 pub struct Ending {
     status: Option<u16>,
     headers: Vec<Header>,
+    body: u32,
     trailers: Vec<Header>,
     flags: i64,
     properties: Vec<(String, Vec<u8>)>,
@@ -415,6 +478,12 @@ impl Ending {
     /// With one more header of the answer.
     pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
         self.headers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
+        self
+    }
+
+    /// With a body of so many bytes, in one piece.
+    pub fn body(mut self, size: u32) -> Self {
+        self.body = size;
         self
     }
 

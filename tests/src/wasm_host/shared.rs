@@ -9,12 +9,16 @@ use std::{
 use super::{
     Callout, LogLine,
     abi::{Level, Status},
+    hostile::Fault,
 };
 
 /// The state behind the host calls of all VMs.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
+    /// The clock that the module reads.
     pub(super) now: Duration,
+    /// The clock that timers go by.
+    pub(super) uptime: Duration,
     pub(super) log_level: u32,
     pub(super) data: Data,
     pub(super) queues: Queues,
@@ -24,41 +28,79 @@ pub(super) struct Shared {
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) log: Vec<LogLine>,
     pub(super) calls: BTreeMap<&'static str, u64>,
-    pub(super) faults: BTreeMap<String, Fault>,
-    pub(super) random: u64,
-}
-
-/// What a host call shall return instead of doing its work.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Fault {
-    pub(super) status: Status,
-    pub(super) times: u64,
+    /// What goes wrong with the next calls of a name, and with how many of them.
+    pub(super) faults: BTreeMap<String, (Fault, u64)>,
+    /// How many of a hundred calls go wrong otherwise, anyhow.
+    pub(super) storm: u64,
+    pub(super) random: Random,
 }
 
 impl Shared {
-    /// Counts a call; the status that it must fail with, if the test wants so.
-    pub(super) fn enter(&mut self, call: &'static str) -> Option<Status> {
+    /// Counts a call; what goes wrong with it, if the test wants so.
+    pub(super) fn enter(&mut self, call: &'static str) -> Option<Fault> {
         *self.calls.entry(call).or_default() += 1;
-        let fault = self.faults.get_mut(call)?;
-        let status = fault.status;
-        fault.times -= 1;
-        if fault.times == 0 {
+        let Some((fault, times)) = self.faults.get_mut(call) else {
+            let strikes = self.random.below(100) < self.storm;
+            return strikes.then(|| Fault::any(&mut self.random));
+        };
+        let fault = fault.clone();
+        *times -= 1;
+        if *times == 0 {
             self.faults.remove(call);
         }
-        Some(status)
+        Some(fault)
+    }
+
+    /// Both clocks go on.
+    pub(super) fn pass_until(&mut self, uptime: Duration) {
+        self.now += uptime.saturating_sub(self.uptime);
+        self.uptime = uptime;
     }
 
     pub(super) fn log(&mut self, vm: usize, level: Level, message: String) {
         self.log.push(LogLine { vm, level, message });
     }
+}
 
-    /// splitmix64: the same numbers in each run.
-    pub(super) fn random(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.random;
+/// splitmix64: the same numbers in each run.
+#[derive(Clone, Debug, Default)]
+pub struct Random(u64);
+
+impl Random {
+    /// Starts where the seed says.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// Any number.
+    #[allow(clippy::should_implement_trait, reason = "it never ends")]
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    /// A number that programs trip over more often than over others: a small one, or one beside a power of two.
+    pub fn odd_number(&mut self) -> u64 {
+        match self.below(3) {
+            0 => self.below(100),
+            1 => (1u64 << self.below(64)).wrapping_sub(self.below(3)),
+            _ => self.next(),
+        }
+    }
+
+    /// One of a few.
+    pub fn one_of<T>(&mut self, choices: impl IntoIterator<Item = T>) -> T {
+        let mut choices: Vec<T> = choices.into_iter().collect();
+        let at = self.below(choices.len() as u64) as usize;
+        choices.swap_remove(at)
     }
 }
 
@@ -70,6 +112,10 @@ pub(super) struct Data {
 }
 
 impl Data {
+    pub(super) fn keys(&self) -> impl Iterator<Item = &Vec<u8>> {
+        self.values.keys()
+    }
+
     pub(super) fn get(&self, key: &[u8]) -> Result<(Vec<u8>, u32), Status> {
         self.values.get(key).cloned().ok_or(Status::NotFound)
     }

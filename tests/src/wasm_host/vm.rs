@@ -7,12 +7,13 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, ensure};
-use wasmi::{Engine, Instance, Linker, Module, Store, Val};
+use wasmi::{Engine, FuncType, Instance, Linker, Module, Store, Val};
 
 use super::{
     Answer, Ending, LocalResponse,
     abi::{Header, Map, property_path},
     calls,
+    hostile::Fault,
     shared::{Kind, Shared},
     wasi,
 };
@@ -33,6 +34,8 @@ pub(super) struct State {
     pub(super) metrics: Vec<(Kind, String)>,
     pub(super) callout: Option<Answer>,
     pub(super) last_token: u32,
+    /// What goes wrong with the host call that is being made.
+    pub(super) fault: Option<Fault>,
 }
 
 /// A root context: one plugin configuration.
@@ -60,6 +63,18 @@ pub(super) struct Stream {
     /// In `on_log` an absent map is `NotFound` and none may be changed.
     pub(super) logging: bool,
     pub(super) local_response: Option<LocalResponse>,
+}
+
+impl Stream {
+    /// A property of its own; `request.headers.NAME` is all values of a header of the request, joined.
+    pub(super) fn property(&self, path: &[u8]) -> Option<Vec<u8>> {
+        let Some(name) = path.strip_prefix(b"request\0headers\0") else {
+            return self.properties.get(path).cloned();
+        };
+        let named = self.request.iter().flatten().filter(|(other, _)| other == name);
+        let values: Vec<&[u8]> = named.map(|(_, value)| value.as_slice()).collect();
+        (!values.is_empty()).then(|| values.join(&b","[..]))
+    }
 }
 
 impl State {
@@ -122,6 +137,7 @@ impl Vm {
             metrics: Vec::new(),
             callout: None,
             last_token: 0,
+            fault: None,
         };
         let mut store = Store::new(engine, state);
         let mut linker = Linker::new(engine);
@@ -149,6 +165,8 @@ impl Vm {
         if accepted {
             let before = std::mem::replace(&mut self.root, root);
             self.retire(before)?;
+        } else {
+            self.store.data_mut().roots.remove(&root);
         }
         Ok(accepted)
     }
@@ -175,6 +193,7 @@ impl Vm {
     /// Creates an HTTP context, without any callback for its headers.
     pub(super) fn open(&mut self) -> anyhow::Result<u32> {
         let (context, root) = (self.new_context(), self.root);
+        ensure!(root != 0, "no configuration is in force");
         let properties = Ending::default().properties().collect();
         self.store.data_mut().streams.insert(context, Stream { root, properties, ..Stream::default() });
         self.call_for(context, "proxy_on_context_create", &[context, root])?;
@@ -194,7 +213,7 @@ impl Vm {
     }
 
     /// The answer arrives, if there is one, then the exchange ends: log, done, delete, in Envoy's order.
-    pub(super) fn end(&mut self, context: u32, ending: &Ending) -> anyhow::Result<()> {
+    pub(super) fn end(&mut self, context: u32, ending: &Ending) -> anyhow::Result<Option<Vec<Header>>> {
         let stream = self.stream(context)?;
         let root = stream.root;
         stream.properties.extend(ending.properties());
@@ -202,7 +221,11 @@ impl Vm {
             stream.response = Some(headers.clone());
             // An answer with flags, after a status of its own, is one that broke off.
             let last = u32::from(ending.trailers.is_empty() && ending.flags == 0);
-            self.call_for(context, "proxy_on_response_headers", &[context, headers.len() as u32, last])?;
+            let is_all = last & u32::from(ending.body == 0);
+            self.call_for(context, "proxy_on_response_headers", &[context, headers.len() as u32, is_all])?;
+            if ending.body > 0 {
+                self.call_for(context, "proxy_on_response_body", &[context, ending.body, last])?;
+            }
             if !ending.trailers.is_empty() {
                 self.stream(context)?.trailers = Some(ending.trailers.clone());
                 let count = ending.trailers.len() as u32;
@@ -212,19 +235,20 @@ impl Vm {
         self.stream(context)?.logging = true;
         self.call_for(context, "proxy_on_log", &[context])?;
         self.delete(context)?;
-        self.store.data_mut().streams.remove(&context);
-        self.retire(root)
+        let stream = self.store.data_mut().streams.remove(&context);
+        self.retire(root)?;
+        Ok(stream.and_then(|stream| stream.response))
     }
 
-    /// The first tick that is due at `now` or before: its time and its root context.
-    pub(super) fn due(&self, now: Duration) -> Option<(Duration, u32)> {
+    /// The first tick that is due at `end` or before: its time and its root context.
+    pub(super) fn due(&self, end: Duration) -> Option<(Duration, u32)> {
         let roots = self.store.data().roots.iter();
-        roots.filter_map(|(&root, state)| Some((state.tick?.due, root))).filter(|(due, _)| *due <= now).min()
+        roots.filter_map(|(&root, state)| Some((state.tick?.due, root))).filter(|(due, _)| *due <= end).min()
     }
 
     /// `on_tick` of one root context; the next one is due a period later.
     pub(super) fn tick(&mut self, root: u32) -> anyhow::Result<()> {
-        let now = self.store.data().shared().now;
+        let now = self.store.data().shared().uptime;
         if let Some(Root { tick: Some(tick), .. }) = self.store.data_mut().roots.get_mut(&root) {
             tick.due = now + tick.period;
         }
@@ -259,28 +283,47 @@ impl Vm {
         self.last_context
     }
 
-    fn call_for(&mut self, context: u32, name: &'static str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
+    fn call_for(&mut self, context: u32, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
         self.store.data_mut().current = context;
         let outcome = self.call(name, arguments);
         self.store.data_mut().current = 0;
         outcome
     }
 
+    /// Calls any export with any arguments, for the context that the first of them names.
+    pub(super) fn callback(&mut self, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
+        self.call_for(arguments.first().copied().unwrap_or_default(), name, arguments)
+    }
+
+    /// Pages of memory, 64 KiB each.
+    pub(super) fn pages(&self) -> u64 {
+        let memory = self.instance.get_memory(&self.store, "memory");
+        memory.map_or(0, |memory| memory.size(&self.store))
+    }
+
     /// Calls an export with as many of the arguments as it takes; `None` if there is no such export.
-    fn call(&mut self, name: &'static str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
+    fn call(&mut self, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
         let Some(function) = self.instance.get_func(&self.store, name) else {
             return Ok(None);
         };
-        let signature = function.ty(&self.store);
-        let arguments: Vec<Val> = arguments.iter().map(|&value| Val::I32(value.cast_signed())).collect();
-        let arguments = arguments.get(..signature.params().len()).context("an export takes more than the ABI gives")?;
-        let mut results = vec![Val::I32(0); signature.results().len()];
-        function.call(&mut self.store, arguments, &mut results).map_err(|trap| {
+        let (arguments, mut results) = values(&function.ty(&self.store), arguments);
+        self.store.set_fuel(FUEL)?;
+        function.call(&mut self.store, &arguments, &mut results).map_err(|trap| {
             let thread = self.store.data().thread;
             anyhow!("thread {thread}: {name} trapped: {trap}")
         })?;
         Ok(results.first().and_then(Val::i32).map(i32::cast_unsigned))
     }
+}
+
+/// What one callback may use up; thousands of times what any needs, so that one that never ends is found out.
+const FUEL: u64 = 2_000_000_000;
+
+/// As many arguments as a function takes (0 where there are no more), and room for its results.
+pub(super) fn values(signature: &FuncType, arguments: &[u32]) -> (Vec<Val>, Vec<Val>) {
+    let given = arguments.iter().copied().chain(std::iter::repeat(0)).take(signature.params().len());
+    let arguments = given.map(|value| Val::I32(value.cast_signed())).collect();
+    (arguments, vec![Val::I32(0); signature.results().len()])
 }
 
 impl Ending {

@@ -4,6 +4,7 @@ use wasmi::{Caller, Error, Linker};
 
 use super::{
     abi::Level,
+    calls::guard,
     guest::{Called, Guest, Stop},
     vm::State,
 };
@@ -18,25 +19,30 @@ const FAULT: u32 = 21;
 pub(super) fn define(linker: &mut Linker<State>) -> anyhow::Result<()> {
     linker
         .func_wrap(MODULE, "fd_write", |caller: Caller<'_, State>, fd: u32, slices: u32, count: u32, written: u32| {
-            errno(fd_write(&mut Guest(caller), fd, slices, count, written))
+            errno(caller, "fd_write", |guest| fd_write(guest, fd, slices, count, written))
         })?
         .func_wrap(MODULE, "environ_sizes_get", |caller: Caller<'_, State>, count: u32, size: u32| {
-            errno(nothing(&mut Guest(caller), count, size))
+            errno(caller, "environ_sizes_get", |guest| nothing(guest, count, size))
         })?
-        .func_wrap(MODULE, "environ_get", |_: Caller<'_, State>, _: u32, _: u32| SUCCESS)?
+        .func_wrap(MODULE, "environ_get", |caller: Caller<'_, State>, _: u32, _: u32| {
+            errno(caller, "environ_get", |_| Ok(()))
+        })?
         .func_wrap(MODULE, "args_sizes_get", |caller: Caller<'_, State>, count: u32, size: u32| {
-            errno(nothing(&mut Guest(caller), count, size))
+            errno(caller, "args_sizes_get", |guest| nothing(guest, count, size))
         })?
-        .func_wrap(MODULE, "args_get", |_: Caller<'_, State>, _: u32, _: u32| SUCCESS)?
+        .func_wrap(MODULE, "args_get", |caller: Caller<'_, State>, _: u32, _: u32| {
+            errno(caller, "args_get", |_| Ok(()))
+        })?
         .func_wrap(MODULE, "clock_time_get", |caller: Caller<'_, State>, _: u32, _: u64, time: u32| {
-            let mut guest = Guest(caller);
-            let now = guest.state().shared().now.as_nanos() as u64;
-            errno(guest.write_u64(time, now))
+            errno(caller, "clock_time_get", |guest| {
+                let now = guest.state().shared().now.as_nanos() as u64;
+                guest.write_u64(time, now)
+            })
         })?
         .func_wrap(MODULE, "random_get", |caller: Caller<'_, State>, address: u32, size: u32| {
-            errno(random_get(&mut Guest(caller), address, size))
+            errno(caller, "random_get", |guest| random_get(guest, address, size))
         })?
-        .func_wrap(MODULE, "sched_yield", |_: Caller<'_, State>| SUCCESS)?
+        .func_wrap(MODULE, "sched_yield", |caller: Caller<'_, State>| errno(caller, "sched_yield", |_| Ok(())))?
         .func_wrap(MODULE, "fd_close", |_: Caller<'_, State>, _: u32| BADF)?
         .func_wrap(MODULE, "fd_fdstat_get", |_: Caller<'_, State>, _: u32, _: u32| BADF)?
         .func_wrap(MODULE, "fd_seek", |_: Caller<'_, State>, _: u32, _: u64, _: u32, _: u32| BADF)?
@@ -46,10 +52,15 @@ pub(super) fn define(linker: &mut Linker<State>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn errno(called: Called) -> Result<u32, Error> {
-    match called {
+fn errno(
+    caller: Caller<'_, State>,
+    name: &'static str,
+    call: impl FnOnce(&mut Guest<'_>) -> Called,
+) -> Result<u32, Error> {
+    match guard(&mut Guest(caller), name, call) {
         Ok(()) => Ok(SUCCESS),
         Err(Stop::Status(_)) => Ok(FAULT),
+        Err(Stop::Odd(status)) => Ok(status),
         Err(Stop::Trap(trap)) => Err(trap),
     }
 }
@@ -71,7 +82,7 @@ fn fd_write(guest: &mut Guest<'_>, _fd: u32, slices: u32, count: u32, written: u
 fn random_get(guest: &mut Guest<'_>, address: u32, size: u32) -> Called {
     let mut bytes = Vec::new();
     while bytes.len() < size as usize {
-        bytes.extend(guest.state().shared().random().to_le_bytes());
+        bytes.extend(guest.state().shared().random.next().to_le_bytes());
     }
     bytes.truncate(size as usize);
     guest.write(address, &bytes)
