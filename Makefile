@@ -9,7 +9,7 @@ SHELL := bash
 export CARGO_TARGET_DIR := $(CURDIR)/target
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
-module := target/wasm32-wasip1/wasm/tideshift_filter.wasm
+module := target/wasm32-unknown-unknown/wasm/tideshift_filter.wasm
 FUZZ_SECONDS ?= 10
 heading = @printf '\n\033[1m== %s\033[0m\n'
 
@@ -18,7 +18,7 @@ heading = @printf '\n\033[1m== %s\033[0m\n'
 .PHONY: build
 build: rust ## Build target/tideshift.wasm and target/release/tideshift
 	$(heading) 'Building the module'
-	cargo build --profile wasm --target wasm32-wasip1 -p tideshift-filter
+	cargo build --profile wasm --target wasm32-unknown-unknown -p tideshift-filter
 	cmp -s $(module) target/tideshift.wasm || cp $(module) target/tideshift.wasm
 	$(heading) 'Building the controller'
 	cargo build --release -p tideshift --bin tideshift
@@ -51,7 +51,8 @@ lint: rust ## Formatting and clippy
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(heading) 'Clippy'
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy -p tideshift-filter -p tideshift-bench-noop -p tideshift-bench-raw --target wasm32-wasip1 -- -D warnings
+	cargo clippy -p tideshift-filter --target wasm32-unknown-unknown -- -D warnings
+	cargo clippy -p tideshift-bench-noop -p tideshift-bench-raw --target wasm32-wasip1 -- -D warnings
 	cargo clippy --manifest-path fuzz/Cargo.toml --no-default-features --lib --test corpus -- -D warnings
 
 .PHONY: unit

@@ -40,7 +40,7 @@ fn policy(revision: u64) -> Value {
     }
     json!({
         "controller": {"cluster": "tideshift_controller", "authority": "c"},
-        "explain": {"token": "why"},
+        "explain": {"header": "x-why", "token": "why"},
         "stripClientHeaders": revision % 2 == 0,
         "revision": revision,
         "services": services,
@@ -100,7 +100,7 @@ impl Soak {
             0 => headers.push(("x-tester", tester.as_bytes())),
             1 => headers.push(("x-tideshift-version", b"v3")),
             2 => headers.push(("x-user", path.as_bytes())),
-            3 => headers.push(("x-tideshift-explain", b"why")),
+            3 => headers.push(("x-why", b"why")),
             _ => {}
         }
         let cookie = self.cookies.get(user).cloned().flatten();
