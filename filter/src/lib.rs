@@ -6,8 +6,8 @@
 //! asks of Envoy goes through [`host`].
 //!
 //! It speaks proxy-wasm's ABI itself, past the SDK, for two reasons: the SDK panics, and so takes the proxy's worker
-//! down, where a host answers what it does not expect; and its map of boxed contexts costs every request. It is built for wasm32-unknown-unknown, so that nothing of WASI can fail
-//! either.
+//! down, where a host answers what it does not expect; and its map of boxed contexts costs every request. It is built
+//! for wasm32-unknown-unknown, so that nothing of WASI can fail either.
 #![cfg(target_family = "wasm")]
 
 mod callbacks;
