@@ -71,6 +71,11 @@ fuzz: rust cargo-fuzz ## Documents, requests and reports made up by a fuzzer, fo
 	$(heading) 'Fuzzing'
 	tools/fuzz $(FUZZ_SECONDS)
 
+.PHONY: soak
+soak: build ## Ten million requests through the module in a wasm host: its memory must not grow (REQUESTS=N; 20 minutes)
+	$(heading) 'The module for a long time'
+	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module_soak -- --nocapture
+
 .PHONY: e2e
 e2e: build envoy ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
