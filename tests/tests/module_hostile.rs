@@ -33,7 +33,7 @@ fn rich(revision: u64) -> Value {
                 ],
                 "session": {"type": "Cookie", "name": "session"},
                 "mirror": {"version": "v1", "percent": 50},
-                "guard": {"enabled": revision % 2 == 0},
+                "guard": {"enabled": revision.is_multiple_of(2)},
             },
             {"name": "dark", "hostnames": ["dark.example.com"], "versions": [{"name": "v1", "serving": false}]},
             {"name": "every", "versions": [{"name": "v1"}]},
@@ -252,7 +252,8 @@ impl Proxy {
 /// Lets each host call of the module go wrong in each of these ways while things happen; it works after each.
 fn bears(faults: impl Iterator<Item = Fault>) -> anyhow::Result<()> {
     let faults: Vec<Fault> = faults.collect();
-    let events: [(&str, fn(u64) -> Value, Event); 5] = [
+    type Policy = fn(u64) -> Value;
+    let events: [(&str, Policy, Event); 5] = [
         ("reconfigured", rich, Proxy::reconfigured),
         ("serving", rich, Proxy::serving),
         ("serving plainly", plain, Proxy::serving),

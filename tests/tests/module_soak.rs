@@ -29,11 +29,11 @@ fn policy(revision: u64) -> Value {
         "session": {"type": "Cookie", "name": "s", "generation": revision / 3},
         "mirror": {"version": "v3", "percent": 5},
     });
-    if revision % 4 == 0 {
+    if revision.is_multiple_of(4) {
         shop["session"] = json!({"type": "Header", "name": "x-user"});
     }
     let mut services = vec![shop, json!({"name": "every", "versions": [{"name": "only"}]})];
-    if revision % 3 == 0 {
+    if revision.is_multiple_of(3) {
         services.push(
             json!({"name": "now-and-then", "hostnames": ["now.test"], "versions": [{"name": "a"}, {"name": "b"}]}),
         );
@@ -41,7 +41,7 @@ fn policy(revision: u64) -> Value {
     json!({
         "controller": {"cluster": "tideshift_controller", "authority": "c"},
         "explain": {"header": "x-why", "token": "why"},
-        "stripClientHeaders": revision % 2 == 0,
+        "stripClientHeaders": revision.is_multiple_of(2),
         "revision": revision,
         "services": services,
     })
@@ -111,7 +111,7 @@ impl Soak {
         self.marked += u64::from(exchange.version().is_some());
         self.open.push_back(exchange);
         // Mostly this one ends, now and then the oldest.
-        let is_long = number % 16 == 0;
+        let is_long = number.is_multiple_of(16);
         let ends = if is_long && self.open.len() > OPEN { self.open.pop_front() } else { None };
         let ends = if is_long { ends } else { self.open.pop_back() };
         let Some(ends) = ends else { return Ok(()) };
@@ -126,7 +126,7 @@ impl Soak {
         };
         let answer = self.host.finish(ends, &ending)?.unwrap_or_default();
         let cookie = answer.iter().find(|(name, _)| name == b"set-cookie").map(|(_, value)| value);
-        if let Some(cookie) = cookie.filter(|_| user % 3 > 0) {
+        if let Some(cookie) = cookie.filter(|_| !user.is_multiple_of(3)) {
             self.cookies[user] = cookie.split(|b| *b == b';').next().map(<[u8]>::to_vec);
         }
         Ok(())
