@@ -43,7 +43,7 @@ impl Workers {
         let id = id as u32;
         let queue = host::queue(&shared.key(&format!("worker/{id}/queue")));
         let workers = Self { shared, id, queue };
-        workers.enlist();
+        workers.change_list(|list| list.push(id));
         workers
     }
 
@@ -52,16 +52,8 @@ impl Workers {
         self.note(self.id, &Heartbeat { queue: self.queue.unwrap_or_default(), at: now, applied: applied.clone() });
         // A VM that stood still for long, or whose clock jumped, was taken for gone.
         if !self.list().contains(&self.id) {
-            self.enlist();
+            self.change_list(|list| list.push(self.id));
         }
-    }
-
-    fn enlist(&self) {
-        self.change_list(|list| {
-            if !list.contains(&self.id) {
-                list.push(self.id);
-            }
-        });
     }
 
     fn note(&self, id: u32, beat: &Heartbeat) {
@@ -153,5 +145,8 @@ fn encode(list: &[u32]) -> Vec<u8> {
 
 fn decode(value: &[u8]) -> Vec<u32> {
     let numbers = value.chunks_exact(4).filter_map(|four| four.try_into().ok().map(u32::from_le_bytes));
-    numbers.skip(1).collect()
+    let mut list: Vec<u32> = numbers.skip(1).collect();
+    list.sort_unstable();
+    list.dedup();
+    list
 }
