@@ -1,52 +1,70 @@
-//! The controller's mind: documents, readiness and counts go in, policies and status come out. No I/O and no clock;
-//! [`serve`](crate::serve) feeds it and carries out what it decides.
+//! The controller's mind: documents, readiness, counts and what people say go in, policies and status come out. No I/O
+//! and no clock; [`serve`](crate::serve) feeds it and carries out what it decides.
+
+mod applied;
+mod drain;
+mod judge;
+mod proxies;
+mod report;
+mod world;
+
+pub use applied::Applied;
+pub use drain::Idle;
+pub use judge::Judges;
 
 use crate::compile;
-use crate::ledger::{Ledger, VersionKey};
+use crate::ledger::Ledger;
 use crate::readiness::Readiness;
-use crate::rollout::{Millis, Observed, Rollout, percent};
-use crate::status::{
-    EndpointsStatus, NotReady, ProxyStatus, ServiceStatus, Status, StepStatus, VersionStatus, VetoStatus,
-};
+use crate::rollout::{Command, Millis, Refused, Rollout, Transition};
+use crate::status::timestamp;
 use crate::store::Kept;
-use std::collections::BTreeMap;
+use proxies::Proxies;
+use serde_json::Value;
+use std::collections::VecDeque;
 use std::sync::Arc;
-use tideshift_core::guard::Veto;
 use tideshift_core::policy::{Policy, Service};
-use tideshift_core::report::{Counts, Refused, Report};
+use tideshift_core::report::Report;
 use tideshift_core::session::Secret;
-use tideshift_core::shift::TrafficShift;
+use tideshift_core::shift::{ShiftService, TrafficShift};
+use world::{Availability, World};
 
 /// Everything that the controller knows.
 #[derive(Debug)]
 pub struct Control {
+    /// What is in force: the files' documents, and over them those that came through the API.
     shifts: Vec<TrafficShift>,
+    /// The files' documents, as they were read and as they are written.
+    files: Vec<(TrafficShift, Value)>,
+    /// Whether what is in force has changed since this was last asked.
+    shifts_changed: bool,
     document_errors: Vec<String>,
     readiness: Arc<Readiness>,
-    ledger: Ledger,
+    availability: Availability,
+    counted: Counted,
     /// Whether counts have changed since they were last asked for.
-    counted: bool,
+    counts_changed: bool,
     kept: Kept,
+    /// Whether what is kept has changed since it was last looked at.
+    dirty: bool,
+    news: Vec<(String, Transition)>,
     policy: Option<Policy>,
     /// The services that proxies have run last, under this controller or the one before.
     in_force: Vec<Service>,
     /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
     /// before everything is looked at for the first time.
     catching_up: Option<Millis>,
-    /// By proxy and start, since two proxies may share an id by mistake.
-    proxies: BTreeMap<(String, String), Proxy>,
+    proxies: Proxies,
 }
 
-/// What one proxy said last.
-#[derive(Debug, Default)]
-struct Proxy {
-    seen: Millis,
-    revision: Option<u64>,
-    workers: u32,
-    in_flight: BTreeMap<VersionKey, u64>,
-    refused: Option<Refused>,
-    /// By service.
-    vetoes: Vec<(String, Veto)>,
+/// What was counted, and what was made of it: these two are kept together, so that nothing is judged twice.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Counted {
+    /// All counts.
+    #[serde(flatten)]
+    pub ledger: Ledger,
+    /// The evidence for and against the targets.
+    #[serde(default)]
+    pub judges: Judges,
 }
 
 /// What came of looking at everything anew.
@@ -56,66 +74,101 @@ pub struct Outcome {
     pub policy: Option<Policy>,
     /// Whether what is kept has changed.
     pub keep: bool,
-    /// What happened, for the log: service and message.
-    pub events: Vec<(String, String)>,
+    /// What happened: the rollout's name and how it stands since then.
+    pub transitions: Vec<(String, Transition)>,
+    /// Messages for the log: the rollout's name and what is new of it.
+    pub messages: Vec<(String, String)>,
 }
 
-/// A proxy that is silent for longer is shown no more, and what it had in flight is not counted.
-const SILENT: Millis = 60_000;
-/// The most proxies that are shown.
-const MAX_PROXIES: usize = 20_000;
+/// A step that waits for a gate.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Question {
+    /// The rollout's name.
+    pub name: String,
+    /// Its number.
+    pub rollout: u64,
+    /// The index of the step.
+    pub step: usize,
+}
+
+/// Why something that somebody wants is not done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// There is no such rollout or version.
+    #[error("{0}")]
+    NotFound(String),
+    /// It does not fit the present state.
+    #[error("{0}")]
+    Conflict(String),
+    /// It makes no sense whatever the state is; one line for each error.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl From<Refused> for CommandError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Invalid(why) => Self::Invalid(why),
+            Refused::Conflict(why) => Self::Conflict(why),
+        }
+    }
+}
+
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
 const CATCH_UP: Millis = 2_000;
-
-/// What the engine may see of one service.
-struct World<'a> {
-    service: &'a str,
-    readiness: &'a Readiness,
-    ledger: &'a Ledger,
-    vetoes: Vec<&'a Veto>,
-    up_to_date: bool,
-}
-
-impl Observed for World<'_> {
-    fn ready(&self, version: &str) -> u32 {
-        self.readiness.ready(self.service, version) as u32
-    }
-
-    fn counts(&self, version: &str) -> Counts {
-        self.ledger.total(self.service, version)
-    }
-
-    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto> {
-        self.vetoes.iter().copied().filter(move |veto| veto.version == version)
-    }
-
-    fn is_up_to_date(&self) -> bool {
-        self.up_to_date
-    }
-}
+/// The most transitions of a rollout that are kept.
+const MAX_HISTORY: usize = 200;
 
 impl Control {
     /// Goes on from what was kept.
-    pub fn new(shifts: Vec<TrafficShift>, kept: Kept, ledger: Ledger) -> Self {
-        Self {
-            shifts,
+    pub fn new(files: Vec<(TrafficShift, Value)>, kept: Kept, counted: Counted) -> Self {
+        let mut control = Self {
+            shifts: Vec::new(),
+            files: Vec::new(),
+            shifts_changed: false,
             document_errors: Vec::new(),
             readiness: Arc::default(),
-            ledger,
-            counted: false,
+            availability: Availability::new(&kept.ready),
+            counted,
+            counts_changed: false,
+            dirty: false,
+            news: Vec::new(),
             policy: None,
             in_force: services_of(&kept),
             catching_up: None,
             kept,
-            proxies: BTreeMap::new(),
-        }
+            proxies: Proxies::default(),
+        };
+        control.set_documents(files);
+        control
     }
 
-    /// New documents; rollouts of services that are gone are forgotten.
-    pub fn set_documents(&mut self, shifts: Vec<TrafficShift>) {
-        self.kept.rollouts.retain(|name, _| shifts.iter().any(|shift| shift.name == *name));
-        self.shifts = shifts;
+    /// New files' documents; rollouts of services that are gone are forgotten.
+    pub fn set_documents(&mut self, files: Vec<(TrafficShift, Value)>) {
+        self.files = files;
         self.document_errors.clear();
+        self.put_in_force();
+    }
+
+    fn put_in_force(&mut self) {
+        let before = self.kept.applied.len();
+        self.shifts = applied::in_force(&self.files, &mut self.kept.applied);
+        self.dirty |= self.kept.applied.len() != before;
+        let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name);
+        self.kept.rollouts.retain(|name, _| is_known(name));
+        self.kept.history.retain(|name, _| is_known(name));
+        self.counted.judges.retain(is_known);
+        self.shifts_changed = true;
+    }
+
+    /// The documents in force.
+    pub fn shifts(&self) -> &[TrafficShift] {
+        &self.shifts
+    }
+
+    /// The same, if they have changed since this was last asked.
+    pub fn changed_shifts(&mut self) -> Option<&[TrafficShift]> {
+        std::mem::take(&mut self.shifts_changed).then_some(&self.shifts)
     }
 
     /// Documents that are wrong: what they said before stays.
@@ -123,106 +176,161 @@ impl Control {
         self.document_errors = errors;
     }
 
+    /// A document from the API takes the place of the file's until that one changes. Returns whether it is a new one.
+    ///
+    /// # Errors
+    ///
+    /// If it is wrong, or contradicts another document; what was in force stays.
+    pub fn put_shift(&mut self, name: &str, document: Value) -> Result<bool, CommandError> {
+        applied::check(name, &document, &self.shifts).map_err(CommandError::Invalid)?;
+        let over = self.files.iter().find(|(file, _)| file.name == name).map(|(_, value)| value.clone());
+        let is_new = !self.shifts.iter().any(|shift| shift.name == name);
+        self.kept.applied.insert(name.to_owned(), Applied { document, over });
+        self.dirty = true;
+        self.put_in_force();
+        Ok(is_new)
+    }
+
+    /// The document in force of this name, as it is written.
+    pub fn document(&self, name: &str) -> Option<Value> {
+        let applied = self.kept.applied.get(name).map(|applied| &applied.document);
+        let file = self.files.iter().find(|(shift, _)| shift.name == name).map(|(_, value)| value);
+        applied.or(file).cloned()
+    }
+
     /// What the probes say now.
     pub fn set_readiness(&mut self, readiness: Arc<Readiness>) {
         self.readiness = readiness;
     }
 
-    /// A proxy reports. Returns whether counts or vetoes changed.
+    /// A proxy reports. Returns whether anything changed that something may follow from.
     pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
+        let services = || self.shifts.iter().flat_map(|shift| &shift.services);
         let knows = |service: &str, version: &str| {
-            let shift = self.shifts.iter().find(|shift| shift.name == service);
-            shift.is_some_and(|shift| shift.version(version).is_some())
+            services().any(|known| known.name == service && known.version(version).is_some())
         };
-        let changed = self.ledger.take(report, knows, now);
-        self.counted |= changed;
-        let revision = (report.epoch == self.kept.epoch).then_some(report.revision);
-        let services = report.services.iter();
-        let in_flight = services.flat_map(|service| {
-            service.versions.iter().map(|version| ((service.name.clone(), version.name.clone()), version.in_flight))
-        });
-        let vetoes = report.services.iter().flat_map(|service| {
-            let known = service.vetoes.iter().filter(|veto| knows(&service.name, &veto.version));
-            known.map(|veto| (service.name.clone(), veto.clone()))
-        });
-        let vetoes: Vec<_> = vetoes.collect();
-        let in_flight = in_flight.filter(|((service, version), _)| knows(service, version)).collect();
-        let proxy = self.proxy((report.proxy.clone(), report.start.clone()), now);
-        proxy.revision = revision;
-        proxy.workers = report.workers;
-        proxy.refused = report.refused.clone();
-        proxy.in_flight = in_flight;
-        let vetoed = !vetoes.is_empty() && proxy.vetoes != vetoes;
-        proxy.vetoes = vetoes;
-        changed || vetoed
+        let changed = self.counted.ledger.take(report, knows, now);
+        self.counts_changed |= changed;
+        let epoch = &self.kept.epoch;
+        changed | self.proxies.reported(report, epoch, knows, now)
     }
 
-    fn proxy(&mut self, run: (String, String), now: Millis) -> &mut Proxy {
-        if self.proxies.len() >= MAX_PROXIES && !self.proxies.contains_key(&run) {
-            let silent = self.proxies.iter().min_by_key(|(_, proxy)| proxy.seen).map(|(run, _)| run.clone());
-            silent.map(|run| self.proxies.remove(&run));
+    /// Somebody wants something of a rollout.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such rollout, or the command does not fit it.
+    pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<(), CommandError> {
+        let Some(shift) = self.shifts.iter().find(|shift| shift.name == name) else {
+            let known: Vec<_> = self.shifts.iter().map(|shift| shift.name.as_str()).collect();
+            let known = known.join(", ");
+            return Err(CommandError::NotFound(format!("there is no rollout {name}; expected one of {known}")));
+        };
+        if !self.is_known(shift) {
+            return Err(CommandError::Conflict("waiting for the first probes".to_owned()));
         }
-        let proxy = self.proxies.entry(run).or_default();
-        proxy.seen = now;
-        proxy
+        let world = self.world(shift, now);
+        let rollout = self.kept.rollouts.get(name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
+        let mut rollout = rollout.command(command, shift, &world, now)?;
+        self.news.extend(rollout.take_news().into_iter().map(|news| (name.to_owned(), news)));
+        self.kept.rollouts.insert(name.to_owned(), rollout);
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// The steps that wait for a gate.
+    pub fn questions(&self) -> Vec<Question> {
+        let question = |shift: &TrafficShift| {
+            let rollout = self.kept.rollouts.get(&shift.name)?;
+            let step = rollout.asks_for_step(shift)?;
+            Some(Question { name: shift.name.clone(), rollout: rollout.number, step })
+        };
+        self.shifts.iter().filter_map(question).collect()
+    }
+
+    /// A gate has answered. Answers to questions of the past change nothing.
+    pub fn gate_answered(&mut self, question: &Question, allowed: bool, words: &str) {
+        if let Some(rollout) = self.kept.rollouts.get_mut(&question.name)
+            && rollout.number == question.rollout
+        {
+            rollout.gate_answered(question.step, allowed, words);
+            self.dirty = true;
+        }
     }
 
     /// Looks at everything anew: rollouts go on, weights follow.
     pub fn evaluate(&mut self, now: Millis) -> Outcome {
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
+        outcome.transitions = std::mem::take(&mut self.news);
+        self.availability.look(&self.readiness, now);
         let restarted = !self.in_force.is_empty();
-        let up_to_date = now >= *self.catching_up.get_or_insert(if restarted { now + CATCH_UP } else { now });
+        self.catching_up.get_or_insert(if restarted { now + CATCH_UP } else { now });
+        self.counts_changed |= self.counted.judges.look(&self.shifts, &self.kept.rollouts, &self.counted.ledger, now);
         let mut services = Vec::with_capacity(self.shifts.len());
+        let mut changed = Vec::new();
         for shift in &self.shifts {
             // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
             // are not ready would take traffic away from those that are.
-            if !self.readiness.is_known(&shift.name) {
-                services.push(self.service_in_force(shift));
+            if !self.is_known(shift) {
+                services.extend(shift.services.iter().map(|service| self.service_in_force(service, &shift.stable)));
                 continue;
             }
-            let proxies = self.proxies.values().filter(|proxy| now.saturating_sub(proxy.seen) <= SILENT);
-            let vetoes = proxies.flat_map(|proxy| &proxy.vetoes).filter(|(service, _)| *service == shift.name);
-            let world = World {
-                service: &shift.name,
-                readiness: &self.readiness,
-                ledger: &self.ledger,
-                vetoes: vetoes.map(|(_, veto)| veto).collect(),
-                up_to_date,
-            };
+            let world = self.world(shift, now);
             let before = self.kept.rollouts.get(&shift.name).cloned();
-            let after = before.clone().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
-            let parts = after.parts(shift, &world);
-            services.push(compile::service(shift, |version| {
-                let part = parts.iter().find(|part| part.version == version);
-                part.map_or((0, false), |part| (part.weight, part.serving))
-            }));
+            let mut after = before.clone().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
+            let news = after.take_news();
+            services.extend(shift.services.iter().map(|service| service_of(&after, shift, service, &world)));
             if before.as_ref() != Some(&after) {
                 if before.as_ref().is_none_or(|before| before.message != after.message) {
-                    outcome.events.push((shift.name.clone(), format!("{}: {}", after.phase.name(), after.message)));
+                    let message = format!("{}: {}", after.phase.name(), after.message);
+                    outcome.messages.push((shift.name.clone(), message));
                 }
-                self.kept.rollouts.insert(shift.name.clone(), after);
-                outcome.keep = true;
+                changed.push((shift.name.clone(), after, news));
             }
+        }
+        for (name, rollout, news) in changed {
+            outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
+            self.kept.rollouts.insert(name, rollout);
+            outcome.keep = true;
+        }
+        for (name, transition) in &outcome.transitions {
+            let history: &mut VecDeque<_> = self.kept.history.entry(name.clone()).or_default();
+            history.push_back(transition.clone());
+            let too_many = history.len().saturating_sub(MAX_HISTORY);
+            history.drain(..too_many);
         }
         let ready = self.readiness.remember();
         if self.kept.ready != ready && !self.readiness.services.is_empty() {
             self.kept.ready = ready;
             outcome.keep = true;
         }
-        self.publish(services, &mut outcome);
+        self.publish(services, &mut outcome, now);
+        outcome.keep |= self.look_at_drains(now);
         outcome
     }
 
-    fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome) {
+    /// Whether the readiness of all endpoints of a shift is known.
+    fn is_known(&self, shift: &TrafficShift) -> bool {
+        shift.services.iter().all(|service| self.readiness.is_known(&service.name))
+    }
+
+    fn world(&self, shift: &TrafficShift, now: Millis) -> World<'_> {
+        let up_to_date = self.catching_up.is_some_and(|until| now >= until);
+        let opinion = self.counted.judges.opinion(shift);
+        let availability = self.availability.of(shift, &self.readiness, now);
+        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
+    }
+
+    fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
         for service in &mut services {
             let Some(session) = &mut service.session else { continue };
             let secret = || Secret::new(self.kept.session_secret.clone());
             session.secret.get_or_insert_with(secret);
-            let rollout = self.kept.rollouts.get(&service.name);
+            let shift = self.shifts.iter().find(|shift| shift.service(&service.name).is_some());
+            let rollout = shift.and_then(|shift| self.kept.rollouts.get(&shift.name));
             session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
         }
-        let is_known = |shift: &TrafficShift| self.readiness.is_known(&shift.name);
-        let nothing_known = !self.shifts.is_empty() && !self.shifts.iter().any(is_known);
+        let nothing_known = !self.shifts.is_empty() && !self.shifts.iter().any(|shift| self.is_known(shift));
         if nothing_known || self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             return;
         }
@@ -235,16 +343,26 @@ impl Control {
         }
         self.in_force.clone_from(&services);
         let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
+        outcome.keep |= self.kept.idle.publish(&policy, now);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
     }
 
-    /// A service with the weights that proxies have for it; if they have none, with those that they start with.
-    fn service_in_force(&self, shift: &TrafficShift) -> Service {
-        let Some(in_force) = self.in_force.iter().find(|service| service.name == shift.name) else {
-            return compile::service_at_rest(shift);
+    fn look_at_drains(&mut self, now: Millis) -> bool {
+        let deadline = |service: &str| {
+            let shift = self.shifts.iter().find(|shift| shift.service(service).is_some());
+            shift.map_or(std::time::Duration::ZERO, |shift| shift.drain_timeout)
         };
-        compile::service(shift, |name| {
+        let (proxies, ledger) = (&self.proxies, &self.counted.ledger);
+        self.kept.idle.look(now, deadline, |key| proxies.seen(key, ledger, now))
+    }
+
+    /// A service with the weights that proxies have for it; if they have none, with those that they start with.
+    fn service_in_force(&self, service: &ShiftService, stable: &str) -> Service {
+        let Some(in_force) = self.in_force.iter().find(|in_force| in_force.name == service.name) else {
+            return compile::service_at_rest(service, stable);
+        };
+        compile::service(service, |name| {
             let version = in_force.versions.iter().find(|version| version.name == name);
             version.map_or((0, false), |version| (version.weight, version.serving))
         })
@@ -256,95 +374,26 @@ impl Control {
     }
 
     /// The counts to keep for the next start, if they have changed since this was last asked.
-    pub fn changed_counts(&mut self) -> Option<Ledger> {
-        std::mem::take(&mut self.counted).then(|| self.ledger.clone())
+    pub fn changed_counts(&mut self) -> Option<Counted> {
+        std::mem::take(&mut self.counts_changed).then(|| self.counted.clone())
     }
+}
 
-    /// How things stand.
-    pub fn status(&self, now: Millis) -> Status {
-        let live = |proxy: &&Proxy| now.saturating_sub(proxy.seen) <= SILENT;
-        let mut in_flight: BTreeMap<&VersionKey, u64> = BTreeMap::new();
-        for (key, number) in self.proxies.values().filter(live).flat_map(|proxy| &proxy.in_flight) {
-            let sum = in_flight.entry(key).or_default();
-            *sum = sum.saturating_add(*number);
-        }
-        let services = self.shifts.iter().map(|shift| self.service_status(shift, &in_flight, now)).collect();
-        let proxies = self.proxies.iter().filter(|(_, proxy)| live(proxy)).map(|((id, _), proxy)| ProxyStatus {
-            id: id.clone(),
-            revision: proxy.revision,
-            workers: proxy.workers,
-            last_seen: timestamp(proxy.seen),
-            refused: proxy.refused.clone(),
-            vetoes: proxy.vetoes.iter().map(|(service, veto)| VetoStatus::new(service, veto)).collect(),
-        });
-        Status {
-            epoch: self.kept.epoch.clone(),
-            revision: self.policy.as_ref().map_or(0, |policy| policy.revision),
-            document_errors: self.document_errors.clone(),
-            services,
-            proxies: proxies.collect(),
-        }
-    }
-
-    fn service_status(
-        &self,
-        shift: &TrafficShift,
-        in_flight: &BTreeMap<&VersionKey, u64>,
-        now: Millis,
-    ) -> ServiceStatus {
-        let (readiness, ledger) = (&self.readiness, &self.ledger);
-        let world = World { service: &shift.name, readiness, ledger, vetoes: Vec::new(), up_to_date: true };
-        let rollout = self.kept.rollouts.get(&shift.name).cloned();
-        let known = rollout.is_some();
-        let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
-        let step = rollout.current_step(shift).map(|step| StepStatus {
-            number: rollout.step + 1,
-            of: rollout.steps(shift).len(),
-            weight: step.weight,
-            hold_seconds: step.hold.as_secs(),
-            held_seconds: rollout.held_since.map(|since| now.saturating_sub(since) / 1_000),
-        });
-        let versions = rollout.parts(shift, &world).into_iter().map(|part| {
-            let endpoints = self.readiness.endpoints(&shift.name, &part.version);
-            let not_ready = endpoints.iter().filter(|endpoint| !endpoint.ready);
-            let not_ready = not_ready
-                .map(|state| NotReady { endpoint: state.endpoint.to_string(), reason: state.reason.clone() })
-                .collect::<Vec<_>>();
-            let key = (shift.name.clone(), part.version.clone());
-            VersionStatus {
-                endpoints: EndpointsStatus {
-                    ready: endpoints.len() - not_ready.len(),
-                    listed: endpoints.len(),
-                    not_ready,
-                },
-                requests: self.ledger.total(&shift.name, &part.version),
-                in_flight: in_flight.get(&key).copied().unwrap_or_default(),
-                weight: percent(part.share),
-                serving: part.serving,
-                name: part.version,
-            }
-        });
-        ServiceStatus {
-            name: shift.name.clone(),
-            phase: rollout.phase,
-            stable: rollout.stable.clone(),
-            target: rollout.target.clone(),
-            step,
-            message: if known { rollout.message.clone() } else { "waiting for the first probes".to_owned() },
-            since: timestamp(rollout.since),
-            unrouted: self.ledger.unrouted(&shift.name),
-            versions: versions.collect(),
-        }
-    }
+/// What proxies run for a service while its rollout stands like this.
+fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, world: &World<'_>) -> Service {
+    let parts = rollout.parts(shift, service, world);
+    let mut compiled = compile::service(service, |version| {
+        let part = parts.iter().find(|part| part.version == version);
+        part.map_or((0, false), |part| (part.weight, part.serving))
+    });
+    compiled.rules.splice(0..0, rollout.testers(shift));
+    compiled.mirror = compiled.mirror.or_else(|| rollout.mirror(shift));
+    compiled
 }
 
 /// The services of the last policy that is known to have been published.
 fn services_of(kept: &Kept) -> Vec<Service> {
-    let services = serde_json::from_str(&kept.services).unwrap_or(serde_json::Value::Null);
+    let services = serde_json::from_str(&kept.services).unwrap_or(Value::Null);
     let policy = Policy::read(&serde_json::json!({ "revision": kept.revision, "services": services }));
     policy.map(|policy| policy.services).unwrap_or_default()
-}
-
-fn timestamp(millis: Millis) -> jiff::Timestamp {
-    jiff::Timestamp::from_millisecond(i64::try_from(millis).unwrap_or(i64::MAX)).unwrap_or(jiff::Timestamp::MAX)
 }

@@ -57,12 +57,42 @@ pub struct DocumentErrors(pub Vec<DocumentError>);
 /// All errors of all files: files that cannot be read or are longer than 4 MiB, YAML that is none, fields that are
 /// wrong, a file given twice, and documents that contradict each other (the same name, or the same hostname).
 pub fn load(files: &[PathBuf]) -> Result<Vec<TrafficShift>, DocumentErrors> {
-    let documents = read_files(files, |value| TrafficShift::read(value).map(Document::Shift))?;
-    let shift = |(_, document)| match document {
-        Document::Shift(shift) => Some(shift),
+    Ok(load_as_written(files)?.into_iter().map(|(shift, _)| shift).collect())
+}
+
+/// The same, each with what it was read from.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, DocumentErrors> {
+    let mut values = Vec::new();
+    let documents = read_files(files, |value| {
+        let shift = TrafficShift::read(value)?;
+        values.push(value.clone());
+        Ok(Document::Shift(shift))
+    })?;
+    let shift = |((_, document), value)| match document {
+        Document::Shift(shift) => Some((shift, value)),
         Document::Policy(_) => None,
     };
-    Ok(documents.into_iter().filter_map(shift).collect())
+    Ok(documents.into_iter().zip(values).filter_map(shift).collect())
+}
+
+/// Whether another document can stand beside these.
+///
+/// # Errors
+///
+/// What it contradicts, one line for each.
+pub fn agree(others: &[TrafficShift], another: TrafficShift) -> Result<(), Vec<String>> {
+    let source = |file: &str| Source { file: file.to_owned(), number: None };
+    let others = others.iter().map(|shift| (source("force"), Document::Shift(shift.clone())));
+    let documents: Vec<_> = others.chain([(source("the request"), Document::Shift(another))]).collect();
+    let errors = contradictions(&documents);
+    match errors.is_empty() {
+        true => Ok(()),
+        false => Err(errors.iter().map(|error| error.error.to_string()).collect()),
+    }
 }
 
 /// Reads documents of either kind, each with where it is from; else as [`load`].
@@ -79,7 +109,7 @@ pub fn load_any(files: &[PathBuf]) -> Result<Vec<(Source, Document)>, DocumentEr
 
 fn read_files(
     files: &[PathBuf],
-    read: impl Fn(&Value) -> Result<Document, Errors>,
+    mut read: impl FnMut(&Value) -> Result<Document, Errors>,
 ) -> Result<Vec<(Source, Document)>, DocumentErrors> {
     let mut documents = Vec::new();
     let mut errors = Vec::new();
@@ -116,6 +146,7 @@ fn read_files(
 /// TrafficShifts that cannot both hold: of the same name, or for the same hostname.
 fn contradictions(documents: &[(Source, Document)]) -> Vec<DocumentError> {
     let mut names: BTreeMap<&str, &Source> = BTreeMap::new();
+    let mut services: BTreeMap<&str, (&str, &Source)> = BTreeMap::new();
     let mut hostnames: BTreeMap<&str, (&str, &Source)> = BTreeMap::new();
     let mut errors = Vec::new();
     let shifts = documents.iter().filter_map(|(source, document)| match document {
@@ -128,18 +159,29 @@ fn contradictions(documents: &[(Source, Document)]) -> Vec<DocumentError> {
             errors.push(source.error("metadata.name", why));
         }
         names.entry(&shift.name).or_insert(source);
-        let mut take = |hostname, path: String, what: &str| {
-            if let Some((name, earlier)) = hostnames.get(hostname) {
-                errors.push(source.error(&path, format!("{what} the TrafficShift {name} in {earlier}")));
+        let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
+        for (n, service) in shift.services.iter().enumerate() {
+            let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
+            let taken = services.get(service.name.as_str()).filter(|(name, _)| several || *name != service.name);
+            if let Some((name, earlier)) = taken {
+                let why = format!("\"{}\" is already a service of the TrafficShift {name} in {earlier}", service.name);
+                let path = if several { format!("{at}.name") } else { "metadata.name".to_owned() };
+                errors.push(source.error(&path, why));
             }
-            hostnames.entry(hostname).or_insert((&shift.name, source));
-        };
-        if shift.hostnames.is_empty() {
-            take("*", "spec.hostnames".to_owned(), "missing, which means every host; so does");
-        }
-        for (i, hostname) in shift.hostnames.iter().enumerate() {
-            let what = format!("\"{hostname}\" is already a hostname of");
-            take(hostname, format!("spec.hostnames[{i}]"), &what);
+            services.entry(&service.name).or_insert((&shift.name, source));
+            let mut take = |hostname, path: String, what: &str| {
+                if let Some((name, earlier)) = hostnames.get(hostname) {
+                    errors.push(source.error(&path, format!("{what} the TrafficShift {name} in {earlier}")));
+                }
+                hostnames.entry(hostname).or_insert((&shift.name, source));
+            };
+            if service.hostnames.is_empty() {
+                take("*", format!("{at}.hostnames"), "missing, which means every host; so does");
+            }
+            for (i, hostname) in service.hostnames.iter().enumerate() {
+                let what = format!("\"{hostname}\" is already a hostname of");
+                take(hostname, format!("{at}.hostnames[{i}]"), &what);
+            }
         }
     }
     errors

@@ -3,17 +3,20 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::report::{Counts, Report};
+use tideshift_core::report::{Counts, DURATION_BOUNDS, Report};
 
 /// A service's and a version's name.
 pub type VersionKey = (String, String);
+
+/// The most durations that one version's report can have.
+const MOST_DURATIONS: usize = DURATION_BOUNDS.len() + 1;
 
 /// All counts. Kept across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ledger {
     /// Over all proxies, those that are gone too.
     #[serde(with = "as_list")]
-    totals: BTreeMap<VersionKey, Counts>,
+    totals: BTreeMap<VersionKey, Total>,
     /// Requests that found nothing in service, by service.
     unrouted: BTreeMap<String, u64>,
     /// What each run of a proxy said last, by proxy and start.
@@ -27,8 +30,31 @@ struct Run {
     /// Milliseconds since 1970.
     reported_at: u64,
     #[serde(with = "as_list")]
-    counts: BTreeMap<VersionKey, Counts>,
+    counts: BTreeMap<VersionKey, Total>,
     unrouted: BTreeMap<String, u64>,
+}
+
+/// What was counted for one version.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Total {
+    #[serde(flatten)]
+    counts: Counts,
+    /// As in [`tideshift_core::report::VersionReport`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    durations: Vec<u64>,
+}
+
+/// What is in `all` and was not in `before`, for each duration. All of it if one went back, as reset counters do.
+pub fn newer(all: &[u64], before: &[u64]) -> Vec<u64> {
+    let before_of = |i: usize| before.get(i).copied().unwrap_or_default();
+    let was_reset = all.iter().enumerate().any(|(i, count)| *count < before_of(i)) || before.len() > all.len();
+    let new = |(i, count): (usize, &u64)| if was_reset { *count } else { count - before_of(i) };
+    all.iter().enumerate().map(new).collect()
+}
+
+fn add(sums: &mut Vec<u64>, new: &[u64]) {
+    sums.resize(sums.len().max(new.len()), 0);
+    sums.iter_mut().zip(new).for_each(|(sum, new)| *sum = sum.saturating_add(*new));
 }
 
 impl Ledger {
@@ -46,11 +72,14 @@ impl Ledger {
                 let key = (service.name.clone(), version.name.clone());
                 let last = run.counts.entry(key.clone()).or_default();
                 // Counters go back when somebody resets them; what they have since then is all new.
-                let before = if version.ended.any_below(last) { Counts::default() } else { *last };
+                let before = if version.ended.any_below(&last.counts) { Counts::default() } else { last.counts };
                 let new = version.ended.since(&before);
                 changed |= new != Counts::default();
-                *last = version.ended;
-                *self.totals.entry(key).or_default() += new;
+                let durations = version.durations.get(..MOST_DURATIONS).unwrap_or(&version.durations);
+                let total = self.totals.entry(key).or_default();
+                total.counts += new;
+                add(&mut total.durations, &newer(durations, &last.durations));
+                *last = Total { counts: version.ended, durations: durations.to_vec() };
             }
             if service.versions.iter().any(|version| is_known(&service.name, &version.name)) {
                 let last = run.unrouted.entry(service.name.clone()).or_default();
@@ -70,7 +99,17 @@ impl Ledger {
 
     /// A version's counts over all proxies.
     pub fn total(&self, service: &str, version: &str) -> Counts {
-        self.totals.get(&(service.to_owned(), version.to_owned())).copied().unwrap_or_default()
+        self.totals.get(&(service.to_owned(), version.to_owned())).map_or(Counts::default(), |total| total.counts)
+    }
+
+    /// How long a version's exchanges took, over all proxies: as in [`tideshift_core::report::VersionReport`].
+    pub fn durations(&self, service: &str, version: &str) -> &[u64] {
+        self.totals.get(&(service.to_owned(), version.to_owned())).map_or(&[], |total| &total.durations)
+    }
+
+    /// The runs of proxies that have reported since then: proxy and start.
+    pub fn reported_since(&self, then: u64) -> impl Iterator<Item = &(String, String)> {
+        self.runs.iter().filter(move |(_, run)| run.reported_at >= then).map(|(run, _)| run)
     }
 
     /// A service's requests that found nothing in service, over all proxies.
@@ -80,18 +119,18 @@ impl Ledger {
 }
 
 /// Maps with keys that are not strings, as lists of pairs, since JSON has no other way.
-mod as_list {
+pub(crate) mod as_list {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::collections::BTreeMap;
 
-    pub(super) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
+    pub(crate) fn serialize<K: Serialize, V: Serialize, S: Serializer>(
         map: &BTreeMap<K, V>,
         to: S,
     ) -> Result<S::Ok, S::Error> {
         to.collect_seq(map)
     }
 
-    pub(super) fn deserialize<'de, K, V, D>(from: D) -> Result<BTreeMap<K, V>, D::Error>
+    pub(crate) fn deserialize<'de, K, V, D>(from: D) -> Result<BTreeMap<K, V>, D::Error>
     where
         K: Deserialize<'de> + Ord,
         V: Deserialize<'de>,

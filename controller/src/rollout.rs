@@ -1,22 +1,38 @@
-//! The rollout engine: a pure state machine from what is wanted, what is ready, what was counted and the time to the
-//! next state and each version's share. It does no I/O and has no clock, so it is tested over hours in milliseconds.
+//! The rollout engine: a pure state machine from what is wanted, what is ready, what was counted, what people say and
+//! the time to the next state and each version's share. It does no I/O and has no clock, so it is tested and simulated
+//! over hours in milliseconds. One rollout may move several services; they go forward together and back together.
 
-use crate::shares::{Claim, shares, weights};
+mod command;
+mod parts;
+
+pub use command::{Command, Refused};
+pub use parts::Part;
+
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::collections::BTreeMap;
 use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
-use tideshift_core::shift::{Step, TrafficShift};
+use tideshift_core::shift::{ShiftService, Step, TrafficShift};
 
 /// Milliseconds since 1970.
 pub type Millis = u64;
 
-/// Where a service's rollout stands. Kept across restarts of the controller.
+/// Where a rollout stands. Kept across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
-    /// The phase, in the words of Flagger's users.
+    /// Counts the rollouts of this document, the first is 1; 0 before it.
+    pub number: u64,
+    /// The phase, in the words of Flagger's and Argo Rollouts' users.
     pub phase: Phase,
+    /// Why it is in this phase, for programs.
+    pub reason: Reason,
+    /// Why it is in this phase, for people.
+    pub message: String,
+    /// Since when it is in this phase.
+    pub since: Millis,
+    /// When the rollout began.
+    pub started: Millis,
     /// The version that serves what the target does not; the target itself once it has succeeded.
     pub stable: String,
     /// The version to move to, or that was moved to, or that failed.
@@ -25,23 +41,57 @@ pub struct Rollout {
     pub leaving: Option<String>,
     /// Index of the present step.
     pub step: usize,
+    /// Whether the present step may begin; until then the target has the share of the step before.
+    pub allowed: bool,
     /// Since when the target has had the step's share without a break.
     pub held_since: Option<Millis>,
-    /// How many endpoints carry the whole load where the document does not say.
-    pub endpoints_for_full_load: u32,
-    /// The target's counts when the rollout started.
-    pub counted_before: Counts,
-    /// Why it is in this phase, for people.
-    pub message: String,
-    /// Since when.
-    pub since: Millis,
+    /// Whether somebody has paused it.
+    pub paused: bool,
+    /// The target's share in percent if somebody has set it.
+    pub weight_by_hand: Option<u32>,
+    /// Whether it goes back to a version that has served before: at once, and not judged.
+    pub is_return: bool,
+    /// What the present step's gate said last, if it said no or nothing.
+    pub gate_says: Option<String>,
+    /// How many endpoints carry the whole load of each service where the document does not say.
+    pub endpoints_for_full_load: BTreeMap<String, u32>,
     /// How often users were taken back from a target; what they were given before no longer holds.
-    #[serde(default)]
     pub taken_back: u64,
+    /// Somebody has said that the present step need be neither held nor judged any longer.
+    waived: bool,
+    /// When it last got further, and the most endpoints that the target has had ready.
+    progressed: Millis,
+    most_ready: u32,
+    warming: Warming,
+    /// What the target may have while it ramps up, in 1/100,000, and since when.
+    level: u32,
+    level_since: Millis,
+    /// The target's counts when the rollout started, by service.
+    counted_before: BTreeMap<String, Counts>,
     /// What the document said when it was last looked at, so that a change is noticed.
     said: Said,
     /// Whether the target failed so badly that it gets nothing while anybody else is ready.
     shunned: bool,
+    /// What has happened and nobody has been told of yet.
+    #[serde(skip)]
+    news: Vec<Transition>,
+}
+
+/// A change of a rollout's state that people want to know of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transition {
+    /// When.
+    pub time: Millis,
+    /// The number of the rollout.
+    pub rollout: u64,
+    /// What phase it is in since then.
+    pub phase: Phase,
+    /// Why, in a word.
+    pub reason: Reason,
+    /// Why, in words.
+    pub message: String,
+    /// The index of the present step, if it is under way.
+    pub step: Option<usize>,
 }
 
 /// What of a document starts or ends rollouts.
@@ -51,13 +101,28 @@ struct Said {
     target: Option<String>,
 }
 
+/// Copies of requests that reach the target before users do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Warming {
+    /// Not yet.
+    Due,
+    /// Since then.
+    Since(Millis),
+    /// It is warm.
+    Over,
+}
+
 /// The phases of a rollout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// The stable version serves; nothing is being moved.
     Initialized,
+    /// A gate has not said yet that the next step may begin.
+    Waiting,
     /// Traffic moves to the target, step by step.
     Progressing,
+    /// It stays as it is until somebody says otherwise.
+    Paused,
     /// The target serves everything.
     Succeeded,
     /// The target was taken back.
@@ -66,69 +131,145 @@ pub enum Phase {
 
 impl Phase {
     /// All phases.
-    pub const ALL: [Self; 4] = [Self::Initialized, Self::Progressing, Self::Succeeded, Self::Failed];
+    pub const ALL: [Self; 6] =
+        [Self::Initialized, Self::Waiting, Self::Progressing, Self::Paused, Self::Succeeded, Self::Failed];
 
     /// The phase's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Initialized => "Initialized",
+            Self::Waiting => "Waiting",
             Self::Progressing => "Progressing",
+            Self::Paused => "Paused",
             Self::Succeeded => "Succeeded",
             Self::Failed => "Failed",
         }
     }
+
+    /// Whether a rollout is on its way.
+    pub fn is_under_way(self) -> bool {
+        matches!(self, Self::Waiting | Self::Progressing | Self::Paused)
+    }
+}
+
+/// Why a rollout is where it is, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "each is said in a message whenever it occurs")]
+pub enum Reason {
+    Serving,
+    TargetWithdrawn,
+    Started,
+    Superseded,
+    GateClosed,
+    WarmingUp,
+    WaitingForCapacity,
+    ProgressDeadlineExceeded,
+    EndpointsLost,
+    Ramping,
+    Holding,
+    CatchingUp,
+    Undecided,
+    BothFailing,
+    PauseStep,
+    PausedByUser,
+    Resumed,
+    Promoted,
+    WeightSet,
+    StepStarted,
+    Completed,
+    VerdictFail,
+    GuardVeto,
+    TooManyErrors,
+    Aborted,
+    RolledBack,
 }
 
 /// What the engine may know of the world.
 pub trait Observed {
     /// A version's endpoints that can take traffic now.
-    fn ready(&self, version: &str) -> u32;
+    fn ready(&self, service: &str, version: &str) -> u32;
+    /// Those that have been ready for as long as the document asks for.
+    fn available(&self, service: &str, version: &str) -> u32;
     /// What was counted for a version, over all proxies, since ever.
-    fn counts(&self, version: &str) -> Counts;
+    fn counts(&self, service: &str, version: &str) -> Counts;
     /// The vetoes of the proxies' guards on a version.
-    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto>;
+    fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto>;
     /// Whether the proxies have had the time to say what they counted while no controller was there.
     fn is_up_to_date(&self) -> bool;
+    /// What the counts say of the target.
+    fn verdict(&self) -> Opinion;
 }
 
-/// A version's part in the traffic right now.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Part {
-    /// The version's name.
-    pub version: String,
-    /// 0 to 1.
-    pub share: f64,
-    /// The share as a weight, relative to the others'.
-    pub weight: u32,
-    /// Whether it can take requests at all.
-    pub serving: bool,
+/// Why a target is taken back, and what it failed.
+struct Failure {
+    reason: Reason,
+    why: String,
+    errors: u64,
+    requests: u64,
+}
+
+/// What the counts say of the target.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Opinion {
+    /// It is worse than it may be.
+    pub fails: bool,
+    /// It is good enough, or nobody asks.
+    pub passes: bool,
+    /// Both the target and the stable version fail too often: no reason to blame the target, nor to go on.
+    pub both_fail: bool,
+    /// Requests of the target.
+    pub requests: u64,
+    /// Those that failed.
+    pub errors: u64,
+    /// The evidence in words.
+    pub words: String,
 }
 
 impl Rollout {
-    /// A service that is seen for the first time: its stable version serves.
+    /// A document that is seen for the first time: its stable version serves.
     pub fn new(shift: &TrafficShift, now: Millis) -> Self {
         Self {
+            number: 0,
             phase: Phase::Initialized,
+            reason: Reason::Serving,
+            message: format!("{} serves", shift.stable),
+            since: now,
+            started: now,
             stable: shift.stable.clone(),
             target: None,
             leaving: None,
             step: 0,
+            allowed: false,
             held_since: None,
+            paused: false,
+            weight_by_hand: None,
+            is_return: false,
+            gate_says: None,
             endpoints_for_full_load: listed(shift, &shift.stable),
-            counted_before: Counts::default(),
-            message: format!("{} serves", shift.stable),
-            since: now,
             taken_back: 0,
+            waived: false,
+            progressed: now,
+            most_ready: 0,
+            warming: Warming::Due,
+            level: 0,
+            level_since: now,
+            counted_before: BTreeMap::new(),
             said: Said { stable: shift.stable.clone(), target: None },
             shunned: false,
+            news: Vec::new(),
         }
     }
 
-    /// The state after what has happened. At most one step forward for each call.
+    /// What has happened since this was last asked.
+    pub fn take_news(&mut self) -> Vec<Transition> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// The state after time has passed and the world has changed. At most one step forward for each call.
     pub fn advance(mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
         self.heed(shift, world, now);
         match self.phase {
-            Phase::Progressing => self.progress(shift, world, now),
+            Phase::Waiting | Phase::Progressing | Phase::Paused => self.progress(shift, world, now),
             Phase::Initialized | Phase::Succeeded => self.message = self.at_rest(shift, world),
             // What the target did stays to be read.
             Phase::Failed => {}
@@ -136,201 +277,395 @@ impl Rollout {
         self
     }
 
-    /// How it is while nothing is being moved: the stable version serves everything, as far as it can.
-    fn at_rest(&self, shift: &TrafficShift, world: &impl Observed) -> String {
-        let (stable, needed) = (&self.stable, self.full_load(shift));
-        match (world.ready(stable), self.phase) {
-            (ready, _) if ready < needed => {
-                format!("{stable} has {ready} of {needed} endpoints ready that the load needs")
-            }
-            (_, Phase::Succeeded) => format!("{stable} serves everything"),
-            _ => format!("{stable} serves"),
+    /// A gate has answered for a step. Answers to questions of the past change nothing.
+    pub fn gate_answered(&mut self, step: usize, allowed: bool, words: &str) {
+        if self.phase.is_under_way() && !self.allowed && self.step == step {
+            self.allowed = allowed;
+            self.gate_says = (!allowed).then(|| words.to_owned());
         }
     }
 
-    /// Each version's part, in the document's order.
-    pub fn parts(&self, shift: &TrafficShift, world: &impl Observed) -> Vec<Part> {
-        let whole = f64::from(self.full_load(shift));
-        let wanted = self.target_share(shift);
-        let claims: Vec<Claim> = shift
-            .versions
-            .iter()
-            .map(|version| {
-                let name = Some(&version.name);
-                let is_target = name == self.target.as_ref();
-                Claim {
-                    wanted: match self.phase {
-                        Phase::Progressing if is_target => wanted,
-                        Phase::Progressing if version.name == self.stable => 1.0 - wanted,
-                        _ if version.name == self.stable => 1.0,
-                        _ => 0.0,
-                    },
-                    capacity: f64::from(world.ready(&version.name)) / whole,
-                    reserve: match () {
-                        () if self.shunned && is_target => 2,
-                        () if version.name == self.stable || is_target || name == self.leaving.as_ref() => 0,
-                        () => 1,
-                    },
-                }
-            })
-            .collect();
-        let shares = shares(&claims);
-        let weights = weights(&shares);
-        let versions = shift.versions.iter().zip(&claims).zip(shares.iter().zip(weights));
-        versions
-            .map(|((version, claim), (share, weight))| Part {
-                version: version.name.clone(),
-                share: *share,
-                weight,
-                serving: claim.capacity > 0.0,
-            })
-            .collect()
+    /// The step that waits for a gate.
+    pub fn asks_for_step(&self, shift: &TrafficShift) -> Option<usize> {
+        (self.phase.is_under_way() && !self.allowed && self.needs_gate(shift)).then_some(self.step)
     }
 
     /// The step that the rollout is at; `None` if none is under way.
     pub fn current_step(&self, shift: &TrafficShift) -> Option<Step> {
-        (self.phase == Phase::Progressing).then(|| self.steps(shift).get(self.step).copied()).flatten()
+        self.phase.is_under_way().then(|| self.steps(shift).get(self.step).cloned()).flatten()
     }
 
     /// The steps of this rollout. The last one is always everything.
     pub fn steps(&self, shift: &TrafficShift) -> Vec<Step> {
-        let all = Step { weight: 100, hold: Duration::ZERO };
-        // Back to the version that the document calls stable: no reason to wait.
-        if self.target.as_ref() == Some(&shift.stable) {
-            return vec![all];
+        // Back to the version that the document calls stable, or that somebody asked for: no reason to wait.
+        match self.is_return || self.target.as_ref() == Some(&shift.stable) {
+            true => vec![Step::all()],
+            false => shift.strategy.steps.clone(),
         }
-        let mut steps = shift.steps.clone();
-        if steps.last().is_none_or(|last| last.weight != 100) {
-            steps.push(all);
-        }
-        steps
     }
 
-    /// How many endpoints carry the whole load.
-    fn full_load(&self, shift: &TrafficShift) -> u32 {
-        shift.endpoints_for_full_load.unwrap_or(self.endpoints_for_full_load).max(1)
+    /// When the rollout will be said to be stuck, if it gets no further; `None` while it waits for nothing.
+    pub fn deadline(&self, shift: &TrafficShift) -> Option<Millis> {
+        let waits = matches!(self.reason, Reason::WaitingForCapacity | Reason::ProgressDeadlineExceeded);
+        waits.then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
     }
 
-    fn target_share(&self, shift: &TrafficShift) -> f64 {
-        self.current_step(shift).map_or(0.0, |step| f64::from(step.weight) / 100.0)
+    fn needs_gate(&self, shift: &TrafficShift) -> bool {
+        shift.has_gates() && !self.steps(shift).is_empty() && !self.is_return
+    }
+
+    /// How it is while nothing is being moved: the stable version serves everything, as far as it can.
+    fn at_rest(&self, shift: &TrafficShift, world: &impl Observed) -> String {
+        let stable = &self.stable;
+        let lacks = shift.services.iter().find_map(|service| {
+            let (ready, needed) = (world.ready(&service.name, stable), self.full_load(service));
+            let of = if shift.services.len() > 1 { format!(" of {}", service.name) } else { String::new() };
+            (ready < needed)
+                .then(|| format!("{stable}{of} has {ready} of {needed} endpoints ready that the load needs"))
+        });
+        lacks.unwrap_or_else(|| match self.phase {
+            Phase::Succeeded => format!("{stable} serves everything"),
+            _ => format!("{stable} serves"),
+        })
+    }
+
+    /// How many endpoints carry the whole load of a service.
+    pub fn full_load(&self, service: &ShiftService) -> u32 {
+        let counted = self.endpoints_for_full_load.get(&service.name).copied();
+        service.endpoints_for_full_load.or(counted).unwrap_or(1).max(1)
     }
 
     /// Starts and ends rollouts where the document has changed.
     fn heed(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let exists = |name: &String| shift.version(name).is_some();
         let said = Said { stable: shift.stable.clone(), target: shift.target.clone() };
-        if self.said.stable != said.stable || !exists(&self.stable) {
+        if self.said.stable != said.stable || !shift.has(&self.stable) {
             // The user says anew what is stable, or what was is gone.
             if self.stable != said.stable {
                 self.leaving = Some(std::mem::replace(&mut self.stable, said.stable.clone()));
             }
-            if self.target.as_ref() == Some(&self.stable) || self.phase != Phase::Progressing {
-                self.rest(shift, now);
+            if self.target.as_ref() == Some(&self.stable) || !self.phase.is_under_way() {
+                self.rest(shift, Reason::Serving, now);
             }
         }
-        if self.said.target != said.target || !self.target.as_ref().is_none_or(exists) {
+        if self.said.target != said.target || self.target.as_ref().is_some_and(|target| !shift.has(target)) {
             match &said.target {
                 Some(target) if *target != self.stable => self.start(target.clone(), shift, world, now),
-                _ => {
-                    if self.phase == Phase::Progressing {
-                        self.taken_back += 1;
-                        self.leaving = self.target.take();
-                    }
-                    self.rest(shift, now);
-                }
+                _ => self.withdraw(shift, now),
             }
         }
         self.said = said;
     }
 
     fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let superseded = if self.phase == Phase::Progressing { self.target.take() } else { None };
+        let superseded = if self.phase.is_under_way() { self.target.take() } else { None };
         self.leaving = superseded.filter(|old| *old != target);
         self.endpoints_for_full_load = listed(shift, &self.stable);
-        self.counted_before = world.counts(&target);
-        self.step = 0;
-        self.held_since = None;
+        let counts = |service: &ShiftService| (service.name.clone(), world.counts(&service.name, &target));
+        self.counted_before = shift.services.iter().map(counts).collect();
+        self.number += 1;
+        self.started = now;
+        self.is_return = false;
+        self.warming = if shift.strategy.warm_up_mirror.is_some() { Warming::Due } else { Warming::Over };
+        (self.level, self.level_since) = (0, now);
         self.shunned = false;
-        self.enter(Phase::Progressing, format!("moving from {} to {target}", self.stable), now);
+        let (reason, instead) = match &self.leaving {
+            Some(old) => (Reason::Superseded, format!(" instead of {old}")),
+            None => (Reason::Started, String::new()),
+        };
+        let message = format!("moving from {} to {target}{instead}", self.stable);
         self.target = Some(target);
+        self.begin_step(0, now);
+        self.since = now;
+        self.enter(Phase::Progressing, reason, message, now);
     }
 
-    fn rest(&mut self, shift: &TrafficShift, now: Millis) {
+    /// Ends a rollout that nobody wants any longer.
+    fn withdraw(&mut self, shift: &TrafficShift, now: Millis) {
+        let under_way = self.phase.is_under_way();
+        if under_way {
+            self.taken_back += 1;
+            self.leaving = self.target.take();
+        }
+        self.rest(shift, if under_way { Reason::TargetWithdrawn } else { Reason::Serving }, now);
+    }
+
+    fn rest(&mut self, shift: &TrafficShift, reason: Reason, now: Millis) {
         self.target = None;
         self.shunned = false;
-        self.held_since = None;
+        self.begin_step(0, now);
         self.endpoints_for_full_load = listed(shift, &self.stable);
-        self.enter(Phase::Initialized, format!("{} serves", self.stable), now);
+        self.enter(Phase::Initialized, reason, format!("{} serves", self.stable), now);
+    }
+
+    fn begin_step(&mut self, step: usize, now: Millis) {
+        self.step = step;
+        self.allowed = false;
+        self.gate_says = None;
+        self.held_since = None;
+        self.waived = false;
+        self.paused = false;
+        self.weight_by_hand = None;
+        self.progressed = now;
+        self.most_ready = 0;
     }
 
     fn progress(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let Some(target) = self.target.clone() else { return };
-        let counts = world.counts(&target).since(&self.counted_before);
-        let began = |veto: &Veto| veto.until.saturating_sub(shift.guard.cool_down_for(veto.strikes)) / 1_000_000;
-        // One from before speaks of an earlier attempt.
-        let veto = world.vetoes(&target).find(|veto| began(veto) >= self.since);
-        if counts.error > shift.max_errors || veto.is_some() {
-            let (error, answered) = (counts.error, counts.answered());
+        let ready = shift.services.iter().map(|service| world.available(&service.name, &target)).sum();
+        if ready > self.most_ready {
+            (self.most_ready, self.progressed) = (ready, now);
+        }
+        if let Some(failure) = self.failure(&target, shift, world, now) {
             // More than half of its requests: anything is better, even a stable version that is too small.
-            let (failed, of) = veto.map_or((error, answered), |veto| (veto.errors, veto.requests));
-            self.shunned = failed.saturating_mul(2) > of;
-            let back = match self.shunned {
-                true => "all at once",
-                false => "as far as it can carry the load",
-            };
-            let why = match veto {
-                Some(Veto { requests, errors, others_requests, others_errors, .. }) => format!(
-                    "a proxy's guard stopped it: {errors} of {requests} requests failed there, of the others' \
-                     {others_errors} of {others_requests}"
-                ),
-                None => format!("{error} of {answered} requests failed, more than the {} allowed", shift.max_errors),
-            };
-            let message = format!("{target}: {why}; back to {} {back}", self.stable);
-            self.taken_back += 1;
-            return self.enter(Phase::Failed, message, now);
+            self.shunned = failure.errors.saturating_mul(2) > failure.requests;
+            return self.take_back(failure.reason, &format!("{target}: {}", failure.why), now);
         }
-        let Some(step) = self.current_step(shift) else { return };
-        let part = self.parts(shift, world).into_iter().find(|part| part.version == target);
-        let share = part.map_or(0.0, |part| part.share);
-        if share + 1e-9 < self.target_share(shift) {
-            self.held_since = None;
-            let ready = world.ready(&target);
-            self.message = format!(
-                "step {}: {target} has {ready} of {} endpoints ready that {} % of the load need",
-                self.step + 1,
-                (f64::from(self.full_load(shift)) * f64::from(step.weight) / 100.0).ceil(),
-                step.weight
-            );
-            return;
+        if !self.allowed && !self.needs_gate(shift) {
+            self.allowed = true;
         }
-        self.message = format!("step {}: {target} has {} %", self.step + 1, percent(share));
-        let since = *self.held_since.get_or_insert(now);
-        if now.saturating_sub(since) < step.hold.as_millis() as u64 || !world.is_up_to_date() {
-            return;
-        }
-        self.held_since = None;
-        self.step += 1;
-        if self.step >= self.steps(shift).len() {
-            self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
-            self.enter(Phase::Succeeded, format!("{target} serves everything"), now);
-        }
+        self.warm_up(&target, shift, world, now);
+        let number = self.step + 1;
+        let (phase, reason, message) = match self.obstacle(&target, shift, world, now) {
+            Some((phase, reason, why)) => (phase, reason, format!("step {number}: {why}")),
+            None if self.step + 1 >= self.steps(shift).len() => {
+                self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
+                self.begin_step(0, now);
+                (Phase::Succeeded, Reason::Completed, format!("{target} serves everything"))
+            }
+            None => {
+                self.begin_step(self.step + 1, now);
+                let weight = self.steps(shift).get(self.step).map_or(100, |step| step.weight);
+                (Phase::Progressing, Reason::StepStarted, format!("step {}: {target} is to get {weight} %", number + 1))
+            }
+        };
+        self.enter(phase, reason, message, now);
     }
 
-    fn enter(&mut self, phase: Phase, message: String, now: Millis) {
-        self.phase = phase;
-        self.message = message;
-        self.since = now;
+    /// Why the target must be taken back, if it must.
+    fn failure(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<Failure> {
+        if self.is_return {
+            return None;
+        }
+        for service in &shift.services {
+            let began = |veto: &Veto| veto.until.saturating_sub(service.guard.cool_down_for(veto.strikes)) / 1_000_000;
+            // One from before speaks of an earlier attempt.
+            let veto = world.vetoes(&service.name, target).find(|veto| began(veto) >= self.started);
+            if let Some(Veto { requests, errors, others_requests, others_errors, .. }) = veto {
+                let why = format!(
+                    "a proxy's guard stopped it: {errors} of {requests} requests failed there, of the others' \
+                     {others_errors} of {others_requests}"
+                );
+                return Some(Failure { reason: Reason::GuardVeto, why, errors: *errors, requests: *requests });
+            }
+        }
+        let verdict = world.verdict();
+        if verdict.fails {
+            let Opinion { words, errors, requests, .. } = verdict;
+            return Some(Failure { reason: Reason::VerdictFail, why: words, errors, requests });
+        }
+        let (errors, requests) = self.counted(target, shift, world);
+        if let Some(limit) = shift.max_errors.filter(|limit| errors > *limit) {
+            let why = format!("{errors} of {requests} requests failed, more than the {limit} allowed");
+            return Some(Failure { reason: Reason::TooManyErrors, why, errors, requests });
+        }
+        let waits = self.allowed && !self.paused && shift.strategy.abort_at_deadline && self.is_stuck(shift, now);
+        let (_, why) = self.shortage(target, shift, world).filter(|(of_target, _)| waits && *of_target)?;
+        let why = format!("{why}; no progress for {} s", shift.strategy.progress_deadline.as_secs());
+        Some(Failure { reason: Reason::ProgressDeadlineExceeded, why, errors: 0, requests: 0 })
+    }
+
+    /// Whether it has got no further for longer than it may.
+    fn is_stuck(&self, shift: &TrafficShift, now: Millis) -> bool {
+        now.saturating_sub(self.progressed) >= shift.strategy.progress_deadline.as_millis() as u64
+    }
+
+    /// The target's errors and answers since the rollout began.
+    fn counted(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> (u64, u64) {
+        let of = |service: &ShiftService| {
+            let before = self.counted_before.get(&service.name).copied().unwrap_or_default();
+            world.counts(&service.name, target).since(&before)
+        };
+        let counts = shift.services.iter().map(of).fold(Counts::default(), |sum, counts| sum + counts);
+        (counts.error, counts.answered())
+    }
+
+    /// Gives the stable version its traffic back.
+    fn take_back(&mut self, reason: Reason, why: &str, now: Millis) {
+        let back = match self.shunned {
+            true => "all at once",
+            false => "as far as it can carry the load",
+        };
+        self.taken_back += 1;
+        self.enter(Phase::Failed, reason, format!("{why}; back to {} {back}", self.stable), now);
+    }
+
+    /// Lets copies of requests, then a growing share of them reach the target.
+    fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        let ramp = shift.strategy.ramp.as_millis() as u64;
+        let capacity = self.capacity(target, shift, world);
+        self.warming = match self.warming {
+            Warming::Due if capacity > 0.0 => Warming::Since(now),
+            Warming::Since(since) if now.saturating_sub(since) >= ramp => Warming::Over,
+            as_it_is => as_it_is,
+        };
+        let passed = now.saturating_sub(self.level_since);
+        if ramp == 0 || self.is_return || passed < 1_000 {
+            return;
+        }
+        let share = (self.share(target, shift, world) * f64::from(LEVELS)) as u64;
+        let more = u64::from(LEVELS) * passed / ramp;
+        self.level = (share + more).min(u64::from(LEVELS)) as u32;
+        self.level_since = now;
+    }
+
+    /// What stands in the way of the next step.
+    fn obstacle(
+        &mut self,
+        target: &str,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Option<(Phase, Reason, String)> {
+        let progressing = |reason, why| Some((Phase::Progressing, reason, why));
+        if !self.allowed {
+            let says = self.gate_says.as_deref().unwrap_or("its gate has not answered yet");
+            return Some((Phase::Waiting, Reason::GateClosed, says.to_owned()));
+        }
+        let step = self.current_step(shift)?;
+        let (share, had_it) = (self.share(target, shift, world), self.held_since.is_some());
+        let goal = self.weight_by_hand.unwrap_or(step.weight);
+        let has_it = share + 1e-9 >= f64::from(goal) / 100.0;
+        if !has_it {
+            self.held_since = None;
+        }
+        if self.paused {
+            let reason = if self.weight_by_hand.is_some() { Reason::WeightSet } else { Reason::PausedByUser };
+            let why = match has_it {
+                true => format!("paused by hand; {target} has {} %", percent(share)),
+                false => format!("paused by hand; {target} has {} % of the {goal} % wanted", percent(share)),
+            };
+            return Some((Phase::Paused, reason, why));
+        }
+        if let Warming::Since(since) = self.warming {
+            let left = shift.strategy.ramp.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
+            return progressing(Reason::WarmingUp, format!("{target} gets copies of requests for {left} s more"));
+        }
+        if let Some((_, why)) = self.shortage(target, shift, world) {
+            // What it had, it has lost; what was never there is waited for.
+            let lost = had_it || self.reason == Reason::EndpointsLost;
+            if had_it {
+                self.progressed = now;
+            }
+            self.held_since = None;
+            return match (self.is_stuck(shift, now), lost) {
+                (true, _) => {
+                    let seconds = shift.strategy.progress_deadline.as_secs();
+                    progressing(Reason::ProgressDeadlineExceeded, format!("{why}; no progress for {seconds} s"))
+                }
+                (false, true) => progressing(
+                    Reason::EndpointsLost,
+                    format!("{why}; {target} has {} %, {} takes over the rest", percent(share), self.stable),
+                ),
+                (false, false) => progressing(Reason::WaitingForCapacity, why),
+            };
+        }
+        if !has_it {
+            return progressing(Reason::Ramping, format!("{target} has {} % on its way to {goal} %", percent(share)));
+        }
+        let since = *self.held_since.get_or_insert(now);
+        if self.waived {
+            return None;
+        }
+        if now.saturating_sub(since) < step.hold.as_millis() as u64 {
+            return match share > f64::from(goal) / 100.0 + 1e-6 {
+                true => progressing(
+                    Reason::EndpointsLost,
+                    format!(
+                        "{} cannot carry the rest; {target} has {} % instead of {goal} %",
+                        self.stable,
+                        percent(share)
+                    ),
+                ),
+                false => progressing(Reason::Holding, format!("{target} has {} %", percent(share))),
+            };
+        }
+        if !world.is_up_to_date() {
+            return progressing(Reason::CatchingUp, format!("{target} has {} %", percent(share)));
+        }
+        let verdict = world.verdict();
+        if verdict.both_fail && !self.is_return {
+            return progressing(Reason::BothFailing, verdict.words);
+        }
+        if step.pause {
+            let why = format!("{target} has {} %; paused until it is promoted", percent(share));
+            return Some((Phase::Paused, Reason::PauseStep, why));
+        }
+        if !verdict.passes && !self.is_return {
+            return progressing(Reason::Undecided, verdict.words);
+        }
+        None
+    }
+
+    /// What endpoints are missing for the target's share, and whether they are the target's.
+    fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<(bool, String)> {
+        let step = self.steps(shift).get(self.step).map_or(0, |step| step.weight);
+        let goal = self.weight_by_hand.unwrap_or(step);
+        let several = shift.services.len() > 1;
+        for service in &shift.services {
+            let full = self.full_load(service);
+            let of = if several { format!(" of {}", service.name) } else { String::new() };
+            let ready = world.available(&service.name, target);
+            if f64::from(ready) + 1e-9 < f64::from(full) * f64::from(goal) / 100.0 {
+                let needed = (f64::from(full) * f64::from(goal) / 100.0).ceil();
+                let why =
+                    format!("{target}{of} has {ready} of {needed} endpoints ready that {goal} % of the load need");
+                return Some((true, why));
+            }
+            let missing = parts::max_unavailable(&shift.strategy, full);
+            let together = ready + world.available(&service.name, &self.stable);
+            if together < full.saturating_sub(missing) {
+                let why = format!(
+                    "{} and {target}{of} have {together} of {full} endpoints ready together, and no more than {missing} \
+                     may be missing",
+                    self.stable
+                );
+                return Some((false, why));
+            }
+        }
+        None
+    }
+
+    fn enter(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
+        if self.phase != phase {
+            self.since = now;
+        }
+        let is_news = self.phase != phase || self.reason != reason;
+        (self.phase, self.reason, self.message) = (phase, reason, message);
+        if is_news {
+            self.news.push(Transition {
+                time: now,
+                rollout: self.number,
+                phase,
+                reason,
+                message: self.message.clone(),
+                step: phase.is_under_way().then_some(self.step),
+            });
+        }
     }
 }
+
+/// What [`Rollout::level`] is a part of.
+const LEVELS: u32 = 100_000;
 
 /// A share in percent, with as many digits as it needs, three at most.
 pub fn percent(share: f64) -> f64 {
     (share * 100_000.0).round() / 1_000.0
 }
 
-/// How many endpoints a version has.
-fn listed(shift: &TrafficShift, version: &str) -> u32 {
-    shift.version(version).map_or(0, |version| version.endpoints.len() as u32)
+/// How many endpoints each service has of a version.
+fn listed(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
+    let of = |service: &ShiftService| service.version(version).map_or(0, |version| version.endpoints.len() as u32);
+    shift.services.iter().map(|service| (service.name.clone(), of(service))).collect()
 }
 
 #[cfg(test)]

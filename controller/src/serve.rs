@@ -2,7 +2,7 @@
 //! made safe, then published.
 
 use crate::api::{self, Published, Shared, now};
-use crate::control::Control;
+use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
 use crate::readiness::Prober;
 use crate::store::{Kept, Store, StoreError};
@@ -75,18 +75,19 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     }
     // Looked at before they are read: what changes in between is read again.
     let files = Files::new(&options.files);
-    let shifts = documents::load(&options.files)?;
-    let (store, kept, ledger) = open_store(&options)?;
+    let documents = documents::load_as_written(&options.files)?;
+    let (store, kept, counted) = open_store(&options)?;
     let listener = TcpListener::bind(options.listen).await;
     let listener = listener.map_err(|error| ServeError::Listen(options.listen, error))?;
     let address = listener.local_addr()?;
 
     let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
-    prober.set(&shifts);
+    let control = Control::new(documents, kept, counted);
+    prober.set(control.shifts());
     let (publish, published) = watch::channel(None);
     let (end, ending) = watch::channel(false);
-    let control = Mutex::new(Control::new(shifts, kept, ledger));
-    let shared = Arc::new(Shared { control, counted: Notify::new(), published, ending: ending.clone() });
+    let shared =
+        Arc::new(Shared { control: Mutex::new(control), counted: Notify::new(), published, ending: ending.clone() });
     let router = api::router(shared.clone());
     let mut wait = ending.clone();
     let server = axum::serve(listener, router).with_graceful_shutdown(async move {
@@ -103,7 +104,7 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     Ok(())
 }
 
-fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::Ledger), StoreError> {
+fn open_store(options: &Options) -> Result<(Option<Store>, Kept, Counted), StoreError> {
     let beside = || {
         let first = options.files.iter().find(|file| file.as_os_str() != "-")?;
         // One for each first document, so that controllers of other documents in the same folder have their own.
@@ -113,7 +114,7 @@ fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::
         .map_err(|error| StoreError::Io { path: "a random number".into(), error })?;
     let nowhere = |why: String, fresh: Kept| {
         tracing::warn!("state is not kept, a restart begins at the stable version: {why}");
-        (None, fresh, crate::ledger::Ledger::default())
+        (None, fresh, Counted::default())
     };
     let (dir, chosen) = match (&options.state_dir, beside()) {
         (Some(dir), _) => (dir.clone(), true),
@@ -123,7 +124,7 @@ fn open_store(options: &Options) -> Result<(Option<Store>, Kept, crate::ledger::
         }
     };
     match Store::open(&dir) {
-        Ok((store, kept, ledger)) => Ok((Some(store), kept.unwrap_or(fresh), ledger.unwrap_or_default())),
+        Ok((store, kept, counted)) => Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_default())),
         // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
         Err(StoreError::Io { error, .. }) if !chosen => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))
@@ -174,12 +175,18 @@ impl Mind {
     fn evaluate(&self) {
         let (outcome, kept) = {
             let mut control = self.shared.control();
+            if let Some(shifts) = control.changed_shifts() {
+                self.prober.set(shifts);
+                // With the readiness of the endpoints that they have now, not of those that they had.
+                let readiness = self.prober.subscribe().borrow().clone();
+                control.set_readiness(readiness);
+            }
             let outcome = control.evaluate(now());
             let kept = outcome.keep.then(|| control.kept().clone());
             (outcome, kept)
         };
-        for (service, message) in &outcome.events {
-            tracing::info!(service, "{message}");
+        for (rollout, message) in &outcome.messages {
+            tracing::info!(rollout, "{message}");
         }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing
         // can be kept (a full disk), traffic goes on being moved all the same.
@@ -200,15 +207,10 @@ impl Mind {
         if !self.files.have_changed() {
             return;
         }
-        match documents::load(self.files.paths()) {
-            Ok(shifts) => {
+        match documents::load_as_written(self.files.paths()) {
+            Ok(documents) => {
                 tracing::info!("documents have changed");
-                self.prober.set(&shifts);
-                // With the readiness of the endpoints that they have now, not of those that they had.
-                let readiness = self.prober.subscribe().borrow().clone();
-                let mut control = self.shared.control();
-                control.set_documents(shifts);
-                control.set_readiness(readiness);
+                self.shared.control().set_documents(documents);
             }
             Err(errors) => {
                 let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();

@@ -1,6 +1,6 @@
 //! How things stand, as `GET /v1/status` says it and `tideshift status` shows it.
 
-use crate::rollout::Phase;
+use crate::rollout::{Phase, Reason, Transition};
 use serde::{Deserialize, Serialize};
 use tideshift_core::guard::Veto;
 use tideshift_core::report::{Counts, Refused};
@@ -28,16 +28,32 @@ pub struct Status {
 pub struct ServiceStatus {
     /// Its name.
     pub name: String,
+    /// The rollout that moves it; services of one document share one.
+    pub rollout: String,
     /// Where its rollout stands.
     pub phase: Phase,
+    /// Why it is in this phase, in a word.
+    pub reason: Reason,
+    /// Whether somebody has paused it.
+    #[serde(default)]
+    pub paused: bool,
     /// The version that serves what the target does not.
     pub stable: String,
     /// The version to move to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// The steps of its rollouts.
+    #[serde(default)]
+    pub steps: Vec<StepPlan>,
     /// The step that the rollout is at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<StepStatus>,
+    /// When it will be said to be stuck, if it gets no further, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<jiff::Timestamp>,
+    /// What the counts say of the target; none before the first rollout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<VerdictStatus>,
     /// Why it is in this phase.
     pub message: String,
     /// Since when, RFC 3339.
@@ -46,6 +62,144 @@ pub struct ServiceStatus {
     pub unrouted: u64,
     /// The versions, in the document's order.
     pub versions: Vec<VersionStatus>,
+}
+
+/// One step of a rollout, as it is planned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StepPlan {
+    /// The target's share in percent.
+    pub weight: u32,
+    /// How long it must have it.
+    pub hold_seconds: u64,
+    /// Whether it then waits for somebody to promote it.
+    pub pause: bool,
+    /// How many kinds of testers reach the target whatever its share is.
+    pub matches: usize,
+}
+
+/// What the counts say of a rollout's target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerdictStatus {
+    /// What follows.
+    pub outcome: VerdictOutcome,
+    /// The counts, the evidence and its bound in words.
+    pub message: String,
+    /// The target's requests since the rollout began.
+    pub target: Judged,
+    /// Those of the version that it is measured by.
+    pub stable: Judged,
+    /// How much speaks against the target; it fails at the bound.
+    pub evidence: f64,
+    /// 1 / `falseRollbackRate`.
+    pub bound: f64,
+    /// How much speaks for the target; it passes at the bound.
+    pub pass_evidence: f64,
+    /// 1 / (1 − `passConfidence`).
+    pub pass_bound: f64,
+    /// The same of how long requests take, if the document asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<LatencyStatus>,
+}
+
+/// What follows from the counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VerdictOutcome {
+    /// Good enough.
+    Pass,
+    /// Worse than it may be.
+    Fail,
+    /// Neither is known yet.
+    Undecided,
+}
+
+/// Requests that were judged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Judged {
+    /// Those that ended, unless the client ended them.
+    pub requests: u64,
+    /// Those that failed.
+    pub errors: u64,
+}
+
+/// How much speaks against a target's speed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LatencyStatus {
+    /// In words.
+    pub message: String,
+    /// It fails at the bound.
+    pub evidence: f64,
+    /// The bound.
+    pub bound: f64,
+}
+
+/// A transition of a rollout, as `GET /v1/rollouts/{name}/history` and the events say it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TransitionStatus {
+    /// When, RFC 3339.
+    pub time: jiff::Timestamp,
+    /// Counts the rollouts of the document, the first is 1; 0 before it.
+    pub rollout: u64,
+    /// The phase since then.
+    pub phase: Phase,
+    /// Why, in a word.
+    pub reason: Reason,
+    /// Why, in words.
+    pub message: String,
+    /// The number of the step, counted from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<usize>,
+}
+
+impl From<&Transition> for TransitionStatus {
+    fn from(transition: &Transition) -> Self {
+        Self {
+            time: timestamp(transition.time),
+            rollout: transition.rollout,
+            phase: transition.phase,
+            reason: transition.reason,
+            message: transition.message.clone(),
+            step: transition.step.map(|step| step + 1),
+        }
+    }
+}
+
+/// Milliseconds since 1970 as RFC 3339 has them.
+pub fn timestamp(millis: u64) -> jiff::Timestamp {
+    jiff::Timestamp::from_millisecond(i64::try_from(millis).unwrap_or(i64::MAX)).unwrap_or(jiff::Timestamp::MAX)
+}
+
+/// How far a version is from being at rest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainStatus {
+    /// Where it stands.
+    pub state: DrainState,
+    /// Its requests under way, over the proxies that are there.
+    pub in_flight: u64,
+    /// Since when it is in this state, RFC 3339; none while it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<jiff::Timestamp>,
+    /// What it waits for, or how it ended.
+    pub message: String,
+}
+
+/// The states of a version's drain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DrainState {
+    /// It is given requests.
+    Serving,
+    /// It is given nothing more, and not at rest yet.
+    Draining,
+    /// Every proxy gives it nothing, and nothing is in flight.
+    Drained,
+    /// That was not so when its deadline had passed.
+    DeadlineExceeded,
 }
 
 /// A rollout's present step.
@@ -81,6 +235,8 @@ pub struct VersionStatus {
     pub requests: Counts,
     /// Its requests under way, over the proxies that are there.
     pub in_flight: u64,
+    /// How far it is from being at rest.
+    pub drain: DrainStatus,
 }
 
 /// A version's endpoints.

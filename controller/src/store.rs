@@ -2,19 +2,19 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::ledger::Ledger;
+use crate::control::{Applied, Counted, Idle};
 use crate::readiness::RememberedReadiness;
-use crate::rollout::Rollout;
+use crate::rollout::{Rollout, Transition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// The format that this build writes, and the only one that it reads.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Everything but the counts, which change all the time and are kept apart.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,12 @@ pub struct Kept {
     pub services: String,
     /// Where each service's rollout stands.
     pub rollouts: BTreeMap<String, Rollout>,
+    /// What has happened to each rollout, the newest last.
+    pub history: BTreeMap<String, VecDeque<Transition>>,
+    /// The documents that came through the API, by name.
+    pub applied: BTreeMap<String, Applied>,
+    /// The versions that are given nothing.
+    pub idle: Idle,
     /// The endpoints that were ready.
     pub ready: RememberedReadiness,
     /// Signs the cookies of sessions whose document brings no secret of its own.
@@ -96,7 +102,7 @@ struct Versioned<T> {
 
 impl Store {
     /// Opens the state in a directory, which is made if it is not there.
-    pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Ledger>), StoreError> {
+    pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Counted>), StoreError> {
         let io = |error| StoreError::Io { path: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(io)?;
         let lock = File::create(dir.join("lock")).map_err(io)?;
@@ -118,8 +124,8 @@ impl Store {
     }
 
     /// Replaces the counts.
-    pub fn keep_counts(&self, ledger: &Ledger) -> Result<(), StoreError> {
-        self.write("counts.json", ledger)
+    pub fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
+        self.write("counts.json", counted)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
@@ -170,10 +176,10 @@ mod tests {
             let (store, nothing, counts) = Store::open(dir.path()).unwrap();
             assert_eq!((nothing, counts), (None, None));
             store.keep(&kept).unwrap();
-            store.keep_counts(&Ledger::default()).unwrap();
+            store.keep_counts(&Counted::default()).unwrap();
         }
         let (_store, found, counts) = Store::open(dir.path()).unwrap();
-        assert_eq!((found, counts), (Some(kept), Some(Ledger::default())));
+        assert_eq!((found, counts), (Some(kept), Some(Counted::default())));
     }
 
     #[test]
@@ -188,9 +194,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rollouts.json");
         for (text, why) in [
-            ("{\"format\": 2}", "format 2, of another version"),
-            ("{\"format\": 1, \"epo", "EOF while parsing"),
-            ("{\"format\": 1}", "missing field `epoch`"),
+            ("{\"format\": 3}", "format 3, of another version"),
+            ("{\"format\": 2, \"epo", "EOF while parsing"),
+            ("{\"format\": 2}", "missing field `epoch`"),
             ("[]", "no format"),
         ] {
             fs::write(&path, text).unwrap();

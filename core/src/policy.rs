@@ -313,6 +313,11 @@ impl Mirror {
     /// The methods that only read (RFC 9110, 9.2.1).
     const SAFE: [&str; 4] = ["GET", "HEAD", "OPTIONS", "TRACE"];
 
+    /// So many percent of the requests that only read.
+    pub fn of(version: String, percent: u32) -> Self {
+        Self { version, percent, methods: Self::SAFE.map(str::to_owned).to_vec() }
+    }
+
     pub(crate) fn read(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Self> {
         let mut f = d.object(value)?;
         let version = f.required(d, "version", "a version's name", |d, v| known.read(d, v));

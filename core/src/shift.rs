@@ -1,6 +1,10 @@
 //! The TrafficShift: the document that says what users want of a service's traffic. The same shape works with
 //! `tideshift serve -f` and, in Kubernetes, as a resource.
 
+mod strategy;
+
+pub use strategy::{Quantity, Step, Strategy};
+
 use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
 use crate::name;
@@ -8,6 +12,7 @@ use crate::outcome::ErrorCodes;
 use crate::policy::{self, Mirror, Rule, VersionNames};
 use crate::session::Session;
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -17,19 +22,34 @@ pub const API_VERSION: &str = "tideshift.dev/v1alpha1";
 /// The `kind` that this build reads.
 pub const KIND: &str = "TrafficShift";
 
-/// What users want of one service's traffic.
+/// What users want of one service's traffic, or of several that move together.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrafficShift {
-    /// The service's name, from `metadata.name`.
+    /// The rollout's name, from `metadata.name`.
+    pub name: String,
+    /// At least one. A document without `services` is for one, of the document's name. All have the same versions.
+    pub services: Vec<ShiftService>,
+    /// The version that serves, and that a rollout goes back to.
+    pub stable: String,
+    /// The version to move to; none, or the stable one: no rollout.
+    pub target: Option<String>,
+    /// The way from stable to target.
+    pub strategy: Strategy,
+    /// More errors of the target than this since the rollout started take it back.
+    pub max_errors: Option<u64>,
+    /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
+    pub drain_timeout: Duration,
+}
+
+/// One service of a shift.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShiftService {
+    /// What policies, metrics and the status call it.
     pub name: String,
     /// Exact, or `*.suffix`; none: every host.
     pub hostnames: Vec<String>,
     /// At least one.
     pub versions: Vec<ShiftVersion>,
-    /// The version that serves, and that a rollout goes back to.
-    pub stable: String,
-    /// The version to move to; none, or the stable one: no rollout.
-    pub target: Option<String>,
     /// Requests that are split in a way of their own.
     pub rules: Vec<Rule>,
     /// How users stay on one version; `None`: each request is on its own.
@@ -40,12 +60,8 @@ pub struct TrafficShift {
     pub mirror: Option<Mirror>,
     /// The proxies' own quick veto on a failing version.
     pub guard: GuardPolicy,
-    /// The way from stable to target; at least one step.
-    pub steps: Vec<Step>,
     /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
     pub endpoints_for_full_load: Option<u32>,
-    /// More errors of the target than this since the rollout started take it back.
-    pub max_errors: u64,
 }
 
 /// One version and where it runs.
@@ -120,15 +136,6 @@ pub struct HttpGet {
     pub headers: Vec<(String, String)>,
 }
 
-/// One step of a rollout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Step {
-    /// The target's share in percent, 0 to 100.
-    pub weight: u32,
-    /// How long the target must have had this share before the next step; default 0.
-    pub hold: Duration,
-}
-
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.host.contains(':') {
@@ -138,8 +145,8 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// The errors of a target that a rollout bears where the document says nothing.
-const DEFAULT_MAX_ERRORS: u64 = 10;
+/// How long a version may take to drain where the document says nothing.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
 /// The longest time that a document may ask for: a year, in seconds.
 const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
@@ -162,49 +169,119 @@ impl TrafficShift {
 
     fn read_spec(d: &mut Decoder, spec: &Value, name: Option<&String>) -> Option<Self> {
         let mut f = d.object(spec)?;
+        let several = f.has("services");
+        // What is the services' own is asked for in one place or in the other.
+        let own = match several {
+            false => ShiftService::read_fields(d, &mut f, spec, name.cloned()).map(|service| vec![service]),
+            true => f.optional(d, "services", services),
+        };
+        let known = match several {
+            true => spec
+                .get("services")
+                .and_then(|services| services.get(0))
+                .map_or(VersionNames::of(spec), VersionNames::of),
+            false => VersionNames::of(spec),
+        };
+        let stable = f.required(d, "stable", "a version's name", |d, v| known.read(d, v));
+        let target = f.optional(d, "target", |d, v| known.read(d, v));
+        let strategy = f.optional(d, "strategy", Strategy::read).unwrap_or_default();
+        let max_errors = f.optional(d, "analysis", analysis).flatten();
+        let drain_timeout = f.optional(d, "drain", drain).unwrap_or(DRAIN_TIMEOUT);
+        f.finish(d);
+        Some(Self {
+            name: name.cloned()?,
+            services: own?,
+            stable: stable?,
+            target,
+            strategy,
+            max_errors,
+            drain_timeout,
+        })
+    }
+
+    /// Whether somebody must be asked before a step begins.
+    pub fn has_gates(&self) -> bool {
+        false
+    }
+
+    /// The service of this name.
+    pub fn service(&self, name: &str) -> Option<&ShiftService> {
+        self.services.iter().find(|service| service.name == name)
+    }
+
+    /// The names of the versions, which all services have.
+    pub fn versions(&self) -> impl Iterator<Item = &str> {
+        self.services.iter().take(1).flat_map(|service| &service.versions).map(|version| version.name.as_str())
+    }
+
+    /// Whether there is a version of this name.
+    pub fn has(&self, version: &str) -> bool {
+        self.versions().any(|name| name == version)
+    }
+}
+
+impl ShiftService {
+    /// Reads what is a service's own from the object that `f` asks, which is `value`.
+    fn read_fields(d: &mut Decoder, f: &mut Fields<'_>, value: &Value, name: Option<String>) -> Option<Self> {
         let hostnames = f.optional(d, "hostnames", policy::hostnames).unwrap_or_default();
         let versions = f.required(d, "versions", "a list of versions", |d, v| {
             let versions = d.list(v, ShiftVersion::read)?;
             policy::check_versions(d, v, versions.iter().map(|(i, version)| (*i, version.name.as_str())));
             Some(versions.into_iter().map(|(_, version)| version).collect::<Vec<_>>())
         });
-        let known = VersionNames::of(spec);
-        let stable = f.required(d, "stable", "a version's name", |d, v| known.read(d, v));
-        let target = f.optional(d, "target", |d, v| known.read(d, v));
+        let known = VersionNames::of(value);
         let rules = f.optional(d, "rules", |d, v| policy::rules(d, v, &known)).unwrap_or_default();
         let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
-        let steps = f.optional(d, "strategy", strategy).flatten();
         let endpoints_for_full_load = f.optional(d, "capacity", capacity).flatten();
-        let max_errors = f.optional(d, "analysis", analysis).flatten().unwrap_or(DEFAULT_MAX_ERRORS);
         let session = f.optional(d, "session", Session::read);
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
         let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
-        f.unsupported(d, &["drain"]);
+        let (name, versions) = (name?, versions?);
+        Some(Self { name, hostnames, versions, rules, session, errors, mirror, guard, endpoints_for_full_load })
+    }
+
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", name::service);
+        let service = Self::read_fields(d, &mut f, value, name);
         f.finish(d);
-        let steps = steps.unwrap_or_else(|| vec![Step { weight: 100, hold: Duration::ZERO }]);
-        let name = name.cloned()?;
-        let (versions, stable) = (versions?, stable?);
-        Some(Self {
-            name,
-            hostnames,
-            versions,
-            stable,
-            target,
-            rules,
-            session,
-            errors,
-            mirror,
-            guard,
-            steps,
-            endpoints_for_full_load,
-            max_errors,
-        })
+        service
     }
 
     /// The version of this name.
     pub fn version(&self, name: &str) -> Option<&ShiftVersion> {
         self.versions.iter().find(|version| version.name == name)
     }
+}
+
+/// Services that move together: of different names, with the same versions.
+fn services(d: &mut Decoder, value: &Value) -> Option<Vec<ShiftService>> {
+    if value.as_array().is_some_and(Vec::is_empty) {
+        d.invalid(value, "at least one service (or none: the document's own versions)");
+    }
+    let services = d.list(value, ShiftService::read)?;
+    let names = |service: &ShiftService| service.versions.iter().map(|v| v.name.clone()).collect::<BTreeSet<_>>();
+    for (n, (i, service)) in services.iter().enumerate() {
+        let earlier = services.iter().take(n).map(|(_, earlier)| earlier);
+        if earlier.clone().any(|earlier| earlier.name == service.name) {
+            let allowed = "a name that no service before has";
+            d.at(*i, |d| d.within("name", |d| d.invalid(&Value::from(service.name.clone()), allowed)));
+        }
+        if let Some(first) = earlier.map(names).next().filter(|first| *first != names(service)) {
+            let of = |names: BTreeSet<String>| Value::from(names.into_iter().collect::<Vec<_>>());
+            let (own, first) = (of(names(service)), of(first));
+            let allowed = format!("the versions of the first service, {first}, since all move together");
+            d.at(*i, |d| d.within("versions", |d| d.invalid(&own, allowed)));
+        }
+    }
+    Some(services.into_iter().map(|(_, service)| service).collect())
+}
+
+fn drain(d: &mut Decoder, value: &Value) -> Option<Duration> {
+    let mut f = d.object(value)?;
+    let timeout = seconds(&mut f, d, "timeoutSeconds", 0, DRAIN_TIMEOUT.as_secs());
+    f.finish(d);
+    Some(timeout)
 }
 
 fn metadata(d: &mut Decoder, value: &Value) -> Option<String> {
@@ -222,35 +299,6 @@ fn metadata(d: &mut Decoder, value: &Value) -> Option<String> {
     }
     f.finish(d);
     name
-}
-
-fn strategy(d: &mut Decoder, value: &Value) -> Option<Option<Vec<Step>>> {
-    let mut f = d.object(value)?;
-    let steps = f.optional(d, "steps", |d, value| {
-        let steps = d.list(value, Step::read)?;
-        if value.as_array().is_some_and(Vec::is_empty) {
-            d.invalid(value, "at least one step (or no steps at all: straight to 100)");
-        }
-        Some(steps.into_iter().map(|(_, step)| step).collect())
-    });
-    f.unsupported(d, &["maxSurge", "maxUnavailable", "minReadySeconds", "progressDeadlineSeconds", "warmUp"]);
-    f.finish(d);
-    Some(steps)
-}
-
-impl Step {
-    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let mut f = d.object(value)?;
-        f.unsupported(d, &["pause"]);
-        let allowed = "the target's share in percent, 0 to 100";
-        let weight = match f.has("pause") {
-            true => f.optional(d, "weight", |d, v| d.integer(v, 0, 100)),
-            false => f.required(d, "weight", allowed, |d, v| d.integer(v, 0, 100)),
-        };
-        let hold = seconds(&mut f, d, "holdSeconds", 0, 0);
-        f.finish(d);
-        Some(Self { weight: weight? as u32, hold })
-    }
 }
 
 fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {

@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_core::session::SessionBy;
-use tideshift_core::shift::{Check, TrafficShift};
+use tideshift_core::shift::{Check, Quantity, Strategy, TrafficShift};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -42,12 +42,12 @@ fn errors_with(pointer: &str, value: Value) -> Vec<String> {
 #[test]
 fn what_is_left_out_has_kubernetes_defaults() {
     let shift = TrafficShift::read(&document(spec())).unwrap();
-    let probe = shift.versions[0].readiness_probe.clone().unwrap();
+    let probe = shift.services[0].versions[0].readiness_probe.clone().unwrap();
     assert_eq!((probe.period, probe.timeout), (Duration::from_secs(10), Duration::from_secs(1)));
     assert_eq!((probe.initial_delay, probe.success_threshold, probe.failure_threshold), (Duration::ZERO, 1, 3));
     assert!(matches!(probe.check, Check::HttpGet(get) if get.path == "/health" && !get.https && get.port.is_none()));
-    assert_eq!((shift.target, shift.steps.len(), shift.steps[0].weight), (None, 1, 100));
-    assert_eq!(shift.versions[1].endpoints[0].to_string(), "[::1]:9002");
+    assert_eq!((shift.target, shift.strategy), (None, Strategy::default()));
+    assert_eq!(shift.services[0].versions[1].endpoints[0].to_string(), "[::1]:9002");
 }
 
 #[test]
@@ -57,7 +57,7 @@ fn probes_are_read_whole() {
         "exec": {"command": ["check", "--fast"]}, "initialDelaySeconds": 5, "periodMillis": 50, "timeoutSeconds": 2,
         "successThreshold": 2, "failureThreshold": 1,
     });
-    let probe = TrafficShift::read(&document(spec)).unwrap().versions[0].readiness_probe.clone().unwrap();
+    let probe = TrafficShift::read(&document(spec)).unwrap().services[0].versions[0].readiness_probe.clone().unwrap();
     assert_eq!(probe.check, Check::Exec { command: vec!["check".to_owned(), "--fast".to_owned()] });
     assert_eq!((probe.initial_delay, probe.period), (Duration::from_secs(5), Duration::from_millis(50)));
     assert_eq!((probe.success_threshold, probe.failure_threshold), (2, 1));
@@ -69,7 +69,7 @@ fn sessions_mirrors_and_the_guard_are_read_as_policies_have_them() {
     spec["session"] = json!({"type": "Header", "name": "X-User-Id"});
     spec["mirror"] = json!({"version": "v2", "percent": 5});
     spec["guard"] = json!({"coolDownSeconds": 30});
-    let shift = TrafficShift::read(&document(spec)).unwrap();
+    let shift = TrafficShift::read(&document(spec)).unwrap().services.remove(0);
     assert_eq!(shift.session.unwrap().by, SessionBy::Header { name: "x-user-id".to_owned() });
     assert_eq!(shift.mirror.map(|mirror| (mirror.version, mirror.percent)), Some(("v2".to_owned(), 5)));
     assert_eq!(shift.guard.cool_down, Duration::from_secs(30));
@@ -85,12 +85,6 @@ fn sessions_mirrors_and_the_guard_are_read_as_policies_have_them() {
 #[test]
 fn what_is_not_built_yet_is_refused_and_never_ignored() {
     for (pointer, value) in [
-        ("/drain", json!({"timeoutSeconds": 300})),
-        ("/strategy", json!({"maxSurge": "25%"})),
-        ("/strategy", json!({"maxUnavailable": 1})),
-        ("/strategy", json!({"minReadySeconds": 0})),
-        ("/strategy", json!({"warmUp": {"seconds": 30}})),
-        ("/strategy", json!({"steps": [{"pause": true}]})),
         ("/analysis", json!({"falseRollbackRate": 0.001})),
         ("/analysis", json!({"maxErrorRate": 0.02})),
         ("/analysis", json!({"passConfidence": 0.95})),
@@ -166,7 +160,7 @@ fn what_is_wrong_is_named_with_what_is_allowed() {
 fn errors_of_all_parts_are_told_at_once() {
     let document = json!({
         "apiVersion": "tideshift.dev/v1", "kind": "Shift", "metadata": {"name": "Checkout", "labels": {"a": 1}},
-        "spec": {"versions": [{"name": "v1", "endpoints": ["x"]}], "target": "v2", "drain": {}}, "status": {},
+        "spec": {"versions": [{"name": "v1", "endpoints": ["x"]}], "target": "v2", "drain": 5}, "status": {},
     });
     let places: Vec<String> =
         errors(&document).iter().map(|e| e.split(": ").next().unwrap_or_default().to_owned()).collect();
@@ -185,4 +179,101 @@ fn errors_of_all_parts_are_told_at_once() {
         ]
     );
     assert_eq!(errors(&json!([])), ["[] is not allowed; expected an object"]);
+}
+
+fn strategy(strategy: Value) -> Strategy {
+    let mut spec = spec();
+    spec["strategy"] = strategy;
+    TrafficShift::read(&document(spec)).unwrap_or_else(|errors| panic!("{errors}")).strategy
+}
+
+#[test]
+fn steps_keep_what_they_do_not_say() {
+    let steps = strategy(json!({"steps": [
+        {"matches": [{"headers": [{"name": "x-beta", "value": "1"}]}]}, {"weight": 5, "holdSeconds": 30},
+        {"pause": true}, {"matches": [], "weight": 50}, {"weight": 100, "pause": true},
+    ]}))
+    .steps;
+    let said: Vec<_> =
+        steps.iter().map(|step| (step.weight, step.hold.as_secs(), step.pause, step.matches.len())).collect();
+    let all = (100, 0, false, 0);
+    assert_eq!(said, [(0, 0, false, 1), (5, 30, false, 1), (5, 0, true, 1), (50, 0, false, 0), (100, 0, true, 0), all]);
+}
+
+#[test]
+fn blue_green_is_a_preview_and_then_everything() {
+    let said = |spec: Value| {
+        let strategy = strategy(json!({"blueGreen": spec}));
+        assert!(strategy.whole_steps);
+        let steps = strategy.steps.into_iter();
+        steps.map(|step| (step.weight, step.hold.as_secs(), step.pause, step.matches.len())).collect::<Vec<_>>()
+    };
+    assert_eq!(said(json!({})), [(100, 0, false, 0)]);
+    assert_eq!(said(json!({"autoPromotionSeconds": 9})), [(0, 9, false, 0), (100, 0, false, 0)]);
+    let preview = json!({"autoPromotionEnabled": false, "previewMatches": [{"cookies": [{"name": "a", "value": "b"}]}], "holdSeconds": 5});
+    assert_eq!(said(preview), [(0, 0, true, 1), (100, 5, false, 0)]);
+}
+
+#[test]
+fn quantities_are_rounded_as_in_kubernetes() {
+    let strategy = strategy(json!({"maxSurge": "25%", "maxUnavailable": 2}));
+    assert_eq!((strategy.max_surge, strategy.max_unavailable), (Quantity::Percent(25), Quantity::Count(2)));
+    let of = |whole| (Quantity::Percent(25).of_rounded_up(whole), Quantity::Percent(25).of_rounded_down(whole));
+    assert_eq!([of(0), of(1), of(4), of(5)], [(0, 0), (1, 0), (1, 1), (2, 1)]);
+    assert_eq!(Quantity::Percent(1_000).of_rounded_up(u32::MAX), u32::MAX);
+    assert_eq!(Quantity::Count(3).of_rounded_up(1), 3);
+}
+
+#[test]
+fn strategies_that_make_no_sense_are_refused() {
+    for (value, expected) in [
+        (
+            json!({"maxSurge": 0, "maxUnavailable": "0%"}),
+            "spec.strategy.maxUnavailable: 0 is not allowed; expected above 0",
+        ),
+        (json!({"maxSurge": "25"}), "spec.strategy.maxSurge: \"25\" is not allowed; expected a number such as 1"),
+        (json!({"maxSurge": "+25%"}), "spec.strategy.maxSurge: \"+25%\" is not allowed"),
+        (json!({"maxUnavailable": -1}), "spec.strategy.maxUnavailable: -1 is not allowed"),
+        (
+            json!({"minReadySeconds": 600}),
+            "spec.strategy.progressDeadlineSeconds: 600 is not allowed; expected more than",
+        ),
+        (json!({"steps": [{"weight": 1}], "blueGreen": {}}), "spec.strategy: "),
+        (json!({"steps": [{"pause": "yes"}]}), "spec.strategy.steps[0].pause: \"yes\" is not allowed"),
+        (json!({"steps": [{"holdSeconds": 1}]}), "spec.strategy.steps[0].weight: missing"),
+        (json!({"warmUp": {"mirrorPercent": 0}}), "spec.strategy.warmUp.mirrorPercent: 0 is not allowed"),
+    ] {
+        let errors = errors_with("/strategy", value.clone());
+        assert!(errors.iter().any(|error| error.starts_with(expected)), "{value}: {errors:?}");
+    }
+}
+
+#[test]
+fn many_services_may_share_one_rollout() {
+    let service = |name: &str| {
+        json!({"name": name, "hostnames": [format!("{name}.example.com")], "capacity": {"endpointsForFullLoad": 3},
+            "versions": [{"name": "old", "endpoints": ["127.0.0.1:1"]}, {"name": "new"}]})
+    };
+    let spec = json!({"services": [service("cart"), service("search")], "stable": "old", "target": "new"});
+    let shift = TrafficShift::read(&document(spec.clone())).unwrap();
+    let names: Vec<_> = shift.services.iter().map(|service| service.name.as_str()).collect();
+    assert_eq!((names, shift.versions().collect::<Vec<_>>()), (vec!["cart", "search"], vec!["old", "new"]));
+    assert_eq!(shift.services[1].endpoints_for_full_load, Some(3));
+    for (pointer, value, expected) in [
+        ("/services/1/name", json!("cart"), "spec.services[1].name: \"cart\" is not allowed"),
+        (
+            "/services/1/versions",
+            json!([{"name": "old"}]),
+            "spec.services[1].versions: [\"old\"] is not allowed; expected the versions",
+        ),
+        ("/services", json!([]), "spec.services: [] is not allowed; expected at least one service"),
+        ("/versions", json!([]), "spec.versions: unknown field"),
+        ("/target", json!("newer"), "spec.target: \"newer\" is not allowed; expected one of the versions old, new"),
+    ] {
+        let mut spec = spec.clone();
+        let (parent, field) = pointer.rsplit_once('/').unwrap_or_default();
+        spec.pointer_mut(parent).unwrap()[field] = value;
+        let errors = errors(&document(spec));
+        assert!(errors.iter().any(|error| error.starts_with(expected)), "{pointer}: {errors:?}");
+    }
 }

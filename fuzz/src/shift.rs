@@ -13,13 +13,17 @@ pub fn holds_for(json: &[u8]) {
             return;
         }
     };
-    assert!(!shift.steps.is_empty() && shift.steps.iter().all(|step| step.weight <= 100));
-    let named = [Some(&shift.stable), shift.target.as_ref()].into_iter().flatten();
-    let by_rules = shift.rules.iter().flat_map(|rule| &rule.versions).map(|version| &version.name);
-    for name in named.chain(by_rules) {
-        assert!(shift.version(name).is_some(), "{name} is none of the versions");
+    let steps = &shift.strategy.steps;
+    assert!(steps.iter().all(|step| step.weight <= 100) && steps.last().is_some_and(|last| last.weight == 100));
+    assert!(!shift.services.is_empty());
+    for service in &shift.services {
+        let named = [Some(&shift.stable), shift.target.as_ref()].into_iter().flatten();
+        let by_rules = service.rules.iter().flat_map(|rule| &rule.versions).map(|version| &version.name);
+        for name in named.chain(by_rules) {
+            assert!(service.version(name).is_some(), "{name} is none of the versions");
+        }
     }
-    for version in &shift.versions {
+    for version in shift.services.iter().flat_map(|service| &service.versions) {
         for endpoint in &version.endpoints {
             let text = endpoint.to_string();
             assert_eq!(Endpoint::parse(&text).as_ref(), Some(endpoint), "{text}");

@@ -96,7 +96,8 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
                 return Err(Failure::Usage(format!("{source}: a policy is explained alone, without other documents")));
             }
             Document::Shift(shift) => {
-                services.push(compile::service(&shift, |name| (compile::weight_at_rest(&shift, name), true)));
+                let at_rest = |name: &str| (compile::weight_at_rest(&shift.stable, name), true);
+                services.extend(shift.services.iter().map(|service| compile::service(service, at_rest)));
             }
         }
     }

@@ -66,14 +66,14 @@ impl Prober {
         let before = Arc::clone(&self.table.readiness.borrow());
         let mut readiness = Readiness::default();
         let mut running = BTreeMap::new();
-        for shift in shifts {
-            let versions = readiness.services.entry(shift.name.clone()).or_default();
-            for version in &shift.versions {
-                let states = self.states(&before, &shift.name, version);
+        for service in shifts.iter().flat_map(|shift| &shift.services) {
+            let versions = readiness.services.entry(service.name.clone()).or_default();
+            for version in &service.versions {
+                let states = self.states(&before, &service.name, version);
                 if let Some(probe) = &version.readiness_probe {
                     for state in &states {
                         let subject = Subject {
-                            service: shift.name.clone(),
+                            service: service.name.clone(),
                             version: version.name.clone(),
                             endpoint: state.endpoint.clone(),
                         };

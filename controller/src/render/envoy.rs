@@ -8,7 +8,7 @@ use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
 use tideshift_core::policy::{ControllerRef, Policy};
-use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftVersion, TrafficShift};
+use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftService, ShiftVersion, TrafficShift};
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 
 /// What the documents do not say.
@@ -43,10 +43,10 @@ pub struct NameTaken {
 ///
 /// If the controller's cluster has a version's name.
 pub fn bootstrap(shifts: &[TrafficShift], options: &Options) -> Result<String, NameTaken> {
-    for (shift, version) in versions(shifts) {
-        if cluster_name(shift, &version.name) == options.controller_cluster {
+    for (service, version) in versions(shifts) {
+        if cluster_name(service, &version.name) == options.controller_cluster {
             let cluster = options.controller_cluster.clone();
-            return Err(NameTaken { cluster, service: shift.name.clone(), version: version.name.clone() });
+            return Err(NameTaken { cluster, service: service.name.clone(), version: version.name.clone() });
         }
     }
     let names: Vec<_> = shifts.iter().map(|shift| shift.name.as_str()).collect();
@@ -78,18 +78,20 @@ static_resources:
     ))
 }
 
-fn versions(shifts: &[TrafficShift]) -> impl Iterator<Item = (&TrafficShift, &ShiftVersion)> {
-    shifts.iter().flat_map(|shift| shift.versions.iter().map(move |version| (shift, version)))
+fn versions(shifts: &[TrafficShift]) -> impl Iterator<Item = (&ShiftService, &ShiftVersion)> {
+    let services = shifts.iter().flat_map(|shift| &shift.services);
+    services.flat_map(|service| service.versions.iter().map(move |version| (service, version)))
 }
 
 /// No service's name has a `_` in it, so no two versions share a cluster.
-fn cluster_name(shift: &TrafficShift, version: &str) -> String {
-    format!("{}_{version}", shift.name)
+fn cluster_name(service: &ShiftService, version: &str) -> String {
+    format!("{}_{version}", service.name)
 }
 
 fn listener(shifts: &[TrafficShift], options: &Options) -> String {
     let access_log = options.access_log.as_deref().map(access_log).unwrap_or_default();
-    let virtual_hosts: String = shifts.iter().map(virtual_host).collect();
+    let of_shift = |shift: &TrafficShift| shift.services.iter().map(|of| virtual_host(shift, of)).collect::<String>();
+    let virtual_hosts: String = shifts.iter().map(of_shift).collect();
     format!(
         r##"- name: tideshift
   address: {address}
@@ -152,7 +154,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
         authority: "tideshift-controller".to_owned(),
         token: None,
     };
-    let services = shifts.iter().map(compile::service_at_rest).collect();
+    let services = shifts.iter().flat_map(compile::at_rest).collect();
     let policy = Policy { controller: Some(controller), strip_client_headers: false, services, ..Policy::default() };
     let policy = serde_json::to_value(policy).unwrap_or_default();
     format!(
@@ -178,22 +180,23 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
     )
 }
 
-fn virtual_host(shift: &TrafficShift) -> String {
+fn virtual_host(shift: &TrafficShift, service: &ShiftService) -> String {
+    let has_mirror = shift.strategy.warm_up_mirror.is_some() || has_mirror(service);
     let every = ["*".to_owned()];
-    let domains = if shift.hostnames.is_empty() { &every[..] } else { &shift.hostnames[..] };
+    let domains = if service.hostnames.is_empty() { &every[..] } else { &service.hostnames[..] };
     let mut routes = String::new();
-    for version in &shift.versions {
+    for version in &service.versions {
         let is_version = format!("{{name: {VERSION_HEADER}, string_match: {{exact: {}}}}}", scalar(&version.name));
         // The policy of the first route has a name, for the others to refer to.
         let policy = match routes.is_empty() {
             true => format!("&get\n      retry_on: connect-failure,refused-stream,reset\n{}", indent(2, OTHER_HOST)),
             false => "*get\n".to_owned(),
         };
-        let cluster = cluster_name(shift, &version.name);
-        routes.push_str(&pair_of_routes(Some(&is_version), &cluster, &policy, has_mirror(shift)));
+        let cluster = cluster_name(service, &version.name);
+        routes.push_str(&pair_of_routes(Some(&is_version), &cluster, &policy, has_mirror));
     }
     routes.push_str("# No version in service, or no filter: the stable one.\n");
-    routes.push_str(&pair_of_routes(None, &cluster_name(shift, &shift.stable), "*get\n", has_mirror(shift)));
+    routes.push_str(&pair_of_routes(None, &cluster_name(service, &shift.stable), "*get\n", has_mirror));
     format!(
         r##"- name: {name}
   domains: {domains}
@@ -201,14 +204,14 @@ fn virtual_host(shift: &TrafficShift) -> String {
     retry_on: connect-failure,refused-stream,reset-before-request
 {OTHER_HOST}  routes:
 {routes}"##,
-        name = scalar(&shift.name),
+        name = scalar(&service.name),
         domains = list(domains),
         routes = indent(2, &routes),
     )
 }
 
-fn has_mirror(shift: &TrafficShift) -> bool {
-    shift.mirror.is_some() || shift.rules.iter().any(|rule| rule.mirror.is_some())
+fn has_mirror(service: &ShiftService) -> bool {
+    service.mirror.is_some() || service.rules.iter().any(|rule| rule.mirror.is_some())
 }
 
 /// Routes to a cluster: for GET, with a retry policy of its own, and for all other methods.
@@ -242,7 +245,7 @@ const OTHER_HOST: &str = r##"    num_retries: 2
 "##;
 
 fn clusters(shifts: &[TrafficShift], options: &Options) -> String {
-    let mut clusters: String = versions(shifts).map(|(shift, version)| version_cluster(shift, version)).collect();
+    let mut clusters: String = versions(shifts).map(|(service, version)| version_cluster(service, version)).collect();
     let controller = std::slice::from_ref(&options.controller);
     let head = cluster_head(&options.controller_cluster, controller);
     clusters.push_str(&head);
@@ -250,8 +253,8 @@ fn clusters(shifts: &[TrafficShift], options: &Options) -> String {
     clusters
 }
 
-fn version_cluster(shift: &TrafficShift, version: &ShiftVersion) -> String {
-    let name = cluster_name(shift, &version.name);
+fn version_cluster(service: &ShiftService, version: &ShiftVersion) -> String {
+    let name = cluster_name(service, &version.name);
     let checks = match version.readiness_probe.as_ref().map(|probe| (probe, HealthCheck::of(probe))) {
         None => String::new(),
         Some((probe, Ok(check))) => health_checks(probe, &check),
@@ -467,14 +470,17 @@ spec:
         let policy = &manager["http_filters"][0]["typed_config"]["config"]["configuration"]["value"];
         let policy = Policy::from_json(policy.as_str().unwrap().as_bytes()).unwrap();
         assert_eq!((policy.revision, policy.services.len()), (0, 1));
-        assert_eq!((&policy.services[0].rules, &policy.services[0].errors), (&checkout.rules, &checkout.errors));
+        assert_eq!(
+            (&policy.services[0].rules, &policy.services[0].errors),
+            (&checkout.services[0].rules, &checkout.services[0].errors)
+        );
         let weights: Vec<_> = policy.services[0].versions.iter().map(|v| (v.weight, v.serving)).collect();
         assert_eq!(weights[..3], [(100, true), (0, true), (0, true)]);
         assert_eq!(weights[5], (0, false), "a rule must not lead to a version without endpoints");
         let clusters = bootstrap["static_resources"]["clusters"].as_array().unwrap();
         let names: Vec<_> = clusters.iter().map(|cluster| &cluster["name"]).collect();
         let routes = manager["route_config"]["virtual_hosts"][0]["routes"].as_array().unwrap();
-        assert_eq!(routes.len(), 2 * checkout.versions.len() + 2);
+        assert_eq!(routes.len(), 2 * checkout.services[0].versions.len() + 2);
         assert!(routes.iter().all(|route| names.contains(&&route["route"]["cluster"])));
         assert_eq!(routes.last().unwrap()["match"], json!({"prefix": "/"}));
     }

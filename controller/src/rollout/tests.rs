@@ -9,21 +9,32 @@ use tideshift_core::guard::GuardPolicy;
 #[derive(Default)]
 struct World {
     ready: BTreeMap<String, u32>,
+    /// Where it is not what is ready: by service and version.
+    available: BTreeMap<(String, String), u32>,
+    opinion: Opinion,
     counts: BTreeMap<String, Counts>,
     vetoes: Vec<Veto>,
     behind: bool,
 }
 
 impl Observed for World {
-    fn ready(&self, version: &str) -> u32 {
+    fn ready(&self, _: &str, version: &str) -> u32 {
         self.ready.get(version).copied().unwrap_or_default()
     }
 
-    fn counts(&self, version: &str) -> Counts {
+    fn available(&self, service: &str, version: &str) -> u32 {
+        self.available.get(&(service.to_owned(), version.to_owned())).copied().unwrap_or(self.ready(service, version))
+    }
+
+    fn counts(&self, _: &str, version: &str) -> Counts {
         self.counts.get(version).copied().unwrap_or_default()
     }
 
-    fn vetoes(&self, version: &str) -> impl Iterator<Item = &Veto> {
+    fn verdict(&self) -> Opinion {
+        self.opinion.clone()
+    }
+
+    fn vetoes(&self, _: &str, version: &str) -> impl Iterator<Item = &Veto> {
         self.vetoes.iter().filter(move |veto| veto.version == version)
     }
 
@@ -55,9 +66,12 @@ impl Play {
                 "stable": stable,
                 "target": target,
                 "strategy": {"steps": steps},
+                "analysis": {"maxErrors": 10},
             },
         });
-        let mut play = Self { world: World::default(), rollout: Rollout::new(&read(&document), 0), document, now: 0 };
+        let opinion = Opinion { passes: true, ..Opinion::default() };
+        let world = World { opinion, ..World::default() };
+        let mut play = Self { world, rollout: Rollout::new(&read(&document), 0), document, now: 0 };
         for version in ["v1", "v2", "v3"] {
             play.ready(version, 4);
         }
@@ -88,7 +102,8 @@ impl Play {
 
     /// The shares in percent, and which versions can be reached at all.
     fn shares(&self) -> Vec<f64> {
-        let parts = self.rollout.parts(&read(&self.document), &self.world);
+        let shift = read(&self.document);
+        let parts = self.rollout.parts(&shift, &shift.services[0], &self.world);
         parts.iter().map(|part| percent(part.share)).collect()
     }
 }
@@ -159,8 +174,15 @@ fn a_hold_begins_again_when_readiness_is_lost() {
 fn a_version_that_never_becomes_ready_stalls_and_says_so() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 30, "holdSeconds": 1}, {"weight": 100}]));
     play.ready("v2", 0);
+    assert_eq!(play.pass(599).shares(), [100.0, 0.0, 0.0]);
+    let message = "step 1: v2 has 0 of 2 endpoints ready that 30 % of the load need";
+    assert_eq!((play.rollout.reason, play.rollout.message.as_str()), (Reason::WaitingForCapacity, message));
     assert_eq!(play.pass(3_600).shares(), [100.0, 0.0, 0.0]);
-    assert_eq!(play.rollout.message, "step 1: v2 has 0 of 2 endpoints ready that 30 % of the load need");
+    assert_eq!(play.rollout.message, format!("{message}; no progress for 600 s"));
+    assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::ProgressDeadlineExceeded));
+    // It is only said: as soon as there are endpoints it goes on.
+    play.ready("v2", 4);
+    assert_eq!(play.pass(3).rollout.phase, Phase::Succeeded);
 }
 
 #[test]
@@ -329,4 +351,370 @@ fn a_changed_capacity_counts_at_once_and_is_forgotten_when_it_is_taken_back() {
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
     play.set("capacity", json!({}));
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
+}
+
+impl Play {
+    /// What has happened since this was last asked: phase, reason and step's number.
+    fn news(&mut self) -> Vec<(Phase, Reason, Option<usize>)> {
+        let news = self.rollout.take_news();
+        news.into_iter().map(|news| (news.phase, news.reason, news.step.map(|step| step + 1))).collect()
+    }
+
+    fn command(&mut self, command: Command) -> Result<(), Refused> {
+        let shift = read(&self.document);
+        let rollout = self.rollout.clone().command(&command, &shift, &self.world, self.now)?;
+        self.rollout = rollout.advance(&shift, &self.world, self.now);
+        Ok(())
+    }
+
+    fn stands(&self) -> (Phase, Reason) {
+        (self.rollout.phase, self.rollout.reason)
+    }
+}
+
+const PROMOTE: Command = Command::Promote { full: false };
+
+#[test]
+fn a_pause_waits_for_somebody() {
+    let steps =
+        json!([{"weight": 10}, {"pause": true}, {"weight": 50, "holdSeconds": 10, "pause": true}, {"weight": 100}]);
+    let mut play = Play::new("v1", Some("v2"), steps);
+    assert_eq!(play.pass(3_600).shares(), [90.0, 10.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Paused, Reason::PauseStep));
+    assert_eq!(play.rollout.message, "step 2: v2 has 10 %; paused until it is promoted");
+    play.command(PROMOTE).unwrap();
+    assert_eq!(play.pass(5).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Progressing, Reason::Holding));
+    assert_eq!(play.pass(10).stands(), (Phase::Paused, Reason::PauseStep));
+    // Resuming a pause of the document is promoting.
+    play.command(Command::Resume).unwrap();
+    assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Succeeded, Reason::Completed));
+    use Phase::{Paused, Progressing, Succeeded};
+    assert_eq!(
+        play.news(),
+        [
+            (Progressing, Reason::Started, Some(1)),
+            (Progressing, Reason::StepStarted, Some(2)),
+            (Paused, Reason::PauseStep, Some(2)),
+            (Progressing, Reason::Promoted, Some(2)),
+            (Progressing, Reason::StepStarted, Some(3)),
+            (Progressing, Reason::Holding, Some(3)),
+            (Paused, Reason::PauseStep, Some(3)),
+            (Progressing, Reason::Promoted, Some(3)),
+            (Progressing, Reason::StepStarted, Some(4)),
+            (Succeeded, Reason::Completed, None),
+        ]
+    );
+    assert!(play.command(PROMOTE).is_err(), "there is nothing to promote");
+}
+
+#[test]
+fn somebody_can_pause_and_resume_at_any_time() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 10}, {"weight": 100}]));
+    assert!(play.command(Command::Pause).is_err(), "nothing is under way");
+    play.pass(5).command(Command::Pause).unwrap();
+    assert_eq!(play.pass(3_600).shares(), [90.0, 10.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Paused, Reason::PausedByUser));
+    assert!(play.command(Command::Pause).is_err());
+    // Paused or not, a target that fails is taken back.
+    let mut failing = Play {
+        document: play.document.clone(),
+        rollout: play.rollout.clone(),
+        ..Play::new("v1", None, json!([{"weight": 1}]))
+    };
+    failing.now = play.now;
+    failing.count("v2", 0, 11);
+    assert_eq!(failing.pass(1).stands(), (Phase::Failed, Reason::TooManyErrors));
+    play.command(Command::Resume).unwrap();
+    assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed), "it was held long enough");
+    assert!(play.command(Command::Resume).is_err());
+}
+
+#[test]
+fn promoting_skips_a_hold_and_an_undecided_verdict_but_not_the_endpoints() {
+    let mut play =
+        Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}, {"weight": 50, "holdSeconds": 600}]));
+    play.world.opinion = Opinion::default();
+    play.pass(1).command(PROMOTE).unwrap();
+    assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+    play.ready("v2", 1);
+    play.pass(1).command(Command::Promote { full: true }).unwrap();
+    assert_eq!(play.pass(60).shares(), [75.0, 25.0, 0.0]);
+    play.ready("v2", 4);
+    assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
+}
+
+#[test]
+fn a_weight_by_hand_stays_until_the_rollout_is_resumed() {
+    let mut play =
+        Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}]));
+    assert!(play.command(Command::SetWeight { weight: 30 }).is_err());
+    play.pass(1).command(Command::SetWeight { weight: 30 }).unwrap();
+    assert!(matches!(play.command(Command::SetWeight { weight: 101 }), Err(Refused::Invalid(_))));
+    assert_eq!(play.pass(3_600).shares(), [70.0, 30.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Paused, Reason::WeightSet));
+    // On from the first step that is no step back.
+    play.command(Command::Resume).unwrap();
+    assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(play.pass(6).stands(), (Phase::Succeeded, Reason::Completed));
+}
+
+#[test]
+fn aborting_gives_everything_back_and_revokes_sessions() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
+    play.pass(1).command(Command::Abort).unwrap();
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!((play.stands(), play.rollout.taken_back), ((Phase::Failed, Reason::Aborted), 1));
+    assert!(play.command(Command::Abort).is_err());
+    // The same target again is another rollout.
+    play.command(Command::SetTarget { target: "v2".to_owned() }).unwrap();
+    assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(play.rollout.number, 2);
+}
+
+#[test]
+fn back_to_any_version_at_once_as_far_as_it_can_carry_the_load() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 5}]));
+    play.pass(10);
+    play.set("target", json!("v3"));
+    assert_eq!(play.pass(1).shares(), [0.0, 50.0, 50.0]);
+    play.ready("v1", 3);
+    let refused = play.command(Command::Rollback { to: "v9".to_owned() });
+    assert_eq!(
+        refused,
+        Err(Refused::Invalid("to: \"v9\" is not allowed; expected one of the versions v1, v2, v3".to_owned()))
+    );
+    play.command(Command::Rollback { to: "v1".to_owned() }).unwrap();
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0], "what v1 cannot carry, the stable version does");
+    play.ready("v1", 4);
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!((play.stands(), play.rollout.stable.as_str()), ((Phase::Succeeded, Reason::Completed), "v1"));
+    // What the document said before all that starts nothing anew.
+    assert_eq!(play.pass(60).shares(), [100.0, 0.0, 0.0]);
+}
+
+#[test]
+fn rolling_back_to_the_stable_version_ends_what_is_under_way() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
+    play.pass(1).command(Command::Rollback { to: "v1".to_owned() }).unwrap();
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!((play.stands(), play.rollout.taken_back), ((Phase::Failed, Reason::RolledBack), 1));
+    assert!(play.command(Command::Rollback { to: "v1".to_owned() }).is_err());
+}
+
+#[test]
+fn a_target_by_hand_is_as_one_of_the_document() {
+    let mut play = Play::new("v1", None, json!([{"weight": 50, "holdSeconds": 600}]));
+    play.pass(1).command(Command::SetTarget { target: "v2".to_owned() }).unwrap();
+    assert_eq!(play.pass(60).shares(), [50.0, 50.0, 0.0], "the document, which names none, does not undo it");
+    assert!(play.command(Command::SetTarget { target: "v2".to_owned() }).is_err());
+    play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
+    assert_eq!(play.pass(1).shares(), [50.0, 0.0, 50.0]);
+    play.command(Command::SetTarget { target: "v1".to_owned() }).unwrap();
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Initialized, Reason::TargetWithdrawn));
+}
+
+#[test]
+fn a_rollout_that_is_stuck_can_be_aborted_by_itself() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 100}]));
+    play.set("strategy", json!({"progressDeadlineSeconds": 60, "progressDeadlineAbort": true}));
+    play.ready("v2", 1);
+    assert_eq!(play.pass(50).shares(), [75.0, 25.0, 0.0]);
+    // An endpoint more is progress.
+    play.ready("v2", 2);
+    assert_eq!(play.pass(59).stands(), (Phase::Progressing, Reason::WaitingForCapacity));
+    assert_eq!(play.pass(2).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Failed, Reason::ProgressDeadlineExceeded));
+}
+
+#[test]
+fn blue_green_moves_everything_at_once_when_all_of_it_can_be_carried() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 100}]));
+    play.set("strategy", json!({"blueGreen": {"autoPromotionEnabled": false, "holdSeconds": 30}}));
+    play.ready("v2", 3);
+    assert_eq!(play.pass(5).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Paused, Reason::PauseStep));
+    play.command(PROMOTE).unwrap();
+    assert_eq!(play.pass(60).shares(), [100.0, 0.0, 0.0], "three of four are not enough");
+    assert_eq!(play.stands(), (Phase::Progressing, Reason::WaitingForCapacity));
+    play.ready("v2", 4);
+    assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+    assert_eq!(play.stands(), (Phase::Progressing, Reason::Holding));
+    assert_eq!(play.pass(31).stands(), (Phase::Succeeded, Reason::Completed));
+}
+
+#[test]
+fn testers_come_before_users() {
+    let steps = json!([{"matches": [{"headers": [{"name": "x-beta", "value": "1"}]}], "holdSeconds": 10},
+        {"weight": 50, "holdSeconds": 10}, {"matches": [], "holdSeconds": 10}]);
+    let mut play = Play::new("v1", Some("v2"), steps);
+    let testers = |play: &Play| play.rollout.testers(&read(&play.document)).map(|rule| rule.versions[0].name.clone());
+    assert_eq!(play.pass(5).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!(testers(&play).as_deref(), Some("v2"));
+    assert_eq!(play.pass(10).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(testers(&play).as_deref(), Some("v2"), "they stay on it when users come");
+    assert_eq!(play.pass(10).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(testers(&play), None, "until a step names others");
+    assert_eq!(play.pass(15).stands(), (Phase::Succeeded, Reason::Completed));
+    play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
+    play.pass(1).command(Command::Abort).unwrap();
+    assert_eq!(testers(&play), None, "a target that was taken back has no testers");
+}
+
+#[test]
+fn a_target_warms_up_by_copies_and_then_by_a_growing_share() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
+    play.set(
+        "strategy",
+        json!({"steps": [{"weight": 50, "holdSeconds": 600}], "warmUp": {"seconds": 20, "mirrorPercent": 5}}),
+    );
+    play.ready("v2", 0);
+    let mirrored =
+        |play: &Play| play.rollout.mirror(&read(&play.document)).map(|mirror| (mirror.version, mirror.percent));
+    assert_eq!((play.pass(60).shares(), mirrored(&play)), (vec![100.0, 0.0, 0.0], None));
+    play.ready("v2", 4);
+    assert_eq!((play.pass(19).shares(), mirrored(&play)), (vec![100.0, 0.0, 0.0], Some(("v2".to_owned(), 5))));
+    assert_eq!(play.rollout.reason, Reason::WarmingUp);
+    let shares: Vec<f64> = (0..4).map(|_| play.pass(2).shares()[1]).collect();
+    assert_eq!(mirrored(&play), None);
+    assert!(shares.windows(2).all(|pair| pair[0] < pair[1] && pair[1] - pair[0] <= 10.1), "{shares:?}");
+    assert!(shares[3] < 50.0 && play.rollout.reason == Reason::Ramping, "{shares:?}");
+    assert_eq!((play.pass(3).shares()[1], play.rollout.reason), (50.0, Reason::Holding));
+    // Back goes without a ramp, and so does what the stable version loses.
+    play.command(Command::Abort).unwrap();
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+}
+
+#[test]
+fn endpoints_that_have_been_ready_for_a_moment_only_carry_nothing_yet() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
+    play.world.available.insert(("checkout".to_owned(), "v2".to_owned()), 1);
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
+    // Unless there is nothing better.
+    play.ready("v1", 0);
+    play.ready("v3", 0);
+    play.world.available.insert(("checkout".to_owned(), "v2".to_owned()), 0);
+    assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+}
+
+#[test]
+fn no_step_is_taken_while_more_is_missing_than_may_be() {
+    let mut play =
+        Play::new("v1", Some("v2"), json!([{"weight": 25, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}]));
+    play.ready("v2", 2);
+    play.ready("v1", 0);
+    assert_eq!(play.pass(60).stands(), (Phase::Progressing, Reason::WaitingForCapacity));
+    let message = "step 1: v1 and v2 have 2 of 4 endpoints ready together, and no more than 1 may be missing";
+    assert_eq!(play.rollout.message, message);
+    play.set(
+        "strategy",
+        json!({"steps": [{"weight": 25, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}], "maxUnavailable": "50%"}),
+    );
+    assert_eq!(play.pass(6).rollout.step, 1);
+}
+
+#[test]
+fn kubernetes_arithmetic_of_what_may_be_missing() {
+    for (surge, unavailable, whole, may_be_missing) in [
+        (json!("25%"), json!("25%"), 4, 1),
+        (json!("25%"), json!("25%"), 3, 0),
+        (json!(1), json!("50%"), 3, 1),
+        (json!(0), json!("10%"), 5, 1),
+        (json!(1), json!(0), 5, 0),
+        (json!("100%"), json!(2), 5, 2),
+    ] {
+        let mut play = Play::new("v1", None, json!([{"weight": 100}]));
+        play.set("strategy", json!({"maxSurge": surge, "maxUnavailable": unavailable}));
+        let strategy = read(&play.document).strategy;
+        assert_eq!(parts::max_unavailable(&strategy, whole), may_be_missing, "{surge} {unavailable} of {whole}");
+    }
+}
+
+#[test]
+fn endpoints_lost_in_the_middle_of_a_step_move_traffic_at_once_and_it_is_said() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
+    play.pass(5).news();
+    play.ready("v2", 1);
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
+    assert_eq!(play.news(), [(Phase::Progressing, Reason::EndpointsLost, Some(1))]);
+    let message =
+        "step 1: v2 has 1 of 2 endpoints ready that 50 % of the load need; v2 has 25 %, v1 takes over the rest";
+    assert_eq!(play.rollout.message, message);
+    play.ready("v2", 0);
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    play.ready("v2", 4);
+    play.ready("v1", 1);
+    assert_eq!(play.pass(1).shares(), [25.0, 75.0, 0.0]);
+    let message = "step 1: v1 cannot carry the rest; v2 has 75 % instead of 50 %";
+    assert_eq!((play.rollout.reason, play.rollout.message.as_str()), (Reason::EndpointsLost, message));
+}
+
+#[test]
+fn a_step_that_ends_undecided_waits_and_says_so() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 10}]));
+    play.world.opinion = Opinion { words: "v2: 0 of 3 failed".to_owned(), ..Opinion::default() };
+    assert_eq!(play.pass(3_600).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!((play.rollout.reason, play.rollout.message.as_str()), (Reason::Undecided, "step 1: v2: 0 of 3 failed"));
+    play.world.opinion.passes = true;
+    assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
+}
+
+#[test]
+fn a_verdict_takes_the_target_back_and_both_failing_does_not() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 10}]));
+    let both = Opinion { both_fail: true, passes: true, words: "hold: both".to_owned(), ..Opinion::default() };
+    play.world.opinion = both;
+    assert_eq!(play.pass(600).stands(), (Phase::Progressing, Reason::BothFailing));
+    assert_eq!(play.shares(), [50.0, 50.0, 0.0]);
+    let words = "7 of 41 failed".to_owned();
+    play.world.opinion = Opinion { fails: true, requests: 41, errors: 7, words, ..Opinion::default() };
+    play.ready("v1", 2);
+    assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
+    assert_eq!(play.shares(), [50.0, 50.0, 0.0], "no more than v1 can carry");
+    assert_eq!(play.rollout.message, "v2: 7 of 41 failed; back to v1 as far as it can carry the load");
+}
+
+/// Two services that move from one cluster to another.
+fn moving_house() -> Play {
+    let service = |name: &str| {
+        let version = |name: &str| json!({"name": name, "endpoints": ["127.0.0.1:1", "127.0.0.1:2"]});
+        json!({"name": name, "hostnames": [format!("{name}.example.com")], "versions": [version("v1"), version("v2")]})
+    };
+    let mut play = Play::new("v1", None, json!([{"weight": 100}]));
+    play.document["spec"] = json!({
+        "services": [service("cart"), service("search")], "stable": "v1", "target": "v2",
+        "strategy": {"steps": [{"weight": 50, "holdSeconds": 10}]}, "analysis": {"maxErrors": 10},
+    });
+    play.rollout = Rollout::new(&read(&play.document), 0);
+    for version in ["v1", "v2"] {
+        play.ready(version, 2);
+    }
+    play
+}
+
+#[test]
+fn services_of_one_shift_move_together_and_go_back_together() {
+    let mut play = moving_house();
+    let both = |play: &Play| -> Vec<Vec<f64>> {
+        let shift = read(&play.document);
+        let parts = shift.services.iter().map(|service| play.rollout.parts(&shift, service, &play.world));
+        parts.map(|parts| parts.iter().map(|part| percent(part.share)).collect()).collect()
+    };
+    let half = vec![50.0, 50.0];
+    assert_eq!(both(play.pass(1)), [half.clone(), half.clone()]);
+    // What one service lacks holds the other back too.
+    play.world.available.insert(("search".to_owned(), "v2".to_owned()), 0);
+    let back = vec![100.0, 0.0];
+    assert_eq!(both(play.pass(1)), [back.clone(), back.clone()]);
+    assert_eq!(
+        play.rollout.message,
+        "step 1: v2 of search has 0 of 1 endpoints ready that 50 % of the load need; v2 has 0 %, v1 takes over the rest"
+    );
+    play.world.available.clear();
+    assert_eq!(both(play.pass(1)), [half.clone(), half]);
+    play.count("v2", 100, 6);
+    assert_eq!(both(play.pass(1)), [back.clone(), back], "12 errors in both together");
+    assert_eq!(play.stands(), (Phase::Failed, Reason::TooManyErrors));
 }

@@ -1,0 +1,112 @@
+//! The status, history and drains, for people and tools.
+
+use super::Control;
+use crate::ledger::VersionKey;
+use crate::rollout::{Millis, Rollout, percent};
+use crate::status::{
+    DrainStatus, EndpointsStatus, NotReady, ServiceStatus, Status, StepPlan, StepStatus, TransitionStatus,
+    VersionStatus, timestamp,
+};
+use tideshift_core::shift::{ShiftService, TrafficShift};
+
+impl Control {
+    /// How things stand.
+    pub fn status(&self, now: Millis) -> Status {
+        Status {
+            epoch: self.kept.epoch.clone(),
+            revision: self.policy.as_ref().map_or(0, |policy| policy.revision),
+            document_errors: self.document_errors.clone(),
+            services: self.shifts.iter().flat_map(|shift| self.shift_status(shift, now)).collect(),
+            proxies: self.proxies.status(now),
+        }
+    }
+
+    /// How the services of one rollout stand; `None` if there is no such rollout.
+    pub fn rollout_status(&self, name: &str, now: Millis) -> Option<Vec<ServiceStatus>> {
+        let shift = self.shifts.iter().find(|shift| shift.name == name)?;
+        Some(self.shift_status(shift, now))
+    }
+
+    /// What has happened to a rollout, the newest last; `None` if there is no such rollout.
+    pub fn history(&self, name: &str) -> Option<Vec<TransitionStatus>> {
+        self.shifts.iter().find(|shift| shift.name == name)?;
+        let history = self.kept.history.get(name).into_iter().flatten();
+        Some(history.map(TransitionStatus::from).collect())
+    }
+
+    /// How far a version is from being at rest; `None` if there is no such version.
+    pub fn drain(&self, service: &str, version: &str, now: Millis) -> Option<DrainStatus> {
+        let services = self.shifts.iter().find_map(|shift| shift.service(service))?;
+        services.version(version)?;
+        Some(self.drain_status(&(service.to_owned(), version.to_owned()), now))
+    }
+
+    fn drain_status(&self, key: &VersionKey, now: Millis) -> DrainStatus {
+        self.kept.idle.status(key, &self.proxies.seen(key, &self.counted.ledger, now))
+    }
+
+    fn shift_status(&self, shift: &TrafficShift, now: Millis) -> Vec<ServiceStatus> {
+        shift.services.iter().map(|service| self.service_status(shift, service, now)).collect()
+    }
+
+    fn service_status(&self, shift: &TrafficShift, service: &ShiftService, now: Millis) -> ServiceStatus {
+        let world = self.world(shift, now);
+        let rollout = self.kept.rollouts.get(&shift.name).cloned();
+        let known = rollout.is_some();
+        let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
+        let steps = rollout.steps(shift);
+        let step = rollout.current_step(shift).map(|step| StepStatus {
+            number: rollout.step + 1,
+            of: steps.len(),
+            weight: rollout.weight_by_hand.unwrap_or(step.weight),
+            hold_seconds: step.hold.as_secs(),
+            held_seconds: rollout.held_since.map(|since| now.saturating_sub(since) / 1_000),
+        });
+        let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
+            let endpoints = self.readiness.endpoints(&service.name, &part.version);
+            let not_ready = endpoints.iter().filter(|endpoint| !endpoint.ready);
+            let not_ready = not_ready
+                .map(|state| NotReady { endpoint: state.endpoint.to_string(), reason: state.reason.clone() })
+                .collect::<Vec<_>>();
+            let drain = self.drain_status(&(service.name.clone(), part.version.clone()), now);
+            VersionStatus {
+                endpoints: EndpointsStatus {
+                    ready: endpoints.len() - not_ready.len(),
+                    listed: endpoints.len(),
+                    not_ready,
+                },
+                requests: self.counted.ledger.total(&service.name, &part.version),
+                in_flight: drain.in_flight,
+                drain,
+                weight: percent(part.share),
+                serving: part.serving,
+                name: part.version,
+            }
+        });
+        ServiceStatus {
+            name: service.name.clone(),
+            rollout: shift.name.clone(),
+            phase: rollout.phase,
+            reason: rollout.reason,
+            paused: rollout.paused,
+            stable: rollout.stable.clone(),
+            target: rollout.target.clone(),
+            steps: steps
+                .iter()
+                .map(|step| StepPlan {
+                    weight: step.weight,
+                    hold_seconds: step.hold.as_secs(),
+                    pause: step.pause,
+                    matches: step.matches.len(),
+                })
+                .collect(),
+            step,
+            deadline: rollout.deadline(shift).map(timestamp),
+            verdict: self.counted.judges.status(shift),
+            message: if known { rollout.message.clone() } else { "waiting for the first probes".to_owned() },
+            since: timestamp(rollout.since),
+            unrouted: self.counted.ledger.unrouted(&service.name),
+            versions: versions.collect(),
+        }
+    }
+}

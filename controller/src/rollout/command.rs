@@ -1,0 +1,202 @@
+//! What people say to a rollout, beside what the document says.
+
+use super::{Millis, Observed, Phase, Reason, Rollout};
+use serde::{Deserialize, Serialize};
+use tideshift_core::shift::TrafficShift;
+
+/// What somebody wants of a rollout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "command")]
+pub enum Command {
+    /// On to the next step: past a pause, the rest of a hold, or a verdict that is still undecided.
+    Promote {
+        /// Straight to the last step.
+        full: bool,
+    },
+    /// Stay as it is.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Back to the stable version.
+    Abort,
+    /// Back to a version, at once as far as it can carry the load.
+    Rollback {
+        /// The version.
+        to: String,
+    },
+    /// A rollout to this version, as if the document said so.
+    SetTarget {
+        /// The version.
+        target: String,
+    },
+    /// Stay at this share of the target.
+    SetWeight {
+        /// Percent, 0 to 100.
+        weight: u32,
+    },
+}
+
+/// Why a command does not fit, for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It makes no sense whatever the state is.
+    #[error("{0}")]
+    Invalid(String),
+    /// It does not fit the present state.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+impl Rollout {
+    /// The state after somebody has said something.
+    ///
+    /// # Errors
+    ///
+    /// If it does not fit the state that the rollout is in, or names a version that is not there.
+    pub fn command(
+        mut self,
+        command: &Command,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Result<Self, Refused> {
+        match command {
+            Command::Promote { full } => self.promote(*full, shift, now)?,
+            Command::Pause => self.pause(now)?,
+            Command::Resume => self.resume(shift, now)?,
+            Command::Abort => {
+                let target = self.target_under_way()?;
+                self.take_back(Reason::Aborted, &format!("{target}: aborted by hand"), now);
+            }
+            Command::Rollback { to } => self.roll_back(to, shift, world, now)?,
+            Command::SetTarget { target } => self.set_target(target, shift, world, now)?,
+            Command::SetWeight { weight } => {
+                let target = self.target_under_way()?;
+                if *weight > 100 {
+                    return Err(Refused::Invalid(format!(
+                        "weight: {weight} is not allowed; expected 0 to 100 percent"
+                    )));
+                }
+                if !self.allowed {
+                    return Err(self.conflict("its gate has not allowed the present step"));
+                }
+                (self.paused, self.weight_by_hand, self.held_since) = (true, Some(*weight), None);
+                self.enter(Phase::Paused, Reason::WeightSet, format!("{target} is to get {weight} % by hand"), now);
+            }
+        }
+        Ok(self)
+    }
+
+    fn conflict(&self, why: &str) -> Refused {
+        Refused::Conflict(format!("{why} (phase {}: {})", self.phase.name(), self.message))
+    }
+
+    fn target_under_way(&self) -> Result<String, Refused> {
+        let target = self.target.clone().filter(|_| self.phase.is_under_way());
+        target.ok_or_else(|| self.conflict("no rollout is under way"))
+    }
+
+    fn promote(&mut self, full: bool, shift: &TrafficShift, now: Millis) -> Result<(), Refused> {
+        let target = self.target_under_way()?;
+        if full {
+            let last = self.steps(shift).len().saturating_sub(1);
+            if self.step != last || self.paused {
+                let was_allowed = self.allowed && self.step == last;
+                self.begin_step(last, now);
+                self.allowed = was_allowed;
+            }
+            self.waived = true;
+            self.enter(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
+            return Ok(());
+        }
+        if !self.allowed {
+            return Err(self.conflict("its gate has not allowed the present step"));
+        }
+        (self.paused, self.weight_by_hand, self.waived) = (false, None, true);
+        self.progressed = now;
+        self.enter(Phase::Progressing, Reason::Promoted, format!("{target}: on to the next step, by hand"), now);
+        Ok(())
+    }
+
+    fn pause(&mut self, now: Millis) -> Result<(), Refused> {
+        let target = self.target_under_way()?;
+        if self.paused {
+            return Err(self.conflict("it is paused already"));
+        }
+        self.paused = true;
+        self.enter(Phase::Paused, Reason::PausedByUser, format!("{target}: paused by hand"), now);
+        Ok(())
+    }
+
+    fn resume(&mut self, shift: &TrafficShift, now: Millis) -> Result<(), Refused> {
+        let target = self.target_under_way()?;
+        if !self.paused && self.reason == Reason::PauseStep {
+            return self.promote(false, shift, now);
+        }
+        if !self.paused {
+            return Err(self.conflict("it is not paused"));
+        }
+        if let Some(weight) = self.weight_by_hand {
+            // On from the first step that is no step back.
+            let steps = self.steps(shift);
+            let next = steps.iter().position(|step| step.weight >= weight).unwrap_or(steps.len().saturating_sub(1));
+            let same = next == self.step;
+            self.begin_step(next, now);
+            self.allowed = same;
+        }
+        (self.paused, self.weight_by_hand, self.progressed) = (false, None, now);
+        self.enter(Phase::Progressing, Reason::Resumed, format!("{target}: resumed by hand"), now);
+        Ok(())
+    }
+
+    fn roll_back(&mut self, to: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
+        must_have(shift, "to", to)?;
+        let under_way = self.phase.is_under_way();
+        if to == self.stable {
+            let Ok(target) = self.target_under_way() else {
+                return Err(self.conflict(&format!("{to} serves already")));
+            };
+            self.take_back(Reason::RolledBack, &format!("{target}: rolled back by hand"), now);
+            return Ok(());
+        }
+        let from = self.target.clone().filter(|_| under_way);
+        self.start(to.to_owned(), shift, world, now);
+        self.is_return = true;
+        self.taken_back += 1;
+        self.leaving = from.filter(|from| from != to);
+        let message = format!("rolling back from {} to {to} by hand", self.leaving.as_ref().unwrap_or(&self.stable));
+        self.enter(Phase::Progressing, Reason::RolledBack, message, now);
+        Ok(())
+    }
+
+    fn set_target(
+        &mut self,
+        target: &str,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Result<(), Refused> {
+        must_have(shift, "target", target)?;
+        let under_way = self.phase.is_under_way();
+        if under_way && self.target.as_deref() == Some(target) && !self.is_return {
+            return Err(self.conflict(&format!("{target} is the target already")));
+        }
+        if target != self.stable {
+            self.start(target.to_owned(), shift, world, now);
+        } else if under_way {
+            self.withdraw(shift, now);
+        } else {
+            return Err(self.conflict(&format!("{target} serves already")));
+        }
+        Ok(())
+    }
+}
+
+fn must_have(shift: &TrafficShift, field: &str, version: &str) -> Result<(), Refused> {
+    if shift.has(version) {
+        return Ok(());
+    }
+    let known: Vec<_> = shift.versions().collect();
+    let known = known.join(", ");
+    Err(Refused::Invalid(format!("{field}: \"{version}\" is not allowed; expected one of the versions {known}")))
+}

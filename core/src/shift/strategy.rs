@@ -1,0 +1,222 @@
+//! How a rollout goes: its steps, what may be missing on the way, and when it has taken too long.
+
+use super::seconds;
+use crate::decode::{Decoder, Fields};
+use crate::matching::Match;
+use serde_json::Value;
+use std::time::Duration;
+
+/// The way from the stable version to the target.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Strategy {
+    /// At least one; the last one is always everything.
+    pub steps: Vec<Step>,
+    /// Each step's share moves at once or not at all (blue/green), instead of as endpoints become ready.
+    pub whole_steps: bool,
+    /// How many endpoints a workload may have beyond those that the load needs; default 25 %, rounded up.
+    pub max_surge: Quantity,
+    /// How many of the endpoints that the load needs may be missing while the rollout goes on; default 25 %, rounded
+    /// down.
+    pub max_unavailable: Quantity,
+    /// How long an endpoint must have been ready before traffic is moved to it; default 0.
+    pub min_ready: Duration,
+    /// A rollout that gets no further for so long, for want of endpoints, is said to be stuck; default 600 s.
+    pub progress_deadline: Duration,
+    /// Whether it is then aborted; default no.
+    pub abort_at_deadline: bool,
+    /// How long the target takes from nothing to everything at least; 0: it gets a step's share at once.
+    pub ramp: Duration,
+    /// Percent of the requests that are copied to the target before users reach it, for as long as the ramp.
+    pub warm_up_mirror: Option<u32>,
+}
+
+/// One step of a rollout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// The target's share in percent, 0 to 100; the step before's where left out.
+    pub weight: u32,
+    /// How long the target must have had this share before the next step; default 0.
+    pub hold: Duration,
+    /// Whether somebody must say that it may go on.
+    pub pause: bool,
+    /// Requests that go to the target whatever its share is: testers before users. From this step on, until another
+    /// step names others.
+    pub matches: Vec<Match>,
+}
+
+/// A number, or a percentage of a number that is known later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantity {
+    /// So many.
+    Count(u32),
+    /// So many of a hundred.
+    Percent(u32),
+}
+
+impl Quantity {
+    /// Of `whole`; a percentage is rounded up.
+    pub fn of_rounded_up(self, whole: u32) -> u32 {
+        match self {
+            Self::Count(count) => count,
+            Self::Percent(percent) => part(whole, percent).div_ceil(100).min(u64::from(u32::MAX)) as u32,
+        }
+    }
+
+    /// Of `whole`; a percentage is rounded down.
+    pub fn of_rounded_down(self, whole: u32) -> u32 {
+        match self {
+            Self::Count(count) => count,
+            Self::Percent(percent) => (part(whole, percent) / 100).min(u64::from(u32::MAX)) as u32,
+        }
+    }
+
+    fn is_zero(self) -> bool {
+        matches!(self, Self::Count(0) | Self::Percent(0))
+    }
+
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let percent = |text: &str| {
+            let digits = text.strip_suffix('%')?;
+            let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+            plain.then(|| digits.parse().ok()).flatten().filter(|percent: &u32| *percent <= 1_000)
+        };
+        let read = match value {
+            Value::String(text) => percent(text).map(Self::Percent),
+            value => value.as_u64().filter(|count| *count <= 1_000_000).map(|count| Self::Count(count as u32)),
+        };
+        if read.is_none() {
+            d.invalid(value, "a number such as 1, up to 1000000, or a percentage such as \"25%\"");
+        }
+        read
+    }
+}
+
+fn part(whole: u32, percent: u32) -> u64 {
+    u64::from(whole) * u64::from(percent)
+}
+
+impl Step {
+    /// Everything, and no waiting.
+    pub fn all() -> Self {
+        Self { weight: 100, hold: Duration::ZERO, pause: false, matches: Vec::new() }
+    }
+
+    /// A step whose weight and matches are those of the step before where it has none of its own.
+    fn read(d: &mut Decoder, value: &Value, before: Option<&Self>) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let pause = f.optional(d, "pause", Decoder::boolean).unwrap_or_default();
+        let matches = f.optional(d, "matches", matches);
+        let given = f.optional(d, "weight", |d, v| d.integer(v, 0, 100).map(|weight| weight as u32));
+        if !f.has("weight") && !pause && !f.has("matches") {
+            d.missing("weight", "the target's share in percent, 0 to 100 (or pause: true, or matches)");
+        }
+        let weight = match f.has("weight") {
+            true => given,
+            false => Some(before.map_or(0, |before| before.weight)),
+        };
+        let hold = seconds(&mut f, d, "holdSeconds", 0, 0);
+        f.finish(d);
+        let matches = matches.unwrap_or_else(|| before.map_or(Vec::new(), |before| before.matches.clone()));
+        Some(Self { weight: weight?, hold, pause, matches })
+    }
+}
+
+fn matches(d: &mut Decoder, value: &Value) -> Option<Vec<Match>> {
+    Some(d.list(value, Match::read)?.into_iter().map(|(_, one)| one).collect())
+}
+
+impl Default for Strategy {
+    fn default() -> Self {
+        Self {
+            steps: vec![Step::all()],
+            whole_steps: false,
+            max_surge: Quantity::Percent(25),
+            max_unavailable: Quantity::Percent(25),
+            min_ready: Duration::ZERO,
+            progress_deadline: Duration::from_secs(600),
+            abort_at_deadline: false,
+            ramp: Duration::ZERO,
+            warm_up_mirror: None,
+        }
+    }
+}
+
+impl Strategy {
+    pub(super) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let default = Self::default();
+        let steps = f.optional(d, "steps", steps);
+        let blue_green = f.optional(d, "blueGreen", blue_green);
+        if f.has("steps") && f.has("blueGreen") {
+            d.invalid(value, "either steps or blueGreen");
+        }
+        let whole_steps = f.has("blueGreen");
+        let max_surge = f.optional(d, "maxSurge", Quantity::read).unwrap_or(default.max_surge);
+        let max_unavailable = f.optional(d, "maxUnavailable", Quantity::read).unwrap_or(default.max_unavailable);
+        if max_surge.is_zero() && max_unavailable.is_zero() {
+            d.within("maxUnavailable", |d| d.invalid(&Value::from(0), "above 0 where maxSurge is 0"));
+        }
+        let min_ready = seconds(&mut f, d, "minReadySeconds", 0, 0);
+        let deadline_default = default.progress_deadline.as_secs();
+        let progress_deadline = seconds(&mut f, d, "progressDeadlineSeconds", 1, deadline_default);
+        if progress_deadline <= min_ready {
+            let allowed = format!("more than minReadySeconds ({})", min_ready.as_secs());
+            d.within("progressDeadlineSeconds", |d| d.invalid(&Value::from(progress_deadline.as_secs()), allowed));
+        }
+        let abort_at_deadline = f.optional(d, "progressDeadlineAbort", Decoder::boolean).unwrap_or_default();
+        let (ramp, warm_up_mirror) = f.optional(d, "warmUp", warm_up).unwrap_or((default.ramp, None));
+        f.finish(d);
+        Some(Self {
+            steps: steps.or(blue_green).unwrap_or(default.steps),
+            whole_steps,
+            max_surge,
+            max_unavailable,
+            min_ready,
+            progress_deadline,
+            abort_at_deadline,
+            ramp,
+            warm_up_mirror,
+        })
+    }
+}
+
+fn steps(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
+    if value.as_array().is_some_and(Vec::is_empty) {
+        d.invalid(value, "at least one step (or no steps at all: straight to 100)");
+    }
+    let mut before: Option<Step> = None;
+    let steps = d.list(value, |d, value| {
+        let step = Step::read(d, value, before.as_ref())?;
+        before = Some(step.clone());
+        Some(step)
+    })?;
+    let mut steps: Vec<Step> = steps.into_iter().map(|(_, step)| step).collect();
+    match steps.last() {
+        Some(last) if last.weight == 100 && !last.pause => {}
+        // A pause at everything still needs somebody's word; what follows it is everything without waiting.
+        _ => steps.push(Step::all()),
+    }
+    Some(steps)
+}
+
+/// Blue/green in Argo Rollouts' words, as steps: the preview, then everything at once.
+fn blue_green(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
+    let mut f = d.object(value)?;
+    let by_itself = f.optional(d, "autoPromotionEnabled", Decoder::boolean).unwrap_or(true);
+    let preview = seconds(&mut f, d, "autoPromotionSeconds", 0, 0);
+    let matches = f.optional(d, "previewMatches", matches).unwrap_or_default();
+    let hold = seconds(&mut f, d, "holdSeconds", 0, 0);
+    f.finish(d);
+    let preview = Step { weight: 0, hold: preview, pause: !by_itself, matches };
+    let is_preview = preview.pause || !preview.hold.is_zero() || !preview.matches.is_empty();
+    let all = Step { hold, ..Step::all() };
+    Some(is_preview.then_some(preview).into_iter().chain([all]).collect())
+}
+
+fn warm_up(d: &mut Decoder, value: &Value) -> Option<(Duration, Option<u32>)> {
+    let mut f: Fields<'_> = d.object(value)?;
+    let ramp = seconds(&mut f, d, "seconds", 0, 0);
+    let mirror = f.optional(d, "mirrorPercent", |d, v| d.integer(v, 1, 100).map(|percent| percent as u32));
+    f.finish(d);
+    Some((ramp, mirror))
+}
