@@ -211,6 +211,15 @@ impl Decoder {
         }
     }
 
+    /// A number from `low` to `high`, both included.
+    pub fn number(&mut self, value: &Value, low: f64, high: f64) -> Option<f64> {
+        let number = value.as_f64().filter(|number| (low..=high).contains(number));
+        if number.is_none() {
+            self.invalid(value, format!("a number from {low:?} to {high:?}"));
+        }
+        number
+    }
+
     fn error(&mut self, problem: Problem) {
         self.errors.push(FieldError { path: self.path.clone(), problem });
     }

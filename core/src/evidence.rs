@@ -13,6 +13,7 @@
 //! forgets, Shin, Ramdas and Rinaldo, arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree
 //! to the last bit.
 
+use serde::{Deserialize, Serialize};
 use std::ops::AddAssign;
 
 /// How many times as often as the others: what the verdict asks of.
@@ -36,7 +37,7 @@ pub struct Batch {
 
 impl Batch {
     /// The version's share of the requests. 1 if there were none: with that nothing speaks against it.
-    fn share(&self) -> f64 {
+    pub fn share(&self) -> f64 {
         let all = self.requests as f64 + self.others_requests as f64;
         if all > 0.0 { self.requests as f64 / all } else { 1.0 }
     }
@@ -61,30 +62,71 @@ impl AddAssign for Batch {
     }
 }
 
-/// Evidence that keeps everything it has seen. If the version is never worse than the others, it ever reaches 1/α with
-/// probability α at most (Ville).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Evidence {
-    sums: [f64; RATIOS.len()],
+/// The log-evidence that "each of `all` is `ratio` times as likely in terms of odds as `probability` says", if `count`
+/// of `all` were: count·ln r − all·ln(rp + 1 − p). On average its exp is 1 at most if none is likelier than
+/// `probability` (for a ratio above 1) or none is less likely (below 1).
+pub fn tilt(count: f64, all: f64, probability: f64, ratio: f64) -> f64 {
+    count * libm::log1p(ratio - 1.0) - all * libm::log1p(probability * (ratio - 1.0))
 }
 
-impl Default for Evidence {
-    fn default() -> Self {
-        Self { sums: [0.0; RATIOS.len()] }
-    }
+/// Evidence for several alternatives at once that keeps what it has seen, and also begins anew after each batch: what
+/// was fine for long and then fails is found too. Half of it is there at the start, the rest comes in ever smaller
+/// parts; so, if each batch multiplies it by 1 at most on average, it ever reaches 1/α with probability α at most
+/// (Ville).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evidence {
+    #[serde(with = "bits")]
+    logs: Vec<f64>,
+    batches: u64,
 }
 
 impl Evidence {
-    /// Takes a batch in, as if it had no more than `most` errors of the version.
-    pub fn add(&mut self, batch: &Batch, most: u64) {
-        for (sum, ratio) in self.sums.iter_mut().zip(RATIOS) {
-            *sum += batch.evidence(ratio, most);
+    /// Nothing seen yet, for so many alternatives.
+    pub fn new(alternatives: usize) -> Self {
+        let mut new = Self { logs: vec![f64::MIN; alternatives], batches: 0 };
+        new.begin_anew(1.0);
+        new
+    }
+
+    /// Takes a batch in: the log-evidence of each alternative.
+    pub fn add(&mut self, batch: impl IntoIterator<Item = f64>) {
+        for (log, batch) in self.logs.iter_mut().zip(batch) {
+            *log += batch;
+        }
+        self.batches = self.batches.saturating_add(1);
+        let batches = self.batches as f64;
+        self.begin_anew(batches * (batches + 1.0));
+    }
+
+    /// Adds a half, divided by `by`, to what is shared by all alternatives. Over n ≥ 1, 1/(n(n + 1)) adds up to 1.
+    fn begin_anew(&mut self, by: f64) {
+        let part = -libm::log(2.0 * by * self.logs.len() as f64);
+        for log in &mut self.logs {
+            let (low, high) = if *log < part { (*log, part) } else { (part, *log) };
+            *log = high + libm::log1p(libm::exp(low - high));
         }
     }
 
     /// The logarithm of the evidence.
     pub fn log(&self) -> f64 {
-        log_mean_exp(&self.sums)
+        log_mean_exp(&self.logs) + libm::log(self.logs.len() as f64)
+    }
+}
+
+/// Numbers as their bits, in hexadecimal: as numbers, JSON or one of its readers would round them, and a restart must
+/// change nothing.
+pub(crate) mod bits {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    pub(crate) fn serialize<S: Serializer>(numbers: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+        numbers.iter().map(|number| format!("{:016x}", number.to_bits())).collect::<Vec<_>>().serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+        let texts = Vec::<String>::deserialize(deserializer)?;
+        let number = |text: &String| u64::from_str_radix(text, 16).ok().map(f64::from_bits).filter(|n| n.is_finite());
+        let numbers: Option<_> = texts.iter().map(number).collect();
+        numbers.ok_or_else(|| de::Error::custom("expected the bits of finite numbers, in hexadecimal"))
     }
 }
 
@@ -122,7 +164,7 @@ impl RecentEvidence {
 }
 
 /// ln of the mean of exp(x), without overflow.
-fn log_mean_exp(logs: &[f64]) -> f64 {
+pub(crate) fn log_mean_exp(logs: &[f64]) -> f64 {
     let most = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logs.iter().map(|log| libm::exp(log - most)).sum();
     most + libm::log(sum / logs.len() as f64)
@@ -208,10 +250,10 @@ mod tests {
         fn evidence_is_a_number_whatever_the_counts(
             batches in prop::collection::vec(any::<[u64; 5]>(), 0..50),
         ) {
-            let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
+            let (mut whole, mut recent) = (Evidence::new(RATIOS.len()), RecentEvidence::default());
             for [requests, errors, others_requests, others_errors, most] in batches {
                 let batch = batch(requests, errors, others_requests, others_errors);
-                whole.add(&batch, most);
+                whole.add(RATIOS.map(|ratio| batch.evidence(ratio, most)));
                 recent.add(&batch, most);
                 prop_assert!(whole.log().is_finite() && recent.log().is_finite(), "{:?}", batch);
             }
@@ -228,9 +270,9 @@ mod tests {
                     every(&mut |others_errors| {
                         every(&mut |most| {
                             let batch = batch(requests, errors, others_requests, others_errors);
-                            let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
+                            let (mut whole, mut recent) = (Evidence::new(RATIOS.len()), RecentEvidence::default());
                             for _ in 0..100 {
-                                whole.add(&batch, most);
+                                whole.add(RATIOS.map(|ratio| batch.evidence(ratio, most)));
                                 recent.add(&batch, most);
                             }
                             assert!(whole.log().is_finite() && recent.log().is_finite(), "{batch:?}");
@@ -243,29 +285,29 @@ mod tests {
 
     #[test]
     fn nothing_speaks_against_who_served_everything() {
-        let mut whole = Evidence::default();
-        whole.add(&batch(u64::MAX, u64::MAX, 0, 0), ALL);
-        whole.add(&batch(0, u64::MAX, 0, 0), ALL);
-        assert_eq!(whole.log(), 0.0);
+        for all in [batch(u64::MAX, u64::MAX, 0, 0), batch(0, u64::MAX, 0, 0)] {
+            assert_eq!(RATIOS.map(|ratio| all.evidence(ratio, ALL)), [0.0; 6]);
+        }
     }
 
     #[test]
-    fn one_kind_of_evidence_forgets_good_times() {
+    fn evidence_forgets_good_times() {
         let (good, bad) = (batch(10, 0, 90, 10), batch(10, 2, 90, 0));
         let (mut whole, mut recent, mut fresh) =
-            (Evidence::default(), RecentEvidence::default(), RecentEvidence::default());
+            (Evidence::new(RATIOS.len()), RecentEvidence::default(), RecentEvidence::default());
+        let add = |to: &mut Evidence, batch: Batch| to.add(RATIOS.map(|ratio| batch.evidence(ratio, ALL)));
         for _ in 0..1_000 {
-            whole.add(&good, ALL);
+            add(&mut whole, good);
             recent.add(&good, ALL);
         }
-        assert!(recent.is_none() && recent.log() < 0.0);
+        assert!(recent.is_none() && recent.log() < 0.0 && whole.log() < -3.0);
         for _ in 0..5 {
-            whole.add(&bad, ALL);
+            add(&mut whole, bad);
             recent.add(&bad, ALL);
             fresh.add(&bad, ALL);
         }
         assert_eq!(recent, fresh);
-        assert!(recent.log() > 10.0 && whole.log() < -10.0);
+        assert!(recent.log() > 10.0 && whole.log() > 2.0, "{} {}", recent.log(), whole.log());
     }
 
     #[test]
@@ -279,11 +321,11 @@ mod tests {
     /// The same bits in every build.
     #[test]
     fn evidence_is_what_it_was() {
-        let (mut whole, mut recent) = (Evidence::default(), RecentEvidence::default());
+        let (mut whole, mut recent) = (Evidence::new(RATIOS.len()), RecentEvidence::default());
         for batch in [batch(2, 2, 18, 0), batch(3, 1, 20, 1), batch(0, 0, 25, 2), batch(4, 1, 20, 0)] {
-            whole.add(&batch, 5);
+            whole.add(RATIOS.map(|ratio| batch.evidence(ratio, 5)));
             recent.add(&batch, 5);
         }
-        assert_eq!((whole.log().to_bits(), recent.log().to_bits()), (4617130217001474412, 4617567783039874832));
+        assert_eq!((whole.log().to_bits(), recent.log().to_bits()), (4616379075107974406, 4617567783039874832));
     }
 }

@@ -81,7 +81,7 @@ impl GuardPolicy {
         let default = Self::default();
         let mut f = d.object(value)?;
         let enabled = f.optional(d, "enabled", Decoder::boolean).unwrap_or(default.enabled);
-        let rate = f.optional(d, "falseVetoRate", rate).unwrap_or(default.false_veto_rate);
+        let rate = f.optional(d, "falseVetoRate", |d, v| d.number(v, 1e-12, 0.01)).unwrap_or(default.false_veto_rate);
         let mut seconds = |d: &mut Decoder, name| {
             f.optional(d, name, |d, v| d.integer(v, 1, LONGEST_SECONDS)).map(Duration::from_secs)
         };
@@ -101,14 +101,6 @@ impl GuardPolicy {
         let doublings = strikes.saturating_sub(1).min(31);
         nanos(self.cool_down.saturating_mul(1 << doublings).min(self.max_cool_down))
     }
-}
-
-fn rate(d: &mut Decoder, value: &Value) -> Option<f64> {
-    let rate = value.as_f64().filter(|rate| (1e-12..=0.01).contains(rate));
-    if rate.is_none() {
-        d.invalid(value, "a number from 1e-12 to 0.01");
-    }
-    rate
 }
 
 fn nanos(duration: Duration) -> u64 {

@@ -22,6 +22,7 @@ pub mod sequence;
 pub mod session;
 pub mod shift;
 pub mod split;
+pub mod verdict;
 pub mod websocket;
 
 pub use name::{EXPLAIN_HEADER, MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
