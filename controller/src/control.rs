@@ -265,7 +265,7 @@ impl Control {
         self.availability.look(&self.readiness, now);
         let restarted = !self.in_force.is_empty();
         self.catching_up.get_or_insert(if restarted { now + CATCH_UP } else { now });
-        self.counts_changed |= self.counted.judges.look(&self.shifts, &self.kept.rollouts, &self.counted.ledger, now);
+        self.judge(now);
         let mut services = Vec::with_capacity(self.shifts.len());
         let mut changed = Vec::new();
         for shift in &self.shifts {
@@ -307,6 +307,20 @@ impl Control {
         self.publish(services, &mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
         outcome
+    }
+
+    /// Gathers evidence from what is new in the counts.
+    fn judge(&mut self, now: Millis) {
+        let mut judges = std::mem::take(&mut self.counted.judges);
+        let mut changed = false;
+        for shift in self.shifts.iter().filter(|shift| self.is_known(shift)) {
+            if let Some(rollout) = self.kept.rollouts.get(&shift.name) {
+                let world = self.world(shift, now);
+                changed |= judges.look(shift, rollout, &world, &self.counted.ledger, now);
+            }
+        }
+        self.counted.judges = judges;
+        self.counts_changed |= changed;
     }
 
     /// Whether the readiness of all endpoints of a shift is known.

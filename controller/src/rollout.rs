@@ -464,7 +464,7 @@ impl Rollout {
             return Some(Failure { reason: Reason::VerdictFail, why: words, errors, requests });
         }
         let (errors, requests) = self.counted(target, shift, world);
-        if let Some(limit) = shift.max_errors.filter(|limit| errors > *limit) {
+        if let Some(limit) = shift.analysis.max_errors.filter(|limit| errors > *limit) {
             let why = format!("{errors} of {requests} requests failed, more than the {limit} allowed");
             return Some(Failure { reason: Reason::TooManyErrors, why, errors, requests });
         }

@@ -11,6 +11,7 @@ use crate::name;
 use crate::outcome::ErrorCodes;
 use crate::policy::{self, Mirror, Rule, VersionNames};
 use crate::session::Session;
+use crate::verdict::Settings;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -35,8 +36,8 @@ pub struct TrafficShift {
     pub target: Option<String>,
     /// The way from stable to target.
     pub strategy: Strategy,
-    /// More errors of the target than this since the rollout started take it back.
-    pub max_errors: Option<u64>,
+    /// How the target is judged.
+    pub analysis: Settings,
     /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
     pub drain_timeout: Duration,
 }
@@ -185,18 +186,10 @@ impl TrafficShift {
         let stable = f.required(d, "stable", "a version's name", |d, v| known.read(d, v));
         let target = f.optional(d, "target", |d, v| known.read(d, v));
         let strategy = f.optional(d, "strategy", Strategy::read).unwrap_or_default();
-        let max_errors = f.optional(d, "analysis", analysis).flatten();
+        let analysis = f.optional(d, "analysis", Settings::read).unwrap_or_default();
         let drain_timeout = f.optional(d, "drain", drain).unwrap_or(DRAIN_TIMEOUT);
         f.finish(d);
-        Some(Self {
-            name: name.cloned()?,
-            services: own?,
-            stable: stable?,
-            target,
-            strategy,
-            max_errors,
-            drain_timeout,
-        })
+        Some(Self { name: name.cloned()?, services: own?, stable: stable?, target, strategy, analysis, drain_timeout })
     }
 
     /// Whether somebody must be asked before a step begins.
@@ -306,14 +299,6 @@ fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {
     let endpoints = f.optional(d, "endpointsForFullLoad", |d, v| d.integer(v, 1, 1_000_000));
     f.finish(d);
     Some(endpoints.map(|endpoints| endpoints as u32))
-}
-
-fn analysis(d: &mut Decoder, value: &Value) -> Option<Option<u64>> {
-    let mut f = d.object(value)?;
-    let max_errors = f.optional(d, "maxErrors", |d, v| d.integer(v, 0, u64::MAX));
-    f.unsupported(d, &["falseRollbackRate", "maxErrorRate", "passConfidence", "latency"]);
-    f.finish(d);
-    Some(max_errors)
 }
 
 impl ShiftVersion {

@@ -84,16 +84,6 @@ fn sessions_mirrors_and_the_guard_are_read_as_policies_have_them() {
 
 #[test]
 fn what_is_not_built_yet_is_refused_and_never_ignored() {
-    for (pointer, value) in [
-        ("/analysis", json!({"falseRollbackRate": 0.001})),
-        ("/analysis", json!({"maxErrorRate": 0.02})),
-        ("/analysis", json!({"passConfidence": 0.95})),
-        ("/analysis", json!({"latency": {}})),
-    ] {
-        let errors = errors_with(pointer, value.clone());
-        assert_eq!(errors.len(), 1, "{value}: {errors:?}");
-        assert!(errors[0].contains("not supported by this version of tideshift yet"), "{errors:?}");
-    }
     let errors = errors_with("/versions/0/readinessProbe", json!({"grpc": {}}));
     assert!(errors.iter().any(|e| e.starts_with("spec.versions[0].readinessProbe.grpc: not supported")), "{errors:?}");
 }

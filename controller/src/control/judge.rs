@@ -1,31 +1,216 @@
-//! The evidence for and against the targets, gathered from the counts as they come in.
+//! The evidence for and against the targets, gathered from the counts as they come in. What it amounts to is for
+//! [`tideshift_core::verdict`] to say, what follows from it for the rollout engine.
 
-use crate::ledger::Ledger;
-use crate::rollout::{Millis, Opinion, Rollout};
-use crate::status::VerdictStatus;
+use crate::ledger::{Ledger, newer};
+use crate::rollout::{Millis, Observed, Opinion, Rollout};
+use crate::status::{Judged, LatencyStatus, VerdictOutcome, VerdictStatus};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
+use tideshift_core::report::Counts;
 use tideshift_core::shift::TrafficShift;
+use tideshift_core::verdict::{Analysis, Judgement, Outcome, Sample, Settings, Tick, Totals};
+
+/// From one tick to the next at least.
+const TICK: Millis = 100;
 
 /// By rollout. Kept across restarts of the controller, together with the counts that they were made of.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Judges(BTreeMap<String, ()>);
+pub struct Judges(BTreeMap<String, Judge>);
+
+/// Who judges one rollout.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Judge {
+    /// The number of the rollout.
+    rollout: u64,
+    step: usize,
+    target: String,
+    stable: String,
+    ticked: Millis,
+    /// By service.
+    services: BTreeMap<String, OfService>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct OfService {
+    analysis: Analysis,
+    /// What has been judged already, of target and stable version.
+    target: Taken,
+    stable: Taken,
+}
+
+/// Counts up to which everything has been judged.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Taken {
+    #[serde(flatten)]
+    counts: Counts,
+    durations: Vec<u64>,
+}
+
+impl Taken {
+    fn now(ledger: &Ledger, service: &str, version: &str) -> Self {
+        let (counts, durations) = (ledger.total(service, version), ledger.durations(service, version).to_vec());
+        Self { counts, durations }
+    }
+
+    /// What is new of a version, which is taken by that.
+    fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Sample {
+        let now = Self::now(ledger, service, version);
+        let counts = now.counts.since(&self.counts);
+        let durations = newer(&now.durations, &self.durations);
+        *self = now;
+        Sample { requests: counts.answered(), errors: counts.error, durations }
+    }
+
+    /// Everything so far.
+    fn sample(self) -> Sample {
+        Sample { requests: self.counts.answered(), errors: self.counts.error, durations: self.durations }
+    }
+}
 
 impl Judges {
-    pub fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
+    /// Forgets the rollouts that are gone.
+    pub(super) fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
         self.0.retain(|name, _| is_known(name));
     }
 
-    pub fn look(&mut self, _: &[TrafficShift], _: &BTreeMap<String, Rollout>, _: &Ledger, _: Millis) -> bool {
-        false
+    /// Takes in what is new of a rollout. Returns whether that was anything.
+    pub(super) fn look(
+        &mut self,
+        shift: &TrafficShift,
+        rollout: &Rollout,
+        world: &impl Observed,
+        ledger: &Ledger,
+        now: Millis,
+    ) -> bool {
+        let Some(target) = rollout.target.as_ref().filter(|_| rollout.phase.is_under_way() && !rollout.is_return)
+        else {
+            return false;
+        };
+        let settings = &shift.analysis;
+        let known = self.0.get(&shift.name).is_some_and(|judge| {
+            (judge.rollout, &judge.target, &judge.stable) == (rollout.number, target, &rollout.stable)
+        });
+        if !known {
+            self.0.insert(shift.name.clone(), Judge::new(shift, rollout, target, ledger, now));
+            return true;
+        }
+        self.0.get_mut(&shift.name).is_some_and(|judge| judge.look(shift, settings, rollout, world, ledger, now))
     }
 
-    pub fn opinion(&self, _: &TrafficShift) -> Opinion {
-        Opinion { passes: true, ..Opinion::default() }
+    /// What the engine may know of it.
+    pub(super) fn opinion(&self, shift: &TrafficShift) -> Opinion {
+        let nobody_asks = Opinion { passes: true, ..Opinion::default() };
+        let Some((judge, judgement)) = self.judgement(shift) else { return nobody_asks };
+        Opinion {
+            fails: judgement.outcome == Outcome::Fail,
+            passes: judgement.outcome == Outcome::Pass || shift.analysis.max_error_rate.is_none(),
+            both_fail: judgement.both_bad,
+            requests: judgement.target.requests,
+            errors: judgement.target.errors,
+            words: words(judge, &judgement),
+        }
     }
 
-    pub fn status(&self, _: &TrafficShift) -> Option<VerdictStatus> {
-        None
+    /// For people.
+    pub(super) fn status(&self, shift: &TrafficShift) -> Option<VerdictStatus> {
+        let (judge, judgement) = self.judgement(shift)?;
+        let judged = |totals: Totals| Judged { requests: totals.requests, errors: totals.errors };
+        Some(VerdictStatus {
+            outcome: match judgement.outcome {
+                Outcome::Pass => VerdictOutcome::Pass,
+                Outcome::Fail => VerdictOutcome::Fail,
+                Outcome::Undecided => VerdictOutcome::Undecided,
+            },
+            message: judgement.in_words(&judge.target, &judge.stable),
+            target: judged(judgement.target),
+            stable: judged(judgement.stable),
+            evidence: judgement.evidence,
+            bound: judgement.bound,
+            pass_evidence: judgement.pass_evidence,
+            pass_bound: judgement.pass_bound,
+            latency: judgement.latency.as_ref().map(|latency| LatencyStatus {
+                message: latency.in_words(&judge.target, &judge.stable),
+                evidence: latency.evidence,
+                bound: latency.bound,
+            }),
+        })
+    }
+
+    fn judgement(&self, shift: &TrafficShift) -> Option<(&Judge, Judgement)> {
+        let judge = self.0.get(&shift.name)?;
+        let judgements: Vec<_> =
+            judge.services.values().map(|service| service.analysis.judgement(&shift.analysis)).collect();
+        Some((judge, Judgement::of_all(&judgements)?))
+    }
+}
+
+/// The sentence without the target's name in front, which the engine has said.
+fn words(judge: &Judge, judgement: &Judgement) -> String {
+    let words = judgement.in_words(&judge.target, &judge.stable);
+    let without_name = words.strip_prefix(&judge.target).and_then(|words| words.strip_prefix(": "));
+    without_name.filter(|_| judgement.outcome == Outcome::Fail).map_or(words.clone(), str::to_owned)
+}
+
+impl Judge {
+    fn new(shift: &TrafficShift, rollout: &Rollout, target: &str, ledger: &Ledger, now: Millis) -> Self {
+        let of_service = |name: &String| {
+            let stable = Taken::now(ledger, name, &rollout.stable);
+            let analysis = Analysis::new(&shift.analysis, &stable.clone().sample());
+            OfService { analysis, target: Taken::now(ledger, name, target), stable }
+        };
+        Self {
+            rollout: rollout.number,
+            step: rollout.step,
+            target: target.to_owned(),
+            stable: rollout.stable.clone(),
+            ticked: now,
+            services: shift.services.iter().map(|of| (of.name.clone(), of_service(&of.name))).collect(),
+        }
+    }
+
+    fn look(
+        &mut self,
+        shift: &TrafficShift,
+        settings: &Settings,
+        rollout: &Rollout,
+        world: &impl Observed,
+        ledger: &Ledger,
+        now: Millis,
+    ) -> bool {
+        let is_next_step = self.step != rollout.step;
+        if is_next_step {
+            self.step = rollout.step;
+            self.services.values_mut().for_each(|service| service.analysis.step_started());
+        }
+        let elapsed = now.saturating_sub(self.ticked);
+        if elapsed < TICK {
+            return is_next_step;
+        }
+        let mut ticked = false;
+        for service in &shift.services {
+            let of = self.services.entry(service.name.clone()).or_insert_with(|| {
+                let stable = Taken::now(ledger, &service.name, &self.stable);
+                let analysis = Analysis::new(settings, &Sample::default());
+                OfService { analysis, target: Taken::now(ledger, &service.name, &self.target), stable }
+            });
+            let target = of.target.take(ledger, &service.name, &self.target);
+            let stable = of.stable.take(ledger, &service.name, &self.stable);
+            if target == Sample::default() && stable == Sample::default() {
+                continue;
+            }
+            let parts = rollout.parts(shift, service, world);
+            let share = |name: &str| parts.iter().find(|part| part.version == name).map_or(0.0, |part| part.share);
+            let (own, others) = (share(&self.target), share(&self.stable));
+            let share = if own + others > 0.0 { own / (own + others) } else { 0.0 };
+            of.analysis.tick(settings, &Tick { elapsed: Duration::from_millis(elapsed), share, target, stable });
+            ticked = true;
+        }
+        if ticked {
+            self.ticked = now;
+        }
+        ticked || is_next_step
     }
 }
