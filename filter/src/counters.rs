@@ -135,6 +135,16 @@ impl VersionCounters {
         }
     }
 
+    /// The process's requests under way.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.value()
+    }
+
+    /// The process's failed requests.
+    pub fn errors(&self) -> u64 {
+        self.outcomes.get(Outcome::Error as usize).copied().unwrap_or_default().value()
+    }
+
     /// The process's totals by outcome.
     pub fn ended_so_far(&self) -> Counts {
         let [ok, error, client_error, cancelled] = self.outcomes.map(Stat::value);

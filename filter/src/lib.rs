@@ -17,6 +17,7 @@ mod guards;
 mod headers;
 mod host;
 mod link;
+mod pulse;
 mod root;
 mod shared;
 mod workers;

@@ -2,6 +2,7 @@
 //! brings newer policies, and a report every second.
 
 use crate::host::{self, Map};
+use crate::pulse::Pulse;
 use crate::shared::{Place, Shared};
 use fastrand::Rng;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -15,8 +16,9 @@ const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_PERIOD: Duration = Duration::from_secs(1);
 /// A report that takes longer is given up; the next one says the same and more.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
-/// From one report to the next.
+/// From one report to the next, and if there is something that should not wait.
 const REPORT_PERIOD: Duration = Duration::from_secs(1);
+const SHORTEST_REPORT_PERIOD: Duration = Duration::from_millis(200);
 /// The wait after a first failure; doubles with each further one up to the longest.
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
@@ -32,6 +34,9 @@ pub struct Link {
     failures: u32,
     report: Option<u32>,
     report_at: u64,
+    /// What was reported last of what should not wait, and when something new of it may be reported.
+    reported: (Pulse, Option<Place>),
+    news_at: u64,
     /// The newest place that was seen, taken or not, so that a refused policy is not asked for again at once.
     seen: Option<Place>,
     refused: Option<Refused>,
@@ -63,6 +68,8 @@ impl Link {
             failures: 0,
             report: None,
             report_at: 0,
+            reported: (Pulse::default(), None),
+            news_at: 0,
             seen: None,
             refused: None,
         }
@@ -90,18 +97,24 @@ impl Link {
         self.report_at = 0;
     }
 
-    /// Reports if it is time and the last report has been answered.
+    /// Reports if it is time and the last report has been answered. A new pulse, or a policy that all workers have just
+    /// taken, does not wait for the whole period.
     pub fn report(
         &mut self,
         now: u64,
         (workers, applied): (u32, Option<Place>),
+        pulse: Pulse,
         services: impl FnOnce() -> Vec<ServiceReport>,
     ) {
-        if self.report.is_some() || !is_due(self.report_at, now) {
+        let state = (pulse, applied);
+        let is_time = is_due(self.report_at, now) || (state != self.reported && is_due(self.news_at, now));
+        if self.report.is_some() || !is_time {
             return;
         }
         self.report_at = now.saturating_add(REPORT_PERIOD.as_nanos() as u64);
-        let applied = applied.unwrap_or_default();
+        self.news_at = now.saturating_add(SHORTEST_REPORT_PERIOD.as_nanos() as u64);
+        let applied = state.1.clone().unwrap_or_default();
+        self.reported = state;
         let report = Report {
             proxy: self.proxy.clone(),
             start: self.start.clone(),

@@ -6,6 +6,7 @@ use crate::guards::{Guards, Noted};
 use crate::headers::Headers;
 use crate::host;
 use crate::link::{Answer, Link};
+use crate::pulse::Pulse;
 use crate::shared::{Place, Shared};
 use crate::workers::Workers;
 use fastrand::Rng;
@@ -249,7 +250,8 @@ impl Root {
                 link.report_soon();
             }
             link.poll(now, &self.place, &mut self.random);
-            link.report(now, workers.applied_by_all(now), || self.counters.read(guards));
+            let pulse = Pulse::feel(&self.policy, &in_force);
+            link.report(now, workers.applied_by_all(now), pulse, || self.counters.read(guards));
         }
         if vetoes_changed {
             self.compile();
