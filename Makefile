@@ -38,6 +38,11 @@ bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1,
 	$(heading) 'Bench'
 	$(if $(MODULE),TIDESHIFT_WASM=$(MODULE)) target/release/bench
 
+.PHONY: bench-safety
+bench-safety: build envoy ## How long a target that fails everything keeps its share, on a real Envoy (RUNS=20)
+	$(heading) 'Time to safety'
+	cargo run --release -p tideshift-tests --no-default-features --bin safety
+
 ## Check it
 
 .PHONY: test

@@ -103,6 +103,7 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         stat_prefix: ingress_http
         # Clients are not trusted: what they say in x-envoy-* headers is removed, x-forwarded-for gets their address.
         use_remote_address: true
+        upgrade_configs: [{{upgrade_type: websocket}}]
         # What they say in x-tideshift-* too; the filter need not look for it then.
         early_header_mutation_extensions:
         - name: envoy.http.early_header_mutation.header_mutation
@@ -117,6 +118,7 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         route_config:
           name: tideshift
           ignore_port_in_host_matching: true
+          # Answers may take as long as they do (Envoy would cut them after 15 s): a version that drains ends them in peace.
           # Retries go to another endpoint of the same version: for every method what no endpoint has begun to work on, for
           # GET (which may be repeated) also what was under way on an endpoint that went away.
           virtual_hosts:
@@ -227,8 +229,8 @@ fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str, has_mir
         false => String::new(),
     };
     format!(
-        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n{}    retry_policy: {policy}\
-         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}{}}}\n",
+        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n    timeout: 0s\n{}    retry_policy: {policy}\
+         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}, timeout: 0s{}}}\n",
         gets.join(", "),
         field("    ", "\n"),
         field(", ", ""),

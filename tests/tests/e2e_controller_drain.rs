@@ -1,0 +1,136 @@
+//! Draining: a version is at rest when every proxy gives it nothing and nothing of it is in flight, whatever that takes;
+//! `tideshift wait-drained` ends then, and says so by its exit code.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use serde_json::{Value, json};
+use tideshift_tests::{
+    backend::Mode,
+    client::get,
+    controller::{Controller, Output, cli},
+    rig::{DEADLINE, HOST, Rig, SERVICE, until_shares},
+    wait::eventually,
+    websocket,
+};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+const WORKERS: usize = 2;
+
+/// `tideshift wait-drained` in the background; what it gave, and when it ended.
+fn wait_drained(controller: &Controller, version: &str, timeout: &str) -> JoinHandle<anyhow::Result<(Output, Instant)>> {
+    let server = format!("http://{}", controller.address());
+    let (version, timeout) = (version.to_owned(), timeout.to_owned());
+    spawn_blocking(move || {
+        let arguments = ["wait-drained", SERVICE, &version, "--timeout", &timeout, "--server", &server];
+        Ok((cli(arguments)?, Instant::now()))
+    })
+}
+
+async fn drain(controller: &Controller, version: &str) -> anyhow::Result<Value> {
+    let path = format!("/v1/services/{SERVICE}/versions/{version}/drain");
+    Ok(serde_json::from_str(&controller.get(&path).await?)?)
+}
+
+async fn until_in_flight(controller: &Controller, version: &str, number: u64) -> anyhow::Result<()> {
+    eventually(&format!("{number} in flight of {version}"), DEADLINE, async || {
+        let drain = drain(controller, version).await?;
+        ensure!(drain["inFlight"] == number, "{drain}");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_of_20_seconds_is_never_cut_and_the_wait_ends_within_a_second_after_it() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(json!({})))?;
+    let moved = rig.document(json!({ "target": "v2" }));
+    let controller = rig.start_controller().await?;
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    until_shares(&controller, "v1 alone", &[100.0, 0.0]).await?;
+    assert_eq!(drain(&controller, "v1").await?["state"], "Serving");
+
+    rig.version("v1")[0].set(|behaviour| behaviour.mode = Mode::SlowBody(Duration::from_secs(10)));
+    let slow = get(rig.address(), "/report").host(HOST);
+    let slow = tokio::spawn(async move { slow.send().await.map(|response| (response, Instant::now())) });
+    until_in_flight(&controller, "v1", 1).await?;
+    rig.write(&moved)?;
+    until_shares(&controller, "v2 alone", &[0.0, 100.0]).await?;
+    let waiting = wait_drained(&controller, "v1", "60s");
+    let draining = drain(&controller, "v1").await?;
+    assert_eq!((&draining["state"], &draining["message"]), (&json!("Draining"), &json!("1 in flight")));
+
+    let (response, answered) = slow.await??;
+    assert_eq!((response.status, response.text().as_str()), (200, "ok"));
+    let (output, ended) = waiting.await??;
+    assert_eq!(output.code, Some(0), "{output:?}");
+    assert!(output.stdout.starts_with(&format!("v1 of {SERVICE}: Drained - nothing is in flight")), "{output:?}");
+    let after = ended.checked_duration_since(answered).context("it ended before the answer did")?;
+    println!("the wait ended {after:?} after the answer");
+    assert!(after <= Duration::from_secs(1), "{after:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_holds_a_version_until_it_is_closed_or_the_deadline_has_passed() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(json!({ "drain": { "timeoutSeconds": 3 } })))?;
+    let to_v2 = rig.document(json!({ "target": "v2", "drain": { "timeoutSeconds": 3 } }));
+    let back = rig.document(json!({ "target": "v1", "drain": { "timeoutSeconds": 300 } }));
+    let mut controller = rig.start_controller().await?;
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    until_shares(&controller, "v1 alone", &[100.0, 0.0]).await?;
+    for version in ["v1", "v2"] {
+        rig.version(version)[0].set(|behaviour| behaviour.mode = Mode::WebSocket);
+    }
+    let mut socket = websocket::Client::connect(rig.address(), HOST, &[]).await?;
+    until_in_flight(&controller, "v1", 1).await?;
+    rig.write(&to_v2)?;
+    until_shares(&controller, "v2 alone", &[0.0, 100.0]).await?;
+    socket.echo("still here").await?;
+
+    // The document's deadline is the fallback.
+    let (output, _) = wait_drained(&controller, "v1", "60s").await??;
+    assert_eq!(output.code, Some(3), "{output:?}");
+    assert!(output.stdout.contains("DeadlineExceeded - after 3."), "{output:?}");
+    assert!(output.stdout.contains("still 1 in flight"), "{output:?}");
+    socket.echo("nobody has cut it").await?;
+    socket.close().await?;
+
+    // The other way round, the wait's own time-out, and a controller that is killed meanwhile.
+    let socket = websocket::Client::connect(rig.address(), HOST, &[]).await?;
+    until_in_flight(&controller, "v2", 1).await?;
+    rig.write(&back)?;
+    until_shares(&controller, "v1 again", &[100.0, 0.0]).await?;
+    let (output, _) = wait_drained(&controller, "v2", "1s").await??;
+    assert_eq!(output.code, Some(3), "{output:?}");
+    assert!(output.stderr.contains("v2 of shop has not drained: 1 in flight"), "{output:?}");
+    let waiting = wait_drained(&controller, "v2", "60s");
+    controller.kill()?;
+    controller.start_again().await?;
+    // It does not take a proxy that it has not heard of yet for one that is gone.
+    assert_ne!(drain(&controller, "v2").await?["state"], "Drained");
+    until_in_flight(&controller, "v2", 1).await?;
+    socket.close().await?;
+    let (output, _) = waiting.await??;
+    assert_eq!(output.code, Some(0), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_serves_or_is_unknown_has_not_drained() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(json!({})))?;
+    let controller = rig.start_controller().await?;
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    until_shares(&controller, "v1 alone", &[100.0, 0.0]).await?;
+    let (output, _) = wait_drained(&controller, "v1", "1s").await??;
+    assert_eq!(output.code, Some(3), "{output:?}");
+    assert!(output.stderr.contains("still serves"), "{output:?}");
+    let (output, _) = wait_drained(&controller, "v9", "1s").await??;
+    assert_eq!(output.code, Some(2), "{output:?}");
+    let (output, _) = wait_drained(&controller, "v2", "10s").await??;
+    assert_eq!(output.code, Some(0), "{output:?}");
+    Ok(())
+}
