@@ -1,28 +1,38 @@
-//! HTTP/JSON: policies for proxies, their reports, status for people, health and metrics for machines.
+//! HTTP/JSON: policies for proxies and their reports, status and commands for people, health and metrics for machines.
+//!
+//! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
 use crate::control::Control;
-use crate::metrics;
 use crate::rollout::Millis;
-use axum::extract::{DefaultBodyLimit, Query, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use auth::{Guard, Scope};
+use axum::extract::DefaultBodyLimit;
+use axum::extract::FromRequestParts;
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::{from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
-use tideshift_core::report::Report;
 use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
 
-/// How long a poll is held when there is nothing newer.
-const HOLD: Duration = Duration::from_secs(25);
+mod auth;
+mod proxies;
+mod status;
+
+pub use auth::{TokenError, TokenFiles, Tokens};
+
+/// The largest body where nothing else is said.
+const MAX_BODY_BYTES: usize = 64 << 10;
 /// The largest report: some 5,000 versions.
 const MAX_REPORT_BYTES: usize = 1 << 20;
-/// The longest proxy id and start.
-const MAX_NAME: usize = 512;
+/// How long a request may take, with reading its body; those that wait on purpose excepted.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What requests share.
 #[derive(Debug)]
@@ -33,6 +43,8 @@ pub struct Shared {
     pub counted: Notify,
     /// The newest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
+    /// Who may ask.
+    pub tokens: watch::Receiver<Tokens>,
     /// Becomes true when the process is to end.
     pub ending: watch::Receiver<bool>,
 }
@@ -61,77 +73,135 @@ pub fn now() -> Millis {
     since.map_or(0, |since| since.as_millis() as Millis)
 }
 
-/// All routes.
+/// One path and one method.
+struct Route {
+    method: Method,
+    path: &'static str,
+    /// Whose tokens will do; empty: no token is needed.
+    allowed: &'static [Scope],
+    /// How long it may take; `None`: it waits on purpose.
+    patience: Option<Duration>,
+    handler: MethodRouter<Arc<Shared>>,
+}
+
+impl Route {
+    fn new(method: Method, path: &'static str, allowed: &'static [Scope], handler: MethodRouter<Arc<Shared>>) -> Self {
+        Self { method, path, allowed, patience: Some(PATIENCE), handler }
+    }
+
+    fn that_waits(self) -> Self {
+        Self { patience: None, ..self }
+    }
+}
+
+const EVERYBODY: &[Scope] = &[];
+const READERS: &[Scope] = &[Scope::Read, Scope::Operate];
+const PROXIES: &[Scope] = &[Scope::Proxy];
+/// A policy holds the secrets that sign sessions, so that it is not for every reader.
+const PROXIES_AND_OPERATORS: &[Scope] = &[Scope::Proxy, Scope::Operate];
+
+/// All there are.
+fn routes() -> Vec<Route> {
+    let reports = post(proxies::report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES));
+    vec![
+        Route::new(Method::GET, "/v1/policy", PROXIES_AND_OPERATORS, get(proxies::policy)).that_waits(),
+        Route::new(Method::POST, "/v1/reports", PROXIES, reports),
+        Route::new(Method::GET, "/v1/status", READERS, get(status::status)),
+        Route::new(Method::GET, "/metrics", READERS, get(status::openmetrics)),
+        Route::new(Method::GET, "/healthz", EVERYBODY, get(status::healthy)),
+        Route::new(Method::GET, "/readyz", EVERYBODY, get(status::ready)),
+    ]
+}
+
+/// The whole API.
 pub fn router(shared: Arc<Shared>) -> Router {
-    Router::new()
-        .route("/v1/policy", get(policy))
-        .route("/v1/reports", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
-        .route("/v1/status", get(async |State(shared): State<Arc<Shared>>| Json(shared.control().status(now()))))
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(openmetrics))
-        .fallback(async || problem(StatusCode::NOT_FOUND, "no such path"))
+    let mut router = Router::new();
+    for Route { method, path, allowed, patience, handler } in routes() {
+        let guard = Guard { tokens: shared.tokens.clone(), changes: method != Method::GET, allowed, patience };
+        router = router.route(path, handler.route_layer(from_fn_with_state(guard, auth::guard)));
+    }
+    router
+        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "no such path"))
+        .method_not_allowed_fallback(async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(map_response(for_nobody_else))
         .with_state(shared)
 }
 
-/// What a poll says; also `proxy`, its id, for which all policies are the same so far.
-#[derive(Deserialize)]
-struct Poll {
-    #[serde(default)]
-    epoch: String,
-    #[serde(default)]
-    after: u64,
-}
-
-/// Answers at once if there is a policy newer than the one that the proxy has, else when there is, else after a while
-/// with 204.
-async fn policy(State(shared): State<Arc<Shared>>, Query(poll): Query<Poll>) -> Response {
-    let is_newer = |published: &Published| published.epoch != poll.epoch || published.revision > poll.after;
-    let (mut published, mut ending) = (shared.published.clone(), shared.ending.clone());
-    let newer = published.wait_for(|published| published.as_ref().is_some_and(is_newer));
-    tokio::select! {
-        newer = timeout(HOLD, newer) => match newer {
-            Ok(Ok(newer)) => newer.clone().map_or_else(|| StatusCode::NO_CONTENT.into_response(), send),
-            _ => StatusCode::NO_CONTENT.into_response(),
-        },
-        _ = ending.wait_for(|ending| *ending) => problem(StatusCode::SERVICE_UNAVAILABLE, "shutting down"),
-    }
-}
-
-fn send(published: Published) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, "application/json")], published.json).into_response();
-    if let Ok(epoch) = HeaderValue::from_str(&published.epoch) {
-        response.headers_mut().insert("x-tideshift-epoch", epoch);
-    }
+/// No answer is for a cache, and none is anything but what it says it is.
+async fn for_nobody_else(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 
-async fn report(State(shared): State<Arc<Shared>>, body: Bytes) -> Response {
-    let report: Report = match serde_json::from_slice(&body) {
-        Ok(report) => report,
-        Err(error) => return problem(StatusCode::BAD_REQUEST, &format!("not a report: {error}")),
-    };
-    if report.proxy.is_empty() || report.proxy.len() > MAX_NAME || report.start.len() > MAX_NAME {
-        return problem(StatusCode::BAD_REQUEST, "proxy, start: 1 to 512 bytes");
-    }
-    if shared.control().reported(&report, now()) {
-        shared.counted.notify_one();
-    }
-    StatusCode::NO_CONTENT.into_response()
+/// Why a request is not done: a status and `{"error": "..."}`.
+#[derive(Debug)]
+struct Problem {
+    status: StatusCode,
+    error: String,
+    /// What kind of token would do.
+    challenge: Option<HeaderValue>,
 }
 
-async fn ready(State(shared): State<Arc<Shared>>) -> Response {
-    match shared.published.borrow().is_some() {
-        true => "ok\n".into_response(),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first probes\n").into_response(),
+impl Problem {
+    fn new(status: StatusCode, error: impl Into<String>) -> Self {
+        Self { status, error: error.into(), challenge: None }
+    }
+
+    /// Also says by `www-authenticate` that a bearer token is needed, with these attributes of RFC 6750.
+    fn with_challenge(self, attributes: &str) -> Self {
+        let challenge = HeaderValue::try_from(format!(r#"Bearer realm="tideshift"{attributes}"#));
+        Self { challenge: challenge.ok(), ..self }
+    }
+
+    fn bad_request(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, error)
     }
 }
 
-async fn openmetrics(State(shared): State<Arc<Shared>>) -> Response {
-    let text = metrics::text(&shared.control().status(now()));
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(json!({"error": self.error}))).into_response();
+        self.challenge.map(|challenge| response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge));
+        response
+    }
 }
 
-fn problem(status: StatusCode, error: &str) -> Response {
-    (status, Json(json!({"error": error}))).into_response()
+impl From<QueryRejection> for Problem {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for Problem {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<BytesRejection> for Problem {
+    fn from(rejection: BytesRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
+/// Reads a part of the request as `T` does, and says what is wrong with it in our words.
+struct Part<T>(T);
+
+impl<S: Sync, T: FromRequestParts<S>> FromRequestParts<S> for Part<T>
+where
+    Problem: From<T::Rejection>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        Ok(Self(T::from_request_parts(parts, state).await?))
+    }
+}
+
+/// The body as JSON; `what` it should be is for the message if it is not.
+fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, what: &str) -> Result<T, Problem> {
+    serde_json::from_slice(&body?).map_err(|error| Problem::bad_request(format!("not {what}: {error}")))
 }

@@ -9,9 +9,12 @@ mod status;
 mod validate;
 
 use crate::documents::DocumentErrors;
+use crate::net::io_reason;
 use clap::{Parser, Subcommand};
 use std::error::Error;
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Traffic shifting inside the proxy: which version of a service answers, decided request by request.
@@ -32,7 +35,8 @@ From a document to moving traffic:
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
                                                    Which version would this request get, and why?
 
-Exit codes: 0 fine; 2 a document or the command line is wrong; 1 anything else.";
+Exit codes: 0 fine; 2 a document or the command line is wrong; 3 the controller wants another token; 4 it does not fit
+how things stand; 1 anything else.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -76,16 +80,25 @@ pub enum Failure {
     /// Arguments that make no sense together or with the documents.
     #[error("error: {0}")]
     Usage(String),
+    /// The controller wants another token, or one at all.
+    #[error("error: {0}")]
+    NotAllowed(String),
+    /// What is asked for does not fit how things stand.
+    #[error("error: {0}")]
+    Conflict(String),
     /// Anything else: the network, the file system, a controller that does not answer.
     #[error("error: {0}")]
     Other(#[from] Box<dyn Error + Send + Sync>),
 }
 
 impl Failure {
-    /// 2 if what the user wrote is wrong, else 1.
+    /// 2 if what the user wrote is wrong, 3 if the controller does not let the user in, 4 if it does not fit how things
+    /// stand, else 1.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Documents(_) | Self::Usage(_) => ExitCode::from(2),
+            Self::NotAllowed(_) => ExitCode::from(3),
+            Self::Conflict(_) => ExitCode::from(4),
             Self::Other(_) => ExitCode::FAILURE,
         }
     }
@@ -94,6 +107,17 @@ impl Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::Other(error.into())
+    }
+}
+
+/// The first line of a file that is not empty: a token.
+fn token_in(flag: &str, path: &Path) -> Result<String, Failure> {
+    let usage = |why: &str| Failure::Usage(format!("{flag} {}: {why}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| usage(&io_reason(&error)))?;
+    let token = text.lines().map(str::trim).find(|line| !line.is_empty()).ok_or_else(|| usage("no token in it"))?;
+    match token.bytes().all(|b| b.is_ascii_graphic()) {
+        true => Ok(token.to_owned()),
+        false => Err(usage("a token has visible ASCII characters only")),
     }
 }
 

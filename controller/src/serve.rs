@@ -1,7 +1,7 @@
 //! `tideshift serve`: probes, documents, proxies and the clock feed the controller's mind; what it decides is first
 //! made safe, then published.
 
-use crate::api::{self, Published, Shared, now};
+use crate::api::{self, Published, Shared, TokenError, TokenFiles, now};
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
 use crate::readiness::Prober;
@@ -18,8 +18,13 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 mod files;
+mod http;
+mod secrets;
+mod tls;
 
 use files::Files;
+use secrets::Secrets;
+pub use tls::{TlsError, TlsFiles};
 
 /// How often the mind looks at the clock; everything else reaches it at once.
 const TICK: Duration = Duration::from_millis(100);
@@ -35,8 +40,12 @@ const GRACE: Duration = Duration::from_secs(5);
 pub struct Options {
     /// The documents; `-` is standard input, which is read once.
     pub files: Vec<PathBuf>,
-    /// Where to listen; must be a loopback address.
+    /// Where to listen; must be a loopback address where there are no tokens.
     pub listen: SocketAddr,
+    /// Who may ask.
+    pub tokens: TokenFiles,
+    /// How to speak TLS, if at all.
+    pub tls: Option<TlsFiles>,
     /// Where state is kept; `None`: beside the first document.
     pub state_dir: Option<PathBuf>,
 }
@@ -51,8 +60,17 @@ pub enum ServeError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// Only loopback is served as long as there are no tokens.
-    #[error("--listen {0}: not a loopback address, such as 127.0.0.1:7460; without tokens only loopback is served")]
+    #[error(
+        "--listen {0}: not a loopback address, such as 127.0.0.1:7460; without tokens only loopback is served (see \
+         --read-token-file, --operate-token-file, --proxy-token-file)"
+    )]
     NotLoopback(SocketAddr),
+    /// A file of tokens cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] TokenError),
+    /// The certificate or its key cannot be used.
+    #[error(transparent)]
+    Certificate(#[from] TlsError),
     /// The address cannot be listened on.
     #[error("--listen {0}: {1}")]
     Listen(SocketAddr, io::Error),
@@ -70,9 +88,7 @@ pub enum ServeError {
 ///
 /// If it cannot start: [`ServeError`].
 pub async fn serve(options: Options) -> Result<(), ServeError> {
-    if !options.listen.ip().is_loopback() {
-        return Err(ServeError::NotLoopback(options.listen));
-    }
+    let secrets = Secrets::load(&options)?;
     // Looked at before they are read: what changes in between is read again.
     let files = Files::new(&options.files);
     let documents = documents::load_as_written(&options.files)?;
@@ -86,15 +102,12 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     prober.set(control.shifts());
     let (publish, published) = watch::channel(None);
     let (end, ending) = watch::channel(false);
-    let shared =
-        Arc::new(Shared { control: Mutex::new(control), counted: Notify::new(), published, ending: ending.clone() });
-    let router = api::router(shared.clone());
-    let mut wait = ending.clone();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
-        let _ = wait.wait_for(|ending| *ending).await;
-    });
-    let server = tokio::spawn(async move { server.await });
-    tracing::info!(%address, files = ?options.files, "serving");
+    let control = Mutex::new(control);
+    let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
+    let shared = Arc::new(Shared { control, counted: Notify::new(), published, tokens, ending: ending.clone() });
+    let server = tokio::spawn(http::serve(listener, http::max_connections(), tls, api::router(shared.clone()), ending));
+    tracing::info!(%address, tls = options.tls.is_some(), files = ?options.files, "serving");
+    tokio::spawn(secrets.keep_fresh(options));
 
     let mut mind = Mind { shared, store, publish, prober, files };
     mind.run().await?;

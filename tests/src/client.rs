@@ -6,7 +6,7 @@ use std::{net::SocketAddr, str};
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
 };
 
@@ -81,8 +81,8 @@ impl Request {
 
 /// A connection that is kept alive: its requests go to one and the same worker of Envoy.
 #[derive(Debug)]
-pub struct Connection {
-    stream: TcpStream,
+pub struct Connection<S = TcpStream> {
+    stream: S,
     unread: Vec<u8>,
 }
 
@@ -91,7 +91,24 @@ impl Connection {
     pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
         stream.set_nodelay(true)?;
-        Ok(Self { stream, unread: Vec::new() })
+        Ok(Self::over(stream))
+    }
+
+    /// Ends the connection with a reset instead of the usual close.
+    pub fn reset(self) -> anyhow::Result<()> {
+        self.stream.set_zero_linger().context("cannot reset the connection")
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    /// HTTP over something else than TCP, such as TLS.
+    pub fn over(stream: S) -> Self {
+        Self { stream, unread: Vec::new() }
+    }
+
+    /// What it goes over.
+    pub fn stream(&self) -> &S {
+        &self.stream
     }
 
     /// Sends `request` (its address is not looked at) and reads the whole answer.
@@ -141,11 +158,6 @@ impl Connection {
             ensure!(self.fill().await? > 0, "closed before {:?}", String::from_utf8_lossy(bytes));
         }
         Ok(())
-    }
-
-    /// Ends the connection with a reset instead of the usual close.
-    pub fn reset(self) -> anyhow::Result<()> {
-        self.stream.set_zero_linger().context("cannot reset the connection")
     }
 
     async fn fill(&mut self) -> anyhow::Result<usize> {

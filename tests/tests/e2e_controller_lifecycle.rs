@@ -45,7 +45,7 @@ fn report(proxy: &str, start: &str, ok: u64) -> Value {
 }
 
 fn post(controller: &Controller, body: impl Into<Vec<u8>>) -> Request {
-    Request::new(controller.address(), "POST", "/v1/reports").body(body)
+    Request::new(controller.address(), "POST", "/v1/reports").header("content-type", "application/json").body(body)
 }
 
 /// A poll that waits for something newer than what there is.
@@ -87,7 +87,7 @@ async fn sigterm_ends_it_within_seconds_with_polls_open_and_everything_kept() ->
     assert_eq!(Seen::now(&controller).await?.count("v1", "ok"), 9);
     // Somebody who never says the whole of a request does not hold it up for long.
     let mut half = Connection::open(controller.address()).await?;
-    half.write(b"POST /v1/reports HTTP/1.1\r\ncontent-length: 100\r\n\r\n{").await?;
+    half.write(b"POST /v1/reports HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{").await?;
     answers_polls(controller.address()).await?;
     assert_eq!(controller.terminate().await?.code(), Some(0), "{}", controller.tail());
     drop(rig);

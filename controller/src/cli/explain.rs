@@ -1,6 +1,7 @@
 //! `tideshift explain`: which version would a request get, and why?
 
-use super::{Failure, Output, print, server};
+use super::server::Server;
+use super::{Failure, Output, print};
 use crate::compile;
 use crate::documents::{self, Document};
 use crate::explain::{Request, explain, service_of};
@@ -11,7 +12,8 @@ use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
 ///
 /// Decided by the very code that the proxies run. The weights are those of the documents: of a policy its own, of a
 /// TrafficShift 100 for the stable version (all endpoints taken as ready), unless --weights says otherwise. Without
-/// documents, the running controller is asked for the policy in force.
+/// documents, the running controller is asked for the policy in force; if it wants tokens, for this one to operate, as
+/// a policy holds the secrets of sessions.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -43,9 +45,8 @@ pub(super) struct Arguments {
     /// How to print the answer.
     #[arg(long, short = 'o', value_enum, default_value_t)]
     output: Output,
-    /// The controller to ask where no document is given.
-    #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER", default_value = server::DEFAULT)]
-    server: String,
+    #[command(flatten)]
+    server: Server,
 }
 
 pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -104,10 +105,13 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
     Ok(Policy { services, ..Policy::default() })
 }
 
-async fn policy_in_force(server: &str) -> Result<Policy, Failure> {
+async fn policy_in_force(server: &Server) -> Result<Policy, Failure> {
     // As a proxy that has nothing yet.
-    let policy: serde_json::Value = server::get(server, "/v1/policy?after=0&epoch=").await?;
-    Policy::read(&policy).map_err(|errors| Failure::Other(format!("{server} answered no policy: {errors}").into()))
+    let path = "/v1/policy?after=0&epoch=";
+    let controller = server.open()?;
+    let policy: serde_json::Value = controller.get(path).await?;
+    let no_policy = |errors| Failure::Other(format!("{}: no policy: {errors}", controller.url(path)).into());
+    Policy::read(&policy).map_err(no_policy)
 }
 
 /// A host that leads to the service.

@@ -1,6 +1,6 @@
 //! `tideshift render`: configuration for others, on standard output.
 
-use super::{Failure, print};
+use super::{Failure, print, token_in};
 use crate::documents;
 use crate::render::envoy;
 use clap::Subcommand;
@@ -44,6 +44,13 @@ struct EnvoyArguments {
     /// Where Envoy finds the controller.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7460", value_parser = endpoint)]
     controller: Endpoint,
+    /// A file whose first line is the proxy token of a controller that wants one. It becomes part of what is printed, and
+    /// Envoy's admin interface shows it.
+    #[arg(long, value_name = "FILE")]
+    controller_token_file: Option<PathBuf>,
+    /// The certificates by which to verify a controller that speaks TLS; a path as Envoy will see it.
+    #[arg(long, value_name = "PATH")]
+    controller_ca_file: Option<String>,
     /// The filter's module; a path as Envoy will see it.
     #[arg(long, value_name = "PATH", default_value = "target/tideshift.wasm")]
     module: String,
@@ -58,11 +65,14 @@ struct EnvoyArguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let Target::Envoy(arguments) = &arguments.target;
     let shifts = documents::load(&arguments.files)?;
+    let token = arguments.controller_token_file.as_ref().map(|path| token_in("--controller-token-file", path));
     let options = envoy::Options {
         listen: arguments.listen,
         admin: arguments.admin,
         controller: arguments.controller.clone(),
         controller_cluster: arguments.cluster.clone(),
+        controller_token: token.transpose()?,
+        controller_ca: arguments.controller_ca_file.clone(),
         module: arguments.module.clone(),
         access_log: arguments.access_log.clone(),
     };

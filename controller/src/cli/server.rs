@@ -1,22 +1,113 @@
 //! Asking a running controller, for the subcommands that do.
 
-use super::Failure;
-use crate::net;
+use super::{Failure, token_in};
+use crate::net::{self, io_reason};
+use reqwest::{Certificate, Method, StatusCode, header, redirect};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
-/// Where the controller listens unless told otherwise.
-pub(super) const DEFAULT: &str = "http://127.0.0.1:7460";
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The token itself, for those who have it in no file. There is no flag for it: everybody can see command lines.
+const TOKEN: &str = "TIDESHIFT_TOKEN";
 
-/// The JSON document at a path of the controller, such as `/v1/status`.
-pub(super) async fn get<T: DeserializeOwned>(server: &str, path: &str) -> Result<T, Failure> {
-    let url = format!("{}{path}", server.trim_end_matches('/'));
-    let failed = |why: String| Failure::Other(format!("{url}: {why}; is `tideshift serve` running there?").into());
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build();
-    let client = client.map_err(|error| failed(error.to_string()))?;
-    let response = client.get(&url).send().await.map_err(|error| failed(net::reason(&error)))?;
-    if response.status() != reqwest::StatusCode::OK {
-        return Err(failed(format!("status {}", response.status())));
+/// Where the controller is, and how to be let in.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "The controller")]
+pub(super) struct Server {
+    /// Where it listens.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7460", env = "TIDESHIFT_SERVER")]
+    server: String,
+
+    /// A file whose first line is the bearer token, if it wants one. TIDESHIFT_TOKEN may hold the token itself.
+    #[arg(long, value_name = "FILE", env = "TIDESHIFT_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Certificates in PEM to trust instead of the system's, if it speaks TLS.
+    #[arg(long, value_name = "FILE", env = "TIDESHIFT_CA_FILE")]
+    ca_file: Option<PathBuf>,
+}
+
+/// A controller to talk to.
+#[derive(Debug)]
+pub(super) struct Controller {
+    base: String,
+    client: reqwest::Client,
+}
+
+impl Server {
+    /// Gets ready to ask. Nothing is sent yet.
+    pub(super) fn open(&self) -> Result<Controller, Failure> {
+        let mut client = reqwest::Client::builder().no_proxy().redirect(redirect::Policy::none());
+        if let Some(token) = self.token()? {
+            let mut value = header::HeaderValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| Failure::Usage("the token is not one that can be sent: visible ASCII only".to_owned()))?;
+            value.set_sensitive(true);
+            client = client.default_headers([(header::AUTHORIZATION, value)].into_iter().collect());
+        }
+        if let Some(path) = &self.ca_file {
+            let usage = |why: String| Failure::Usage(format!("--ca-file {}: {why}", path.display()));
+            let pem = fs::read(path).map_err(|error| usage(io_reason(&error)))?;
+            let certificates = Certificate::from_pem_bundle(&pem).map_err(|error| usage(net::reason(&error)))?;
+            if certificates.is_empty() {
+                return Err(usage("no certificate in it; expected PEM".to_owned()));
+            }
+            client = client.tls_certs_only(certificates);
+        }
+        let client = client.build().map_err(|error| Failure::Other(net::reason(&error).into()))?;
+        Ok(Controller { base: self.server.trim_end_matches('/').to_owned(), client })
     }
-    response.json().await.map_err(|error| failed(format!("not what was expected: {}", net::reason(&error))))
+
+    fn token(&self) -> Result<Option<String>, Failure> {
+        match &self.token_file {
+            Some(path) => token_in("--token-file", path).map(Some),
+            None => Ok(std::env::var(TOKEN).ok().filter(|token| !token.is_empty())),
+        }
+    }
+}
+
+impl Controller {
+    /// The JSON document at a path, such as `/v1/status`.
+    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.send(Method::GET, path, None::<&()>).await
+    }
+
+    /// Where the path is, for messages.
+    pub(super) fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// What it answers; to change something, send a body, be it an empty object.
+    pub(super) async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Failure> {
+        let url = self.url(path);
+        let absent = |why: String| Failure::Other(format!("{url}: {why}; is `tideshift serve` running there?").into());
+        let mut request = self.client.request(method, &url).timeout(PATIENCE);
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let response = request.send().await.map_err(|error| absent(net::reason(&error)))?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|error| absent(net::reason(&error)))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| absent(format!("not what was expected: {error}")));
+        }
+        let said = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
+        let Some(error) = said["error"].as_str() else { return Err(absent(format!("status {status}"))) };
+        Err(match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                Failure::NotAllowed(format!("{url}: {error}; see --token-file"))
+            }
+            StatusCode::CONFLICT => Failure::Conflict(error.to_owned()),
+            status if status.is_client_error() => Failure::Usage(error.to_owned()),
+            _ => Failure::Other(format!("{url}: {error}").into()),
+        })
+    }
 }

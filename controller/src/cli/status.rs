@@ -1,6 +1,7 @@
 //! `tideshift status`: how things stand.
 
-use super::{Failure, print_on, server};
+use super::server::Server;
+use super::{Failure, print_on};
 use crate::status::Status;
 use clap::ValueEnum;
 use std::io::{IsTerminal, stdout};
@@ -16,10 +17,6 @@ Examples:
   tideshift status --watch
   tideshift status --output json | jq '.services[].versions[] | {name, weight}'")]
 pub(super) struct Arguments {
-    /// The controller.
-    #[arg(long, value_name = "URL", default_value = server::DEFAULT, env = "TIDESHIFT_SERVER")]
-    server: String,
-
     /// As a table for people, or as the JSON of GET /v1/status (with --watch: one line each).
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
@@ -27,6 +24,9 @@ pub(super) struct Arguments {
     /// Show it again every second.
     #[arg(long, short)]
     watch: bool,
+
+    #[command(flatten)]
+    server: Server,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
@@ -37,8 +37,9 @@ enum Output {
 
 pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     const EVERY: Duration = Duration::from_secs(1);
+    let controller = arguments.server.open()?;
     loop {
-        let status: Status = server::get(&arguments.server, "/v1/status").await?;
+        let status: Status = controller.get("/v1/status").await?;
         let mut text = match (arguments.output, arguments.watch) {
             (Output::Table, _) => status.to_table(),
             (Output::Json, false) => {

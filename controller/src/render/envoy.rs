@@ -22,6 +22,10 @@ pub struct Options {
     pub controller: Endpoint,
     /// The name of the controller's Envoy cluster.
     pub controller_cluster: String,
+    /// The bearer token for the controller, if it wants one.
+    pub controller_token: Option<String>,
+    /// The certificates that the controller's TLS is verified by, as Envoy finds them; `None`: it speaks none.
+    pub controller_ca: Option<String>,
     /// The filter's module, as Envoy finds it.
     pub module: String,
     /// A file for one line about each request; `-` is standard output.
@@ -154,7 +158,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
     let controller = ControllerRef {
         cluster: options.controller_cluster.clone(),
         authority: "tideshift-controller".to_owned(),
-        token: None,
+        token: options.controller_token.clone(),
     };
     let services = shifts.iter().flat_map(compile::at_rest).collect();
     let policy = Policy { controller: Some(controller), strip_client_headers: false, services, ..Policy::default() };
@@ -251,8 +255,30 @@ fn clusters(shifts: &[TrafficShift], options: &Options) -> String {
     let controller = std::slice::from_ref(&options.controller);
     let head = cluster_head(&options.controller_cluster, controller);
     clusters.push_str(&head);
+    clusters.push_str(&options.controller_ca.as_deref().map(|ca| tls(ca, &options.controller)).unwrap_or_default());
     clusters.push_str(&indent(2, &load_assignment(&options.controller_cluster, controller, |_| None)));
     clusters
+}
+
+/// TLS to the controller, whose certificate must be for the host that it is called by.
+fn tls(ca: &str, controller: &Endpoint) -> String {
+    let host = scalar(&controller.host);
+    let (kind, sni) = match controller.host.parse::<IpAddr>() {
+        Ok(_) => ("IP_ADDRESS", String::new()),
+        Err(_) => ("DNS", format!("      sni: {host}\n")),
+    };
+    format!(
+        r##"  transport_socket:
+    name: envoy.transport_sockets.tls
+    typed_config:
+      "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+{sni}      common_tls_context:
+        validation_context:
+          trusted_ca: {{filename: {ca}}}
+          match_typed_subject_alt_names: [{{san_type: {kind}, matcher: {{exact: {host}}}}}]
+"##,
+        ca = scalar(ca),
+    )
 }
 
 fn version_cluster(service: &ShiftService, version: &ShiftVersion) -> String {
@@ -420,6 +446,8 @@ mod tests {
             admin: "127.0.0.1:9901".parse().unwrap(),
             controller: Endpoint { host: "tideshift.internal".to_owned(), port: 7460 },
             controller_cluster: "tideshift_controller".to_owned(),
+            controller_token: None,
+            controller_ca: None,
             module: "target/tideshift.wasm".to_owned(),
             access_log: Some("-".to_owned()),
         }
@@ -485,6 +513,35 @@ spec:
         assert_eq!(routes.len(), 2 * checkout.services[0].versions.len() + 2);
         assert!(routes.iter().all(|route| names.contains(&&route["route"]["cluster"])));
         assert_eq!(routes.last().unwrap()["match"], json!({"prefix": "/"}));
+    }
+
+    #[test]
+    fn the_controller_is_called_with_a_token_and_by_tls_where_it_wants_that() {
+        let bootstrap = |host: &str| {
+            let controller = Endpoint { host: host.to_owned(), port: 7460 };
+            let token = Some("0123456789abcdef".to_owned());
+            let options =
+                Options { controller, controller_token: token, controller_ca: Some("/ca.pem".to_owned()), ..options() };
+            let text = bootstrap(&[shift(CHECKOUT)], &options).unwrap();
+            assert!(text.contains(r#""token": "0123456789abcdef""#), "{text}");
+            let bootstrap: Value = serde_saphyr::from_str(&text).unwrap();
+            let clusters = bootstrap["static_resources"]["clusters"].as_array().unwrap();
+            assert!(clusters[..clusters.len() - 1].iter().all(|cluster| cluster["transport_socket"].is_null()));
+            clusters.last().unwrap()["transport_socket"]["typed_config"].clone()
+        };
+        let trusted = |kind: &str, host: &str| {
+            json!({"validation_context": {
+                "trusted_ca": {"filename": "/ca.pem"},
+                "match_typed_subject_alt_names": [{"san_type": kind, "matcher": {"exact": host}}],
+            }})
+        };
+        let name = bootstrap("tideshift.internal");
+        assert_eq!(
+            (&name["sni"], &name["common_tls_context"]),
+            (&json!("tideshift.internal"), &trusted("DNS", "tideshift.internal"))
+        );
+        let address = bootstrap("::1");
+        assert_eq!((&address["sni"], &address["common_tls_context"]), (&Value::Null, &trusted("IP_ADDRESS", "::1")));
     }
 
     #[test]

@@ -1,0 +1,413 @@
+//! Who may ask: bearer tokens from files, or, where there are none, only programs of this machine.
+//!
+//! A token is compared by its SHA-256 in constant time, with every token that there is, so that the time an answer
+//! takes says nothing about any of them. Without tokens a web page that a user looks at must not be able to ask in the
+//! user's name: its `Origin` gives it away, and so does the host name by which it calls us, should that have been
+//! pointed here (DNS rebinding).
+
+use super::Problem;
+use crate::net::io_reason;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header, uri::Authority};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use subtle::ConstantTimeEq;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// A shorter token could be guessed.
+const SHORTEST_TOKEN: usize = 16;
+/// The longest token.
+const LONGEST_TOKEN: usize = 512;
+
+/// What a token is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// To look.
+    Read,
+    /// Everything that a user can do, looking included.
+    Operate,
+    /// What proxies do.
+    Proxy,
+}
+
+impl Scope {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Operate => "operate",
+            Self::Proxy => "proxy",
+        }
+    }
+
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Read => "--read-token-file",
+            Self::Operate => "--operate-token-file",
+            Self::Proxy => "--proxy-token-file",
+        }
+    }
+}
+
+/// The files that hold the tokens: one on a line, any of which will do, so that they can be changed one after the other.
+#[derive(Debug, Clone, Default)]
+pub struct TokenFiles {
+    /// Tokens to look with.
+    pub read: Option<PathBuf>,
+    /// Tokens to do everything with that a user can do.
+    pub operate: Option<PathBuf>,
+    /// Tokens for proxies.
+    pub proxy: Option<PathBuf>,
+}
+
+/// The tokens there are, as their hashes. None at all: no token is needed.
+#[derive(Clone, Default)]
+pub struct Tokens(Vec<(Scope, [u8; 32])>);
+
+/// Why tokens cannot be used; never says what they are.
+#[derive(Debug, thiserror::Error)]
+#[error("{flag} {}: {why}", path.display())]
+pub struct TokenError {
+    flag: &'static str,
+    path: PathBuf,
+    why: String,
+}
+
+impl TokenFiles {
+    fn given(&self) -> impl Iterator<Item = (Scope, &PathBuf)> {
+        let all = [(Scope::Read, &self.read), (Scope::Operate, &self.operate), (Scope::Proxy, &self.proxy)];
+        all.into_iter().filter_map(|(scope, path)| Some((scope, path.as_ref()?)))
+    }
+
+    /// The files, to look for changes in them.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.given().map(|(_, path)| path.clone()).collect()
+    }
+
+    /// Whom nobody has a token for, in words, while others have one; empty if that is as it should be.
+    pub fn left_out(&self) -> &'static str {
+        match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some()) {
+            (true, false) => "proxies are refused: there is no --proxy-token-file",
+            (false, true) => "people are refused: there is no --read-token-file and no --operate-token-file",
+            _ => "",
+        }
+    }
+
+    /// Reads the files.
+    ///
+    /// # Errors
+    ///
+    /// For the first file that cannot be read, has no token in it, or has one that is too short, too long or not of
+    /// visible ASCII characters.
+    pub fn load(&self) -> Result<Tokens, TokenError> {
+        let mut tokens = Vec::new();
+        for (scope, path) in self.given() {
+            let found = read(path).map_err(|why| TokenError { flag: scope.flag(), path: path.clone(), why })?;
+            tokens.extend(found.into_iter().map(|hash| (scope, hash)));
+        }
+        Ok(Tokens(tokens))
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<[u8; 32]>, String> {
+    let text = fs::read_to_string(path).map_err(|error: io::Error| format!("cannot be read: {}", io_reason(&error)))?;
+    let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.trim())).filter(|(_, line)| !line.is_empty());
+    let tokens = lines.map(|(number, token)| match token.len() {
+        SHORTEST_TOKEN..=LONGEST_TOKEN if token.bytes().all(|b| b.is_ascii_graphic()) => Ok(hash(token.as_bytes())),
+        _ => Err(format!("line {number}: a token is {SHORTEST_TOKEN} to {LONGEST_TOKEN} visible ASCII characters")),
+    });
+    let tokens: Vec<_> = tokens.collect::<Result<_, _>>()?;
+    match tokens.is_empty() {
+        true => Err("no token in it; expected one on a line".to_owned()),
+        false => Ok(tokens),
+    }
+}
+
+fn hash(token: &[u8]) -> [u8; 32] {
+    Sha256::digest(token).into()
+}
+
+impl Tokens {
+    /// Whether requests need one.
+    pub fn are_needed(&self) -> bool {
+        !self.0.is_empty()
+    }
+
+    /// What a token is good for; nothing if there is no such token.
+    fn scopes_of(&self, token: &[u8]) -> Vec<Scope> {
+        let presented = hash(token);
+        let matches = self.0.iter().map(|(scope, hash)| (*scope, bool::from(hash.ct_eq(&presented))));
+        // All of them first, whichever match.
+        let matches: Vec<_> = matches.collect();
+        matches.into_iter().filter(|(_, is_it)| *is_it).map(|(scope, _)| scope).collect()
+    }
+}
+
+impl std::fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tokens({})", self.0.len())
+    }
+}
+
+/// What stands before one route.
+#[derive(Clone)]
+pub(super) struct Guard {
+    pub(super) tokens: watch::Receiver<Tokens>,
+    /// Whose tokens will do; empty: no token is needed.
+    pub(super) allowed: &'static [Scope],
+    /// Whether the route changes anything.
+    pub(super) changes: bool,
+    /// How long a request may take.
+    pub(super) patience: Option<Duration>,
+}
+
+/// Lets a request pass or says why not, before anything of its body is read.
+pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    if let Err(refusal) = guard.admit(request.headers()) {
+        return refusal.into_response();
+    }
+    match guard.patience {
+        None => next.run(request).await,
+        Some(patience) => timeout(patience, next.run(request)).await.unwrap_or_else(|_| {
+            let why = format!("it took longer than {} s", patience.as_secs());
+            Problem::new(StatusCode::REQUEST_TIMEOUT, why).into_response()
+        }),
+    }
+}
+
+impl Guard {
+    fn admit(&self, headers: &HeaderMap) -> Result<(), Problem> {
+        if self.allowed.is_empty() {
+            return Ok(());
+        }
+        let tokens = self.tokens.borrow();
+        match tokens.are_needed() {
+            true => self.authorize(&tokens, headers)?,
+            false => from_this_machine(headers)?,
+        }
+        // Pages of other origins can send forms and plain text without asking first.
+        if self.changes && !is_json(headers) {
+            let why = "content-type: application/json is needed here, also where there is no body";
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
+        }
+        Ok(())
+    }
+
+    fn authorize(&self, tokens: &Tokens, headers: &HeaderMap) -> Result<(), Problem> {
+        let scopes = bearer(headers).map(|token| tokens.scopes_of(token));
+        let scopes = match scopes.as_deref() {
+            None => {
+                let why = "a token is needed here: `authorization: Bearer TOKEN`";
+                return Err(Problem::new(StatusCode::UNAUTHORIZED, why).with_challenge(""));
+            }
+            Some([]) => {
+                let attributes = r#", error="invalid_token""#;
+                return Err(Problem::new(StatusCode::UNAUTHORIZED, "no such token").with_challenge(attributes));
+            }
+            Some(scopes) => scopes,
+        };
+        if scopes.iter().any(|scope| self.allowed.contains(scope)) {
+            return Ok(());
+        }
+        let names: Vec<_> = self.allowed.iter().map(|scope| scope.name()).collect();
+        let why = format!("a token for {} is needed here; this one is for {}", names.join(" or "), scopes[0].name());
+        let attributes = format!(r#", error="insufficient_scope", scope="{}""#, names.join(" "));
+        Err(Problem::new(StatusCode::FORBIDDEN, why).with_challenge(&attributes))
+    }
+}
+
+/// The token of `authorization: Bearer TOKEN`.
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked("bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+}
+
+/// Refuses what a browser sends for a page that is not ours.
+fn from_this_machine(headers: &HeaderMap) -> Result<(), Problem> {
+    // Every browser says a host.
+    let Some(host) = headers.get(header::HOST) else { return Ok(()) };
+    let host = host.to_str().unwrap_or_default();
+    if !is_of_this_machine(host) {
+        let why = format!(
+            "host {host:?} is not allowed: without tokens expected a loopback address, localhost or a name without \
+             dots (such as the authority that proxies call); `tideshift serve --operate-token-file` lifts this"
+        );
+        return Err(Problem::new(StatusCode::FORBIDDEN, why));
+    }
+    let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    let origin = origin.to_str().unwrap_or_default();
+    let is_ours = ["http://", "https://"].iter().any(|scheme| origin.strip_prefix(scheme) == Some(host));
+    match is_ours {
+        true => Ok(()),
+        false => Err(Problem::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token")),
+    }
+}
+
+/// Whether no name server of somebody else can have led here by this name.
+fn is_of_this_machine(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let name = authority.host().to_ascii_lowercase();
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(&name);
+    match address.parse::<IpAddr>() {
+        Ok(address) => address.is_loopback(),
+        Err(_) => name.ends_with(".localhost") || !name.is_empty() && !name.contains('.'),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: &str = "read-read-read-read";
+    const OPERATE: &str = "operate-operate-1";
+    const PROXY: &str = "proxy-proxy-proxy-proxy";
+
+    fn files(texts: [Option<&str>; 3]) -> (tempfile::TempDir, TokenFiles) {
+        let dir = tempfile::tempdir().unwrap();
+        let [read, operate, proxy] = [0, 1, 2].map(|i| {
+            let path = dir.path().join(i.to_string());
+            texts[i].map(|text| fs::write(&path, text).unwrap())?;
+            Some(path)
+        });
+        (dir, TokenFiles { read, operate, proxy })
+    }
+
+    fn tokens() -> Tokens {
+        files([Some(READ), Some(&format!("\n {OPERATE} \r\noperate-operate-2\n")), Some(PROXY)]).1.load().unwrap()
+    }
+
+    fn headers(of: &[(&'static str, &str)]) -> HeaderMap {
+        of.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    /// The status that a request is refused with, if it is, and the challenge.
+    fn refusal(
+        tokens: &Tokens,
+        allowed: &'static [Scope],
+        changes: bool,
+        of: &[(&'static str, &str)],
+    ) -> (u16, String) {
+        let (_, tokens) = watch::channel(tokens.clone());
+        let guard = Guard { tokens, allowed, changes, patience: None };
+        let Err(problem) = guard.admit(&headers(of)) else { return (200, String::new()) };
+        let response = problem.into_response();
+        let challenge = response.headers().get(header::WWW_AUTHENTICATE);
+        (response.status().as_u16(), challenge.map_or_else(String::new, |value| value.to_str().unwrap().to_owned()))
+    }
+
+    #[test]
+    fn a_token_is_good_for_its_scope_only() {
+        use super::super::{EVERYBODY, PROXIES, PROXIES_AND_OPERATORS, READERS};
+        let tokens = tokens();
+        let routes = [READERS, &[Scope::Operate], PROXIES, PROXIES_AND_OPERATORS, EVERYBODY];
+        let statuses = |token: &str| {
+            let authorization = format!("Bearer {token}");
+            routes.map(|allowed| refusal(&tokens, allowed, false, &[("authorization", &authorization)]).0)
+        };
+        assert_eq!(statuses(READ), [200, 403, 403, 403, 200]);
+        assert_eq!(statuses(OPERATE), [200, 200, 403, 200, 200]);
+        assert_eq!(statuses("operate-operate-2"), [200, 200, 403, 200, 200], "each line is a token");
+        assert_eq!(statuses(PROXY), [403, 403, 200, 200, 200]);
+        for nobody in ["", "read-read-read-rea", "read-read-read-readx"] {
+            assert_eq!(statuses(nobody), [401, 401, 401, 401, 200], "{nobody}");
+        }
+        let none = routes.map(|allowed| refusal(&tokens, allowed, false, &[("host", "127.0.0.1")]).0);
+        assert_eq!(none, [401, 401, 401, 401, 200]);
+    }
+
+    #[test]
+    fn a_refusal_says_what_is_needed() {
+        let tokens = tokens();
+        let challenge = |of: &[(&'static str, &str)]| refusal(&tokens, &[Scope::Operate], false, of).1;
+        assert_eq!(challenge(&[]), r#"Bearer realm="tideshift""#);
+        assert_eq!(challenge(&[("authorization", "Basic dTpw")]), r#"Bearer realm="tideshift""#);
+        let invalid = r#"Bearer realm="tideshift", error="invalid_token""#;
+        assert_eq!(challenge(&[("authorization", "Bearer nobody-knows-this")]), invalid);
+        let insufficient = r#"Bearer realm="tideshift", error="insufficient_scope", scope="operate""#;
+        assert_eq!(challenge(&[("authorization", &format!("bEARER  {READ}"))]), insufficient);
+    }
+
+    #[test]
+    fn what_changes_anything_must_be_json() {
+        let authorization = format!("Bearer {OPERATE}");
+        let authorization = ("authorization", authorization.as_str());
+        for (kind, status) in [
+            ("application/json", 200),
+            ("Application/JSON; charset=utf-8", 200),
+            ("text/plain", 415),
+            ("application/x-www-form-urlencoded", 415),
+            ("text/plain; application/json", 415),
+        ] {
+            let of = [authorization, ("content-type", kind)];
+            assert_eq!(refusal(&tokens(), &[Scope::Operate], true, &of).0, status, "{kind}");
+            assert_eq!(refusal(&Tokens::default(), &[Scope::Operate], true, &of[1..]).0, status, "{kind}");
+        }
+        assert_eq!(refusal(&tokens(), &[Scope::Operate], true, &[authorization]).0, 415);
+    }
+
+    #[test]
+    fn without_tokens_no_page_of_somebody_else_gets_in() {
+        let status = |of: &[(&'static str, &str)]| refusal(&Tokens::default(), &[Scope::Operate], false, of).0;
+        for host in [
+            "127.0.0.1:7460",
+            "127.9.9.9",
+            "[::1]:7460",
+            "localhost",
+            "LocalHost:7460",
+            "a.localhost:1",
+            "tideshift-controller",
+            "tideshift_controller:80",
+        ] {
+            assert_eq!(status(&[("host", host)]), 200, "{host}");
+            for (origin, expected) in [
+                (format!("http://{host}"), 200),
+                (format!("https://{host}"), 200),
+                (format!("http://{host}.evil.example"), 403),
+                ("http://evil.example".to_owned(), 403),
+                ("null".to_owned(), 403),
+                (String::new(), 403),
+            ] {
+                assert_eq!(status(&[("host", host), ("origin", &origin)]), expected, "{host}, {origin}");
+            }
+        }
+        for host in ["evil.example", "evil.example:7460", "localhost.evil.example", "10.0.0.1", "", "[::2]", "a b", "@"]
+        {
+            assert_eq!(status(&[("host", host)]), 403, "{host}");
+        }
+        assert_eq!(status(&[]), 200, "no browser");
+        // A token is not sent for a page that was not given it.
+        let authorization = format!("Bearer {OPERATE}");
+        let of = [("host", "tideshift.example"), ("authorization", authorization.as_str())];
+        assert_eq!(refusal(&tokens(), &[Scope::Operate], false, &of).0, 200);
+    }
+
+    #[test]
+    fn files_of_tokens_that_are_wrong_are_refused_without_saying_what_is_in_them() {
+        for (text, why) in [
+            ("", "no token in it; expected one on a line"),
+            ("\n \n", "no token in it; expected one on a line"),
+            ("0123456789abcdef\n\nhunter2\n", "line 3: a token is 16 to 512 visible ASCII characters"),
+            ("two words two words", "line 1: a token is 16 to 512 visible ASCII characters"),
+            ("pässword pässword", "line 1: a token is 16 to 512 visible ASCII characters"),
+        ] {
+            let (dir, files) = files([None, Some(text), None]);
+            let error = files.load().unwrap_err().to_string();
+            assert_eq!(error, format!("--operate-token-file {}/1: {why}", dir.path().display()));
+        }
+        let absent = TokenFiles { proxy: Some("/absent".into()), ..TokenFiles::default() };
+        let error = absent.load().unwrap_err().to_string();
+        assert_eq!(error, "--proxy-token-file /absent: cannot be read: no such file or directory");
+        assert!(!TokenFiles::default().load().unwrap().are_needed());
+    }
+}

@@ -1,0 +1,61 @@
+//! Tokens and certificates: files that are read at the start, and again whenever they have changed.
+
+use super::files::Files;
+use super::{LOOK, Options, ServeError, TlsFiles};
+use crate::api::Tokens;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio::time::interval;
+use tokio_rustls::rustls::ServerConfig;
+
+/// Tokens, and the certificate with its key: whoever changes their files changes them here, too.
+pub(super) struct Secrets {
+    files: Files,
+    pub(super) tokens: watch::Sender<Tokens>,
+    pub(super) tls: Option<watch::Sender<Arc<ServerConfig>>>,
+}
+
+impl Secrets {
+    pub(super) fn load(options: &Options) -> Result<Self, ServeError> {
+        let mut paths = options.tokens.paths();
+        paths.extend(options.tls.iter().flat_map(TlsFiles::paths));
+        // Looked at before they are read, as the documents are.
+        let files = Files::new(&paths);
+        let tokens = options.tokens.load()?;
+        if !tokens.are_needed() && !options.listen.ip().is_loopback() {
+            return Err(ServeError::NotLoopback(options.listen));
+        }
+        let tls = options.tls.as_ref().map(TlsFiles::load).transpose()?;
+        Ok(Self { files, tokens: watch::Sender::new(tokens), tls: tls.map(watch::Sender::new) })
+    }
+
+    /// Reads them again whenever they have changed; if that fails, what was there before stays.
+    pub(super) async fn keep_fresh(mut self, options: Options) {
+        let left_out = options.tokens.left_out();
+        if !left_out.is_empty() {
+            tracing::warn!("{left_out}");
+        }
+        if options.tls.is_none() && !options.listen.ip().is_loopback() {
+            tracing::warn!(
+                "tokens and sessions' secrets travel in clear text unless somebody else encrypts: no --tls-cert"
+            );
+        }
+        let mut look = interval(LOOK);
+        loop {
+            look.tick().await;
+            if !self.files.have_changed() {
+                continue;
+            }
+            match options.tokens.load() {
+                Ok(tokens) => _ = self.tokens.send_replace(tokens),
+                Err(error) => tracing::error!("{error}; the tokens from before stay"),
+            }
+            match (&self.tls, options.tls.as_ref().map(TlsFiles::load)) {
+                (Some(tls), Some(Ok(config))) => _ = tls.send_replace(config),
+                (_, Some(Err(error))) => tracing::error!("{error}; the certificate from before stays"),
+                _ => {}
+            }
+            tracing::info!("tokens and certificate were read again");
+        }
+    }
+}
