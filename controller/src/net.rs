@@ -14,7 +14,12 @@ pub fn reason(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return "no answer in time".to_owned();
     }
-    let mut cause: &dyn Error = error;
+    cause(error)
+}
+
+/// The innermost cause of an error, in a few words.
+pub fn cause(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
     while let Some(inner) = cause.source() {
         cause = inner;
     }

@@ -2,6 +2,7 @@
 //! what several results in a row amount to, is [`crate::readiness`]'s and [`threshold`]'s.
 
 mod exec;
+mod grpc;
 mod http;
 pub mod threshold;
 
@@ -37,6 +38,10 @@ pub async fn once(client: &Client, subject: &Subject, probe: &Probe) -> Result<(
                 connect(host, port.unwrap_or(subject.endpoint.port)).await
             }
             Check::Exec { command } => exec::run(command, subject).await,
+            Check::Grpc { port, service } => {
+                let Endpoint { host, port: own } = subject.endpoint.clone();
+                grpc::check(&Endpoint { host, port: port.unwrap_or(own) }, service).await
+            }
         }
     };
     let timely = tokio::time::timeout(probe.timeout, check).await;
@@ -102,6 +107,15 @@ mod tests {
             requests
         });
         (port, task)
+    }
+
+    /// A listener that was dropped lives on for a moment in a command that another test is about to start.
+    async fn until_refused(port: u16) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+            assert!(Instant::now() < deadline);
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn http(get: HttpGet, answers: &[&str]) -> (Result<(), String>, Vec<String>) {
@@ -170,6 +184,7 @@ mod tests {
         let tcp = probe(Check::TcpSocket { host: None, port: None });
         assert_eq!(once(&client, &open, &tcp).await, Ok(()));
         drop(listener);
+        until_refused(open.endpoint.port).await;
         let refused = Err("connection refused".to_owned());
         assert_eq!(once(&client, &open, &tcp).await, refused);
         assert_eq!(once(&client, &open, &probe(Check::HttpGet(get()))).await, refused);
@@ -181,6 +196,46 @@ mod tests {
         let silent = subject(listener.local_addr().unwrap().port());
         let probe = Probe { timeout: Duration::from_millis(50), ..probe(Check::HttpGet(get())) };
         let result = once(&Client::new().unwrap(), &silent, &probe).await;
+        assert_eq!(result, Err("no result within 50 ms".to_owned()));
+    }
+
+    async fn grpc(port: u16, service: &str, timeout: Duration) -> Result<(), String> {
+        let check = Check::Grpc { port: Some(port), service: service.to_owned() };
+        // The endpoint's own port is nobody's.
+        once(&Client::new().unwrap(), &subject(1), &Probe { timeout, ..probe(check) }).await
+    }
+
+    #[tokio::test]
+    async fn a_grpc_server_counts_by_what_it_says_of_its_health() {
+        use tonic_health::ServingStatus;
+        const LONG: Duration = Duration::from_secs(30);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_service_status("shop.Cart", ServingStatus::NotServing).await;
+        let incoming = tonic::transport::server::TcpIncoming::from(listener);
+        let server =
+            tokio::spawn(tonic::transport::Server::builder().add_service(health).serve_with_incoming(incoming));
+        assert_eq!(grpc(port, "", LONG).await, Ok(()));
+        assert_eq!(grpc(port, "shop.Cart", LONG).await, Err("gRPC health NOT_SERVING".to_owned()));
+        assert_eq!(grpc(port, "shop.Till", LONG).await, Err("gRPC status 5 (NotFound)".to_owned()));
+        reporter.set_service_status("shop.Cart", ServingStatus::Serving).await;
+        assert_eq!(grpc(port, "shop.Cart", LONG).await, Ok(()));
+        server.abort();
+        assert!(server.await.is_err_and(|error| error.is_cancelled()));
+        until_refused(port).await;
+        assert_eq!(grpc(port, "", LONG).await, Err("connection refused".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_speaks_no_grpc_fails_its_probe() {
+        let answer = "HTTP/1.1 400 x\r\ncontent-length: 0\r\n\r\n".to_owned();
+        let (port, _task) = server(vec![answer; 9]).await;
+        let result = grpc(port, "", Duration::from_secs(30)).await;
+        assert!(result.as_ref().is_err_and(|why| why.starts_with("no gRPC answer: ")), "{result:?}");
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let silent = listener.local_addr().unwrap().port();
+        let result = grpc(silent, "", Duration::from_millis(50)).await;
         assert_eq!(result, Err("no result within 50 ms".to_owned()));
     }
 

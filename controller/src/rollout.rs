@@ -365,7 +365,7 @@ impl Rollout {
         self.number += 1;
         self.started = now;
         self.is_return = false;
-        self.warming = if shift.strategy.warm_up_mirror.is_some() { Warming::Due } else { Warming::Over };
+        self.warming = if shift.strategy.warm_up.mirror_percent.is_some() { Warming::Due } else { Warming::Over };
         (self.level, self.level_since) = (0, now);
         self.shunned = false;
         let (reason, instead) = match &self.leaving {
@@ -501,7 +501,7 @@ impl Rollout {
 
     /// Lets copies of requests, then a growing share of them reach the target.
     fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let ramp = shift.strategy.ramp.as_millis() as u64;
+        let ramp = shift.strategy.warm_up.seconds.as_millis() as u64;
         let capacity = self.capacity(target, shift, world);
         self.warming = match self.warming {
             Warming::Due if capacity > 0.0 => Warming::Since(now),
@@ -547,7 +547,7 @@ impl Rollout {
             return Some((Phase::Paused, reason, why));
         }
         if let Warming::Since(since) = self.warming {
-            let left = shift.strategy.ramp.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
+            let left = shift.strategy.warm_up.seconds.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
             return progressing(Reason::WarmingUp, format!("{target} gets copies of requests for {left} s more"));
         }
         if let Some((_, why)) = self.shortage(target, shift, world) {

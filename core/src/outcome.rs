@@ -139,7 +139,8 @@ impl Ending {
     }
 }
 
-fn status_range(d: &mut Decoder, value: &Value) -> Option<RangeInclusive<u16>> {
+/// A status, or a range of them: `429`, `"429"`, `"500-599"`.
+pub(crate) fn status_range(d: &mut Decoder, value: &Value) -> Option<RangeInclusive<u16>> {
     let parsed = match value {
         Value::String(text) => {
             let (low, high) = text.split_once('-').unwrap_or((text, text));

@@ -2,8 +2,10 @@
 //! `tideshift serve -f` and, in Kubernetes, as a resource.
 
 mod strategy;
+mod warm_up;
 
 pub use strategy::{Quantity, Step, Strategy};
+pub use warm_up::{WarmUp, WarmUpRequests};
 
 use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
@@ -119,6 +121,13 @@ pub enum Check {
     Exec {
         /// The program and its arguments; no shell.
         command: Vec<String>,
+    },
+    /// A call of `grpc.health.v1.Health/Check`, without TLS, that answers `SERVING`.
+    Grpc {
+        /// In place of the endpoint's port.
+        port: Option<u16>,
+        /// The service that is asked for; default empty, which is the server as a whole.
+        service: String,
     },
 }
 
@@ -372,9 +381,15 @@ impl Probe {
             f.finish(d);
             Some(Check::Exec { command: command? })
         });
+        let grpc = f.optional(d, "grpc", |d, value| {
+            let mut f = d.object(value)?;
+            let (port, service) = (f.optional(d, "port", port), f.optional(d, "service", Decoder::text));
+            f.finish(d);
+            Some(Check::Grpc { port, service: service.unwrap_or_default() })
+        });
         let handlers = ["httpGet", "tcpSocket", "exec", "grpc"].iter().filter(|name| f.has(name)).count();
         if handlers != 1 {
-            d.invalid(value, "exactly one of httpGet, tcpSocket, exec");
+            d.invalid(value, "exactly one of httpGet, tcpSocket, exec, grpc");
         }
         let initial_delay = seconds(&mut f, d, "initialDelaySeconds", 0, 0);
         let period = period(&mut f, d, value);
@@ -384,9 +399,8 @@ impl Probe {
         };
         let (success_threshold, failure_threshold) =
             (threshold("successThreshold", 1), threshold("failureThreshold", 3));
-        f.unsupported(d, &["grpc"]);
         f.finish(d);
-        let check = http.or(tcp).or(exec)?;
+        let check = http.or(tcp).or(exec).or(grpc)?;
         Some(Self { check, initial_delay, period, timeout, success_threshold, failure_threshold })
     }
 }
@@ -407,35 +421,41 @@ fn seconds(f: &mut Fields<'_>, d: &mut Decoder, name: &'static str, low: u64, de
 impl HttpGet {
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
-        let path = f.optional(d, "path", |d, v| {
-            let fine = |path: &str| path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic());
-            d.text_where(v, "a path that starts with /, without spaces", fine)
-        });
+        let path = f.optional(d, "path", path);
         let (host, port) = (f.optional(d, "host", host), f.optional(d, "port", port));
         let scheme = f.optional(d, "scheme", |d, v| crate::matching::choice(d, v, &["HTTP", "HTTPS"]));
-        let headers = f.optional(d, "httpHeaders", |d, value| {
-            d.list(value, |d, value| {
-                let mut f = d.object(value)?;
-                let name = f.required(d, "name", "a header name", |d, v| {
-                    d.text_where(v, "a header name (RFC 9110 token)", name::is_token)
-                });
-                let value = f.required(d, "value", "a header value", |d, v| {
-                    let fine = |text: &str| text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
-                    d.text_where(v, "visible ASCII characters and spaces", fine)
-                });
-                f.finish(d);
-                Some((name?, value?))
-            })
-        });
+        let headers = f.optional(d, "httpHeaders", headers);
         f.finish(d);
         Some(Self {
             path: path.unwrap_or_else(|| "/".to_owned()),
             host,
             port,
             https: scheme == Some("HTTPS"),
-            headers: headers.unwrap_or_default().into_iter().map(|(_, header)| header).collect(),
+            headers: headers.unwrap_or_default(),
         })
     }
+}
+
+fn path(d: &mut Decoder, value: &Value) -> Option<String> {
+    let fine = |path: &str| path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic());
+    d.text_where(value, "a path that starts with /, without spaces", fine)
+}
+
+/// A list of `{name, value}`, for requests of our own.
+fn headers(d: &mut Decoder, value: &Value) -> Option<Vec<(String, String)>> {
+    let headers = d.list(value, |d, value| {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a header name", |d, v| {
+            d.text_where(v, "a header name (RFC 9110 token)", name::is_token)
+        });
+        let value = f.required(d, "value", "a header value", |d, v| {
+            let fine = |text: &str| text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
+            d.text_where(v, "visible ASCII characters and spaces", fine)
+        });
+        f.finish(d);
+        Some((name?, value?))
+    })?;
+    Some(headers.into_iter().map(|(_, header)| header).collect())
 }
 
 fn tcp_socket(d: &mut Decoder, value: &Value) -> Option<Check> {

@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_core::session::SessionBy;
-use tideshift_core::shift::{Check, Quantity, Strategy, TrafficShift};
+use tideshift_core::shift::{Check, Quantity, Strategy, TrafficShift, WarmUp};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -61,6 +61,26 @@ fn probes_are_read_whole() {
     assert_eq!(probe.check, Check::Exec { command: vec!["check".to_owned(), "--fast".to_owned()] });
     assert_eq!((probe.initial_delay, probe.period), (Duration::from_secs(5), Duration::from_millis(50)));
     assert_eq!((probe.success_threshold, probe.failure_threshold), (2, 1));
+    for (grpc, port, service) in
+        [(json!({}), None, ""), (json!({"port": 50051, "service": "shop.Cart"}), Some(50051), "shop.Cart")]
+    {
+        let mut with_grpc = document(self::spec());
+        with_grpc["spec"]["versions"][0]["readinessProbe"] = json!({"grpc": grpc});
+        let probe = TrafficShift::read(&with_grpc).unwrap().services[0].versions[0].readiness_probe.clone().unwrap();
+        assert_eq!(probe.check, Check::Grpc { port, service: service.to_owned() });
+    }
+}
+
+#[test]
+fn warm_up_is_part_of_the_strategy() {
+    let mut spec = spec();
+    assert_eq!(TrafficShift::read(&document(spec.clone())).unwrap().strategy.warm_up, WarmUp::default());
+    spec["strategy"] = json!({"warmUp": {"seconds": 30, "mirrorPercent": 5, "requests": {"count": 50}}});
+    let warm_up = TrafficShift::read(&document(spec)).unwrap().strategy.warm_up;
+    assert_eq!((warm_up.seconds, warm_up.mirror_percent), (Duration::from_secs(30), Some(5)));
+    assert_eq!(warm_up.requests.map(|requests| requests.count), Some(50));
+    let errors = errors_with("/strategy", json!({"warmUp": {"requests": {"counts": 1}}}));
+    assert!(errors[0].starts_with("spec.strategy.warmUp.requests.counts: unknown field; did you mean `count`?"));
 }
 
 #[test]
@@ -80,12 +100,6 @@ fn sessions_mirrors_and_the_guard_are_read_as_policies_have_them() {
     );
     let errors = errors_with("/guard", json!({"coolDownSeconds": 30, "maxCoolDownSeconds": 20}));
     assert!(errors[0].starts_with("spec.guard.maxCoolDownSeconds: 20 is not allowed"), "{errors:?}");
-}
-
-#[test]
-fn what_is_not_built_yet_is_refused_and_never_ignored() {
-    let errors = errors_with("/versions/0/readinessProbe", json!({"grpc": {}}));
-    assert!(errors.iter().any(|e| e.starts_with("spec.versions[0].readinessProbe.grpc: not supported")), "{errors:?}");
 }
 
 #[test]
@@ -115,6 +129,11 @@ fn what_is_wrong_is_named_with_what_is_allowed() {
             "/versions/0/readinessProbe/periodSeconds",
             json!(0),
             "spec.versions[0].readinessProbe.periodSeconds: 0 is not",
+        ),
+        (
+            "/versions/0/readinessProbe",
+            json!({"grpc": {"port": 0, "service": "a"}}),
+            "spec.versions[0].readinessProbe.grpc.port: 0 is not allowed; expected an integer from 1 to 65535",
         ),
         ("/versions/0/readinessProbe/httpGet/path", json!("health"), "spec.versions[0].readinessProbe.httpGet.path: "),
         (

@@ -23,6 +23,11 @@ pub fn holds_for(json: &[u8]) {
             assert!(service.version(name).is_some(), "{name} is none of the versions");
         }
     }
+    if let Some(requests) = &shift.strategy.warm_up.requests {
+        assert!(requests.count >= 1 && requests.failures_borne() < requests.count, "nothing would have to pass");
+        assert!((1..=100).contains(&requests.concurrency) && !requests.paths.is_empty());
+        assert!((100..=599).any(|status| requests.passes(status)));
+    }
     for version in shift.services.iter().flat_map(|service| &service.versions) {
         for endpoint in &version.endpoints {
             let text = endpoint.to_string();

@@ -104,7 +104,7 @@ pub struct Behaviour {
     pub errors: Errors,
     /// The pause before an answer (or a reset) begins.
     pub latency: Duration,
-    /// Whether `GET /health` answers 200 or 503.
+    /// Whether `GET /health` answers 200 or 503, and `grpc.health.v1` that it is serving or not.
     pub ready: bool,
     /// Further headers of each answer, such as `grpc-status: 14`.
     pub headers: Vec<(String, String)>,
@@ -133,7 +133,7 @@ pub struct Counts {
     pub requests: u64,
     /// Those of them that were answered with a status of 500 or above.
     pub errors: u64,
-    /// `GET /health`.
+    /// `GET /health`, or what `grpc.health.v1` was asked.
     pub health: u64,
 }
 
@@ -334,7 +334,11 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
     }
     let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
     #[cfg(feature = "streams")]
-    if behaviour.mode == Mode::Grpc {
+    if behaviour.mode == Mode::Grpc && request.uri().path() == crate::grpc::HEALTH {
+        state.health.fetch_add(1, Ordering::Relaxed);
+        let answer = crate::grpc::health(request, behaviour.ready).await;
+        return Ok(answer.map(|body| body.map_err(Into::into).boxed_unsync()));
+    } else if behaviour.mode == Mode::Grpc {
         state.requests.fetch_add(1, Ordering::Relaxed);
         return Ok(crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync()));
     } else if behaviour.mode == Mode::WebSocket

@@ -28,12 +28,15 @@ use tonic::{
     metadata::{Ascii, MetadataKey, MetadataMap, MetadataValue},
     server::{self, StreamingService, UnaryService},
 };
+use tonic_health::ServingStatus;
 
 /// How long a client waits for the next thing to happen.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 const UNARY: &str = "/tests.Scripts/Unary";
 const STREAM: &str = "/tests.Scripts/Stream";
+/// Where a gRPC server is asked for its health.
+pub(crate) const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 /// What the upstream does with a call. After the last step of the last message the call ends well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,6 +155,14 @@ pub(crate) async fn answer(request: hyper::Request<Incoming>) -> hyper::Response
         STREAM => grpc.streaming(Scripts, request).await,
         other => Status::unimplemented(other).into_http(),
     }
+}
+
+/// Answers `grpc.health.v1.Health/Check` for the server as a whole; other services are unknown to it.
+pub(crate) async fn health(request: hyper::Request<Incoming>, ready: bool) -> hyper::Response<Body> {
+    let (reporter, mut health) = tonic_health::server::health_reporter();
+    let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+    reporter.set_service_status("", status).await;
+    health.call(request).await.unwrap_or_else(|never| match never {})
 }
 
 struct Scripts;

@@ -52,6 +52,8 @@ fn envoy_takes_documents_of_every_kind() -> anyhow::Result<()> {
         version("elsewhere", &["127.0.0.1:3"], json!({ "httpGet": { "host": "health.example.com" } })),
         version("tcp", &["127.0.0.1:4"], json!({ "tcpSocket": { "host": "::1" }, "periodMillis": 1 })),
         version("exec", &["127.0.0.1:5"], json!({ "exec": { "command": ["true"] } })),
+        version("grpc", &["127.0.0.1:7", "[::1]:7"], json!({ "grpc": {} })),
+        version("grpc-elsewhere", &["127.0.0.1:8"], json!({ "grpc": { "port": 88, "service": "a \"b\": %c" } })),
         version(
             "slow",
             &["127.0.0.1:6"],

@@ -18,7 +18,11 @@ use tokio::task::{JoinHandle, spawn_blocking};
 const WORKERS: usize = 2;
 
 /// `tideshift wait-drained` in the background; what it gave, and when it ended.
-fn wait_drained(controller: &Controller, version: &str, timeout: &str) -> JoinHandle<anyhow::Result<(Output, Instant)>> {
+fn wait_drained(
+    controller: &Controller,
+    version: &str,
+    timeout: &str,
+) -> JoinHandle<anyhow::Result<(Output, Instant)>> {
     let server = format!("http://{}", controller.address());
     let (version, timeout) = (version.to_owned(), timeout.to_owned());
     spawn_blocking(move || {

@@ -13,8 +13,9 @@ use tempfile::TempDir;
 use tideshift_tests::{
     backend::{Backend, Mode},
     controller::Controller,
+    grpc,
     ports::Port,
-    rig::{DEADLINE, Seen, until},
+    rig::{DEADLINE, FOR_EVER, HOST, Rig, Seen, until, until_shares},
     wait::eventually,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -164,6 +165,55 @@ async fn tcp_probes_follow_the_port() -> anyhow::Result<()> {
         assert_eq!((seen.ready("own"), seen.weights()), (0, vec![0.0, 100.0]));
         drop(listener);
         until_ready(&controller, "other", false).await?;
+    }
+    Ok(())
+}
+
+/// Controller and Envoy ask the same question, on the endpoint's own port or on another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grpc_probes_ask_for_the_health_of_a_service() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1), ("v3", 1), ("v4", 1)]).await?;
+    rig.backends.values().flatten().for_each(|backend| backend.set(|behaviour| behaviour.mode = Mode::Grpc));
+    let health = Backend::start("health").await?;
+    health.set(|behaviour| (behaviour.mode, behaviour.ready) = (Mode::Grpc, false));
+    let mut document =
+        rig.document(json!({ "target": "v2", "strategy": { "steps": [{ "weight": 50, "holdSeconds": FOR_EVER }] } }));
+    let asked = [json!({}), json!({}), json!({ "service": "shop.Cart" }), json!({ "port": health.port() })];
+    for (version, grpc) in asked.into_iter().enumerate() {
+        let probe = json!({ "grpc": grpc, "periodMillis": 100, "failureThreshold": 2 });
+        document["spec"]["versions"][version]["readinessProbe"] = probe;
+    }
+    rig.write(&document)?;
+    let controller = rig.start_controller().await?;
+    let envoy = rig.start_envoy(1).await?;
+    let seen = until_shares(&controller, "v2 at 50 %", &[50.0, 50.0, 0.0, 0.0]).await?;
+    assert_eq!((reason(&seen, "v1"), reason(&seen, "v2")), (None, None));
+    assert_eq!(reason(&seen, "v3").as_deref(), Some("gRPC status 5 (NotFound)"));
+    assert_eq!(reason(&seen, "v4").as_deref(), Some("gRPC health NOT_SERVING"));
+
+    let calls = grpc::Client::connect(rig.address(), HOST).await?;
+    for _ in 0..20 {
+        calls.unary(&[]).await?;
+    }
+    assert_eq!((rig.arrived("v1"), rig.arrived("v2")), (10, 10));
+
+    rig.set_ready("v2", false);
+    health.set_ready(true);
+    until_ready(&controller, "v4", true).await?;
+    let seen = until_ready(&controller, "v2", false).await?;
+    assert_eq!(reason(&seen, "v2").as_deref(), Some("gRPC health NOT_SERVING"));
+    for (version, is_healthy) in [("v1", true), ("v2", false), ("v3", false), ("v4", true)] {
+        let cluster = format!("shop_{version}::{}::health_flags::", rig.version(version)[0].address());
+        eventually(&format!("Envoy to find {version} healthy: {is_healthy}"), DEADLINE, async || {
+            let clusters = envoy.admin("/clusters").await?;
+            let flags = clusters.lines().find_map(|line| line.strip_prefix(&cluster)).context("no such endpoint")?;
+            ensure!((flags == "healthy") == is_healthy, "{flags}");
+            Ok(())
+        })
+        .await?;
+    }
+    for _ in 0..20 {
+        calls.unary(&[]).await?;
     }
     Ok(())
 }

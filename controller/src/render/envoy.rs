@@ -187,7 +187,7 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
 }
 
 fn virtual_host(shift: &TrafficShift, service: &ShiftService) -> String {
-    let has_mirror = shift.strategy.warm_up_mirror.is_some() || has_mirror(service);
+    let has_mirror = shift.strategy.warm_up.mirror_percent.is_some() || has_mirror(service);
     let every = ["*".to_owned()];
     let domains = if service.hostnames.is_empty() { &every[..] } else { &service.hostnames[..] };
     let mut routes = String::new();
@@ -292,11 +292,32 @@ fn version_cluster(service: &ShiftService, version: &ShiftVersion) -> String {
         let probe = version.readiness_probe.as_ref()?;
         HealthCheck::of(probe).ok()?.endpoint_config(endpoint)
     };
+    let protocols = version.readiness_probe.as_ref().map(protocols).unwrap_or_default();
     format!(
-        "{}  circuit_breakers: {{thresholds: [{{max_retries: 1024}}]}}\n{}{}",
+        "{}  circuit_breakers: {{thresholds: [{{max_retries: 1024}}]}}\n{}{}{}",
         cluster_head(&name, &version.endpoints),
+        indent(2, &protocols),
         indent(2, &checks),
         indent(2, &load_assignment(&name, &version.endpoints, config)),
+    )
+}
+
+/// Envoy calls `grpc.health.v1` only of clusters that speak HTTP/2. Endpoints that answer it on their own port do; what
+/// those do that have another port for it is left to the client, who speaks HTTP/2 for gRPC.
+fn protocols(probe: &Probe) -> String {
+    let protocols = match &probe.check {
+        Check::Grpc { port: None, .. } => "explicit_http_config: {http2_protocol_options: {}}",
+        Check::Grpc { port: Some(_), .. } => {
+            "use_downstream_protocol_config: {http_protocol_options: {}, http2_protocol_options: {}}"
+        }
+        _ => return String::new(),
+    };
+    format!(
+        r##"typed_extension_protocol_options:
+  envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+    "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+    {protocols}
+"##
     )
 }
 
@@ -332,21 +353,30 @@ struct HealthCheck<'p> {
     /// In place of the endpoint's own address and port.
     host: Option<IpAddr>,
     port: Option<u16>,
-    /// `None` for a TCP connection.
-    http: Option<&'p HttpGet>,
+    asks: Asks<'p>,
+}
+
+/// What a health check asks.
+enum Asks<'p> {
+    /// For a connection, no more.
+    Tcp,
+    Http(&'p HttpGet),
+    /// For the health of a service.
+    Grpc(&'p str),
 }
 
 impl<'p> HealthCheck<'p> {
     /// Or why Envoy cannot do it.
     fn of(probe: &'p Probe) -> Result<Self, &'static str> {
-        let (host, port, http) = match &probe.check {
+        let (host, port, asks) = match &probe.check {
             Check::HttpGet(get) if get.https => return Err("Envoy would probe without TLS"),
-            Check::HttpGet(get) => (&get.host, get.port, Some(get)),
-            Check::TcpSocket { host, port } => (host, *port, None),
+            Check::HttpGet(get) => (get.host.as_ref(), get.port, Asks::Http(get)),
+            Check::TcpSocket { host, port } => (host.as_ref(), *port, Asks::Tcp),
             Check::Exec { .. } => return Err("Envoy runs no commands"),
+            Check::Grpc { port, service } => (None, *port, Asks::Grpc(service)),
         };
-        let host = host.as_ref().map(|host| host.parse()).transpose();
-        Ok(Self { host: host.map_err(|_| "Envoy probes addresses, not other host names")?, port, http })
+        let host = host.map(|host| host.parse()).transpose();
+        Ok(Self { host: host.map_err(|_| "Envoy probes addresses, not other host names")?, port, asks })
     }
 
     /// What is different for one endpoint: where it is probed, and the host that it is called by, which is the probed
@@ -355,8 +385,12 @@ impl<'p> HealthCheck<'p> {
         let host = self.host.map(|host| host.to_string());
         let port = self.port.filter(|port| *port != endpoint.port);
         let mut fields = Vec::new();
-        if let Some(http) = self.http.filter(|http| host_header(http).is_none()) {
-            let host = http.host.as_ref().unwrap_or(&endpoint.host).clone();
+        let called_by = match self.asks {
+            Asks::Http(get) if host_header(get).is_none() => Some(get.host.as_ref().unwrap_or(&endpoint.host)),
+            Asks::Grpc(_) => Some(&endpoint.host),
+            _ => None,
+        };
+        if let Some(host) = called_by.cloned() {
             let probed = Endpoint { host, port: self.port.unwrap_or(endpoint.port) };
             fields.push(format!("hostname: {}", scalar(&probed.to_string())));
         }
@@ -374,9 +408,11 @@ fn host_header(get: &HttpGet) -> Option<&str> {
 }
 
 fn health_checks(probe: &Probe, check: &HealthCheck<'_>) -> String {
-    let kind = match check.http {
-        None => "  tcp_health_check: {}\n".to_owned(),
-        Some(get) => http_health_check(get),
+    let kind = match check.asks {
+        Asks::Tcp => "  tcp_health_check: {}\n".to_owned(),
+        Asks::Http(get) => http_health_check(get),
+        Asks::Grpc("") => "  grpc_health_check: {}\n".to_owned(),
+        Asks::Grpc(service) => format!("  grpc_health_check: {{service_name: {}}}\n", scalar(service)),
     };
     format!(
         r##"# Endpoints that fail their checks get requests only if all fail; by default that is so once half of them do.
@@ -474,6 +510,8 @@ spec:
   - {name: v6}
   - {name: v7, endpoints: ["127.0.0.1:9007"], readinessProbe: {httpGet: {host: 127.0.0.2, port: 80}}}
   - {name: v8, endpoints: ["127.0.0.1:9008"], readinessProbe: {tcpSocket: {host: elsewhere.internal}}}
+  - {name: v9, endpoints: ["127.0.0.1:9009"], readinessProbe: {grpc: {}}}
+  - {name: v10, endpoints: ["127.0.0.1:9010"], readinessProbe: {grpc: {port: 9110, service: shop.Cart}}}
   stable: v1
   rules:
   - name: beta

@@ -95,7 +95,7 @@ impl Rollout {
         };
         match (self.warming, self.is_return) {
             (_, true) => carried,
-            (Warming::Over, _) if shift.strategy.ramp.is_zero() => carried,
+            (Warming::Over, _) if shift.strategy.warm_up.seconds.is_zero() => carried,
             (Warming::Over, _) => carried.min(f64::from(self.level) / f64::from(LEVELS)),
             _ => 0.0,
         }
@@ -113,7 +113,7 @@ impl Rollout {
     /// The copies that warm the target up, while they do.
     pub fn mirror(&self, shift: &TrafficShift) -> Option<Mirror> {
         let version = self.target.clone().filter(|_| self.phase == Phase::Progressing)?;
-        let percent = shift.strategy.warm_up_mirror?;
+        let percent = shift.strategy.warm_up.mirror_percent?;
         matches!(self.warming, Warming::Since(_)).then(|| Mirror::of(version, percent))
     }
 }

@@ -1,7 +1,7 @@
 //! How a rollout goes: its steps, what may be missing on the way, and when it has taken too long.
 
-use super::seconds;
-use crate::decode::{Decoder, Fields};
+use super::{WarmUp, seconds};
+use crate::decode::Decoder;
 use crate::matching::Match;
 use serde_json::Value;
 use std::time::Duration;
@@ -24,10 +24,8 @@ pub struct Strategy {
     pub progress_deadline: Duration,
     /// Whether it is then aborted; default no.
     pub abort_at_deadline: bool,
-    /// How long the target takes from nothing to everything at least; 0: it gets a step's share at once.
-    pub ramp: Duration,
-    /// Percent of the requests that are copied to the target before users reach it, for as long as the ramp.
-    pub warm_up_mirror: Option<u32>,
+    /// What a new version gets before its share is what its step allows.
+    pub warm_up: WarmUp,
 }
 
 /// One step of a rollout.
@@ -135,8 +133,7 @@ impl Default for Strategy {
             min_ready: Duration::ZERO,
             progress_deadline: Duration::from_secs(600),
             abort_at_deadline: false,
-            ramp: Duration::ZERO,
-            warm_up_mirror: None,
+            warm_up: WarmUp::default(),
         }
     }
 }
@@ -164,7 +161,7 @@ impl Strategy {
             d.within("progressDeadlineSeconds", |d| d.invalid(&Value::from(progress_deadline.as_secs()), allowed));
         }
         let abort_at_deadline = f.optional(d, "progressDeadlineAbort", Decoder::boolean).unwrap_or_default();
-        let (ramp, warm_up_mirror) = f.optional(d, "warmUp", warm_up).unwrap_or((default.ramp, None));
+        let warm_up = f.optional(d, "warmUp", WarmUp::read).unwrap_or_default();
         f.finish(d);
         Some(Self {
             steps: steps.or(blue_green).unwrap_or(default.steps),
@@ -174,8 +171,7 @@ impl Strategy {
             min_ready,
             progress_deadline,
             abort_at_deadline,
-            ramp,
-            warm_up_mirror,
+            warm_up,
         })
     }
 }
@@ -211,12 +207,4 @@ fn blue_green(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
     let is_preview = preview.pause || !preview.hold.is_zero() || !preview.matches.is_empty();
     let all = Step { hold, ..Step::all() };
     Some(is_preview.then_some(preview).into_iter().chain([all]).collect())
-}
-
-fn warm_up(d: &mut Decoder, value: &Value) -> Option<(Duration, Option<u32>)> {
-    let mut f: Fields<'_> = d.object(value)?;
-    let ramp = seconds(&mut f, d, "seconds", 0, 0);
-    let mirror = f.optional(d, "mirrorPercent", |d, v| d.integer(v, 1, 100).map(|percent| percent as u32));
-    f.finish(d);
-    Some((ramp, mirror))
 }

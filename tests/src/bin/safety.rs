@@ -40,7 +40,9 @@ struct Run {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let runs: usize = std::env::var("RUNS").ok().map_or(Ok(20), |runs| runs.parse()).context("RUNS: a number")?;
-    println!("v2 has 10 % of {RATE} requests/s and answers 500 to everything from a random moment on; {runs} runs each.\n");
+    println!(
+        "v2 has 10 % of {RATE} requests/s and answers 500 to everything from a random moment on; {runs} runs each.\n"
+    );
     println!("| who watches | share is 0 after, median | p90 | at most | failed requests, median | at most |");
     println!("|---|---|---|---|---|---|");
     for case in CASES {
@@ -81,7 +83,9 @@ impl Case {
             controller.kill()?;
         }
         let begun = Instant::now();
-        rig.version("v2").iter().for_each(|backend| backend.set(|behaviour| behaviour.errors = Errors { bad: 1, of: 1 }));
+        rig.version("v2")
+            .iter()
+            .for_each(|backend| backend.set(|behaviour| behaviour.errors = Errors { bad: 1, of: 1 }));
         let last = eventually("v2 to be left alone", DEADLINE, async || {
             let tally = load.tally();
             let times = tally.times.get("v2").context("v2 was never asked")?;
