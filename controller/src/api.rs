@@ -121,6 +121,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
         router = router.route(path, handler.route_layer(from_fn_with_state(guard, auth::guard)));
     }
     router
+        .merge(crate::page::router())
         .fallback(async || Problem::new(StatusCode::NOT_FOUND, "no such path"))
         .method_not_allowed_fallback(async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

@@ -9,6 +9,7 @@ pub mod explain;
 pub mod ledger;
 pub mod metrics;
 pub mod net;
+pub mod page;
 pub mod probe;
 pub mod readiness;
 pub mod render;

@@ -1,0 +1,136 @@
+// What the page has seen since it was opened: one value a second of whatever is plotted, for at most 15 minutes. Nothing is
+// made up: seconds that were not heard are gaps.
+
+/** How many seconds are kept. */
+export const KEEP = 900;
+/** Rates are over so many milliseconds: proxies report each second, and one second alone would jump. */
+const WINDOW = 5000;
+/** A rate over less says nothing. */
+const LEAST = 900;
+const MARKS = 100;
+
+const empty = () => new Float32Array(KEEP).fill(NaN);
+
+/** A version's counts over the last seconds. */
+class Counts {
+  #seen = [];
+
+  take(at, requests) {
+    const judged = requests.ok + requests.error + requests.clientError;
+    const now = { at, all: judged + requests.cancelled, judged, errors: requests.error };
+    const last = this.#seen.at(-1);
+    // Counts that fall begin anew; a rate over a time without hearing would flatten what happened in it.
+    if (last && (now.all < last.all || at - last.at > WINDOW)) this.#seen = [];
+    if (this.#seen.length > 1 && at - this.#seen.at(-2).at < 500) this.#seen.pop();
+    this.#seen.push(now);
+    while (this.#seen.length > 2 && at - this.#seen[1].at >= WINDOW) this.#seen.shift();
+  }
+
+  /** Requests a second, and the errors' share of those that were not cancelled; NaN where unknown. */
+  rates() {
+    const [first, last] = [this.#seen[0], this.#seen.at(-1)];
+    if (!first || last.at - first.at < LEAST) return { requests: NaN, errors: NaN };
+    const judged = last.judged - first.judged;
+    return {
+      requests: (last.all - first.all) / ((last.at - first.at) / 1000),
+      errors: judged > 0 ? (last.errors - first.errors) / judged : NaN,
+    };
+  }
+}
+
+/** One service as it was seen. */
+class Seen {
+  versions = new Map();
+  evidence = empty();
+  passEvidence = empty();
+  /** What changed and when: `{at (seconds), text}`. */
+  marks = [];
+  #last = null;
+
+  /** A version's plots: `share` in percent, `requests` a second, `errors` from 0 to 1. */
+  version(name) {
+    if (!this.versions.has(name)) {
+      const version = { share: empty(), requests: empty(), errors: empty(), counts: new Counts() };
+      this.versions.set(name, version);
+    }
+    return this.versions.get(name);
+  }
+
+  all() {
+    const versions = [...this.versions.values()];
+    return [this.evidence, this.passEvidence, ...versions.flatMap((one) => [one.share, one.requests, one.errors])];
+  }
+
+  mark(at, service) {
+    const step = service.step ? `${service.step.weight}\u00a0%` : "";
+    const next = { phase: service.phase, step: service.step?.number, target: service.target };
+    const last = this.#last;
+    this.#last = next;
+    if (!last) return;
+    if (next.phase !== last.phase && next.phase !== "Progressing") this.marks.push({ at, text: next.phase });
+    else if (next.target !== last.target && next.target) this.marks.push({ at, text: `to ${next.target}` });
+    else if (next.step && next.step !== last.step) this.marks.push({ at, text: step });
+    this.marks = this.marks.filter((mark) => mark.at > at - KEEP).slice(-MARKS);
+  }
+}
+
+export class Record {
+  /** The second of the last status; `null` before the first. */
+  last = null;
+  #services = new Map();
+
+  /** Takes a status that was heard at `now` (milliseconds). */
+  take(status, now) {
+    const second = Math.floor(now / 1000);
+    if (this.last !== null && second < this.last) this.#services.clear();
+    const from = this.last === null ? second : Math.max(this.last + 1, second - KEEP + 1);
+    const names = new Set(status.services.map((service) => service.name));
+    for (const [name, seen] of this.#services) {
+      if (!names.has(name)) this.#services.delete(name);
+      else for (const values of seen.all()) for (let gap = from; gap <= second; gap++) values[gap % KEEP] = NaN;
+    }
+    this.last = second;
+    const slot = second % KEEP;
+    for (const service of status.services) {
+      const seen = this.#services.get(service.name) ?? new Seen();
+      this.#services.set(service.name, seen);
+      for (const name of seen.versions.keys()) {
+        if (!service.versions.some((version) => version.name === name)) seen.versions.delete(name);
+      }
+      for (const version of service.versions) {
+        const values = seen.version(version.name);
+        values.counts.take(now, version.requests);
+        const rates = values.counts.rates();
+        values.share[slot] = version.weight;
+        values.requests[slot] = rates.requests;
+        values.errors[slot] = rates.errors;
+      }
+      seen.evidence[slot] = service.verdict?.evidence ?? NaN;
+      seen.passEvidence[slot] = service.verdict?.passEvidence ?? NaN;
+      seen.mark(second, service);
+    }
+  }
+
+  /** What was seen of a service; `undefined` for one that is not there. */
+  service(name) {
+    return this.#services.get(name);
+  }
+
+  /** A version's rates now: `requests` a second and `errors` from 0 to 1; NaN where unknown. */
+  rates(service, version) {
+    return this.#services.get(service)?.version(version).counts.rates() ?? { requests: NaN, errors: NaN };
+  }
+
+  /** The last so many seconds, the last heard one at the end. */
+  times(seconds) {
+    return Array.from({ length: seconds }, (_, index) => this.last - seconds + 1 + index);
+  }
+
+  /** The values of these seconds; `null` is a gap. */
+  values(series, seconds) {
+    return this.times(seconds).map((time) => {
+      const value = time < 0 ? NaN : series[time % KEEP];
+      return Number.isNaN(value) ? null : value;
+    });
+  }
+}

@@ -1,0 +1,404 @@
+// One rollout: where it stands and why, its steps, each service's versions, verdict and plots, and what happened.
+
+import { chip, colour, each, make, say, set, show, style } from "./dom.js";
+import { plots } from "./plots.js";
+import { toolbar } from "./commands.js";
+import { call } from "./feed.js";
+import * as words from "./words.js";
+
+const HISTORY = 100;
+const UNREADY = 50;
+const SPANS = [
+  [60, "1 min"],
+  [300, "5 min"],
+  [900, "15 min"],
+];
+
+/** A status' services by rollout: `{name, services, …}` with what their first service says of the rollout. */
+export function rollouts(status) {
+  const byName = new Map();
+  for (const service of status.services) {
+    const name = service.rollout ?? service.name;
+    if (!byName.has(name)) byName.set(name, { ...service, name, services: [] });
+    byName.get(name).services.push(service);
+  }
+  return [...byName.values()];
+}
+
+/** Whether a rollout is on its way. */
+export const isMoving = ({ phase }) => ["Waiting", "Progressing", "Paused"].includes(phase);
+
+/** The view of the rollout `name`; `app` has the status, the record, the feed and the transitions. */
+export function rolloutView(name, app) {
+  const title = make("h1", { tabindex: -1 }, name);
+  const phase = chip();
+  const way = make("span", { class: "way" });
+  const message = make("p", { class: "message" });
+  const since = make("span", { class: "since" });
+  const buttons = toolbar(name, app);
+  const steps = stepsCard();
+  const services = make("div", { class: "services" });
+  const past = historyCard();
+  const range = rangeChooser(app);
+  const back = make("a", { class: "back", href: "#/" }, "All rollouts");
+  const element = make(
+    "div",
+    { class: "rollout" },
+    back,
+    make("div", { class: "top" }, make("div", { class: "title" }, title, phase.element, way), buttons.element),
+    make("p", { class: "why" }, message, since),
+    steps.element,
+    range.element,
+    services,
+    past.element,
+  );
+  let asked = null;
+  const ask = () => {
+    asked = app.status.epoch + app.connected;
+    call(`v1/rollouts/${encodeURIComponent(name)}/history`).then(
+      ({ transitions }) => {
+        app.remember(name, transitions);
+        past.know(true);
+      },
+      () => past.know(false),
+    );
+  };
+  const update = () => {
+    const all = rollouts(app.status);
+    const rollout = all.find((one) => one.name === name);
+    show(back, all.length > 1);
+    if (asked !== app.status.epoch + app.connected) ask();
+    const now = app.feed.now();
+    phase.update(rollout.phase);
+    say(way, rollout.target && rollout.target !== rollout.stable ? `${rollout.stable} → ${rollout.target}` : `${rollout.stable} serves`);
+    say(message, rollout.message);
+    say(since, sinceWords(rollout, now));
+    buttons.update(rollout);
+    steps.update(rollout);
+    each(services, rollout.services, (service) => service.name, (service) => serviceSection(service, app));
+    element.classList.toggle("several", rollout.services.length > 1);
+    past.update(app.transitions(name), now);
+  };
+  const end = () => each(services, [], (service) => service.name);
+  return { element, update, end, heading: title, title: () => pageTitle(app, name) };
+}
+
+function sinceWords({ reason, since, deadline, phase }, now) {
+  const parts = [reason, `for ${words.span((now - Date.parse(since)) / 1000)}`].filter(Boolean);
+  if (deadline && phase !== "Failed" && phase !== "Succeeded") {
+    const left = (Date.parse(deadline) - now) / 1000;
+    parts.push(left > 0 ? `gives up in ${words.span(left)} without progress` : "its deadline is over");
+  }
+  return parts.join(" · ");
+}
+
+function pageTitle(app, name) {
+  const rollout = rollouts(app.status).find((one) => one.name === name);
+  if (!rollout) return name;
+  const target = rollout.versions.find((version) => version.name === rollout.target);
+  return `${name}: ${rollout.phase}${target ? `, ${target.name} ${words.percent(target.weight)}` : ""}`;
+}
+
+/** How far back the plots reach. */
+function rangeChooser(app) {
+  const choice = ([seconds, text]) =>
+    make(
+      "label",
+      {},
+      make("input", {
+        type: "radio",
+        name: "range",
+        value: seconds,
+        checked: seconds === app.seconds,
+        onchange: () => {
+          app.seconds = seconds;
+          app.render();
+        },
+      }),
+      make("span", {}, text),
+    );
+  return { element: make("fieldset", { class: "range" }, make("legend", {}, "Plots of the last"), ...SPANS.map(choice)) };
+}
+
+/** The steps as a track, the present one marked, how far it is held. */
+function stepsCard() {
+  const track = make("ol", { class: "track" });
+  const element = make("section", { class: "card steps" }, make("h2", {}, "Steps"), track);
+  const update = (rollout) => {
+    const steps = rollout.steps ?? [];
+    const done = doneSteps(rollout);
+    const present = rollout.step && isMoving(rollout) ? rollout.step : null;
+    const target = rollout.versions.find((version) => version.name === rollout.target);
+    show(element, steps.length);
+    each(
+      track,
+      steps.map((step, index) => ({ ...step, index })),
+      ({ index }) => index,
+      () => {
+        const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("i"));
+        const head = make("b");
+        const note = make("span");
+        return {
+          element: make("li", {}, bar, head, note),
+          update: (step) => {
+            const number = step.index + 1;
+            const state = number === present?.number ? "present" : number <= done ? "done" : "ahead";
+            const item = head.parentElement;
+            item.dataset.state = state;
+            set(item, "aria-current", state === "present" ? "step" : null);
+            say(head, step.pause ? "pause" : words.percent(step.weight));
+            say(note, stepNote(step, state === "present" ? present : null, target));
+            style(bar.firstChild, "width", `${100 * progress(step, state, present)}%`);
+          },
+        };
+      },
+    );
+  };
+  return { element, update };
+}
+
+function doneSteps(rollout) {
+  if (rollout.phase === "Succeeded") return Infinity;
+  return isMoving(rollout) && rollout.step ? rollout.step.number - 1 : 0;
+}
+
+function progress(step, state, present) {
+  if (state !== "present") return state === "done" ? 1 : 0;
+  if (present.heldSeconds === undefined || !step.holdSeconds) return 0;
+  return Math.min(1, present.heldSeconds / step.holdSeconds);
+}
+
+function stepNote(step, present, target) {
+  const parts = [];
+  if (present && target && present.heldSeconds === undefined && !step.pause) {
+    parts.push(`has ${words.percent(target.weight)}`);
+  } else if (step.holdSeconds) {
+    const held = present ? `${words.count(Math.min(present.heldSeconds ?? 0, step.holdSeconds))} of ` : "";
+    parts.push(`${present ? "held" : "hold"} ${held}${words.span(step.holdSeconds)}`);
+  } else if (step.pause) {
+    parts.push(present ? "until promoted" : "by hand");
+  }
+  if (step.matches) parts.push(words.plural(step.matches, "match first", "matches first"));
+  return parts.join(", ");
+}
+
+/** A service's versions, verdict and plots. */
+function serviceSection(service, app) {
+  const heading = make("h2", {}, service.name);
+  const unrouted = make("p", { class: "warning" });
+  const vetoes = make("ul", { class: "vetoes" });
+  const versions = versionsTable(app);
+  const verdict = verdictCard();
+  const drawn = plots();
+  const element = make(
+    "section",
+    { class: "service", "data-service": service.name },
+    heading,
+    unrouted,
+    vetoes,
+    make("div", { class: "pair" }, versions.element, verdict.element),
+    drawn.element,
+  );
+  const update = (service) => {
+    show(unrouted, service.unrouted > 0);
+    say(unrouted, `${words.plural(service.unrouted, "request", "requests")} found no version in service and went to Envoy's default route.`);
+    each(vetoes, vetoesOf(app.status, service), ({ proxy, version }) => `${proxy} ${version}`, () => {
+      const item = make("li");
+      return { element: item, update: (veto) => say(item, vetoWords(veto)) };
+    });
+    versions.update(service);
+    verdict.update(service);
+    drawn.update(service, app.record, app.seconds);
+  };
+  return { element, update, end: drawn.end };
+}
+
+function vetoesOf(status, service) {
+  const all = status.proxies.flatMap(({ id, vetoes }) => (vetoes ?? []).map((veto) => ({ ...veto, proxy: id })));
+  return all.filter((veto) => veto.service === service.name).slice(0, UNREADY);
+}
+
+/** A guard's veto in words. */
+export function vetoWords({ proxy, version, until, requests, errors, othersRequests, othersErrors }) {
+  const where = proxy ? `The guard of ${proxy}` : "The guard";
+  const others = `of the others ${words.count(othersErrors)} of ${words.count(othersRequests)}`;
+  const end = words.clock(Date.parse(until));
+  return `${where} keeps ${version} out until ${end}: ${words.count(errors)} of ${words.count(requests)} failed, ${others}.`;
+}
+
+const COLUMNS = ["Version", "Share", "Ready", "Requests", "OK", "Errors", "4xx", "Cancelled", "Error rate", "In flight", "Drain"];
+
+function versionsTable(app) {
+  const body = make("tbody", { role: "rowgroup" });
+  const head = COLUMNS.map((column) => make("th", { scope: "col", role: "columnheader" }, column));
+  const table = make(
+    "table",
+    { role: "table", class: "versions" },
+    make("caption", { class: "unseen" }, "Versions"),
+    make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...head)),
+    body,
+  );
+  let service;
+  const update = (next) => {
+    service = next;
+    each(body, service.versions, (version) => version.name, () => versionRow(app, () => service));
+  };
+  return { element: make("div", { class: "card" }, table), update };
+}
+
+function versionRow(app, serviceNow) {
+  const cells = COLUMNS.slice(1).map((column) => make("td", { role: "cell", "data-label": column }));
+  const [share, ready, requests, ok, errors, clientErrors, cancelled, rate, inFlight, drain] = cells;
+  const swatch = make("span", { class: "swatch" });
+  const name = make("span", { class: "name" });
+  const role = make("small", { class: "role" });
+  const bar = make("span", { class: "meter", "aria-hidden": "true" }, make("i"));
+  const weight = make("b");
+  share.append(weight, bar);
+  const endpoints = endpointsCell(ready);
+  const element = make("tr", { role: "row" }, make("th", { scope: "row", role: "rowheader" }, swatch, name, role), ...cells);
+  const update = (version) => {
+    const service = serviceNow();
+    const place = colour(service.versions.findIndex((one) => one.name === version.name));
+    const now = app.record.rates(service.name, version.name);
+    style(swatch, "background-color", place);
+    say(name, version.name);
+    say(role, roleOf(version, service));
+    say(weight, words.percent(version.weight));
+    style(bar.firstChild, "width", `${Math.min(100, version.weight)}%`);
+    style(bar.firstChild, "background-color", place);
+    endpoints(version);
+    say(requests, words.perSecond(now.requests));
+    say(ok, words.count(version.requests.ok));
+    say(errors, words.count(version.requests.error));
+    say(clientErrors, words.count(version.requests.clientError));
+    say(cancelled, words.count(version.requests.cancelled));
+    say(rate, words.rate(now.errors));
+    rate.classList.toggle("bad", now.errors >= 0.02);
+    say(inFlight, words.count(version.inFlight));
+    say(drain, drainWords(version, app.feed.now()));
+    set(drain, "title", version.drain?.message ?? null);
+  };
+  return { element, update };
+}
+
+function roleOf(version, service) {
+  const roles = [];
+  if (version.name === service.stable) roles.push("stable");
+  if (version.name === service.target) roles.push("target");
+  if (!version.serving) roles.push("out of service");
+  return roles.join(", ");
+}
+
+function drainWords({ drain }, now) {
+  if (!drain || drain.state === "Serving") return words.UNKNOWN;
+  const state = { Draining: "draining", Drained: "drained", DeadlineExceeded: "deadline over" }[drain.state] ?? drain.state;
+  return drain.since ? `${state}, ${words.ago(drain.since, now)}` : state;
+}
+
+/** `3/4`, which unfolds into why some are not ready. */
+function endpointsCell(cell) {
+  const plain = make("span");
+  const summary = make("summary");
+  const list = make("ul");
+  const details = make("details", {}, summary, list);
+  cell.append(plain, details);
+  return ({ endpoints }) => {
+    const unready = endpoints.notReady ?? [];
+    const text = `${words.count(endpoints.ready)}/${words.count(endpoints.listed)}`;
+    show(plain, unready.length === 0);
+    show(details, unready.length > 0);
+    say(plain, text);
+    say(summary, text);
+    set(summary, "aria-label", `${text} ready: why not all`);
+    cell.classList.toggle("short", endpoints.ready < endpoints.listed);
+    const shown = unready.slice(0, UNREADY).map(({ endpoint, reason }) => ({ endpoint, text: `${endpoint}: ${reason ?? "not probed yet"}` }));
+    const more = unready.length - shown.length;
+    if (more > 0) shown.push({ endpoint: "", text: `and ${words.count(more)} more` });
+    each(list, shown, ({ endpoint }) => endpoint, () => {
+      const item = make("li");
+      return { element: item, update: ({ text }) => say(item, text) };
+    });
+  };
+}
+
+/** The verdict in a sentence, and its evidence against the bounds. */
+function verdictCard() {
+  const outcome = make("span", { class: "outcome" });
+  const message = make("p");
+  const fail = meter("bad");
+  const pass = meter("good");
+  const latency = meter("bad");
+  const latencyMessage = make("p", { class: "note" });
+  const element = make(
+    "section",
+    { class: "card verdict" },
+    make("h3", {}, "Verdict", outcome),
+    message,
+    fail.element,
+    pass.element,
+    latency.element,
+    latencyMessage,
+  );
+  const update = ({ verdict, target }) => {
+    show(element, verdict);
+    if (!verdict) return;
+    element.dataset.outcome = verdict.outcome;
+    say(outcome, verdict.outcome);
+    say(message, verdict.message);
+    const name = target ?? "the target";
+    fail.update(`that ${name} is worse`, verdict.evidence, verdict.bound);
+    pass.update(`that ${name} is fine`, verdict.passEvidence, verdict.passBound);
+    show(latency.element, verdict.latency);
+    show(latencyMessage, verdict.latency);
+    if (verdict.latency) {
+      latency.update(`that ${name} is slower`, verdict.latency.evidence, verdict.latency.bound);
+      say(latencyMessage, verdict.latency.message);
+    }
+  };
+  return { element, update };
+}
+
+/** Evidence against its bound, logarithmic from 1 (none) to the bound. */
+function meter(kind) {
+  const label = make("span");
+  const value = make("span", { class: "value" });
+  const fill = make("i");
+  const bar = make("span", { class: "meter", role: "meter", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
+  const element = make("div", { class: `evidence ${kind}` }, label, value, bar);
+  const update = (what, evidence, bound) => {
+    show(element, bound > 0);
+    const part = evidence > 1 && bound > 1 ? Math.min(1, Math.log(evidence) / Math.log(bound)) : 0;
+    const said = `${words.evidence(evidence)} of ${words.evidence(bound)}`;
+    say(label, `Evidence ${what}`);
+    say(value, said);
+    style(fill, "width", `${100 * part}%`);
+    set(bar, "aria-label", `Evidence ${what}`);
+    set(bar, "aria-valuenow", Math.round(100 * part));
+    set(bar, "aria-valuetext", said);
+    element.classList.toggle("reached", part >= 1);
+  };
+  return { element, update };
+}
+
+/** What happened, newest first. */
+function historyCard() {
+  const list = make("ol", { class: "history" });
+  const none = make("p", { class: "nothing" });
+  const element = make("section", { class: "card" }, make("h2", {}, "What happened"), list, none);
+  let known = null;
+  const update = (transitions, now) => {
+    show(none, transitions.length === 0);
+    say(none, known === false ? "This controller does not tell its history." : "Nothing yet.");
+    each(list, transitions.slice(0, HISTORY), ({ key }) => key, (transition) => {
+      const phase = chip();
+      phase.update(transition.phase);
+      const when = make("time", { datetime: transition.time, title: words.date(transition.time) });
+      const step = transition.step ? `step ${transition.step}` : "";
+      const what = [transition.reason, step].filter(Boolean).join(", ");
+      const item = make("li", {}, when, phase.element, make("b", {}, what), make("span", {}, transition.message));
+      return { element: item, update: () => say(when, words.ago(transition.time, now)) };
+    });
+  };
+  return { element, update, know: (value) => (known = value) };
+}
