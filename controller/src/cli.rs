@@ -1,12 +1,16 @@
 //! The command line: what there is to say to `tideshift`, and how it answers. Each subcommand is a file of its own
 //! below; it reads its arguments and leaves the work to the library.
 
+mod completions;
 mod explain;
+mod history;
 mod render;
 mod serve;
 mod server;
 mod status;
+mod steer;
 mod validate;
+mod wait_drained;
 
 use crate::documents::DocumentErrors;
 use crate::net::io_reason;
@@ -16,6 +20,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Traffic shifting inside the proxy: which version of a service answers, decided request by request.
 #[derive(Debug, Parser)]
@@ -35,8 +40,14 @@ From a document to moving traffic:
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
                                                    Which version would this request get, and why?
 
-Exit codes: 0 fine; 2 a document or the command line is wrong; 3 the controller wants another token; 4 it does not fit
-how things stand; 1 anything else.";
+While it runs:
+  tideshift set-target v2 --wait                   A rollout; 0 when it has succeeded, 6 when it has failed
+  tideshift promote | pause | resume | abort | rollback --to v1 | set-weight 25
+  tideshift watch                                  Each transition as it happens
+  tideshift wait-drained checkout v1               Until nothing of v1 is in flight any more
+
+Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
+how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed; 1 anything else.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -45,6 +56,18 @@ enum Command {
     Validate(validate::Arguments),
     Explain(explain::Arguments),
     Render(render::Arguments),
+    Watch(history::Watch),
+    History(history::History),
+    Apply(steer::Apply),
+    SetTarget(steer::SetTarget),
+    Promote(steer::Promote),
+    Pause(steer::Pause),
+    Resume(steer::Resume),
+    Abort(steer::Abort),
+    Rollback(steer::Rollback),
+    SetWeight(steer::SetWeight),
+    WaitDrained(wait_drained::Arguments),
+    Completions(completions::Arguments),
 }
 
 /// How to print an answer.
@@ -67,6 +90,18 @@ impl Cli {
             Command::Validate(arguments) => validate::run(&arguments),
             Command::Explain(arguments) => explain::run(arguments).await,
             Command::Render(arguments) => render::run(&arguments),
+            Command::Watch(arguments) => arguments.run().await,
+            Command::History(arguments) => arguments.run().await,
+            Command::Apply(arguments) => arguments.run().await,
+            Command::SetTarget(arguments) => arguments.run().await,
+            Command::Promote(arguments) => arguments.run().await,
+            Command::Pause(arguments) => arguments.run().await,
+            Command::Resume(arguments) => arguments.run().await,
+            Command::Abort(arguments) => arguments.run().await,
+            Command::Rollback(arguments) => arguments.run().await,
+            Command::SetWeight(arguments) => arguments.run().await,
+            Command::WaitDrained(arguments) => arguments.run().await,
+            Command::Completions(arguments) => arguments.run(),
         }
     }
 }
@@ -80,6 +115,12 @@ pub enum Failure {
     /// Arguments that make no sense together or with the documents.
     #[error("error: {0}")]
     Usage(String),
+    /// What was waited for has not come in time.
+    #[error("error: {0}")]
+    TooLate(String),
+    /// The rollout that was waited for has failed.
+    #[error("error: {0}")]
+    RolloutFailed(String),
     /// The controller wants another token, or one at all.
     #[error("error: {0}")]
     NotAllowed(String),
@@ -92,13 +133,14 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// 2 if what the user wrote is wrong, 3 if the controller does not let the user in, 4 if it does not fit how things
-    /// stand, else 1.
+    /// As `tideshift --help` says.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Documents(_) | Self::Usage(_) => ExitCode::from(2),
-            Self::NotAllowed(_) => ExitCode::from(3),
+            Self::TooLate(_) => ExitCode::from(3),
             Self::Conflict(_) => ExitCode::from(4),
+            Self::NotAllowed(_) => ExitCode::from(5),
+            Self::RolloutFailed(_) => ExitCode::from(6),
             Self::Other(_) => ExitCode::FAILURE,
         }
     }
@@ -108,6 +150,13 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::Other(error.into())
     }
+}
+
+/// A time such as `90s`, `10m` or `1h 30m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let allowed = || "expected a time such as 90s, 10m or 1h".to_owned();
+    let parsed: jiff::SignedDuration = text.parse().map_err(|_| allowed())?;
+    Duration::try_from(parsed).map_err(|_| allowed())
 }
 
 /// The first line of a file that is not empty: a token.

@@ -141,8 +141,7 @@ impl Watch {
             }
             if redraws {
                 recent.sort();
-                let recent: String =
-                    recent.iter().rev().take(8).rev().map(|(_, line)| format!("{line}\n")).collect();
+                let recent: String = recent.iter().rev().take(8).rev().map(|(_, line)| format!("{line}\n")).collect();
                 let only = Status {
                     services: status.services.iter().filter(|of| is_wanted(&of.rollout)).cloned().collect(),
                     ..status

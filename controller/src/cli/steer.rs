@@ -268,7 +268,9 @@ impl Common {
                 Output::Json => print(&format!("{:#}\n", json!({ "services": services })))?,
             }
             return match (ended, first.phase) {
-                (false, _) => Err(Failure::TooLate(format!("{name} is not where it should be after {:?}", self.timeout))),
+                (false, _) => {
+                    Err(Failure::TooLate(format!("{name} is not where it should be after {:?}", self.timeout)))
+                }
                 (true, Phase::Failed) if self.wait && *goal == Goal::End => {
                     Err(Failure::RolloutFailed(format!("{name}: {}", first.message)))
                 }
