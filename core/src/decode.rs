@@ -38,8 +38,6 @@ pub enum Problem {
         /// All known names at this place.
         known: Vec<&'static str>,
     },
-    /// The field is part of the design, but this build does not act on it; taking it would be a lie.
-    Unsupported,
     /// The document as a whole cannot be read.
     Unreadable(String),
 }
@@ -60,9 +58,6 @@ impl fmt::Display for FieldError {
                 write!(f, " (known here: {})", known.join(", "))
             }
             Problem::Unreadable(why) => f.write_str(why),
-            Problem::Unsupported => {
-                f.write_str("not supported by this version of tideshift yet, and never silently ignored; remove it")
-            }
         }
     }
 }
@@ -264,16 +259,6 @@ impl<'v> Fields<'v> {
         self.map.get(name).is_some_and(|value| !value.is_null())
     }
 
-    /// Fields of the design that this build does not act on: an error when used.
-    pub fn unsupported(&mut self, d: &mut Decoder, names: &[&'static str]) {
-        for name in names {
-            self.optional(d, name, |d, _| {
-                d.error(Problem::Unsupported);
-                Some(())
-            });
-        }
-    }
-
     /// Ends the object: every field that nobody asked for is an error.
     pub fn finish(self, d: &mut Decoder) {
         for name in self.map.keys() {
@@ -323,7 +308,6 @@ mod tests {
         let mut f = d.object(value)?;
         let name = f.required(d, "name", "a name", Decoder::filled_text);
         let count = f.optional(d, "holdSeconds", |d, v| d.integer(v, 1, 9));
-        f.unsupported(d, &["session"]);
         f.finish(d);
         Some(Pair { name: name?, count: count.unwrap_or(7) })
     }
@@ -346,7 +330,7 @@ mod tests {
     fn every_error_is_told_at_once_with_its_place() {
         let value = json!([
             {"nmae": "a", "holdSeconds": 10},
-            {"name": "", "holdSecond": 3, "session": {}},
+            {"name": "", "holdSecond": 3},
             "text",
             {"name": "b", "holdSeconds": 1.5},
         ]);
@@ -355,10 +339,9 @@ mod tests {
             [
                 "pairs[0].name: missing; expected a name",
                 "pairs[0].holdSeconds: 10 is not allowed; expected an integer from 1 to 9",
-                "pairs[0].nmae: unknown field; did you mean `name`? (known here: name, holdSeconds, session)",
+                "pairs[0].nmae: unknown field; did you mean `name`? (known here: name, holdSeconds)",
                 "pairs[1].name: \"\" is not allowed; expected a string that is not empty",
-                "pairs[1].session: not supported by this version of tideshift yet, and never silently ignored; remove it",
-                "pairs[1].holdSecond: unknown field; did you mean `holdSeconds`? (known here: name, holdSeconds, session)",
+                "pairs[1].holdSecond: unknown field; did you mean `holdSeconds`? (known here: name, holdSeconds)",
                 "pairs[2]: \"text\" is not allowed; expected an object",
                 "pairs[3].holdSeconds: 1.5 is not allowed; expected an integer from 1 to 9",
             ]
@@ -368,7 +351,7 @@ mod tests {
     #[test]
     fn a_name_like_nothing_known_gets_no_suggestion() {
         let errors = errors(json!([{"name": "a", "zzz": 1}]));
-        assert_eq!(errors, ["pairs[0].zzz: unknown field (known here: name, holdSeconds, session)"]);
+        assert_eq!(errors, ["pairs[0].zzz: unknown field (known here: name, holdSeconds)"]);
     }
 
     #[test]

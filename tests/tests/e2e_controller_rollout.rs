@@ -164,7 +164,7 @@ async fn a_document_that_is_wrong_changes_nothing_and_says_everything() -> anyho
     bad["spec"]["target"] = json!("v9");
     bad["spec"]["strategy"]["steps"][0]["weight"] = json!(101);
     bad["spec"]["versions"][1]["readinesProbe"] = json!({});
-    bad["spec"]["drain"] = json!({ "timeoutSeconds": 60 });
+    bad["spec"]["drain"] = json!({ "timeoutSeconds": -1 });
     rig.write(&good)?;
     let controller = rig.start_controller().await?;
     let _envoy = rig.start_envoy(WORKERS).await?;
@@ -177,7 +177,7 @@ async fn a_document_that_is_wrong_changes_nothing_and_says_everything() -> anyho
         "spec.versions[1].readinesProbe: unknown field; did you mean `readinessProbe`?",
         "spec.target: \"v9\" is not allowed; expected one of the versions v1, v2",
         "spec.strategy.steps[0].weight: 101 is not allowed; expected an integer from 0 to 100",
-        "spec.drain: not supported by this version of tideshift yet, and never silently ignored; remove it",
+        "spec.drain.timeoutSeconds: -1 is not allowed; expected an integer from 0 to 31536000",
     ]
     .map(|error| format!("{file}: {error}"))
     .to_vec();

@@ -28,7 +28,8 @@ pub(super) struct History {
 
 /// Watch rollouts: the status, redrawn, and each transition as it happens
 ///
-/// Goes on until Ctrl-C, also while the controller is away. Not on a terminal it prints transitions only, a line each.
+/// Goes on until Ctrl-C, also while the controller is away. Not on a terminal it prints transitions only, a line
+/// each, beginning with the latest.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -94,7 +95,7 @@ impl Watch {
         const EVERY: Duration = Duration::from_millis(500);
         let controller = self.server.open()?;
         let redraws = self.output == Output::Table && stdout().is_terminal();
-        // How much of each rollout's history has been shown; what was there before is shown on a terminal only.
+        // How much of each rollout's history has been shown.
         let mut shown: BTreeMap<String, TransitionStatus> = BTreeMap::new();
         let mut first = true;
         loop {
@@ -121,10 +122,9 @@ impl Watch {
                 let path = format!("/v1/rollouts/{name}/history");
                 let Ok(history) = controller.get::<Transitions>(&path).await else { continue };
                 let last = shown.get(name).and_then(|last| history.transitions.iter().rposition(|one| one == last));
-                for transition in history.transitions.iter().skip(last.map_or(0, |last| last + 1)) {
-                    if redraws || (first && shown.get(name).is_none()) {
-                        continue;
-                    }
+                // Of what was there before, where it stands.
+                let before = if first { history.transitions.len().saturating_sub(1) } else { 0 };
+                for transition in history.transitions.iter().skip(last.map_or(before, |last| last + 1)) {
                     let _ = match self.output {
                         Output::Table => writeln!(text, "{}", line(name, transition)),
                         Output::Json => {
