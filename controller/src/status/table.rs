@@ -1,6 +1,6 @@
 //! The status as tables, for people.
 
-use super::{ProxyStatus, ServiceStatus, Status, VersionStatus, VetoStatus};
+use super::{DrainState, ProxyStatus, ServiceStatus, Status, VersionStatus, VetoStatus};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
@@ -12,7 +12,11 @@ impl Status {
             let _ = writeln!(text, "not in force: {error}");
         }
         for service in &self.services {
-            let _ = writeln!(text, "{}\n{}\n", service.heading(), service.table());
+            let _ = writeln!(text, "{}\n{}", service.heading(), service.table());
+            if let Some(verdict) = &service.verdict {
+                let _ = writeln!(text, "verdict: {}", verdict.message);
+            }
+            text.push('\n');
         }
         let _ = match self.proxies.is_empty() {
             true => writeln!(text, "revision {}; no proxy has asked for it yet", self.revision),
@@ -24,7 +28,10 @@ impl Status {
 
 impl ServiceStatus {
     fn heading(&self) -> String {
-        let mut heading = format!("{}: {}", self.name, self.phase.name());
+        let mut heading = match self.name == self.rollout {
+            true => format!("{}: {}", self.name, self.phase.name()),
+            false => format!("{} ({}): {}", self.name, self.rollout, self.phase.name()),
+        };
         if let Some(step) = &self.step {
             let _ = write!(heading, ", step {} of {} ({} %", step.number, step.of, step.weight);
             let _ = match step.held_seconds {
@@ -68,7 +75,11 @@ impl ServiceStatus {
         let role = match &version.name {
             name if *name == self.stable => "stable",
             name if Some(name) == self.target.as_ref() => "target",
-            _ => "",
+            _ => match version.drain.state {
+                DrainState::Serving | DrainState::Drained => "",
+                DrainState::Draining => "draining",
+                DrainState::DeadlineExceeded => "not drained in time",
+            },
         };
         let reason = version.endpoints.not_ready.first().map_or(String::new(), |first| {
             let more = version.endpoints.not_ready.len() - 1;
