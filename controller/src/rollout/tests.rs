@@ -718,3 +718,118 @@ fn services_of_one_shift_move_together_and_go_back_together() {
     assert_eq!(both(play.pass(1)), [back.clone(), back], "12 errors in both together");
     assert_eq!(play.stands(), (Phase::Failed, Reason::TooManyErrors));
 }
+
+mod properties {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What can happen to a rollout.
+    #[derive(Debug, Clone)]
+    enum Happening {
+        Ready(usize, u32),
+        Count(usize, u64, u64),
+        Opinion(bool, bool, bool),
+        Behind(bool),
+        Document(Option<usize>, usize),
+        Said(Command),
+        Restart,
+        Pass(u64),
+    }
+
+    fn version(i: usize) -> String {
+        format!("v{}", i % 3 + 1)
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        let command = prop_oneof![
+            any::<bool>().prop_map(|full| Command::Promote { full }),
+            Just(Command::Pause),
+            Just(Command::Resume),
+            Just(Command::Abort),
+            (0usize..4).prop_map(|i| Command::Rollback { to: version(i) }),
+            (0usize..4).prop_map(|i| Command::SetTarget { target: version(i) }),
+            (0u32..110).prop_map(|weight| Command::SetWeight { weight }),
+        ];
+        prop_oneof![
+            3 => (0usize..3, 0u32..6).prop_map(|(v, ready)| Happening::Ready(v, ready)),
+            2 => (0usize..3, 0u64..50, 0u64..8).prop_map(|(v, ok, error)| Happening::Count(v, ok, error)),
+            2 => any::<(bool, bool, bool)>().prop_map(|(fails, passes, both)| Happening::Opinion(fails, passes, both)),
+            1 => any::<bool>().prop_map(Happening::Behind),
+            1 => (prop::option::of(0usize..3), 0usize..3).prop_map(|(target, stable)| Happening::Document(target, stable)),
+            3 => command.prop_map(Happening::Said),
+            1 => Just(Happening::Restart),
+            4 => (0u64..40_000).prop_map(Happening::Pass),
+        ]
+    }
+
+    fn strategies() -> impl Strategy<Value = serde_json::Value> {
+        prop_oneof![
+            Just(
+                json!({"steps": [{"weight": 10, "holdSeconds": 5}, {"pause": true}, {"weight": 60, "holdSeconds": 5}]})
+            ),
+            Just(json!({"blueGreen": {"autoPromotionEnabled": false, "holdSeconds": 3}})),
+            Just(json!({"steps": [{"weight": 30}], "warmUp": {"seconds": 9, "mirrorPercent": 5}, "maxUnavailable": 0})),
+            Just(json!({"steps": [{"weight": 50}], "progressDeadlineSeconds": 9, "progressDeadlineAbort": true})),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+        #[test]
+        fn whatever_happens_nothing_is_dropped_overloaded_repeated_or_skipped(
+            strategy in strategies(), happenings in prop::collection::vec(happening(), 1..60),
+        ) {
+            let mut play = Play::new("v1", None, json!([{"weight": 100}]));
+            play.set("strategy", strategy);
+            for happening in happenings {
+                let before = play.rollout.clone();
+                let mut said = false;
+                match happening {
+                    Happening::Ready(v, ready) => play.ready(&version(v), ready),
+                    Happening::Count(v, ok, error) => play.count(&version(v), ok, error),
+                    Happening::Opinion(fails, passes, both_fail) => {
+                        play.world.opinion = Opinion { fails, passes, both_fail, ..Opinion::default() };
+                    }
+                    Happening::Behind(behind) => play.world.behind = behind,
+                    Happening::Document(target, stable) => {
+                        play.set("target", json!(target.map(version)));
+                        play.set("stable", json!(version(stable)));
+                    }
+                    Happening::Said(command) => said = play.command(command).is_ok(),
+                    Happening::Restart => {
+                        let text = serde_json::to_string(&play.rollout).unwrap();
+                        let news = play.rollout.take_news();
+                        let stored: Rollout = serde_json::from_str(&text).unwrap();
+                        prop_assert_eq!(&stored, &play.rollout);
+                        play.rollout = stored;
+                        play.rollout.news = news;
+                    }
+                    Happening::Pass(millis) => play.now += millis,
+                }
+                let shift = read(&play.document);
+                play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now);
+                let (rollout, steps) = (&play.rollout, play.rollout.steps(&shift));
+                prop_assert!(rollout.number == before.number || rollout.number == before.number + 1);
+                if rollout.number == before.number && rollout.phase.is_under_way() && !said {
+                    prop_assert!(rollout.step == before.step || rollout.step == before.step + 1, "{:?}", rollout);
+                }
+                prop_assert!(!rollout.phase.is_under_way() || rollout.step < steps.len());
+                prop_assert_eq!(rollout.phase.is_under_way(), rollout.current_step(&shift).is_some());
+                prop_assert!(rollout.target.is_some() || !rollout.phase.is_under_way());
+                prop_assert!(rollout.phase.is_under_way() || (rollout.testers(&shift).is_none() && rollout.mirror(&shift).is_none()));
+                let service = &shift.services[0];
+                let parts = rollout.parts(&shift, service, &play.world);
+                let any_ready = (0..3).any(|v| play.world.ready(&service.name, &version(v)) > 0);
+                let sum: f64 = parts.iter().map(|part| part.share).sum();
+                prop_assert!((sum - f64::from(u8::from(any_ready))).abs() < 1e-6, "{:?}", parts);
+                for part in &parts {
+                    prop_assert!(part.share == 0.0 || play.world.ready(&service.name, &part.version) > 0);
+                    prop_assert!(part.serving || part.weight == 0);
+                }
+            }
+            let news = play.rollout.take_news();
+            prop_assert!(news.windows(2).all(|pair| pair[0].time <= pair[1].time && pair[0].rollout <= pair[1].rollout));
+        }
+    }
+}
