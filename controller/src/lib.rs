@@ -19,3 +19,4 @@ pub mod shares;
 pub mod status;
 pub mod store;
 pub mod telemetry;
+pub mod warm_up;

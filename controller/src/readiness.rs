@@ -2,6 +2,7 @@
 //! Turning readiness into weights is somebody else's.
 
 mod prober;
+mod watch;
 
 pub use prober::Prober;
 
@@ -26,7 +27,9 @@ pub struct EndpointState {
     /// Whether there are grounds for `ready`: a first result, a remembered state, no probe at all, or that the
     /// endpoint was added to a service that is being watched already (it is new then, so not ready).
     pub known: bool,
-    /// Why the latest probe failed; `None` if it did not, or if there was none yet.
+    /// Whether its first try of warm-up requests is under way.
+    pub warming: bool,
+    /// Why the latest probe failed, or how far the warm-up is; `None` if it is neither, or if there was no probe yet.
     pub reason: Option<String>,
 }
 
@@ -67,6 +70,13 @@ impl Readiness {
             versions.iter().map(|(name, endpoints)| (name.clone(), ready(endpoints))).collect()
         };
         RememberedReadiness(self.services.iter().map(|(name, v)| (name.clone(), versions(v))).collect())
+    }
+
+    /// Whether a version other than this one has an endpoint that can take traffic.
+    fn has_other(&self, service: &str, version: &str) -> bool {
+        let versions = self.services.get(service).into_iter().flatten();
+        let others = versions.filter(|(name, _)| *name != version);
+        others.flat_map(|(_, endpoints)| endpoints).any(|endpoint| endpoint.ready)
     }
 
     fn find(&self, service: &str, version: &str, endpoint: &Endpoint) -> Option<&EndpointState> {

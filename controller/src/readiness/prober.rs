@@ -1,30 +1,28 @@
-//! Probes every endpoint of the documents in force, each by a task of its own, and keeps the table of readiness.
+//! Watches every endpoint of the documents in force, each by a task of its own ([`super::watch`]), and keeps the table of
+//! readiness.
 
+use super::watch::{Clients, Finding, Terms, Watch};
 use super::{EndpointState, Readiness, RememberedReadiness};
-use crate::probe::threshold::Threshold;
-use crate::probe::{self, Client, Subject};
+use crate::probe::Subject;
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use tideshift_core::shift::{Endpoint, Probe, ShiftVersion, TrafficShift};
+use tideshift_core::shift::TrafficShift;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 /// Runs the probes. Ends them when dropped.
 #[derive(Debug)]
 pub struct Prober {
-    client: Client,
+    clients: Clients,
     remembered: RememberedReadiness,
     table: Arc<Table>,
 }
 
 /// The readiness, and whose results count towards it.
 #[derive(Debug)]
-struct Table {
+pub(super) struct Table {
     tasks: Mutex<Tasks>,
-    readiness: watch::Sender<Arc<Readiness>>,
+    pub(super) readiness: watch::Sender<Arc<Readiness>>,
 }
 
 #[derive(Debug, Default)]
@@ -33,12 +31,12 @@ struct Tasks {
     started: u64,
 }
 
-/// The task that probes one endpoint.
+/// The task that looks after one endpoint.
 #[derive(Debug)]
 struct Running {
     /// A task that was stopped may still be about to hand in a result; its number gives it away.
     number: u64,
-    probe: Probe,
+    terms: Terms,
     stop: AbortHandle,
 }
 
@@ -51,7 +49,7 @@ impl Prober {
     /// If the TLS library cannot be set up.
     pub fn start(remembered: RememberedReadiness) -> Result<Self, reqwest::Error> {
         let table = Table { tasks: Mutex::default(), readiness: watch::Sender::default() };
-        Ok(Self { client: Client::new()?, remembered, table: Arc::new(table) })
+        Ok(Self { clients: Clients::new()?, remembered, table: Arc::new(table) })
     }
 
     /// The readiness now, and from now on.
@@ -60,32 +58,34 @@ impl Prober {
     }
 
     /// Probes the endpoints of these documents from now on, and no others. An endpoint that was probed before keeps
-    /// its state, and its task too if the probe is the same. Must be called from within a Tokio runtime.
+    /// its state, and its task too if it is ready on the same terms. Must be called from within a Tokio runtime.
     pub fn set(&self, shifts: &[TrafficShift]) {
         let mut tasks = self.table.lock();
         let before = Arc::clone(&self.table.readiness.borrow());
         let mut readiness = Readiness::default();
         let mut running = BTreeMap::new();
-        for service in shifts.iter().flat_map(|shift| &shift.services) {
+        for (shift, service) in
+            shifts.iter().flat_map(|shift| shift.services.iter().map(move |service| (shift, service)))
+        {
             let versions = readiness.services.entry(service.name.clone()).or_default();
             for version in &service.versions {
-                let states = self.states(&before, &service.name, version);
-                if let Some(probe) = &version.readiness_probe {
-                    for state in &states {
-                        let subject = Subject {
-                            service: service.name.clone(),
-                            version: version.name.clone(),
-                            endpoint: state.endpoint.clone(),
-                        };
-                        let kept = tasks.running.remove(&subject).filter(|running| running.probe == *probe);
+                let terms = Terms::of(shift, version);
+                let endpoints = version.endpoints.iter().map(|endpoint| {
+                    let (service, version) = (service.name.clone(), version.name.clone());
+                    let subject = Subject { service, version, endpoint: endpoint.clone() };
+                    let (mut state, serves) = self.state(&before, &subject, &terms);
+                    if terms.probe.is_some() || !state.ready {
+                        let kept = tasks.running.remove(&subject).filter(|running| running.terms == terms);
                         let task = kept.unwrap_or_else(|| {
                             tasks.started += 1;
-                            self.watch(tasks.started, &subject, probe, state.ready)
+                            state.warming = false;
+                            self.watch(tasks.started, &subject, &terms, state.ready, serves)
                         });
                         running.insert(subject, task);
                     }
-                }
-                versions.insert(version.name.clone(), states);
+                    state
+                });
+                versions.insert(version.name.clone(), endpoints.collect());
             }
         }
         // What is still in the old map is dropped here, and ends.
@@ -93,26 +93,32 @@ impl Prober {
         self.table.readiness.send_replace(Arc::new(readiness));
     }
 
-    /// What is known of a version's endpoints before their first result.
-    fn states(&self, before: &Readiness, service: &str, version: &ShiftVersion) -> Vec<EndpointState> {
+    /// What is known of an endpoint before its first result, and whether it is taken for one that serves already.
+    fn state(&self, before: &Readiness, subject: &Subject, terms: &Terms) -> (EndpointState, bool) {
+        let Subject { service, version, endpoint } = subject;
         let is_watched = before.services.contains_key(service);
-        let state = |endpoint: &Endpoint| {
-            let unprobed = version.readiness_probe.is_none();
-            let earlier = before.find(service, &version.name, endpoint);
-            let remembered = !is_watched && self.remembered.has(service, &version.name, endpoint);
-            EndpointState {
-                endpoint: endpoint.clone(),
-                ready: unprobed || remembered || earlier.is_some_and(|state| state.ready),
-                known: unprobed || remembered || earlier.map_or(is_watched, |state| state.known),
-                reason: earlier.filter(|_| !unprobed).and_then(|state| state.reason.clone()),
-            }
+        let earlier = before.find(service, version, endpoint);
+        let remembered = !is_watched && self.remembered.has(service, version, endpoint);
+        let unheard_of = earlier.map_or(!is_watched, |state| !state.known) && !self.remembered.0.contains_key(service);
+        let trusted = terms.yields && unheard_of;
+        let unprobed = terms.probe.is_none();
+        let at_once = unprobed && (terms.warm_up.is_none() || trusted);
+        let state = EndpointState {
+            endpoint: endpoint.clone(),
+            ready: at_once || remembered || earlier.is_some_and(|state| state.ready),
+            known: unprobed || remembered || earlier.map_or(is_watched, |state| state.known),
+            warming: earlier.is_some_and(|state| state.warming),
+            reason: earlier.filter(|_| !at_once).and_then(|state| state.reason.clone()),
         };
-        version.endpoints.iter().map(state).collect()
+        let serves = state.ready || trusted;
+        (state, serves)
     }
 
-    fn watch(&self, number: u64, subject: &Subject, probe: &Probe, ready: bool) -> Running {
-        let task = watch(Arc::clone(&self.table), self.client.clone(), number, subject.clone(), probe.clone(), ready);
-        Running { number, probe: probe.clone(), stop: tokio::spawn(task).abort_handle() }
+    fn watch(&self, number: u64, subject: &Subject, terms: &Terms, ready: bool, serves: bool) -> Running {
+        let (table, clients) = (Arc::clone(&self.table), self.clients.clone());
+        let watch = Watch { table, clients, number, subject: subject.clone(), terms: terms.clone() };
+        let task = tokio::spawn(async move { watch.run(ready, serves).await });
+        Running { number, terms: terms.clone(), stop: task.abort_handle() }
     }
 }
 
@@ -128,39 +134,6 @@ impl Drop for Running {
     }
 }
 
-/// Probes one endpoint for as long as the task is left alone.
-async fn watch(table: Arc<Table>, client: Client, number: u64, subject: Subject, probe: Probe, ready: bool) {
-    let mut threshold = Threshold::new(&probe, ready);
-    // Proxies check endpoints themselves, and find out about one that has become ready a little later. Weight for it
-    // before they know would send requests to endpoints that are not ready.
-    let until_proxies_know = probe.comeback_period().mul_f64(1.5);
-    let mut was_ready = None;
-    sleep(probe.initial_delay).await;
-    // The first at once; the others at a phase of the endpoint's own, so that many do not all come at one moment.
-    let mut ticks = interval_at(Instant::now() + probe.period + phase(&subject, probe.period), probe.period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    loop {
-        let result = probe::once(&client, &subject, &probe).await;
-        let ready = threshold.observe(result.is_ok());
-        if ready && was_ready == Some(false) {
-            sleep(until_proxies_know).await;
-        }
-        was_ready = Some(ready);
-        table.take_in(number, &subject, ready, result.err());
-        ticks.tick().await;
-    }
-}
-
-/// Where in a period an endpoint's probes lie: up to a tenth of it, always the same place; 0 for periods below 1 s.
-fn phase(subject: &Subject, period: Duration) -> Duration {
-    if period < Duration::from_secs(1) {
-        return Duration::ZERO;
-    }
-    let mut hasher = DefaultHasher::new();
-    subject.hash(&mut hasher);
-    period.mul_f64(hasher.finish() as f64 / u64::MAX as f64 / 10.0)
-}
-
 impl Table {
     fn lock(&self) -> MutexGuard<'_, Tasks> {
         // Nothing that holds the lock panics half-way; if it did, the map would still be whole.
@@ -168,7 +141,7 @@ impl Table {
     }
 
     /// Takes in what the task `number` found out, unless it has been replaced.
-    fn take_in(&self, number: u64, subject: &Subject, ready: bool, reason: Option<String>) {
+    pub(super) fn take_in(&self, number: u64, subject: &Subject, finding: Finding) {
         let tasks = self.lock();
         if tasks.running.get(subject).is_none_or(|running| running.number != number) {
             return;
@@ -176,16 +149,19 @@ impl Table {
         self.readiness.send_if_modified(|readiness| {
             let Subject { service, version, endpoint } = subject;
             let Some(state) = readiness.find(service, version, endpoint) else { return false };
-            if state.known && state.ready == ready && state.reason == reason {
+            let Finding { ready, warming, reason } = finding;
+            let known = true;
+            let found = EndpointState { endpoint: endpoint.clone(), ready, known, warming, reason };
+            if *state == found {
                 return false;
             }
             let first_failure = !ready && state.reason.is_none();
             if !state.known || state.ready != ready || first_failure {
-                let reason = reason.as_deref();
+                let reason = found.reason.as_deref();
                 tracing::info!(service, version, %endpoint, ready, reason, "readiness");
             }
             if let Some(state) = Arc::make_mut(readiness).find_mut(service, version, endpoint) {
-                (state.ready, state.known, state.reason) = (ready, true, reason);
+                *state = found;
             }
             true
         });
@@ -195,9 +171,10 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
     use serde_json::{Value, json};
+    use std::time::Duration;
     use tokio::net::TcpListener;
+    use tokio::time::Instant;
 
     /// The TrafficShift `checkout` with these endpoints and probes of v1 and v2.
     fn shift(v1: (&[u16], Value), v2: (&[u16], Value)) -> TrafficShift {
@@ -331,20 +308,10 @@ mod tests {
         prober.set(&[shift((&[9], never.clone()), (&[], Value::Null))]);
         prober.set(&[shift((&[9], tcp(json!({"initialDelaySeconds": 3600}))), (&[], Value::Null))]);
         let subject = prober.table.lock().running.keys().next().unwrap().clone();
-        prober.table.take_in(1, &subject, true, None);
+        let ready = || Finding { ready: true, ..Finding::default() };
+        prober.table.take_in(1, &subject, ready());
         assert_eq!(prober.subscribe().borrow().ready("checkout", "v1"), 0);
-        prober.table.take_in(2, &subject, true, None);
+        prober.table.take_in(2, &subject, ready());
         assert_eq!(prober.subscribe().borrow().ready("checkout", "v1"), 1);
-    }
-
-    proptest! {
-        #[test]
-        fn a_phase_is_less_than_a_tenth_of_the_period(port in 1u16.., millis in 1u64..100_000_000) {
-            let endpoint = Endpoint { host: "127.0.0.1".to_owned(), port };
-            let subject = Subject { service: "s".to_owned(), version: "v".to_owned(), endpoint };
-            let period = Duration::from_millis(millis);
-            let phase = phase(&subject, period);
-            prop_assert!(phase <= period / 10 + Duration::from_nanos(1) && (millis >= 1000 || phase.is_zero()));
-        }
     }
 }
