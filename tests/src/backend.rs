@@ -12,7 +12,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -157,6 +157,8 @@ struct State {
     reset: AtomicBool,
     /// The requests by the version that they came for.
     versions: Mutex<BTreeMap<String, u64>>,
+    /// How many requests there were when the first of them came.
+    before_users: OnceLock<u64>,
 }
 
 impl Backend {
@@ -177,6 +179,7 @@ impl Backend {
                 health: AtomicU64::new(0),
                 reset: AtomicBool::new(false),
                 versions: Mutex::default(),
+                before_users: OnceLock::new(),
             }),
             server: Mutex::new(None),
             closed: Mutex::new(None),
@@ -249,6 +252,17 @@ impl Backend {
     /// The requests by the version header that they came with; those without are not in it.
     pub fn versions(&self) -> BTreeMap<String, u64> {
         lock(&self.state.versions).clone()
+    }
+
+    /// How many requests it had got when the first came with the version header, which is to say through a proxy; `None`
+    /// as long as none has.
+    pub fn asked_before_users(&self) -> Option<u64> {
+        self.state.before_users.get().copied()
+    }
+
+    /// The requests that came without the version header, which is to say past the proxies.
+    pub fn asked_directly(&self) -> u64 {
+        self.counts().requests - self.versions().values().sum::<u64>()
     }
 
     /// What it was asked so far.
@@ -330,6 +344,7 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
     let behaviour = Arc::clone(&lock(&state.behaviour));
     let boxed = |answer: Answer| answer.map_err(Into::into).boxed_unsync();
     if let Some(version) = request.headers().get(VERSION_HEADER) {
+        state.before_users.get_or_init(|| state.requests.load(Ordering::Relaxed));
         *lock(&state.versions).entry(String::from_utf8_lossy(version.as_bytes()).into_owned()).or_default() += 1;
     }
     let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
