@@ -7,6 +7,7 @@ mod history;
 mod render;
 mod serve;
 mod server;
+mod simulate;
 mod status;
 mod steer;
 mod validate;
@@ -39,6 +40,8 @@ From a document to moving traffic:
   tideshift status --watch                         How things stand
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
                                                    Which version would this request get, and why?
+  tideshift simulate -f shift.yaml --scenario scenario.yaml --svg simulation.svg
+                                                   What would the strategy do if versions behaved like this?
 
 While it runs:
   tideshift set-target v2 --wait                   A rollout; 0 when it has succeeded, 6 when it has failed
@@ -68,6 +71,7 @@ enum Command {
     SetWeight(steer::SetWeight),
     WaitDrained(wait_drained::Arguments),
     Completions(completions::Arguments),
+    Simulate(simulate::Arguments),
 }
 
 /// How to print an answer.
@@ -102,6 +106,7 @@ impl Cli {
             Command::SetWeight(arguments) => arguments.run().await,
             Command::WaitDrained(arguments) => arguments.run().await,
             Command::Completions(arguments) => arguments.run(),
+            Command::Simulate(arguments) => simulate::run(&arguments),
         }
     }
 }

@@ -79,6 +79,24 @@ pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, 
     Ok(documents.into_iter().zip(values).filter_map(shift).collect())
 }
 
+/// Reads a file that holds one document, of whatever kind `read` reads; `-` is standard input.
+///
+/// # Errors
+///
+/// As [`load`], and if the file holds several documents.
+pub fn load_one<T>(file: &Path, read: impl FnOnce(&Value) -> Result<T, Errors>) -> Result<T, DocumentErrors> {
+    let source = Source { file: shown_name(file), number: None };
+    let whole_file = |why: String| DocumentErrors(vec![source.error("", why)]);
+    let values = read_text(file).and_then(|text| values(&text)).map_err(whole_file)?;
+    let value = match values.as_slice() {
+        [value] => value,
+        [] => return Err(whole_file("no document in it".to_owned())),
+        several => return Err(whole_file(format!("{} documents in it; expected one", several.len()))),
+    };
+    let all = |errors: Errors| errors.0.into_iter().map(|error| DocumentError { source: source.clone(), error });
+    read(value).map_err(|errors| DocumentErrors(all(errors).collect()))
+}
+
 /// Whether another document can stand beside these.
 ///
 /// # Errors

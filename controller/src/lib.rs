@@ -16,6 +16,7 @@ pub mod render;
 pub mod rollout;
 pub mod serve;
 pub mod shares;
+pub mod simulate;
 pub mod status;
 pub mod store;
 pub mod telemetry;
