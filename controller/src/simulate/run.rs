@@ -194,7 +194,7 @@ impl<'s> World<'s> {
         let state = |version: &Version<'_>| {
             let states = version.endpoints.iter().enumerate().map(|(i, endpoint)| {
                 let ready = (i as u32) < version.ready;
-                EndpointState { endpoint: endpoint.clone(), ready, known: true, reason: None }
+                EndpointState { endpoint: endpoint.clone(), ready, known: true, warming: false, reason: None }
             });
             states.collect::<Vec<_>>()
         };
