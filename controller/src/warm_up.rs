@@ -7,7 +7,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use reqwest::{Method, redirect};
 use std::time::Duration;
 use tideshift_core::shift::WarmUpRequests;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 /// How often it is said how far a try is.
 const SAY: Duration = Duration::from_millis(500);
@@ -80,9 +80,10 @@ impl Client {
         let count = requests.count;
         let mut paths = requests.paths.iter().cycle().take(count as usize);
         let mut asked = FuturesUnordered::new();
-        let mut ticks = interval(SAY);
+        let mut ticks = interval_at(Instant::now() + SAY, SAY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut done, mut failed) = (0, 0);
+        say(done);
         loop {
             while asked.len() < requests.concurrency as usize
                 && let Some(path) = paths.next()
@@ -90,7 +91,6 @@ impl Client {
                 asked.push(self.send(subject, requests, path));
             }
             tokio::select! {
-                biased;
                 _ = ticks.tick() => say(done),
                 answer = asked.next() => {
                     let Some(answer) = answer else { return Ok(()) };
