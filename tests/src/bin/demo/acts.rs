@@ -101,8 +101,8 @@ async fn back_and_forth(show: &mut Show) -> anyhow::Result<()> {
 
 const A_BAD_RELEASE: Narration = Narration {
     title: "Act 3 of 3: v3 is a bad release",
-    text: "The document says `target: v3`, and v3 fails 3 of 10 requests. `maxErrors: 5` \
-           allows 5; tideshift counts them in the proxy and takes v3's weight away.",
+    text: "The document says `target: v3`, and v3 fails 3 of 10 requests. The proxy counts them; \
+           as soon as they prove v3 worse than v2, its weight is taken away.",
 };
 
 async fn a_bad_release(show: &mut Show) -> anyhow::Result<()> {
@@ -137,6 +137,7 @@ async fn go_on(show: &mut Show) -> anyhow::Result<()> {
         ("document", document),
         ("status", format!("{tideshift} status --watch --server http://{controller}")),
         ("why", format!("{tideshift} explain --host {HOST} --server http://{controller}")),
+        ("page", format!("http://{controller}/")),
         ("controller", format!("http://{controller}/v1/status and http://{controller}/metrics")),
         ("Envoy", format!("http://{admin}/ and http://{admin}/stats/prometheus?filter=wasmcustom")),
     ] {

@@ -46,7 +46,7 @@ spec:
 {versions}  stable: {stable}
 {target}  strategy:
     steps: [{{weight: 10, holdSeconds: 3}}, {{weight: 100, holdSeconds: 2}}]
-  analysis: {{maxErrors: 5}}
+  analysis: {{maxErrorRate: 0.02}}
 "#,
             versions = self.versions,
         );
