@@ -2,35 +2,46 @@
 //!
 //! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
-use crate::control::Control;
-use crate::rollout::Millis;
+use crate::control::{CommandError, Control};
+use crate::rollout::{Command, Millis};
+use crate::status::ServiceStatus;
 use auth::{Guard, Scope};
-use axum::extract::DefaultBodyLimit;
-use axum::extract::FromRequestParts;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post};
-use axum::{Json, Router};
+use axum::routing::{MethodRouter, get, post, put};
+use axum::{Extension, Json, Router};
 use bytes::Bytes;
+use rollouts::{Nothing, Promote, Rollback, SetTarget, SetWeight, command};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 
 mod auth;
+mod events;
 mod proxies;
+mod rollouts;
+mod shifts;
 mod status;
+mod turns;
 
 pub use auth::{TokenError, TokenFiles, Tokens};
+pub use events::{Events, keep_telling};
+pub use turns::Turns;
 
 /// The largest body where nothing else is said.
 const MAX_BODY_BYTES: usize = 64 << 10;
 /// The largest report: some 5,000 versions.
 const MAX_REPORT_BYTES: usize = 1 << 20;
+/// The largest document, as of files.
+const MAX_SHIFT_BYTES: usize = 4 << 20;
 /// How long a request may take, with reading its body; those that wait on purpose excepted.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -39,8 +50,12 @@ const PATIENCE: Duration = Duration::from_secs(15);
 pub struct Shared {
     /// The controller's mind.
     pub control: Mutex<Control>,
-    /// Told when a report has changed the counts.
+    /// Told when something has changed that the mind should look at.
     pub counted: Notify,
+    /// Who waits until the mind has done so.
+    pub turns: Turns,
+    /// Who wants to hear of everything.
+    pub events: Events,
     /// The newest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
     /// Who may ask.
@@ -65,6 +80,34 @@ impl Shared {
     pub fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// How a rollout stands once what was asked for is done.
+    async fn after(&self, turn: u64, rollout: &str) -> Result<Services, Problem> {
+        self.counted.notify_one();
+        let mut ending = self.ending.clone();
+        tokio::select! {
+            () = self.turns.wait(turn) => {}
+            _ = ending.wait_for(|ending| *ending) => {
+                return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down; it may not have been done"));
+            }
+        }
+        let services = self.control().rollout_status(rollout, now());
+        services.map(|services| Services { services }).ok_or_else(|| Problem::not_found("it is gone already"))
+    }
+}
+
+/// The services that a rollout moves, as they stand.
+#[derive(Debug, Serialize)]
+struct Services {
+    services: Vec<ServiceStatus>,
+}
+
+/// The caller's address, where it is known.
+type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
+
+/// The same for the log.
+fn shown(peer: &Peer) -> String {
+    peer.as_ref().map_or_else(|| "unknown".to_owned(), |Extension(ConnectInfo(peer))| peer.to_string())
 }
 
 /// The time, for a mind that has no clock.
@@ -96,20 +139,37 @@ impl Route {
 
 const EVERYBODY: &[Scope] = &[];
 const READERS: &[Scope] = &[Scope::Read, Scope::Operate];
+const OPERATORS: &[Scope] = &[Scope::Operate];
 const PROXIES: &[Scope] = &[Scope::Proxy];
 /// A policy holds the secrets that sign sessions, so that it is not for every reader.
 const PROXIES_AND_OPERATORS: &[Scope] = &[Scope::Proxy, Scope::Operate];
 
 /// All there are.
 fn routes() -> Vec<Route> {
+    let get_by = |path, allowed, handler| Route::new(Method::GET, path, allowed, handler);
+    let told = |path, handler| Route::new(Method::POST, path, OPERATORS, handler);
     let reports = post(proxies::report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES));
+    let put_shift = put(shifts::put).layer(DefaultBodyLimit::max(MAX_SHIFT_BYTES));
     vec![
-        Route::new(Method::GET, "/v1/policy", PROXIES_AND_OPERATORS, get(proxies::policy)).that_waits(),
+        get_by("/v1/policy", PROXIES_AND_OPERATORS, get(proxies::policy)).that_waits(),
         Route::new(Method::POST, "/v1/reports", PROXIES, reports),
-        Route::new(Method::GET, "/v1/status", READERS, get(status::status)),
-        Route::new(Method::GET, "/metrics", READERS, get(status::openmetrics)),
-        Route::new(Method::GET, "/healthz", EVERYBODY, get(status::healthy)),
-        Route::new(Method::GET, "/readyz", EVERYBODY, get(status::ready)),
+        get_by("/v1/status", READERS, get(status::status)),
+        get_by("/v1/events", READERS, get(events::events)).that_waits(),
+        get_by("/v1/services/{service}/versions/{version}/drain", READERS, get(status::drain)),
+        get_by("/v1/rollouts/{name}/history", READERS, get(rollouts::history)),
+        told("/v1/rollouts/{name}/promote", command(|Promote { full }| Command::Promote { full })),
+        told("/v1/rollouts/{name}/pause", command(|Nothing {}| Command::Pause)),
+        told("/v1/rollouts/{name}/resume", command(|Nothing {}| Command::Resume)),
+        told("/v1/rollouts/{name}/abort", command(|Nothing {}| Command::Abort)),
+        told("/v1/rollouts/{name}/rollback", command(|Rollback { to }| Command::Rollback { to })),
+        told("/v1/rollouts/{name}/set-target", command(|SetTarget { target }| Command::SetTarget { target })),
+        told("/v1/rollouts/{name}/set-weight", command(|SetWeight { weight }| Command::SetWeight { weight })),
+        // A document may hold secrets.
+        get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
+        Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),
+        get_by("/metrics", READERS, get(status::openmetrics)),
+        get_by("/healthz", EVERYBODY, get(status::healthy)),
+        get_by("/readyz", EVERYBODY, get(status::ready)),
     ]
 }
 
@@ -157,6 +217,10 @@ impl Problem {
         Self { challenge: challenge.ok(), ..self }
     }
 
+    fn not_found(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, error)
+    }
+
     fn bad_request(error: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, error)
     }
@@ -167,6 +231,16 @@ impl IntoResponse for Problem {
         let mut response = (self.status, Json(json!({"error": self.error}))).into_response();
         self.challenge.map(|challenge| response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge));
         response
+    }
+}
+
+impl From<CommandError> for Problem {
+    fn from(error: CommandError) -> Self {
+        match error {
+            CommandError::NotFound(why) => Self::not_found(why),
+            CommandError::Conflict(why) => Self::new(StatusCode::CONFLICT, why),
+            CommandError::Invalid(why) => Self::bad_request(why),
+        }
     }
 }
 

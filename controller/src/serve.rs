@@ -1,7 +1,7 @@
 //! `tideshift serve`: probes, documents, proxies and the clock feed the controller's mind; what it decides is first
 //! made safe, then published.
 
-use crate::api::{self, Published, Shared, TokenError, TokenFiles, now};
+use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns, now};
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
 use crate::readiness::Prober;
@@ -104,10 +104,12 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     let (end, ending) = watch::channel(false);
     let control = Mutex::new(control);
     let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
-    let shared = Arc::new(Shared { control, counted: Notify::new(), published, tokens, ending: ending.clone() });
+    let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
+    let shared = Arc::new(Shared { control, counted, turns, events, published, tokens, ending: ending.clone() });
     let server = tokio::spawn(http::serve(listener, http::max_connections(), tls, api::router(shared.clone()), ending));
     tracing::info!(%address, tls = options.tls.is_some(), files = ?options.files, "serving");
     tokio::spawn(secrets.keep_fresh(options));
+    tokio::spawn(api::keep_telling(shared.clone()));
 
     let mut mind = Mind { shared, store, publish, prober, files };
     mind.run().await?;
@@ -181,12 +183,14 @@ impl Mind {
             }
             self.evaluate();
         }
+        // What somebody has just asked for is safe before he is told so.
+        self.evaluate();
         self.keep_counts();
         Ok(())
     }
 
     fn evaluate(&self) {
-        let (outcome, kept) = {
+        let (turn, outcome, kept) = {
             let mut control = self.shared.control();
             if let Some(shifts) = control.changed_shifts() {
                 self.prober.set(shifts);
@@ -196,7 +200,7 @@ impl Mind {
             }
             let outcome = control.evaluate(now());
             let kept = outcome.keep.then(|| control.kept().clone());
-            (outcome, kept)
+            (self.shared.turns.begin(), outcome, kept)
         };
         for (rollout, message) in &outcome.messages {
             tracing::info!(rollout, "{message}");
@@ -214,6 +218,8 @@ impl Mind {
             tracing::info!(revision = policy.revision, "policy published");
             self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
         }
+        self.shared.events.tell(&outcome.transitions);
+        self.shared.turns.end(turn);
     }
 
     fn look_at_documents(&mut self) {

@@ -13,6 +13,7 @@ pub mod client;
 pub mod controller;
 pub mod effect;
 pub mod envoy;
+pub mod events;
 #[cfg(feature = "streams")]
 pub mod grpc;
 pub mod load;

@@ -1,16 +1,25 @@
 //! How things stand: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
-use super::{Shared, now};
+use super::{Part, Problem, Shared, now};
 use crate::metrics;
-use crate::status::Status;
+use crate::status::{DrainStatus, Status};
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
 
 pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
     Json(shared.control().status(now()))
+}
+
+/// How far a version is from being at rest.
+pub(super) async fn drain(
+    State(shared): State<Arc<Shared>>,
+    Part(Path((service, version))): Part<Path<(String, String)>>,
+) -> Result<Json<DrainStatus>, Problem> {
+    let drain = shared.control().drain(&service, &version, now());
+    drain.map(Json).ok_or_else(|| Problem::not_found(format!("there is no version {version} of a service {service}")))
 }
 
 pub(super) async fn healthy() -> &'static str {

@@ -3,6 +3,7 @@
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::ConnectInfo;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -62,9 +63,9 @@ pub(super) async fn serve(
         tokio::spawn(async move {
             let _slot = slot;
             match acceptor {
-                None => connection(stream, api, watcher).await,
+                None => connection(stream, peer, api, watcher).await,
                 Some(acceptor) => match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => connection(stream, api, watcher).await,
+                    Ok(Ok(stream)) => connection(stream, peer, api, watcher).await,
                     Ok(Err(error)) => tracing::debug!(%peer, "no TLS: {error}"),
                     Err(_) => tracing::debug!(%peer, "no TLS within {} s", HANDSHAKE.as_secs()),
                 },
@@ -75,8 +76,16 @@ pub(super) async fn serve(
     graceful.shutdown().await;
 }
 
-async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, api: Router, watcher: Watcher) {
-    let service = service_fn(|request: hyper::Request<Incoming>| api.clone().oneshot(request.map(Body::new)));
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    peer: SocketAddr,
+    api: Router,
+    watcher: Watcher,
+) {
+    let service = service_fn(|mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(peer));
+        api.clone().oneshot(request.map(Body::new))
+    });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_header_size(MAX_HEAD);
     // What fails now is the client's: it went away, or it does not speak HTTP.

@@ -1,0 +1,147 @@
+//! `GET /v1/events`: the status whenever it changes, and every transition of a rollout, as server-sent events.
+//!
+//! The status is made once for all who listen, and each of them is sent the newest that there is when the one before has
+//! left: whoever is slow misses statuses but holds up nobody and costs no memory.
+
+use super::{Problem, Shared, now};
+use crate::rollout::Transition;
+use crate::status::{Status, TransitionStatus};
+use axum::extract::State;
+use axum::http::{HeaderName, StatusCode};
+use axum::response::IntoResponse;
+use axum::response::sse::{Event, Sse};
+use futures_util::stream::unfold;
+use serde::Serialize;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+/// A status is sent at most so often.
+const AT_MOST: Duration = Duration::from_millis(250);
+/// A status is sent at least so often, so that nobody need guess whether the connection is alive.
+const AT_LEAST: Duration = Duration::from_secs(1);
+/// The most who may listen at a time.
+const MAX_LISTENERS: usize = 100;
+/// Whoever is so many transitions behind misses the oldest.
+const MAX_BEHIND: usize = 256;
+
+/// What listeners hear.
+#[derive(Debug)]
+pub struct Events {
+    transitions: broadcast::Sender<Arc<str>>,
+    statuses: watch::Sender<Arc<str>>,
+    places: Arc<Semaphore>,
+}
+
+/// A transition and whose it is.
+#[derive(Debug, Serialize)]
+pub(super) struct TransitionEvent<'a> {
+    /// The rollout's name.
+    name: &'a str,
+    #[serde(flatten)]
+    transition: TransitionStatus,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            transitions: broadcast::Sender::new(MAX_BEHIND),
+            statuses: watch::Sender::new("".into()),
+            places: Arc::new(Semaphore::new(MAX_LISTENERS)),
+        }
+    }
+}
+
+impl Events {
+    /// Tells of what has happened: the rollout's name and how it stands since then.
+    pub fn tell(&self, transitions: &[(String, Transition)]) {
+        for (name, transition) in transitions {
+            // Nobody listens: nobody misses it.
+            let _ = self.transitions.send(json(&TransitionEvent { name, transition: transition.into() }));
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Arc<str> {
+    serde_json::to_string(value).unwrap_or_default().into()
+}
+
+/// Tells whoever listens how things stand, for ever.
+pub async fn keep_telling(shared: Arc<Shared>) {
+    let statuses = &shared.events.statuses;
+    let mut ticks = interval(AT_MOST);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = Instant::now();
+    loop {
+        ticks.tick().await;
+        if statuses.receiver_count() == 0 {
+            continue;
+        }
+        let status = json(&shared.control().status(now()));
+        statuses.send_if_modified(|newest| {
+            // A little early rather than a tick late.
+            let is_due = told.elapsed() + AT_MOST / 2 >= AT_LEAST || *newest != status;
+            if is_due {
+                (told, *newest) = (Instant::now(), status);
+            }
+            is_due
+        });
+    }
+}
+
+/// One who listens.
+struct Listener {
+    /// The status to begin with.
+    first: Option<Arc<str>>,
+    transitions: broadcast::Receiver<Arc<str>>,
+    statuses: watch::Receiver<Arc<str>>,
+    ending: watch::Receiver<bool>,
+    _place: OwnedSemaphorePermit,
+}
+
+pub(super) async fn events(State(shared): State<Arc<Shared>>) -> Result<impl IntoResponse, Problem> {
+    let place = shared.events.places.clone().try_acquire_owned();
+    let place = place.map_err(|_| {
+        let why = format!("{MAX_LISTENERS} listen already, the most there may be; ask for /v1/status instead");
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, why)
+    })?;
+    // Subscribed to before the first status is made, so that nothing happens unheard in between.
+    let (transitions, statuses) = (shared.events.transitions.subscribe(), shared.events.statuses.subscribe());
+    let status: Status = shared.control().status(now());
+    let first = Some(json(&status));
+    let listener = Listener { first, transitions, statuses, ending: shared.ending.clone(), _place: place };
+    let stream = unfold(listener, async |mut listener| {
+        let event = listener.next().await?;
+        Some((Ok::<_, Infallible>(event), listener))
+    });
+    // For proxies that would wait for more before they pass it on.
+    Ok(([(HeaderName::from_static("x-accel-buffering"), "no")], Sse::new(stream)))
+}
+
+impl Listener {
+    /// What to send next; `None`: the controller ends.
+    async fn next(&mut self) -> Option<Event> {
+        let status = |status: &str| Event::default().event("status").data(status);
+        if let Some(first) = self.first.take() {
+            return Some(status(&first));
+        }
+        tokio::select! {
+            biased;
+            _ = self.ending.wait_for(|ending| *ending) => None,
+            transition = self.transitions.recv() => match transition {
+                Ok(transition) => Some(Event::default().event("transition").data(transition)),
+                Err(broadcast::error::RecvError::Lagged(missed)) => {
+                    Some(Event::default().comment(format!("too slow: {missed} transitions missed, see the history")))
+                }
+                Err(broadcast::error::RecvError::Closed) => None,
+            },
+            changed = self.statuses.changed() => {
+                changed.ok()?;
+                let newest = self.statuses.borrow_and_update().clone();
+                Some(status(&newest))
+            }
+        }
+    }
+}

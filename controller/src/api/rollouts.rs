@@ -1,0 +1,82 @@
+//! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
+
+use super::{Part, Peer, Problem, Shared, now, parse};
+use crate::rollout::Command;
+use crate::status::TransitionStatus;
+use axum::Json;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::routing::{MethodRouter, post};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// For commands that need nothing more said.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Promote {
+    /// Straight to the last step, which is everything.
+    #[serde(default)]
+    pub(super) full: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rollback {
+    /// The version to go back to.
+    pub(super) to: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SetTarget {
+    /// The version to move to.
+    pub(super) target: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SetWeight {
+    /// The target's share in percent, 0 to 100.
+    pub(super) weight: u32,
+}
+
+/// A route for a command, whose body says `B`; none is as good as an empty object.
+pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) -> MethodRouter<Arc<Shared>> {
+    let handler = async move |State(shared): State<Arc<Shared>>,
+                              Part(Path(name)): Part<Path<String>>,
+                              peer: Peer,
+                              body: Result<Bytes, BytesRejection>| {
+        let body = body.map(|body| if body.is_empty() { Bytes::from_static(b"{}") } else { body });
+        let command = command(parse(body, "what this command needs")?);
+        tracing::info!(rollout = name, ?command, peer = super::shown(&peer), "asked for through the API");
+        let turn = {
+            let mut control = shared.control();
+            control.command(&name, &command, now())?;
+            shared.turns.ask()
+        };
+        shared.after(turn, &name).await.map(Json)
+    };
+    post(handler)
+}
+
+/// What has happened to a rollout.
+#[derive(Debug, Serialize)]
+pub(super) struct History {
+    /// The newest last.
+    transitions: Vec<TransitionStatus>,
+}
+
+pub(super) async fn history(
+    State(shared): State<Arc<Shared>>,
+    Part(Path(name)): Part<Path<String>>,
+) -> Result<Json<History>, Problem> {
+    let transitions = shared.control().history(&name);
+    let transitions = transitions.ok_or_else(|| Problem::not_found(format!("there is no rollout {name}")))?;
+    Ok(Json(History { transitions }))
+}

@@ -1,0 +1,37 @@
+//! Documents that come and go through the API: `/v1/shifts/{name}`.
+
+use super::{Part, Peer, Problem, Services, Shared, parse};
+use axum::Json;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use bytes::Bytes;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// The document in force, as it was written.
+pub(super) async fn get(
+    State(shared): State<Arc<Shared>>,
+    Part(Path(name)): Part<Path<String>>,
+) -> Result<Json<Value>, Problem> {
+    let document = shared.control().document(&name);
+    document.map(Json).ok_or_else(|| Problem::not_found(format!("there is no TrafficShift {name}")))
+}
+
+/// Puts a document in force in place of the one of the same name, until the file of that one changes.
+pub(super) async fn put(
+    State(shared): State<Arc<Shared>>,
+    Part(Path(name)): Part<Path<String>>,
+    peer: Peer,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<Services>), Problem> {
+    let document: Value = parse(body, "a TrafficShift")?;
+    let (is_new, turn) = {
+        let mut control = shared.control();
+        let is_new = control.put_shift(&name, document)?;
+        (is_new, shared.turns.ask())
+    };
+    tracing::info!(shift = name, peer = super::shown(&peer), "a document came through the API");
+    let services = shared.after(turn, &name).await?;
+    Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(services)))
+}
