@@ -285,13 +285,15 @@ impl Control {
                     let message = format!("{}: {}", after.phase.name(), after.message);
                     outcome.messages.push((shift.name.clone(), message));
                 }
-                changed.push((shift.name.clone(), after, news));
+                // Counts in words are no reason to write everything down anew.
+                let keep = before.as_ref().is_none_or(|before| !before.is_but_in_words(&after));
+                changed.push((shift.name.clone(), after, news, keep));
             }
         }
-        for (name, rollout, news) in changed {
+        for (name, rollout, news, keep) in changed {
             outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
             self.kept.rollouts.insert(name, rollout);
-            outcome.keep = true;
+            outcome.keep |= keep;
         }
         for (name, transition) in &outcome.transitions {
             let history: &mut VecDeque<_> = self.kept.history.entry(name.clone()).or_default();

@@ -277,6 +277,11 @@ impl Rollout {
         self
     }
 
+    /// Whether another state is the same, whatever is said of it.
+    pub fn is_but_in_words(&self, other: &Self) -> bool {
+        *self == Self { message: self.message.clone(), ..other.clone() }
+    }
+
     /// A gate has answered for a step. Answers to questions of the past change nothing.
     pub fn gate_answered(&mut self, step: usize, allowed: bool, words: &str) {
         if self.phase.is_under_way() && !self.allowed && self.step == step {

@@ -5,6 +5,7 @@ use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns,
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
 use crate::readiness::Prober;
+use crate::rollout::Transition;
 use crate::store::{Kept, Store, StoreError};
 use bytes::Bytes;
 use std::io;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 mod files;
 mod http;
@@ -28,6 +29,8 @@ pub use tls::{TlsError, TlsFiles};
 
 /// How often the mind looks at the clock; everything else reaches it at once.
 const TICK: Duration = Duration::from_millis(100);
+/// From one look at what proxies report to the next at least.
+const BREATH: Duration = Duration::from_millis(20);
 /// How often the documents are looked at; one that changes is read once it has been the same twice.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often counts are made safe; what is lost of them, proxies say again.
@@ -168,11 +171,13 @@ impl Mind {
         let (mut tick, mut look, mut keep_counts) = (every(TICK), every(LOOK), every(KEEP_COUNTS));
         let mut readiness = self.prober.subscribe();
         readiness.mark_changed();
+        let mut looked = Instant::now();
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                _ = self.shared.counted.notified() => {}
+                // Reports of thousands of proxies are looked at together.
+                _ = self.shared.counted.notified() => sleep_until(looked + BREATH).await,
                 Ok(()) = readiness.changed() => {
                     let now_ready = readiness.borrow_and_update().clone();
                     self.shared.control().set_readiness(now_ready);
@@ -182,6 +187,7 @@ impl Mind {
                 _ = tick.tick() => {}
             }
             self.evaluate();
+            looked = Instant::now();
         }
         // What somebody has just asked for is safe before he is told so.
         self.evaluate();
@@ -203,7 +209,10 @@ impl Mind {
             (self.shared.turns.begin(), outcome, kept)
         };
         for (rollout, message) in &outcome.messages {
-            tracing::info!(rollout, "{message}");
+            tracing::debug!(rollout, "{message}");
+        }
+        for (rollout, Transition { phase, reason, message, .. }) in &outcome.transitions {
+            tracing::info!(rollout, ?phase, ?reason, "{message}");
         }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing
         // can be kept (a full disk), traffic goes on being moved all the same.

@@ -1,5 +1,10 @@
 //! Steering a rollout from the command line: what each command does to real traffic, what it prints, how it ends.
 
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
@@ -190,22 +195,18 @@ async fn watching_tells_each_transition() -> anyhow::Result<()> {
     done(&controller, &["set-target", "v2"]).await?;
     until_shares(&controller, "v2 at its step", &[70.0, 30.0]).await?;
     let server = format!("http://{}", controller.address());
-    let mut watch = tokio::process::Command::new(tideshift_tests::artifacts::tideshift()?);
-    let mut watch = watch
+    let mut watch = Command::new(tideshift_tests::artifacts::tideshift()?)
         .args(["watch", "--server", &server, "--output", "json"])
-        .stdout(std::process::Stdio::piped())
-        .kill_on_drop(true)
+        .stdout(Stdio::piped())
         .spawn()?;
-    let mut lines =
-        tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(watch.stdout.take().context("no output")?));
-    let mut next = async || -> anyhow::Result<Value> {
-        let line = tokio::time::timeout(DEADLINE, lines.next_line()).await??.context("it ended")?;
-        Ok(serde_json::from_str(&line)?)
-    };
-    let first = next().await?;
+    let mut lines = BufReader::new(watch.stdout.take().context("no output")?).lines();
+    let mut next = || -> anyhow::Result<Value> { Ok(serde_json::from_str(&lines.next().context("it ended")??)?) };
+    let first = next()?;
     assert_eq!((&first["name"], &first["reason"], &first["step"]), (&json!(SERVICE), &json!("Holding"), &json!(1)));
     done(&controller, &["abort"]).await?;
-    let second = next().await?;
+    let second = next()?;
     assert_eq!((&second["phase"], &second["reason"]), (&json!("Failed"), &json!("Aborted")));
+    watch.kill()?;
+    watch.wait()?;
     Ok(())
 }
