@@ -82,9 +82,14 @@ soak: build ## Ten million requests through the module in a wasm host: its memor
 	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module_soak -- --nocapture
 
 .PHONY: e2e
-e2e: build envoy ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
+e2e: build envoy chromium axe ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests $(ARGS) # errors that are only waited out need no backtraces
+
+.PHONY: pictures
+pictures: build chromium ## The web page's pictures in docs/images, anew (nicer where the font Inter is installed)
+	$(heading) 'Pictures of the web page'
+	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
 
 .PHONY: deny
 deny: cargo-deny ## Licences, bans and sources of the dependencies, and their known holes
@@ -96,16 +101,18 @@ deny: cargo-deny ## Licences, bans and sources of the dependencies, and their kn
 ## Get what it needs
 
 .PHONY: tools
-tools: rust envoy node wasm-bindgen cargo-deny cargo-fuzz ## Everything below at once
+tools: rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz ## Everything below at once
 
-.PHONY: rust envoy node wasm-bindgen cargo-deny cargo-fuzz
+.PHONY: rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz
 rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
 envoy: ## Envoy, into .tools/bin
 node: ## Node, if there is none
 wasm-bindgen: ## wasm-bindgen's test runner
+chromium: ## Chromium and its driver, by apt-get, if there are none
+axe: ## axe-core, which checks the web page's accessibility
 cargo-deny: ## cargo-deny
 cargo-fuzz: ## cargo-fuzz
-rust envoy node wasm-bindgen cargo-deny cargo-fuzz:
+rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz:
 	@tools/install $@
 
 .PHONY: clean

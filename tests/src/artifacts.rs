@@ -24,10 +24,35 @@ pub fn wasm() -> anyhow::Result<PathBuf> {
     find("TIDESHIFT_WASM", "target/tideshift.wasm", "make build")
 }
 
+/// Chromium: `TIDESHIFT_CHROMIUM`, else the one on the `PATH`.
+pub fn chromium() -> anyhow::Result<PathBuf> {
+    on_path("TIDESHIFT_CHROMIUM", "chromium")
+}
+
+/// Its WebDriver: `TIDESHIFT_CHROMEDRIVER`, else the one on the `PATH`.
+pub fn chromedriver() -> anyhow::Result<PathBuf> {
+    on_path("TIDESHIFT_CHROMEDRIVER", "chromedriver")
+}
+
+/// axe-core's script, which checks a page's accessibility: `TIDESHIFT_AXE`, else `.tools/axe.min.js` of this checkout.
+pub fn axe() -> anyhow::Result<PathBuf> {
+    find("TIDESHIFT_AXE", ".tools/axe.min.js", "make axe")
+}
+
 /// The root of this checkout.
 pub fn workspace() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().unwrap_or(tests).to_owned()
+}
+
+fn on_path(variable: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let folders = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file());
+    let path = env::var_os(variable).map(PathBuf::from).or(found);
+    let path =
+        path.with_context(|| format!("there is no {name} on the PATH: run `make chromium`, or set {variable}"))?;
+    ensure!(path.is_file(), "{} is not there, though {variable} names it", path.display());
+    Ok(path)
 }
 
 fn find(variable: &str, default: &str, made_by: &str) -> anyhow::Result<PathBuf> {

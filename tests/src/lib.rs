@@ -9,6 +9,8 @@
 pub mod artifacts;
 pub mod backend;
 pub mod bootstrap;
+#[cfg(feature = "browser")]
+pub mod browser;
 pub mod client;
 pub mod controller;
 pub mod effect;
@@ -19,11 +21,15 @@ pub mod grpc;
 pub mod load;
 pub mod metrics;
 pub mod openmetrics;
+#[cfg(feature = "browser")]
+pub mod play;
 pub mod policy_server;
 pub mod ports;
 pub mod process;
 pub mod rig;
 pub mod setup;
+#[cfg(feature = "browser")]
+pub mod stage;
 pub mod wait;
 #[cfg(feature = "wasm-host")]
 pub mod wasm_host;

@@ -221,6 +221,7 @@ function ask(one, name, rolloutNow, reasonOf, app) {
   update();
   open(dialog);
   (field?.input ?? cancel).focus();
+  field?.input.select?.();
 }
 
 function fieldOf(field, rollout) {

@@ -35,10 +35,11 @@ export function show(element, shown) {
 const KEPT = new WeakMap();
 
 /**
- * Gives `parent` one child for each item, in their order. `create(item)` returns `{element, update(item)}`; a child lives as
- * long as there is an item of its key, so that focus, selection and what is unfolded stay.
+ * Gives `parent` one child for each item, in their order. `create(item)` returns `{element, update(item, context)}`; a child
+ * lives as long as there is an item of its key, so that focus, selection and what is unfolded stay. Whatever changes besides
+ * the item is the `context`: what `create` closes over is as old as the child.
  */
-export function each(parent, items, key, create) {
+export function each(parent, items, key, create, context) {
   const before = KEPT.get(parent) ?? new Map();
   const after = new Map();
   let place = parent.firstChild;
@@ -47,7 +48,7 @@ export function each(parent, items, key, create) {
     if (after.has(name)) continue;
     const child = before.get(name) ?? create(item);
     after.set(name, child);
-    child.update(item);
+    child.update(item, context);
     if (child.element === place) place = place.nextSibling;
     else parent.insertBefore(child.element, place);
   }
@@ -95,18 +96,15 @@ export function chip() {
 /** A service's shares as one bar of the versions' colours. */
 export function shareBar() {
   const element = make("span", { class: "sharebar", "aria-hidden": "true" });
-  const update = (versions) => {
-    each(element, versions, (version) => version.name, () => {
-      const part = make("span");
-      return {
-        element: part,
-        update: (version) => {
-          style(part, "flex-grow", Math.max(version.weight, 0));
-          style(part, "background-color", colour(versions.indexOf(version)));
-        },
-      };
-    });
+  const create = () => {
+    const part = make("span");
+    const update = ({ weight, index }) => {
+      style(part, "flex-grow", Math.max(weight, 0));
+      style(part, "background-color", colour(index));
+    };
+    return { element: part, update };
   };
+  const update = (versions) => each(element, versions.map((version, index) => ({ ...version, index })), ({ name }) => name, create);
   return { element, update };
 }
 

@@ -93,6 +93,7 @@ export class Feed {
   #abort = new AbortController();
   #wake = () => {};
   #failures = 0;
+  #isNew = false;
 
   constructor({ onStatus, onTransition, onChange }) {
     Object.assign(this, { onStatus, onTransition, onChange });
@@ -108,6 +109,7 @@ export class Feed {
   /** Begins anew, with the token as it is now. */
   again() {
     this.#failures = 0;
+    this.#isNew = true;
     this.#abort.abort();
     this.#wake();
   }
@@ -116,10 +118,12 @@ export class Feed {
   async run() {
     for (;;) {
       this.#abort = new AbortController();
+      this.#isNew = false;
       try {
         await this.#listen(this.#abort.signal);
         throw new Error("the controller ended the connection");
       } catch (error) {
+        if (this.#isNew) continue;
         const denied = error.status === 401 || error.status === 403;
         this.#change(denied ? "denied" : "lost", error.message);
       }

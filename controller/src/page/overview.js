@@ -46,7 +46,7 @@ export function overview(app) {
     element: list,
     key: ({ name }) => name,
     match: ({ name, services, phase, target }) => [name, phase, target ?? "", ...services.map((one) => one.name)].join(" "),
-    row: rolloutRow,
+    row: () => rolloutRow(app),
   });
   const update = () => {
     const all = rollouts(app.status);
@@ -58,27 +58,33 @@ export function overview(app) {
   return { element, update, heading, title: () => "Rollouts" };
 }
 
-function rolloutRow({ name }) {
+function rolloutRow(app) {
   const phase = chip();
   const bar = shareBar();
   const shares = make("span", { class: "shares" });
   const step = make("span", { class: "step" });
   const message = make("span", { class: "message" });
-  const link = make("a", { href: `#/rollout/${encodeURIComponent(name)}` }, name);
+  const errors = make("span", { class: "errors" });
+  const link = make("a");
   const element = make(
     "li",
     {},
     link,
     phase.element,
     make("span", { class: "split" }, bar.element, shares),
+    errors,
     step,
     message,
   );
   const update = (rollout) => {
+    set(link, "href", `#/rollout/${encodeURIComponent(rollout.name)}`);
+    say(link, rollout.name);
     phase.update(rollout.phase);
     bar.update(rollout.versions);
     const served = rollout.versions.filter((version) => version.weight > 0);
     say(shares, served.map((version) => `${version.name} ${words.percent(version.weight)}`).join(" · ") || "nothing serves");
+    const rates = served.map((version) => app.record.rates(rollout.services[0].name, version.name).errors);
+    say(errors, rates.some((rate) => rate >= 0) ? `errors ${rates.map(words.rate).join(" · ")}` : "");
     const services = rollout.services.length > 1 ? words.plural(rollout.services.length, "service", "services") : "";
     const at = rollout.step && isMoving(rollout) ? `step ${rollout.step.number} of ${rollout.step.of}` : "";
     say(step, [at, services].filter(Boolean).join(" · "));

@@ -10,6 +10,8 @@ const FONT = 11;
 /** Evidence below this is drawn as this: a logarithmic axis has no zero. */
 const FLOOR = 0.1;
 const LABELS = 58;
+/** A page that was opened just now shows less than was asked for, instead of an empty plot. */
+const SPANS = [60, 120, 300, 600, 900];
 
 /** The colours that CSS has in force. */
 function theme() {
@@ -28,7 +30,11 @@ function theme() {
   };
 }
 
-const last = (values) => values.findLast((value) => value !== null) ?? null;
+/** How many of the `wanted` seconds there is something to see of. */
+function reach(record, wanted) {
+  const seen = record.last - record.first + 1;
+  return Math.min(wanted, SPANS.find((span) => span >= seen) ?? wanted);
+}
 
 /** Text on the canvas, at its own size whatever the screen's density. */
 function write(plot, text, x, y, { fill, font, align = "left", halo }) {
@@ -54,11 +60,11 @@ function cut(text, length) {
 }
 
 /** Names beside the ends of their lines, moved apart where they would cover each other. */
-function labels(plot, entries) {
+function labels(plot, entries, halo) {
   const ratio = uPlot.pxRatio;
-  const { left, top, width, height } = plot.bbox;
+  const { top, height } = plot.bbox;
   const gap = (FONT + 2) * ratio;
-  const placed = entries.filter((entry) => entry.y !== null).sort((a, b) => a.y - b.y);
+  const placed = entries.filter(Boolean).sort((a, b) => a.y - b.y);
   placed.forEach((entry, index) => {
     entry.y = Math.max(entry.y, index ? placed[index - 1].y + gap : top + gap / 2);
   });
@@ -67,39 +73,35 @@ function labels(plot, entries) {
     entry.y = Math.min(entry.y, limit);
     limit = entry.y - gap;
   }
-  for (const { y, text, fill, font } of placed) write(plot, cut(text, 9), left + width + 6 * ratio, y, { fill, font });
+  for (const { x, y, text, fill, font } of placed) write(plot, cut(text, 9), x + 6 * ratio, y, { fill, font, halo });
 }
 
-/** Thin lines where a step began or the phase changed. */
+/** Thin lines where a step began or the phase changed, named as far as there is room; the last ones first. */
 function marks(plot, entries, look) {
   const ratio = uPlot.pxRatio;
   const { ctx, bbox } = plot;
-  let free = -Infinity;
-  for (const { at, text } of entries) {
+  const end = bbox.left + bbox.width;
+  let free = end;
+  for (const { at, text } of entries.toReversed()) {
     const x = plot.valToPos(at, "x", true);
-    if (x < bbox.left || x > bbox.left + bbox.width) continue;
+    if (x < bbox.left || x > end) continue;
     ctx.save();
     ctx.strokeStyle = look.muted;
-    ctx.globalAlpha = 0.55;
+    ctx.globalAlpha = 0.6;
     ctx.lineWidth = ratio;
     ctx.setLineDash([2 * ratio, 3 * ratio]);
     ctx.beginPath();
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
+    ctx.font = look.font.replace(/(\d+)px/, (_, size) => `${size * ratio}px`);
+    const width = ctx.measureText(text).width + 6 * ratio;
     ctx.restore();
-    if (text && x > free) {
-      ctx.font = look.font.replace(/(\d+)px/, (_, size) => `${size * ratio}px`);
-      const width = ctx.measureText(text).width;
-      const fits = x + 4 * ratio + width < bbox.left + bbox.width;
-      write(plot, text, fits ? x + 3 * ratio : x - 3 * ratio, bbox.top + 7 * ratio, {
-        fill: look.muted,
-        font: look.font,
-        align: fits ? "left" : "right",
-        halo: look.surface,
-      });
-      free = x + width + 8 * ratio;
-    }
+    // To the right of its line, or to the left of it at the end of the plot.
+    const from = x + width <= free ? x : free === end ? x - width : null;
+    if (!text || from === null) continue;
+    write(plot, text, from + 2 * ratio, bbox.top - 8 * ratio, { fill: look.muted, font: look.font });
+    free = from;
   }
 }
 
@@ -189,7 +191,8 @@ const KINDS = [
             { value: verdict.passBound, text: `${words.evidence(verdict.passBound)}: pass`, fill: look.good },
           ].filter(({ value }) => value > 0)
         : [],
-    range: (top) => [FLOOR, Math.max(10, top) * 4],
+    // Far beyond the bound nothing is to be seen any more.
+    range: (top) => [FLOOR, Math.max(1, top) * 10],
     axis: words.short,
   },
 ];
@@ -242,18 +245,26 @@ class Plot {
     if (!seen) return;
     if (!this.#look || this.#shape === "") this.#look = theme();
     const lines = kind.lines(seen, service, this.#look);
-    const values = lines.map(({ series }) => record.values(series, seconds));
+    const length = reach(record, seconds);
+    const values = lines.map(({ series }) => record.values(series, length));
     const shape = JSON.stringify(lines.map(({ name, stroke }) => [name, stroke]));
     this.lines = lines;
     this.values = values;
     this.marks = kind.marked ? seen.marks : seen.marks.map(({ at }) => ({ at, text: "" }));
     this.bounds = kind.bounds?.(service, this.#look) ?? [];
     this.#empty.hidden = values.some((one) => one.some((value) => value !== null));
-    const data = [record.times(seconds), ...(kind.stacked ? stack(values) : values)];
-    if (kind.log) for (const one of data.slice(1)) one.forEach((value, at) => value !== null && (one[at] = Math.max(value, FLOOR)));
+    const [floor, ceiling] = kind.log ? kind.range(this.#top()) : [-Infinity, Infinity];
+    const within = (value) => (value === null ? null : Math.min(Math.max(value, floor), ceiling));
+    const data = [record.times(length), ...(kind.stacked ? stack(values) : values.map((one) => one.map(within)))];
     if (shape !== this.#shape) this.#build(shape, data);
     else this.#plot?.setData(data);
     this.#tell();
+  }
+
+  /** What must be seen: the bounds, where there are any, else the highest value. */
+  #top() {
+    if (this.bounds.length) return Math.max(...this.bounds.map(({ value }) => value));
+    return this.values.flat().reduce((top, value) => Math.max(top, value ?? 0), 0);
   }
 
   #build(shape, data) {
@@ -277,20 +288,15 @@ class Plot {
     const look = this.#look;
     const axis = { stroke: look.muted, font: look.font, ticks: { show: false }, grid: { stroke: look.line, width: 1 } };
     const lines = this.lines;
-    const top = (plot) => {
-      let highest = 0;
-      for (const values of kind.stacked ? [] : plot.data.slice(1)) for (const value of values) if (value > highest) highest = value;
-      return Math.max(highest, ...this.bounds.map(({ value }) => value));
-    };
     return {
       width,
       height: HEIGHT,
-      padding: [6, LABELS, 0, 0],
+      padding: [kind.marked ? 18 : 6, LABELS, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "time", setSeries: false }, drag: { x: false, y: false }, y: false, points: { size: 6 } },
       scales: {
         x: { time: true },
-        y: { distr: kind.log ? 3 : 1, range: (plot) => kind.range(top(plot)) },
+        y: { distr: kind.log ? 3 : 1, range: () => kind.range(this.#top()) },
       },
       axes: [
         {
@@ -300,17 +306,17 @@ class Plot {
           space: 64,
           values: (_, splits, _axis, _space, increment) => splits.map((at) => words.clock(at * 1000, increment < 60)),
         },
-        { ...axis, size: 40, gap: 4, space: 28, values: (_, splits) => splits.map((value) => (value === null ? "" : kind.axis(value))) },
+        { ...axis, size: 40, gap: 4, space: 28, splits: kind.log ? decades : undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : kind.axis(value))) },
       ],
       series: [
         {},
         ...lines.map(({ name, stroke, dash }) => ({
           label: name,
-          stroke,
-          width: 1.75,
+          stroke: kind.stacked ? look.surface : stroke,
+          width: kind.stacked ? 1.5 : 1.75,
           dash,
           points: { show: false },
-          fill: kind.stacked ? `${stroke}48` : undefined,
+          fill: kind.stacked ? `${stroke}a8` : undefined,
           paths: kind.stacked ? uPlot.paths.stepped({ align: 1 }) : undefined,
         })),
       ],
@@ -321,7 +327,7 @@ class Plot {
           (plot) => {
             marks(plot, this.marks, look);
             for (const { value, text, fill } of this.bounds) bound(plot, value, text, fill, look);
-            labels(plot, lines.map(({ name, stroke }, index) => this.#place(plot, name, stroke, index)));
+            labels(plot, lines.map(({ name, stroke }, index) => this.#place(plot, name, stroke, index)), look.surface);
           },
         ],
         setCursor: [() => this.#tell()],
@@ -329,13 +335,16 @@ class Plot {
     };
   }
 
-  /** Where a line's name goes: at its end, or in the middle of its band. */
+  /** Where a line's name goes: at its end, or beside the middle of its band. */
   #place(plot, text, fill, index) {
-    const value = last(plot.data[index + 1]);
-    const below = this.#kind.stacked && index > 0 ? last(plot.data[index]) : 0;
-    const middle = this.#kind.stacked && value !== null ? (value + below) / 2 : value;
-    const absent = middle === null || (this.#kind.stacked && value - below < 0.05);
-    return { text, fill, font: this.#look.bold, y: absent ? null : plot.valToPos(middle, "y", true) };
+    const values = plot.data[index + 1];
+    const at = values.findLastIndex((value) => value !== null);
+    if (at < 0) return null;
+    const below = this.#kind.stacked && index > 0 ? plot.data[index][at] : 0;
+    if (this.#kind.stacked && values[at] - below < 0.05) return null;
+    const value = this.#kind.stacked ? (values[at] + below) / 2 : values[at];
+    const x = plot.valToPos(plot.data[0][at], "x", true);
+    return { text, fill, font: this.#look.bold, x, y: plot.valToPos(value, "y", true) };
   }
 
   #move(event) {
@@ -351,7 +360,7 @@ class Plot {
   #tell() {
     const lines = this.lines ?? [];
     const at = this.#plot?.cursor.left >= 0 ? this.#plot.cursor.idx : null;
-    const values = lines.map((_, index) => (at === null || at === undefined ? last(this.values[index]) : this.values[index][at]));
+    const values = lines.map((_, index) => this.values[index].at(at ?? -1));
     const said = lines.map((line, index) => ({ ...line, value: line.text(values[index]) }));
     each(this.#legend, said, ({ name }) => name, () => {
       const swatch = make("span", { class: "swatch" });
@@ -369,6 +378,13 @@ class Plot {
     const when = at === null || at === undefined ? "now" : `at ${words.clock(this.#plot.data[0][at] * 1000)}`;
     set(this.#canvas, "aria-label", `${this.#kind.title}, ${when}: ${said.map(({ name, value }) => `${name} ${value}`).join(", ")}`);
   }
+}
+
+/** Where a logarithmic axis has its lines: at powers of ten, not too many. */
+function decades(_plot, _axis, from, to) {
+  const [first, last] = [Math.ceil(Math.log10(from) - 1e-9), Math.floor(Math.log10(to) + 1e-9)];
+  const step = Math.max(1, Math.ceil((last - first) / 6));
+  return Array.from({ length: Math.floor((last - first) / step) + 1 }, (_, index) => 10 ** (first + index * step));
 }
 
 /** Each version's share on top of those before it. */

@@ -5,8 +5,11 @@
 export const KEEP = 900;
 /** Rates are over so many milliseconds: proxies report each second, and one second alone would jump. */
 const WINDOW = 5000;
+/** A status may be so many seconds after the one before without a gap between the two. */
+const BRIDGED = 3;
 /** A rate over less says nothing. */
 const LEAST = 900;
+const TOGETHER = 500;
 const MARKS = 100;
 
 const empty = () => new Float32Array(KEEP).fill(NaN);
@@ -21,8 +24,11 @@ class Counts {
     const last = this.#seen.at(-1);
     // Counts that fall begin anew; a rate over a time without hearing would flatten what happened in it.
     if (last && (now.all < last.all || at - last.at > WINDOW)) this.#seen = [];
-    if (this.#seen.length > 1 && at - this.#seen.at(-2).at < 500) this.#seen.pop();
-    this.#seen.push(now);
+    const before = this.#seen.at(-2);
+    // Several a second count as one, also when they come all at once after a silence.
+    if (before && at - before.at < TOGETHER) this.#seen.pop();
+    if (this.#seen.length === 1 && at - this.#seen[0].at < TOGETHER) this.#seen[0] = { ...now, at: this.#seen[0].at };
+    else this.#seen.push(now);
     while (this.#seen.length > 2 && at - this.#seen[1].at >= WINDOW) this.#seen.shift();
   }
 
@@ -77,6 +83,8 @@ class Seen {
 export class Record {
   /** The second of the last status; `null` before the first. */
   last = null;
+  /** The second of the first one. */
+  first = null;
   #services = new Map();
 
   /** Takes a status that was heard at `now` (milliseconds). */
@@ -87,8 +95,9 @@ export class Record {
     const names = new Set(status.services.map((service) => service.name));
     for (const [name, seen] of this.#services) {
       if (!names.has(name)) this.#services.delete(name);
-      else for (const values of seen.all()) for (let gap = from; gap <= second; gap++) values[gap % KEEP] = NaN;
+      else for (const values of seen.all()) this.#bridge(values, from, second);
     }
+    this.first ??= second;
     this.last = second;
     const slot = second % KEEP;
     for (const service of status.services) {
@@ -109,6 +118,12 @@ export class Record {
       seen.passEvidence[slot] = service.verdict?.passEvidence ?? NaN;
       seen.mark(second, service);
     }
+  }
+
+  #bridge(values, from, second) {
+    const held = second - this.last <= BRIDGED ? values[this.last % KEEP] : NaN;
+    for (let gap = from; gap < second; gap++) values[gap % KEEP] = held;
+    values[second % KEEP] = NaN;
   }
 
   /** What was seen of a service; `undefined` for one that is not there. */

@@ -33,22 +33,20 @@ export function rolloutView(name, app) {
   const title = make("h1", { tabindex: -1 }, name);
   const phase = chip();
   const way = make("span", { class: "way" });
-  const message = make("p", { class: "message" });
+  const message = make("span");
   const since = make("span", { class: "since" });
+  const why = make("p", { class: "why" }, message, since);
   const buttons = toolbar(name, app);
   const steps = stepsCard();
   const services = make("div", { class: "services" });
   const past = historyCard();
-  const range = rangeChooser(app);
   const back = make("a", { class: "back", href: "#/" }, "All rollouts");
   const element = make(
     "div",
     { class: "rollout" },
     back,
-    make("div", { class: "top" }, make("div", { class: "title" }, title, phase.element, way), buttons.element),
-    make("p", { class: "why" }, message, since),
+    make("div", { class: "head" }, make("div", { class: "title" }, title, phase.element, way), why, buttons.element),
     steps.element,
-    range.element,
     services,
     past.element,
   );
@@ -100,24 +98,20 @@ function pageTitle(app, name) {
 }
 
 /** How far back the plots reach. */
-function rangeChooser(app) {
-  const choice = ([seconds, text]) =>
-    make(
-      "label",
-      {},
-      make("input", {
-        type: "radio",
-        name: "range",
-        value: seconds,
-        checked: seconds === app.seconds,
-        onchange: () => {
-          app.seconds = seconds;
-          app.render();
-        },
-      }),
-      make("span", {}, text),
-    );
-  return { element: make("fieldset", { class: "range" }, make("legend", {}, "Plots of the last"), ...SPANS.map(choice)) };
+function rangeChooser(service, app) {
+  const choices = SPANS.map(([seconds, text]) => {
+    const choose = () => {
+      app.seconds = seconds;
+      app.render();
+    };
+    const input = make("input", { type: "radio", name: `range of ${service}`, value: seconds, onchange: choose });
+    return { seconds, input, label: make("label", {}, input, make("span", {}, text)) };
+  });
+  const update = () => {
+    for (const { seconds, input } of choices) input.checked = seconds === app.seconds;
+  };
+  const legend = make("legend", {}, "Plots of the last");
+  return { element: make("fieldset", { class: "range" }, legend, ...choices.map(({ label }) => label)), update };
 }
 
 /** The steps as a track, the present one marked, how far it is held. */
@@ -126,33 +120,28 @@ function stepsCard() {
   const element = make("section", { class: "card steps" }, make("h2", {}, "Steps"), track);
   const update = (rollout) => {
     const steps = rollout.steps ?? [];
-    const done = doneSteps(rollout);
     const present = rollout.step && isMoving(rollout) ? rollout.step : null;
     const target = rollout.versions.find((version) => version.name === rollout.target);
+    const context = { done: doneSteps(rollout), present, target };
     show(element, steps.length);
-    each(
-      track,
-      steps.map((step, index) => ({ ...step, index })),
-      ({ index }) => index,
-      () => {
-        const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("i"));
-        const head = make("b");
-        const note = make("span");
-        return {
-          element: make("li", {}, bar, head, note),
-          update: (step) => {
-            const number = step.index + 1;
-            const state = number === present?.number ? "present" : number <= done ? "done" : "ahead";
-            const item = head.parentElement;
-            item.dataset.state = state;
-            set(item, "aria-current", state === "present" ? "step" : null);
-            say(head, step.pause ? "pause" : words.percent(step.weight));
-            say(note, stepNote(step, state === "present" ? present : null, target));
-            style(bar.firstChild, "width", `${100 * progress(step, state, present)}%`);
-          },
-        };
-      },
-    );
+    each(track, steps.map((step, index) => ({ ...step, number: index + 1 })), ({ number }) => number, trackStep, context);
+  };
+  return { element, update };
+}
+
+function trackStep() {
+  const fill = make("i");
+  const head = make("b");
+  const note = make("span");
+  const element = make("li", {}, make("span", { class: "bar", "aria-hidden": "true" }, fill), head, note);
+  const update = (step, { done, present, target }) => {
+    const isPresent = step.number === present?.number;
+    const state = isPresent ? "present" : step.number <= done ? "done" : "ahead";
+    if (element.dataset.state !== state) element.dataset.state = state;
+    set(element, "aria-current", isPresent ? "step" : null);
+    say(head, step.pause ? "pause" : words.percent(step.weight));
+    say(note, stepNote(step, isPresent ? present : null, target));
+    style(fill, "width", `${100 * progress(step, state, present)}%`);
   };
   return { element, update };
 }
@@ -173,12 +162,12 @@ function stepNote(step, present, target) {
   if (present && target && present.heldSeconds === undefined && !step.pause) {
     parts.push(`has ${words.percent(target.weight)}`);
   } else if (step.holdSeconds) {
-    const held = present ? `${words.count(Math.min(present.heldSeconds ?? 0, step.holdSeconds))} of ` : "";
-    parts.push(`${present ? "held" : "hold"} ${held}${words.span(step.holdSeconds)}`);
+    const held = present ? words.heldOf(present.heldSeconds ?? 0, step.holdSeconds) : words.span(step.holdSeconds);
+    parts.push(`${present ? "held" : "hold"} ${held}`);
   } else if (step.pause) {
     parts.push(present ? "until promoted" : "by hand");
   }
-  if (step.matches) parts.push(words.plural(step.matches, "match first", "matches first"));
+  if (step.matches) parts.push(words.plural(step.matches, "header match", "header matches"));
   return parts.join(", ");
 }
 
@@ -189,6 +178,7 @@ function serviceSection(service, app) {
   const vetoes = make("ul", { class: "vetoes" });
   const versions = versionsTable(app);
   const verdict = verdictCard();
+  const range = rangeChooser(service.name, app);
   const drawn = plots();
   const element = make(
     "section",
@@ -197,6 +187,7 @@ function serviceSection(service, app) {
     unrouted,
     vetoes,
     make("div", { class: "pair" }, versions.element, verdict.element),
+    range.element,
     drawn.element,
   );
   const update = (service) => {
@@ -208,6 +199,7 @@ function serviceSection(service, app) {
     });
     versions.update(service);
     verdict.update(service);
+    range.update();
     drawn.update(service, app.record, app.seconds);
   };
   return { element, update, end: drawn.end };
@@ -238,15 +230,11 @@ function versionsTable(app) {
     make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...head)),
     body,
   );
-  let service;
-  const update = (next) => {
-    service = next;
-    each(body, service.versions, (version) => version.name, () => versionRow(app, () => service));
-  };
+  const update = (service) => each(body, service.versions, (version) => version.name, () => versionRow(app), service);
   return { element: make("div", { class: "card" }, table), update };
 }
 
-function versionRow(app, serviceNow) {
+function versionRow(app) {
   const cells = COLUMNS.slice(1).map((column) => make("td", { role: "cell", "data-label": column }));
   const [share, ready, requests, ok, errors, clientErrors, cancelled, rate, inFlight, drain] = cells;
   const swatch = make("span", { class: "swatch" });
@@ -257,8 +245,7 @@ function versionRow(app, serviceNow) {
   share.append(weight, bar);
   const endpoints = endpointsCell(ready);
   const element = make("tr", { role: "row" }, make("th", { scope: "row", role: "rowheader" }, swatch, name, role), ...cells);
-  const update = (version) => {
-    const service = serviceNow();
+  const update = (version, service) => {
     const place = colour(service.versions.findIndex((one) => one.name === version.name));
     const now = app.record.rates(service.name, version.name);
     style(swatch, "background-color", place);
@@ -277,6 +264,7 @@ function versionRow(app, serviceNow) {
     rate.classList.toggle("bad", now.errors >= 0.02);
     say(inFlight, words.count(version.inFlight));
     say(drain, drainWords(version, app.feed.now()));
+    drain.classList.toggle("blank", drain.textContent === words.UNKNOWN);
     set(drain, "title", version.drain?.message ?? null);
   };
   return { element, update };
@@ -369,7 +357,7 @@ function meter(kind) {
   const update = (what, evidence, bound) => {
     show(element, bound > 0);
     const part = evidence > 1 && bound > 1 ? Math.min(1, Math.log(evidence) / Math.log(bound)) : 0;
-    const said = `${words.evidence(evidence)} of ${words.evidence(bound)}`;
+    const said = `${words.evidence(evidence)}, bound ${words.evidence(bound)}`;
     say(label, `Evidence ${what}`);
     say(value, said);
     style(fill, "width", `${100 * part}%`);
@@ -390,15 +378,16 @@ function historyCard() {
   const update = (transitions, now) => {
     show(none, transitions.length === 0);
     say(none, known === false ? "This controller does not tell its history." : "Nothing yet.");
-    each(list, transitions.slice(0, HISTORY), ({ key }) => key, (transition) => {
-      const phase = chip();
-      phase.update(transition.phase);
-      const when = make("time", { datetime: transition.time, title: words.date(transition.time) });
-      const step = transition.step ? `step ${transition.step}` : "";
-      const what = [transition.reason, step].filter(Boolean).join(", ");
-      const item = make("li", {}, when, phase.element, make("b", {}, what), make("span", {}, transition.message));
-      return { element: item, update: () => say(when, words.ago(transition.time, now)) };
-    });
+    each(list, transitions.slice(0, HISTORY), ({ key }) => key, pastRow, now);
   };
   return { element, update, know: (value) => (known = value) };
+}
+
+function pastRow({ time, phase, reason, step, message }) {
+  const mark = chip();
+  mark.update(phase);
+  const when = make("time", { datetime: time, title: words.date(time) });
+  const what = [reason, step ? `step ${step}` : ""].filter(Boolean).join(", ");
+  const element = make("li", {}, when, mark.element, make("b", {}, what), make("span", {}, message));
+  return { element, update: (_, now) => say(when, words.ago(time, now)) };
 }

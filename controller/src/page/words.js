@@ -26,12 +26,12 @@ export const rate = (value) => (known(value) ? `${TWO_DIGITS.format(value * 100)
 /** How many a second: `12.3/s`. */
 export const perSecond = (value) => (known(value) ? `${THREE_DIGITS.format(value)}/s` : UNKNOWN);
 
-/** Evidence: `0.4`, `2,300`, `1.2M`. */
+/** Evidence: `0.4`, `2,300`. */
 export function evidence(value) {
   if (!known(value)) return UNKNOWN;
-  if (value > 1e15) return "over 10¹⁵";
+  if (value >= 1e6) return "over a million";
   if (value < 0.001) return value > 0 ? "under 0.001" : "0";
-  return (value < 100_000 ? THREE_DIGITS : SHORT).format(value);
+  return (value < 1000 ? TWO_DIGITS : THREE_DIGITS).format(value);
 }
 
 /** A number on a narrow axis: `0.1`, `1K`. */
@@ -47,10 +47,17 @@ export function span(seconds) {
   return both(Math.floor(whole / 86_400), "d", Math.floor((whole % 86_400) / 3600), "h");
 }
 
+/** `12 of 60 s`, `1 min 5 s of 10 min`. */
+export function heldOf(held, whole) {
+  const so_far = Math.min(held, whole);
+  return whole <= 120 ? `${count(so_far)} of ${count(whole)}\u00a0s` : `${span(so_far)} of ${span(whole)}`;
+}
+
 /** How long before `now` (milliseconds) an RFC 3339 time was. */
 export function ago(time, now) {
   const at = Date.parse(time);
-  return Number.isNaN(at) ? UNKNOWN : `${span((now - at) / 1000)} ago`;
+  if (Number.isNaN(at)) return UNKNOWN;
+  return now - at < 2000 ? "just now" : `${span((now - at) / 1000)} ago`;
 }
 
 /** The time of day of milliseconds. */

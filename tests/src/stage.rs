@@ -1,0 +1,292 @@
+//! A controller whose API plays what the test says: the web page is the real one, of a real `tideshift serve` behind it,
+//! and everything under `/v1/` is the test's. It keeps the commands that it was sent.
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, channel::Channel, combinators::UnsyncBoxBody};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, header, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{broadcast, watch},
+    task::{AbortHandle, JoinSet},
+    time::timeout,
+};
+
+use crate::{client, controller::Controller, ports::Port};
+
+/// Something is said at least so often, as by the real one.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// A command as it arrived.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// Its path, encoded as it came.
+    pub path: String,
+    /// Its `authorization`.
+    pub authorization: Option<String>,
+    /// Its `content-type`.
+    pub content_type: Option<String>,
+    /// Its body.
+    pub body: Value,
+}
+
+/// A running (or stopped) stage; dropping it stops it.
+#[derive(Debug)]
+pub struct Stage {
+    port: Port,
+    state: Arc<State>,
+    server: Mutex<Option<AbortHandle>>,
+    page: Controller,
+    _directory: TempDir,
+}
+
+#[derive(Debug)]
+struct State {
+    page: SocketAddr,
+    status: watch::Sender<Value>,
+    transitions: broadcast::Sender<Value>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    history: Vec<Value>,
+    commands: Vec<Command>,
+    refusal: Option<(u16, String)>,
+    /// The tokens that may read and operate.
+    tokens: Option<[String; 2]>,
+    without_events: bool,
+    is_mute: bool,
+}
+
+impl Stage {
+    /// Starts with this status.
+    pub async fn start(status: Value) -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let file = directory.path().join("shift.yaml");
+        let spec = json!({ "stable": "v1", "versions": [{ "name": "v1", "endpoints": ["127.0.0.1:9"] }] });
+        let (api, kind) = ("tideshift.dev/v1alpha1", "TrafficShift");
+        let document = json!({ "apiVersion": api, "kind": kind, "metadata": { "name": "stage" }, "spec": spec });
+        std::fs::write(&file, document.to_string())?;
+        let page = Controller::start(&[&file]).await?;
+        let state = State {
+            page: page.address(),
+            status: watch::Sender::new(status),
+            transitions: broadcast::Sender::new(64),
+            kept: Mutex::default(),
+        };
+        let (port, state) = (Port::reserve()?, Arc::new(state));
+        let stage = Self { port, state, server: Mutex::default(), page, _directory: directory };
+        stage.start_again().await?;
+        Ok(stage)
+    }
+
+    /// Listens again on the same port after [`stop`](Self::stop).
+    pub async fn start_again(&self) -> anyhow::Result<()> {
+        let listener = TcpListener::bind(self.port.address()).await.context("cannot listen")?;
+        let task = tokio::spawn(serve(listener, Arc::clone(&self.state)));
+        if let Some(before) = lock(&self.server).replace(task.abort_handle()) {
+            before.abort();
+        }
+        Ok(())
+    }
+
+    /// Closes the listener and every connection.
+    pub fn stop(&self) {
+        if let Some(server) = lock(&self.server).take() {
+            server.abort();
+        }
+    }
+
+    /// The page's address.
+    pub fn url(&self) -> String {
+        format!("http://{}/", self.port.address())
+    }
+
+    /// Where the real page comes from.
+    pub fn page(&self) -> SocketAddr {
+        self.page.address()
+    }
+
+    /// How things stand from now on.
+    pub fn show(&self, status: Value) {
+        self.state.status.send_replace(status);
+    }
+
+    /// Changes how things stand.
+    pub fn change(&self, change: impl FnOnce(&mut Value)) {
+        self.state.status.send_modify(change);
+    }
+
+    /// A transition of the rollout `name`: told to who listens, and kept for who asks later.
+    pub fn tell(&self, name: &str, transition: Value) {
+        self.kept().history.push(transition.clone());
+        let mut event = transition;
+        event["name"] = name.into();
+        // Nobody may be listening.
+        let _ = self.state.transitions.send(event);
+    }
+
+    /// Only the first token may read, and only the second one command (and read).
+    pub fn require_tokens(&self, read: &str, operate: &str) {
+        self.kept().tokens = Some([read, operate].map(str::to_owned));
+    }
+
+    /// Answers commands with this status and error, or carries them out again.
+    pub fn refuse(&self, refusal: Option<(u16, &str)>) {
+        self.kept().refusal = refusal.map(|(status, error)| (status, error.to_owned()));
+    }
+
+    /// Has no `/v1/events`, as a controller of before.
+    pub fn without_events(&self) {
+        self.kept().without_events = true;
+    }
+
+    /// Keeps its connections and says nothing on them, or speaks again.
+    pub fn mute(&self, is_mute: bool) {
+        self.kept().is_mute = is_mute;
+    }
+
+    /// The commands so far, refused ones too.
+    pub fn commands(&self) -> Vec<Command> {
+        self.kept().commands.clone()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        lock(&self.state.kept)
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+async fn serve(listener: TcpListener, state: Arc<State>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                if let Ok((stream, _)) = accepted {
+                    connections.spawn(connection(stream, Arc::clone(&state)));
+                }
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, state: Arc<State>) {
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(|request| {
+        let state = Arc::clone(&state);
+        async move { Ok::<_, Infallible>(answer(request, state).await.unwrap_or_else(|error| broken(&error))) }
+    });
+    // A browser that goes away is no news.
+    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+}
+
+type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+
+async fn answer(request: Request<Incoming>, state: Arc<State>) -> anyhow::Result<Answer> {
+    let (head, body) = request.into_parts();
+    let of = |name| head.headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let path = head.uri.path().to_owned();
+    if !path.starts_with("/v1/") {
+        return page(state.page, &path).await;
+    }
+    let authorization = of(header::AUTHORIZATION);
+    let (denied, without_events) = {
+        let kept = lock(&state.kept);
+        (denied(&kept, &head.method, authorization.as_deref()), kept.without_events)
+    };
+    if head.method == Method::POST {
+        let body = serde_json::from_slice(&body.collect().await?.to_bytes())?;
+        let mut kept = lock(&state.kept);
+        kept.commands.push(Command { path, authorization, content_type: of(header::CONTENT_TYPE), body });
+        return Ok(match denied.or_else(|| kept.refusal.clone()) {
+            Some((status, error)) => json_answer(status, &json!({ "error": error })),
+            None => json_answer(200, &json!({ "services": state.status.borrow()["services"] })),
+        });
+    }
+    if let Some((status, error)) = denied {
+        return Ok(json_answer(status, &json!({ "error": error })));
+    }
+    Ok(match path.as_str() {
+        "/v1/status" => json_answer(200, &state.status.borrow()),
+        "/v1/events" if !without_events => events(state),
+        _ if path.ends_with("/history") => json_answer(200, &json!({ "transitions": lock(&state.kept).history })),
+        _ => json_answer(404, &json!({ "error": "no such path" })),
+    })
+}
+
+fn denied(kept: &Kept, method: &Method, authorization: Option<&str>) -> Option<(u16, String)> {
+    let [read, operate] = kept.tokens.as_ref()?;
+    let token = authorization.and_then(|value| value.strip_prefix("Bearer "));
+    match token {
+        Some(token) if token == operate || token == read && method == Method::GET => None,
+        Some(token) if token == read => Some((403, "this token may read only".to_owned())),
+        Some(_) => Some((401, "unknown token".to_owned())),
+        None => Some((401, "a token is needed".to_owned())),
+    }
+}
+
+/// The status at once and whenever it changes, and transitions as they come.
+fn events(state: Arc<State>) -> Answer {
+    let (mut sender, body) = Channel::<Bytes>::new(16);
+    let (mut status, mut transitions) = (state.status.subscribe(), state.transitions.subscribe());
+    tokio::spawn(async move {
+        let mut event = format!("event: status\ndata: {}\n\n", *status.borrow_and_update());
+        loop {
+            let is_mute = lock(&state.kept).is_mute;
+            if !is_mute && sender.send_data(event.into()).await.is_err() {
+                return;
+            }
+            event = tokio::select! {
+                _ = timeout(BEAT, status.changed()) => {
+                    format!("event: status\ndata: {}\n\n", *status.borrow_and_update())
+                }
+                Ok(transition) = transitions.recv() => format!("event: transition\ndata: {transition}\n\n"),
+            };
+        }
+    });
+    let response = Response::builder().header(header::CONTENT_TYPE, "text/event-stream");
+    response.body(body.boxed_unsync()).unwrap_or_default()
+}
+
+/// A file of the real page.
+async fn page(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    let answer = client::get(address, path).send().await?;
+    let mut response = Response::builder().status(answer.status);
+    for (name, value) in &answer.headers {
+        if !matches!(name.as_str(), "content-length" | "transfer-encoding" | "date" | "connection") {
+            response = response.header(name, value.as_slice());
+        }
+    }
+    Ok(response.body(Full::new(answer.body.into()).boxed_unsync())?)
+}
+
+fn json_answer(status: u16, body: &Value) -> Answer {
+    let response = Response::builder().status(status).header(header::CONTENT_TYPE, "application/json");
+    response.body(Full::new(body.to_string().into()).boxed_unsync()).unwrap_or_default()
+}
+
+fn broken(error: &anyhow::Error) -> Answer {
+    json_answer(StatusCode::INTERNAL_SERVER_ERROR.as_u16(), &json!({ "error": format!("the stage: {error:#}") }))
+}
+
+/// A lock whose holder never panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
