@@ -79,6 +79,13 @@ impl Readiness {
         others.flat_map(|(_, endpoints)| endpoints).any(|endpoint| endpoint.ready)
     }
 
+    /// Whether an endpoint of a version that is warmed up need not wait for the others: one is ready, or none is in its
+    /// first try.
+    fn waits_for_none(&self, service: &str, version: &str) -> bool {
+        let endpoints = self.endpoints(service, version);
+        endpoints.iter().any(|endpoint| endpoint.ready) || !endpoints.iter().any(|endpoint| endpoint.warming)
+    }
+
     fn find(&self, service: &str, version: &str, endpoint: &Endpoint) -> Option<&EndpointState> {
         self.endpoints(service, version).iter().find(|state| state.endpoint == *endpoint)
     }

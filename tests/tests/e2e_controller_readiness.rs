@@ -208,3 +208,22 @@ async fn requests_under_way_on_an_endpoint_that_is_killed_are_answered_by_anothe
     assert_eq!(tally.bad(), 0, "{tally:?}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_that_become_ready_together_share_the_load_from_its_beginning_on() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 2)]).await?;
+    rig.set_ready("v2", false);
+    rig.write(&rig.document(hold_at(50)))?;
+    let controller = rig.start_controller().await?;
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    let load = rig.load(RATE);
+    until_shares(&controller, "v1 alone, v2 is not ready", &[100.0, 0.0]).await?;
+    rig.set_ready("v2", true);
+    until_shares(&controller, "v2 at 50 %", &[50.0, 50.0]).await?;
+    next_answers(&load, 100).await?;
+    let [one, two] = rig.version("v2") else { unreachable!() };
+    let (one, two) = (one.counts().requests, two.counts().requests);
+    assert!(one.min(two) * 2 > one.max(two), "{one} and {two}: Envoy's workers do not know both yet");
+    assert_eq!(load.stop().await?.bad(), 0);
+    Ok(())
+}

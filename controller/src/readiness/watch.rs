@@ -145,14 +145,20 @@ impl Watch {
 
     /// Ends once an endpoint whose probes pass is ready: after its warm-up, if it needs one, and not before `pause`.
     async fn settle(&self, serves: bool, pause: Duration) {
-        let pause = sleep(pause);
+        let mut pause = pin!(sleep(pause));
         if let Some(requests) = self.terms.warm_up.as_ref().filter(|_| !serves) {
             let Subject { service, version, .. } = &self.subject;
             let alone = self.until(|readiness| self.terms.yields && !readiness.has_other(service, version));
+            let warm_up = async {
+                self.warm_up(requests).await;
+                // The others may be a probe behind.
+                pause.as_mut().await;
+                self.until(|readiness| readiness.waits_for_none(service, version)).await;
+            };
             tokio::select! {
                 biased;
                 () = alone => {}
-                () = self.warm_up(requests) => {}
+                () = warm_up => {}
             }
         }
         pause.await;
@@ -166,11 +172,6 @@ impl Watch {
         self.clients.warm_ups.warm_up(&self.subject, requests, say).await;
         let reason = Some("warmed up; waits for the other endpoints of its version".to_owned());
         self.take_in(Finding { reason, ..Finding::default() });
-        self.until(|readiness| {
-            let of_version = readiness.endpoints(&self.subject.service, &self.subject.version);
-            of_version.iter().any(|state| state.ready) || !of_version.iter().any(|state| state.warming)
-        })
-        .await;
     }
 
     async fn until(&self, holds: impl Fn(&Readiness) -> bool) {
@@ -366,6 +367,17 @@ mod tests {
         until_reason(&prober, "v1", 2, "warming up: ").await;
         v2.with(|own| own.health = [500].into());
         until_ready(&prober, 3, 0).await;
+    }
+
+    #[tokio::test]
+    async fn a_controller_that_knows_nothing_takes_the_stable_version_for_what_serves() {
+        let (v1, v2) = (Upstream::start().await, Upstream::start().await);
+        let mut document = document(&[&v1], &[&v2]);
+        document["spec"]["versions"][0]["readinessProbe"]["initialDelaySeconds"] = json!(1);
+        let prober = start(&document);
+        until(&prober, "v2 to be ready first", |now| now.ready(SHOP, "v2") == 1 && !now.is_known(SHOP)).await;
+        until_ready(&prober, 1, 1).await;
+        assert_eq!((v1.asked(), v2.asked()), (0, COUNT));
     }
 
     #[tokio::test]

@@ -411,12 +411,12 @@ fn health_checks(probe: &Probe, check: &HealthCheck<'_>) -> String {
     let kind = match check.asks {
         Asks::Tcp => "  tcp_health_check: {}\n".to_owned(),
         Asks::Http(get) => http_health_check(get),
-        Asks::Grpc("") => "  grpc_health_check: {}\n".to_owned(),
-        Asks::Grpc(service) => format!("  grpc_health_check: {{service_name: {}}}\n", scalar(service)),
+        Asks::Grpc(service) => grpc_health_check(service),
     };
     format!(
         r##"# Endpoints that fail their checks get requests only if all fail; by default that is so once half of them do.
-common_lb_config: {{healthy_panic_threshold: {{value: 1}}}}
+# What the checks find out holds at once; by default a second change waits until a second after the first.
+common_lb_config: {{healthy_panic_threshold: {{value: 1}}, update_merge_window: 0s}}
 # Those that fail them are checked more often, so that Envoy knows of one that is ready before it gets weight.
 health_checks:
 - interval: {interval}
@@ -453,6 +453,14 @@ fn http_health_check(get: &HttpGet) -> String {
     retriable_statuses: [{{start: 100, end: 600}}]
 "##,
         path = scalar(&get.path),
+    )
+}
+
+fn grpc_health_check(service: &str) -> String {
+    let service = if service.is_empty() { String::new() } else { format!("service_name: {}", scalar(service)) };
+    format!(
+        "  # One answer other than SERVING is enough, whatever unhealthy_threshold says; Envoy has no setting for that.\n  \
+         grpc_health_check: {{{service}}}\n"
     )
 }
 
