@@ -3,14 +3,15 @@
 //! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
 use crate::control::{CommandError, Control};
+use crate::metrics::Done;
 use crate::rollout::{Command, Millis};
 use crate::status::ServiceStatus;
 use auth::{Guard, Scope};
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode, header};
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::{Next, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Extension, Json, Router};
@@ -56,6 +57,8 @@ pub struct Shared {
     pub turns: Turns,
     /// Who wants to hear of everything.
     pub events: Events,
+    /// What was done, for `/metrics`.
+    pub done: Done,
     /// The newest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
     /// Who may ask.
@@ -186,7 +189,16 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .method_not_allowed_fallback(async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(map_response(for_nobody_else))
+        .layer(from_fn_with_state(shared.clone(), count))
         .with_state(shared)
+}
+
+/// Counts answers, whoever gave them.
+async fn count(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let response = next.run(request).await;
+    shared.done.answered(route.as_ref().map_or("none", MatchedPath::as_str), response.status().as_u16());
+    response
 }
 
 /// No answer is for a cache, and none is anything but what it says it is.

@@ -4,6 +4,7 @@
 use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns, now};
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
+use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::rollout::Transition;
 use crate::store::{Kept, Store, StoreError};
@@ -105,10 +106,11 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     prober.set(control.shifts());
     let (publish, published) = watch::channel(None);
     let (end, ending) = watch::channel(false);
-    let control = Mutex::new(control);
+    let (control, done) = (Mutex::new(control), Done::default());
     let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-    let shared = Arc::new(Shared { control, counted, turns, events, published, tokens, ending: ending.clone() });
+    let shared = Shared { control, counted, turns, events, done, published, tokens, ending: ending.clone() };
+    let shared = Arc::new(shared);
     let server = tokio::spawn(http::serve(listener, http::max_connections(), tls, api::router(shared.clone()), ending));
     tracing::info!(%address, tls = options.tls.is_some(), files = ?options.files, "serving");
     tokio::spawn(secrets.keep_fresh(options));
@@ -214,17 +216,19 @@ impl Mind {
         for (rollout, Transition { phase, reason, message, .. }) in &outcome.transitions {
             tracing::info!(rollout, ?phase, ?reason, "{message}");
         }
+        for (rollout, transition) in &outcome.transitions {
+            self.shared.done.changed(rollout, transition);
+        }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing
         // can be kept (a full disk), traffic goes on being moved all the same.
-        if let (Some(kept), Some(store)) = (&kept, &self.store)
-            && let Err(error) = store.keep(kept)
-        {
-            tracing::error!("{error}");
+        if let (Some(kept), Some(store)) = (&kept, &self.store) {
+            self.wrote(store.keep(kept));
         }
         if let Some(policy) = outcome.policy {
             let epoch = self.shared.control().kept().epoch.clone();
             let json = Bytes::from(serde_json::to_vec(&policy).unwrap_or_default());
             tracing::info!(revision = policy.revision, "policy published");
+            self.shared.done.published();
             self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
         }
         self.shared.events.tell(&outcome.transitions);
@@ -252,8 +256,15 @@ impl Mind {
 
     fn keep_counts(&self) {
         let Some(store) = &self.store else { return };
-        let ledger = self.shared.control().changed_counts();
-        if let Some(Err(error)) = ledger.map(|ledger| store.keep_counts(&ledger)) {
+        let counted = self.shared.control().changed_counts();
+        if let Some(counted) = counted {
+            self.wrote(store.keep_counts(&counted));
+        }
+    }
+
+    fn wrote(&self, result: Result<(), StoreError>) {
+        self.shared.done.wrote(&result);
+        if let Err(error) = result {
             tracing::error!("{error}");
         }
     }

@@ -13,7 +13,7 @@ use crate::metrics::Metrics;
 ///
 /// The first line that is not as it must be: `# TYPE` and `# HELP` once each and before a family's samples, families
 /// not interleaved, `_total` for counters and for nothing else, no series twice, numbers that are numbers, `# EOF` at
-/// the end and a line feed after it; names of lower-case letters and underscores with an own prefix.
+/// the end and a line feed after it; names of lower-case letters and underscores with an own prefix, or the process's.
 pub fn read(text: &str) -> anyhow::Result<BTreeMap<String, String>> {
     let body = text.strip_suffix("# EOF\n").context("it does not end with # EOF and a line feed")?;
     let mut types: BTreeMap<String, String> = BTreeMap::new();
@@ -37,7 +37,8 @@ pub fn read(text: &str) -> anyhow::Result<BTreeMap<String, String>> {
             }
             name.clone_into(&mut family);
             let fine = |b: u8| b.is_ascii_lowercase() || b == b'_';
-            ensure!(name.starts_with("tideshift_") && name.bytes().all(fine), "badly named: {line}");
+            let own = name.starts_with("tideshift_") || name.starts_with("process_");
+            ensure!(own && name.bytes().all(fine), "badly named: {line}");
             continue;
         }
         let (name, _) = line.split_at(line.find(['{', ' ']).with_context(|| format!("no value: {line}"))?);

@@ -232,6 +232,9 @@ async fn its_metrics_are_openmetrics_to_the_letter() -> anyhow::Result<()> {
         ("tideshift_controller_proxies", "gauge"),
         ("tideshift_controller_proxies_behind", "gauge"),
         ("tideshift_controller_document_errors", "gauge"),
+        ("tideshift_controller_http_requests", "counter"),
+        ("tideshift_controller_state_write_errors", "counter"),
+        ("process_resident_memory_bytes", "gauge"),
     ] {
         assert_eq!(families.get(name).map(String::as_str), Some(kind), "{name} in {families:?}");
     }
@@ -242,6 +245,19 @@ async fn its_metrics_are_openmetrics_to_the_letter() -> anyhow::Result<()> {
     assert_eq!(metrics.sum("tideshift_controller_version_share_ratio", &[("version", "v2")]), Some(0.2));
     assert_eq!(metrics.sum("tideshift_controller_rollout_phase", &[("phase", "Progressing")]), Some(1.0));
     assert_eq!(metrics.sum("tideshift_controller_proxies_behind", &[]), Some(1.0));
+    let started = [("rollout", SERVICE), ("phase", "Progressing"), ("reason", "Started")];
+    assert_eq!(metrics.sum("tideshift_controller_rollout_transitions_total", &started), Some(1.0));
+    assert_eq!(metrics.sum("tideshift_controller_policies_published_total", &[]), Some(1.0));
+    assert_eq!(metrics.sum("tideshift_controller_state_write_errors_total", &[]), Some(0.0));
+    // By route and status, whatever clients come up with.
+    for (path, status) in [("/v1/nothing", 404), ("/v1/never", 404), ("/v1/policy?after=x", 400)] {
+        assert_eq!(get(controller.address(), path).send().await?.status, status);
+    }
+    let metrics = controller.metrics().await?;
+    let answers =
+        |path, code| metrics.sum("tideshift_controller_http_requests_total", &[("path", path), ("code", code)]);
+    assert_eq!(answers("/v1/reports", "204"), Some(1.0));
+    assert_eq!((answers("none", "404"), answers("/v1/policy", "400")), (Some(2.0), Some(1.0)));
     Ok(())
 }
 

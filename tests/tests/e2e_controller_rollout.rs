@@ -264,7 +264,7 @@ async fn roll_back(weight: u32, errors: Errors) -> anyhow::Result<Seen> {
     let by_version = [("service", SERVICE), ("version", "v2"), ("outcome", "error")];
     let metrics = controller.metrics().await?;
     assert_eq!(metrics.sum("tideshift_controller_requests_total", &by_version), Some(tally.of_class("v2", 5) as f64));
-    let failed = [("service", SERVICE), ("phase", "Failed")];
+    let failed = [("rollout", SERVICE), ("phase", "Failed")];
     assert_eq!(metrics.sum("tideshift_controller_rollout_phase", &failed), Some(1.0));
     Ok(seen)
 }

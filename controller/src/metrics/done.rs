@@ -1,0 +1,61 @@
+//! What the controller has done since it started, counted as it does it.
+
+use crate::rollout::{Millis, Transition};
+use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
+use prometheus_client::registry::Registry;
+use std::sync::atomic::AtomicU64;
+
+/// Counters that all parts of the controller share.
+#[derive(Debug, Clone, Default)]
+pub struct Done {
+    answers: Family<Labels, Counter>,
+    last_report: Gauge<f64, AtomicU64>,
+    transitions: Family<Labels, Counter>,
+    policies: Counter,
+    writes: Counter,
+    write_errors: Counter,
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+impl Done {
+    /// A request was answered. `path` is the route's, not the client's, who may make up any number of them.
+    pub fn answered(&self, path: &str, status: u16) {
+        self.answers.get_or_create(&vec![("path", path.to_owned()), ("code", status.to_string())]).inc();
+    }
+
+    /// A proxy's report was taken.
+    pub fn took_report(&self, now: Millis) {
+        self.last_report.set(now as f64 / 1e3);
+    }
+
+    /// A rollout has changed its state.
+    pub fn changed(&self, rollout: &str, transition: &Transition) {
+        let (phase, reason) = (transition.phase.name().to_owned(), format!("{:?}", transition.reason));
+        self.transitions
+            .get_or_create(&vec![("rollout", rollout.to_owned()), ("phase", phase), ("reason", reason)])
+            .inc();
+    }
+
+    /// A policy was published.
+    pub fn published(&self) {
+        self.policies.inc();
+    }
+
+    /// State was written, or was not.
+    pub fn wrote<E>(&self, result: &Result<(), E>) {
+        self.writes.inc();
+        self.write_errors.inc_by(u64::from(result.is_err()));
+    }
+
+    pub(super) fn register(&self, registry: &mut Registry) {
+        registry.register("http_requests", "Requests answered, by route and status", self.answers.clone());
+        let help = "When a report was last taken; 0: not since the start";
+        registry.register("last_report_timestamp_seconds", help, self.last_report.clone());
+        registry.register("rollout_transitions", "Changes of a rollout's phase or reason", self.transitions.clone());
+        registry.register("policies_published", "Policies given to proxies", self.policies.clone());
+        registry.register("state_writes", "Times that state was to be made safe", self.writes.clone());
+        let help = "Times that it could not be: a restart would go on from what was kept before";
+        registry.register("state_write_errors", help, self.write_errors.clone());
+    }
+}
