@@ -116,6 +116,8 @@ impl From<Refused> for CommandError {
 
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
 const CATCH_UP: Millis = 2_000;
+/// No proxy's word brings revisions further than this, which leaves as many again.
+const MAX_REVISION: u64 = u64::MAX / 2;
 /// The most transitions of a rollout that are kept.
 const MAX_HISTORY: usize = 200;
 
@@ -212,6 +214,14 @@ impl Control {
         let changed = self.counted.ledger.take(report, knows, now);
         self.counts_changed |= changed;
         let epoch = &self.kept.epoch;
+        if report.epoch == *epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
+            // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
+            // nothing before it is newer than that.
+            self.kept.revision = report.revision;
+            self.kept.services.clear();
+            self.policy = None;
+            self.dirty = true;
+        }
         changed | self.proxies.reported(report, epoch, knows, now)
     }
 

@@ -21,10 +21,12 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 mod files;
 mod http;
+mod keeper;
 mod secrets;
 mod tls;
 
 use files::Files;
+use keeper::Keeper;
 use secrets::Secrets;
 pub use tls::{TlsError, TlsFiles};
 
@@ -116,7 +118,8 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     tokio::spawn(secrets.keep_fresh(options));
     tokio::spawn(api::keep_telling(shared.clone()));
 
-    let mut mind = Mind { shared, store, publish, prober, files };
+    let keeper = Keeper::new(store, shared.done.clone());
+    let mut mind = Mind { shared, keeper, publish, prober, files };
     mind.run().await?;
     tracing::info!("ending");
     let _ = end.send(true);
@@ -146,7 +149,7 @@ fn open_store(options: &Options) -> Result<(Option<Store>, Kept, Counted), Store
     match Store::open(&dir) {
         Ok((store, kept, counted)) => Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_default())),
         // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
-        Err(StoreError::Io { error, .. }) if !chosen => {
+        Err(StoreError::Io { error, .. }) if !chosen && !Store::is_in(&dir) => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))
         }
         Err(error) => Err(error),
@@ -156,7 +159,7 @@ fn open_store(options: &Options) -> Result<(Option<Store>, Kept, Counted), Store
 /// Feeds the mind and carries out what it decides.
 struct Mind {
     shared: Arc<Shared>,
-    store: Option<Store>,
+    keeper: Keeper<Store>,
     publish: watch::Sender<Option<Published>>,
     prober: Prober,
     files: Files,
@@ -197,8 +200,8 @@ impl Mind {
         Ok(())
     }
 
-    fn evaluate(&self) {
-        let (turn, outcome, kept) = {
+    fn evaluate(&mut self) {
+        let (turn, outcome) = {
             let mut control = self.shared.control();
             if let Some(shifts) = control.changed_shifts() {
                 self.prober.set(shifts);
@@ -207,8 +210,8 @@ impl Mind {
                 control.set_readiness(readiness);
             }
             let outcome = control.evaluate(now());
-            let kept = outcome.keep.then(|| control.kept().clone());
-            (self.shared.turns.begin(), outcome, kept)
+            self.keeper.take(&mut control, &outcome);
+            (self.shared.turns.begin(), outcome)
         };
         for (rollout, message) in &outcome.messages {
             tracing::debug!(rollout, "{message}");
@@ -221,8 +224,8 @@ impl Mind {
         }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing
         // can be kept (a full disk), traffic goes on being moved all the same.
-        if let (Some(kept), Some(store)) = (&kept, &self.store) {
-            self.wrote(store.keep(kept));
+        if outcome.keep {
+            self.keeper.write();
         }
         if let Some(policy) = outcome.policy {
             let epoch = self.shared.control().kept().epoch.clone();
@@ -254,18 +257,8 @@ impl Mind {
         }
     }
 
-    fn keep_counts(&self) {
-        let Some(store) = &self.store else { return };
-        let counted = self.shared.control().changed_counts();
-        if let Some(counted) = counted {
-            self.wrote(store.keep_counts(&counted));
-        }
-    }
-
-    fn wrote(&self, result: Result<(), StoreError>) {
-        self.shared.done.wrote(&result);
-        if let Err(error) = result {
-            tracing::error!("{error}");
-        }
+    fn keep_counts(&mut self) {
+        self.keeper.take_counts(&mut self.shared.control());
+        self.keeper.write();
     }
 }

@@ -2,7 +2,7 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle};
+use crate::control::{Applied, Counted, Idle, Judges};
 use crate::readiness::RememberedReadiness;
 use crate::rollout::{Rollout, Transition};
 use serde::de::DeserializeOwned;
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 /// The format that this build writes, and the only one that it reads.
 const FORMAT: u32 = 2;
+const ROLLOUTS: &str = "rollouts.json";
+const COUNTS: &str = "counts.json";
 
 /// Everything but the counts, which change all the time and are kept apart.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -101,6 +103,11 @@ struct Versioned<T> {
 }
 
 impl Store {
+    /// Whether there is a state in a directory, readable or not.
+    pub fn is_in(dir: &Path) -> bool {
+        dir.join(ROLLOUTS).symlink_metadata().is_ok()
+    }
+
     /// Opens the state in a directory, which is made if it is not there.
     pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Counted>), StoreError> {
         let io = |error| StoreError::Io { path: dir.to_owned(), error };
@@ -111,21 +118,25 @@ impl Store {
             TryLockError::Error(error) => io(error),
         })?;
         let store = Self { dir: dir.to_owned(), _lock: lock };
-        let (mut kept, ledger) = (store.read::<Kept>("rollouts.json")?, store.read("counts.json")?);
+        let (mut kept, mut counted) = (store.read::<Kept>(ROLLOUTS)?, store.read::<Counted>(COUNTS)?);
+        if let (None, Some(counted)) = (&kept, &mut counted) {
+            // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
+            counted.judges = Judges::default();
+        }
         if let Some(kept) = kept.as_mut().filter(|kept| kept.session_secret.is_empty()) {
             kept.session_secret = new_secret().map_err(io)?;
         }
-        Ok((store, kept, ledger))
+        Ok((store, kept, counted))
     }
 
     /// Replaces everything but the counts.
     pub fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
-        self.write("rollouts.json", kept)
+        self.write(ROLLOUTS, kept)
     }
 
     /// Replaces the counts.
     pub fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
-        self.write("counts.json", counted)
+        self.write(COUNTS, counted)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
@@ -133,7 +144,7 @@ impl Store {
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::Io { path, error }),
+            Err(error) => return Err(StoreError::Unreadable { path, why: format!("cannot be read: {error}") }),
         };
         let format = serde_json::from_slice::<serde_json::Value>(&bytes).map(|value| value["format"].as_u64());
         let why = match format {

@@ -1,0 +1,273 @@
+//! A controller that is killed at each of its writes in turn, with a proxy that counts on: in no time at all.
+
+use super::*;
+use crate::readiness::{EndpointState, Readiness};
+use crate::rollout::{Millis, Phase, Reason};
+use crate::status::ServiceStatus;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tideshift_core::policy::Policy;
+use tideshift_core::report::{Counts, Report, ServiceReport, VersionReport};
+use tideshift_core::shift::{Endpoint, TrafficShift};
+
+type File = RefCell<Option<String>>;
+
+/// Two files, and when the process that writes them is killed.
+#[derive(Debug, Default)]
+struct Files {
+    kept: File,
+    counted: File,
+    /// How many writes are left to the process, and whether the last one is done; none: all of them.
+    left: Cell<Option<(usize, bool)>>,
+    writes: Cell<usize>,
+}
+
+impl Files {
+    fn write(&self, file: &File, text: String) -> Result<(), StoreError> {
+        let left = self.left.get();
+        if left.is_none_or(|(left, is_last_done)| left > 1 || (left == 1 && is_last_done)) {
+            *file.borrow_mut() = Some(text);
+        }
+        self.left.set(left.map(|(left, is_last_done)| (left.saturating_sub(1), is_last_done)));
+        self.writes.set(self.writes.get() + 1);
+        Ok(())
+    }
+
+    fn is_killed(&self) -> bool {
+        self.left.get().is_some_and(|(left, _)| left == 0)
+    }
+}
+
+impl Disk for &Files {
+    fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
+        self.write(&self.kept, serde_json::to_string(kept).unwrap())
+    }
+
+    fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
+        self.write(&self.counted, serde_json::to_string(counted).unwrap())
+    }
+}
+
+fn read<T: DeserializeOwned>(file: &File) -> Option<T> {
+    file.borrow().as_ref().map(|text| serde_json::from_str(text).unwrap())
+}
+
+fn documents(target: Option<&str>) -> Vec<(TrafficShift, Value)> {
+    let version = |name: &str, port: u16| json!({"name": name, "endpoints": [format!("127.0.0.1:{port}")]});
+    let step = |weight: u32| json!({"weight": weight, "holdSeconds": 1});
+    let document = json!({
+        "apiVersion": "tideshift.dev/v1alpha1",
+        "kind": "TrafficShift",
+        "metadata": {"name": "shop"},
+        "spec": {
+            "versions": [version("v1", 9001), version("v2", 9002)],
+            "stable": "v1",
+            "target": target,
+            "strategy": {"steps": [step(20), step(50), step(80)]},
+            "analysis": {"maxErrorRate": 0.1},
+        },
+    });
+    vec![(TrafficShift::read(&document).unwrap(), document)]
+}
+
+/// Everything is ready.
+fn readiness() -> Arc<Readiness> {
+    let of = |version: &str, port| {
+        let endpoint = Endpoint { host: "127.0.0.1".to_owned(), port };
+        (version.to_owned(), vec![EndpointState { endpoint, ready: true, known: true, reason: None }])
+    };
+    let versions = BTreeMap::from([of("v1", 9001), of("v2", 9002)]);
+    Arc::new(Readiness { services: BTreeMap::from([("shop".to_owned(), versions)]) })
+}
+
+/// A proxy: it has requests, and takes newer policies only.
+#[derive(Default)]
+struct Proxy {
+    policy: Option<Policy>,
+    /// The policies that there have been, by revision.
+    seen: BTreeMap<u64, String>,
+    due: BTreeMap<String, f64>,
+    counts: BTreeMap<String, Counts>,
+    fails: Option<String>,
+}
+
+impl Proxy {
+    fn take(&mut self, policy: Policy) {
+        let text = serde_json::to_string(&policy).unwrap();
+        let before = self.seen.insert(policy.revision, text.clone());
+        assert!(before.is_none_or(|before| before == text), "revision {} is two policies", policy.revision);
+        let newest = self.policy.as_ref().map_or(0, |policy| policy.revision);
+        assert!(policy.revision >= newest, "revision {} after {newest}", policy.revision);
+        self.policy = Some(policy);
+    }
+
+    /// So many requests end.
+    fn serve(&mut self, requests: u32) {
+        let Some(policy) = &self.policy else { return };
+        let versions = &policy.services[0].versions;
+        let all: u32 = versions.iter().map(|version| version.weight).sum();
+        for version in versions {
+            let due = self.due.entry(version.name.clone()).or_default();
+            *due += f64::from(requests) * f64::from(version.weight) / f64::from(all);
+            let now = due.floor();
+            *due -= now;
+            let counts = self.counts.entry(version.name.clone()).or_default();
+            match self.fails.as_ref() == Some(&version.name) {
+                true => counts.error += now as u64,
+                false => counts.ok += now as u64,
+            }
+        }
+    }
+
+    fn report(&self, epoch: &str) -> Report {
+        let version = |(name, ended): (&String, &Counts)| VersionReport {
+            name: name.clone(),
+            ended: *ended,
+            ..VersionReport::default()
+        };
+        let versions = self.counts.iter().map(version).collect();
+        Report {
+            proxy: "edge".to_owned(),
+            start: "1".to_owned(),
+            epoch: epoch.to_owned(),
+            revision: self.policy.as_ref().map_or(0, |policy| policy.revision),
+            services: vec![ServiceReport { name: "shop".to_owned(), versions, ..ServiceReport::default() }],
+            ..Report::default()
+        }
+    }
+
+    fn of(&self, version: &str) -> u64 {
+        self.counts.get(version).map_or(0, Counts::answered)
+    }
+}
+
+/// A process, from its start to its end.
+struct Process<'a> {
+    control: Control,
+    keeper: Keeper<&'a Files>,
+    started: Millis,
+}
+
+impl<'a> Process<'a> {
+    fn start(files: &'a Files, target: Option<&str>, now: Millis) -> Self {
+        let kept = read(&files.kept).unwrap_or_else(|| Kept::fresh("e".to_owned()).unwrap());
+        let mut control = Control::new(documents(target), kept, read(&files.counted).unwrap_or_default());
+        control.set_readiness(readiness());
+        Self { control, keeper: Keeper::new(Some(files), Done::default()), started: now }
+    }
+
+    fn service(&self, now: Millis) -> ServiceStatus {
+        self.control.status(now).services.remove(0)
+    }
+}
+
+/// Plays the failure of v2, then its success, while the process is killed by `kill`: it says how many writes the process
+/// has, and whether the last one is done.
+fn play(mut kill: impl FnMut(usize) -> Option<(usize, bool)>) -> usize {
+    const LIMIT: Millis = 600_000;
+    let files = Files::default();
+    let mut proxy = Proxy { fails: Some("v2".to_owned()), ..Proxy::default() };
+    // Target and whether it has failed; what v2 had served when it was made the target for the second time.
+    let (mut target, mut had) = (Some("v2"), None);
+    let (mut starts, mut again, mut told) = (0, 0, 0);
+    let mut process: Option<Process<'_>> = None;
+    for now in (0..LIMIT).step_by(100) {
+        proxy.serve(10);
+        if process.is_none() && now >= again {
+            files.left.set(kill(starts));
+            starts += 1;
+            process = Some(Process::start(&files, target, now));
+        }
+        let Some(alive) = &mut process else { continue };
+        let outcome = alive.control.evaluate(now);
+        alive.keeper.take(&mut alive.control, &outcome);
+        if outcome.keep {
+            alive.keeper.write();
+        }
+        if !files.is_killed() && (now - alive.started) % 2_000 == 0 {
+            alive.keeper.take_counts(&mut alive.control);
+            alive.keeper.write();
+        }
+        if files.is_killed() {
+            process = None;
+            again = now + 100 + 700 * (files.writes.get() as u64 % 4);
+            continue;
+        }
+        outcome.policy.into_iter().for_each(|policy| proxy.take(policy));
+        let service = alive.service(now);
+        let report = |process: &mut Process<'_>| process.control.reported(&proxy.report("e"), now);
+        match (service.phase, target, had) {
+            (Phase::Succeeded, ..) => {
+                let verdict = service.verdict.unwrap();
+                let since = told - had.unwrap();
+                assert_eq!((verdict.target.requests, verdict.target.errors), (since, 0), "what was judged of v2");
+                let history = alive.control.history("shop").unwrap();
+                let begins = [Reason::Started, Reason::StepStarted];
+                let begun = history.iter().filter(|transition| begins.contains(&transition.reason));
+                let begun: Vec<_> = begun.map(|transition| (transition.rollout, transition.step.unwrap())).collect();
+                assert_eq!(begun, [(1, 1), (2, 1), (2, 2), (2, 3), (2, 4)], "each step once: {history:#?}");
+                return files.writes.get();
+            }
+            // At once, so that hardly anything of the failure is older than two seconds.
+            (Phase::Failed, Some(_), None) => {
+                assert_eq!(service.reason, Reason::VerdictFail);
+                report(alive);
+                (target, proxy.fails) = (None, None);
+                alive.control.set_documents(documents(target));
+            }
+            (Phase::Initialized, None, None) => {
+                (target, had) = (Some("v2"), Some(proxy.of("v2")));
+                alive.control.set_documents(documents(target));
+            }
+            (Phase::Failed, ..) => panic!("v2 fails no longer: {}", service.message),
+            _ if now % 1_000 == 0 => {
+                report(alive);
+                told = proxy.of("v2");
+            }
+            _ => {}
+        }
+    }
+    panic!("it never ends: {target:?}, {starts} starts");
+}
+
+#[test]
+fn a_kill_at_any_write_neither_repeats_nor_leaves_out_a_step_and_neither_doubles_nor_loses_evidence() {
+    let writes = play(|_| None);
+    assert!(writes > 20, "{writes} writes");
+    for last in 1..=writes {
+        for is_done in [false, true] {
+            play(|start| (start == 0).then_some((last, is_done)));
+        }
+    }
+}
+
+#[test]
+fn nor_do_kills_again_and_again() {
+    for writes in 2..12 {
+        for is_done in [false, true] {
+            play(|start| (start < 40).then_some((writes, is_done)));
+        }
+    }
+}
+
+#[test]
+fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
+    let files = Files::default();
+    let mut process = Process::start(&files, None, 0);
+    let mut proxy = Proxy::default();
+    process.control.evaluate(0).policy.into_iter().for_each(|policy| proxy.take(policy));
+    let mut ahead = proxy.report(&process.control.kept().epoch);
+    ahead.revision = 41;
+    assert!(process.control.reported(&ahead, 100));
+    let outcome = process.control.evaluate(100);
+    assert_eq!((outcome.policy.map(|policy| policy.revision), outcome.keep), (Some(42), true));
+    // Nobody else's, and nothing that leaves no room for more.
+    for (epoch, revision) in [("other", 50), ("e", u64::MAX), ("e", 42)] {
+        let report = Report { epoch: epoch.to_owned(), revision, ..ahead.clone() };
+        process.control.reported(&report, 200);
+        assert_eq!(process.control.evaluate(200).policy, None, "{epoch} {revision}");
+    }
+}
