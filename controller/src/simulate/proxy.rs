@@ -125,7 +125,7 @@ impl Proxy {
             let random = self.random.u64(..);
             let (millis, bucket) = condition.latency.one(random as u32);
             // Somewhere in the tick it came, so much later it ends.
-            let came = (random >> 32) * TICK >> 32;
+            let came = ((random >> 32) * TICK) >> 32;
             let end = (tick + ((came + u64::from(millis)) / TICK) as usize) % LONGEST;
             counter.in_flight += 1;
             let Some(ending) = counter.ending.get_mut(end) else { continue };

@@ -47,6 +47,8 @@ pub struct Run {
     pub samples: Vec<Sample>,
     /// From one regular sample to the next; there are others where something changes.
     pub sample_seconds: f64,
+    /// Whether more requests come at one time than at another.
+    pub load_changes: bool,
 }
 
 /// Requests during a rollout.

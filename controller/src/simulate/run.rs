@@ -466,6 +466,11 @@ impl<'s> World<'s> {
             events: self.record.events,
             samples: self.record.samples,
             sample_seconds: seconds(self.record.every),
+            load_changes: self
+                .shift
+                .services
+                .iter()
+                .any(|service| self.scenario.load_of(&service.name).requests_per_second.values().count() > 1),
         }
     }
 }

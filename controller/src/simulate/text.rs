@@ -32,8 +32,8 @@ impl Run {
                 table.add_row([
                     service.name.clone(),
                     version.name.clone(),
-                    version.requests.to_string(),
-                    version.errors.to_string(),
+                    grouped(version.requests),
+                    grouped(version.errors),
                     match version.requests {
                         0 => "-".to_owned(),
                         requests => format!("{:.2} %", version.errors as f64 / requests as f64 * 100.0),
@@ -43,7 +43,7 @@ impl Run {
                 ]);
             }
             if service.unrouted > 0 {
-                table.add_row([service.name.clone(), "(none in service)".to_owned(), service.unrouted.to_string()]);
+                table.add_row([service.name.clone(), "(none in service)".to_owned(), grouped(service.unrouted)]);
             }
         }
         table
@@ -70,7 +70,7 @@ impl Run {
             (None, _) => "No rollout".to_owned(),
             (Some(from), Some(to)) => format!("{} after {}", self.phase.name(), clock(to - from)),
             (Some(from), None) => {
-                format!("{} ({:?}) still after {}", self.phase.name(), self.reason, clock(self.duration_seconds - from))
+                format!("still {} ({:?}) after {}", self.phase.name(), self.reason, clock(self.duration_seconds - from))
             }
         }
     }
@@ -81,7 +81,9 @@ impl Run {
         let judged = &self.judged;
         format!(
             "Until then {} of {} requests failed, {} of them on {target}",
-            judged.failed, judged.requests, judged.failed_of_target
+            grouped(judged.failed),
+            grouped(judged.requests),
+            grouped(judged.failed_of_target)
         )
     }
 }
@@ -89,32 +91,25 @@ impl Run {
 impl Many {
     /// How many ended how, and when.
     pub fn to_text(&self) -> String {
-        let mut table = table(&[
-            "END",
-            "RUNS",
-            "%",
-            "TIME TO THE END, MEDIAN",
-            "P90",
-            "FAILED REQUESTS, MEDIAN",
-            "P90",
-            "OF THE TARGET, MEDIAN",
-            "P90",
-        ]);
+        let mut table = table(&["END", "RUNS", "%", "TIME", "P90", "FAILED", "P90", "OF TARGET", "P90"]);
         for ending in &self.endings {
+            let known = |value: String| if ending.runs == 0 { "-".to_owned() } else { value };
             let time = |seconds: Option<f64>| seconds.map_or("-".to_owned(), clock);
             table.add_row([
                 ending.end.name().to_owned(),
-                ending.runs.to_string(),
+                grouped(ending.runs),
                 format!("{:.1}", ending.runs as f64 / self.runs.max(1) as f64 * 100.0),
                 time(ending.seconds.map(|seconds| seconds.median)),
                 time(ending.seconds.map(|seconds| seconds.p90)),
-                ending.failed.median.to_string(),
-                ending.failed.p90.to_string(),
-                ending.failed_of_target.median.to_string(),
-                ending.failed_of_target.p90.to_string(),
+                known(grouped(ending.failed.median)),
+                known(grouped(ending.failed.p90)),
+                known(grouped(ending.failed_of_target.median)),
+                known(grouped(ending.failed_of_target.p90)),
             ]);
         }
-        format!("{} runs of {} with seeds from {}\n\n{table}\n", self.runs, self.rollout, self.seed)
+        let words = "Medians, and what 90 % of the runs do not exceed: the time to the end, and the requests that users saw fail \
+                     until then";
+        format!("{} runs of {}, seeds from {}\n\n{table}\n\n{words}.\n", grouped(self.runs), self.rollout, self.seed)
     }
 }
 
@@ -125,6 +120,11 @@ fn table(columns: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// With thousands apart.
+fn grouped(number: u64) -> String {
+    super::svg::number(number as f64)
 }
 
 /// Seconds as people write times: `0:31.2`, `1:02:03.0`.
