@@ -77,7 +77,7 @@ fn documents(target: Option<&str>) -> Vec<(TrafficShift, Value)> {
 fn readiness() -> Arc<Readiness> {
     let of = |version: &str, port| {
         let endpoint = Endpoint { host: "127.0.0.1".to_owned(), port };
-        (version.to_owned(), vec![EndpointState { endpoint, ready: true, known: true, reason: None }])
+        (version.to_owned(), vec![EndpointState { endpoint, ready: true, known: true, warming: false, reason: None }])
     };
     let versions = BTreeMap::from([of("v1", 9001), of("v2", 9002)]);
     Arc::new(Readiness { services: BTreeMap::from([("shop".to_owned(), versions)]) })
