@@ -195,7 +195,8 @@ async fn grpc_probes_ask_for_the_health_of_a_service() -> anyhow::Result<()> {
     for _ in 0..20 {
         calls.unary(&[]).await?;
     }
-    assert_eq!((rig.arrived("v1"), rig.arrived("v2")), (10, 10));
+    let (of_v1, of_v2) = (rig.arrived("v1"), rig.arrived("v2"));
+    assert!(of_v1 + of_v2 == 20 && of_v1.abs_diff(of_v2) <= 6, "{of_v1} and {of_v2}");
 
     rig.set_ready("v2", false);
     health.set_ready(true);
