@@ -267,7 +267,12 @@ impl Rollout {
 
     /// The state after time has passed and the world has changed. At most one step forward for each call.
     pub fn advance(mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
+        let number = self.number;
         self.heed(shift, world, now);
+        if self.number != number {
+            // What the counts say is not of this rollout yet.
+            return self;
+        }
         match self.phase {
             Phase::Waiting | Phase::Progressing | Phase::Paused => self.progress(shift, world, now),
             Phase::Initialized | Phase::Succeeded => self.message = self.at_rest(shift, world),
@@ -352,10 +357,13 @@ impl Rollout {
                 self.rest(shift, Reason::Serving, now);
             }
         }
-        if self.said.target != said.target || self.target.as_ref().is_some_and(|target| !shift.has(target)) {
-            match &said.target {
-                Some(target) if *target != self.stable => self.start(target.clone(), shift, world, now),
-                _ => self.withdraw(shift, now),
+        let is_gone = self.target.as_ref().is_some_and(|target| !shift.has(target));
+        if self.said.target != said.target || is_gone {
+            match said.target.as_ref().filter(|target| **target != self.stable) {
+                // What ended before it begins is not its own, and proxies may still have to say that.
+                Some(_) if !is_gone && !world.is_up_to_date() => return,
+                Some(target) => self.start(target.clone(), shift, world, now),
+                None => self.withdraw(shift, now),
             }
         }
         self.said = said;

@@ -833,3 +833,33 @@ mod properties {
         }
     }
 }
+
+#[test]
+fn a_rollout_is_not_judged_by_what_the_counts_said_of_the_one_before() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 30}]));
+    play.pass(1);
+    play.world.opinion = Opinion { fails: true, requests: 20, errors: 20, ..Opinion::default() };
+    assert_eq!(play.pass(1).rollout.phase, Phase::Failed);
+    play.document["spec"]["target"] = json!("v3");
+    // The first look begins it, and only then somebody judges v3.
+    let shift = read(&play.document);
+    play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now + 100);
+    assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::Started));
+    play.world.opinion = Opinion::default();
+    assert_eq!(play.pass(1).rollout.phase, Phase::Progressing);
+}
+
+#[test]
+fn after_a_restart_a_rollout_begins_once_it_is_known_what_ended_before() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 30}]));
+    play.world.behind = true;
+    assert_eq!(play.pass(1).rollout.number, 0);
+    play.world.behind = false;
+    assert_eq!((play.pass(1).rollout.number, play.rollout.phase), (1, Phase::Progressing));
+    play.world.behind = true;
+    play.document["spec"]["target"] = json!("v3");
+    assert_eq!((play.pass(1).rollout.number, play.rollout.target.as_deref()), (1, Some("v2")));
+    // Back is not a matter for later.
+    play.document["spec"]["target"] = json!("v1");
+    assert_eq!(play.pass(1).rollout.phase, Phase::Initialized);
+}
