@@ -387,7 +387,7 @@ impl Rollout {
         };
         let message = format!("moving from {} to {target}{instead}", self.stable);
         self.target = Some(target);
-        self.begin_step(0, now);
+        self.begin_step(0, shift, now);
         self.since = now;
         self.enter(Phase::Progressing, reason, message, now);
     }
@@ -405,14 +405,14 @@ impl Rollout {
     fn rest(&mut self, shift: &TrafficShift, reason: Reason, now: Millis) {
         self.target = None;
         self.shunned = false;
-        self.begin_step(0, now);
+        self.begin_step(0, shift, now);
         self.endpoints_for_full_load = listed(shift, &self.stable);
         self.enter(Phase::Initialized, reason, format!("{} serves", self.stable), now);
     }
 
-    fn begin_step(&mut self, step: usize, now: Millis) {
+    fn begin_step(&mut self, step: usize, shift: &TrafficShift, now: Millis) {
         self.step = step;
-        self.allowed = false;
+        self.allowed = !self.needs_gate(shift);
         self.gate_says = None;
         self.held_since = None;
         self.waived = false;
@@ -442,11 +442,11 @@ impl Rollout {
             Some((phase, reason, why)) => (phase, reason, format!("step {number}: {why}")),
             None if self.step + 1 >= self.steps(shift).len() => {
                 self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
-                self.begin_step(0, now);
+                self.begin_step(0, shift, now);
                 (Phase::Succeeded, Reason::Completed, format!("{target} serves everything"))
             }
             None => {
-                self.begin_step(self.step + 1, now);
+                self.begin_step(self.step + 1, shift, now);
                 let weight = self.steps(shift).get(self.step).map_or(100, |step| step.weight);
                 (Phase::Progressing, Reason::StepStarted, format!("step {}: {target} is to get {weight} %", number + 1))
             }

@@ -66,7 +66,7 @@ async fn an_answer_of_20_seconds_is_never_cut_and_the_wait_ends_within_a_second_
     assert_eq!((&draining["state"], &draining["message"]), (&json!("Draining"), &json!("1 in flight")));
 
     let (response, answered) = slow.await??;
-    assert_eq!((response.status, response.text().as_str()), (200, "ok"));
+    assert_eq!((response.status, response.text().as_str()), (200, "the first halfand the second"));
     let (output, ended) = waiting.await??;
     assert_eq!(output.code, Some(0), "{output:?}");
     assert!(output.stdout.starts_with(&format!("v1 of {SERVICE}: Drained - nothing is in flight")), "{output:?}");

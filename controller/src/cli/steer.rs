@@ -148,6 +148,8 @@ enum Goal {
     At(String),
     /// Nothing moves any more.
     Paused,
+    /// The target has the share that was set.
+    Set,
 }
 
 impl SetTarget {
@@ -194,7 +196,7 @@ impl SetWeight {
         let weight = percent.trim_end_matches('%').parse().map_err(|_| {
             Failure::Usage(format!("PERCENT: \"{percent}\" is not allowed; expected an integer from 0 to 100"))
         })?;
-        self.common.say(rollout, &Command::SetWeight { weight }, &Goal::Paused).await
+        self.common.say(rollout, &Command::SetWeight { weight }, &Goal::Set).await
     }
 }
 
@@ -293,9 +295,11 @@ impl Goal {
                 Self::End => all(&|service| matches!(service.phase, Phase::Succeeded | Phase::Failed)),
                 Self::Back => all(&|service| !service.phase.is_under_way() && has(service, &service.stable)),
                 Self::At(version) => all(&|service| !service.phase.is_under_way() && has(service, version)),
-                Self::Paused => all(&|service| {
-                    let step = service.step.as_ref();
-                    service.phase == Phase::Paused && step.is_some_and(|step| step.held_seconds.is_some())
+                Self::Paused => all(&|service| service.phase == Phase::Paused),
+                Self::Set => all(&|service| {
+                    let target = service.versions.iter().find(|version| Some(&version.name) == service.target.as_ref());
+                    let (weight, step) = (target.map(|target| target.weight), service.step.as_ref());
+                    weight.zip(step).is_some_and(|(weight, step)| weight >= f64::from(step.weight))
                 }),
             }
     }

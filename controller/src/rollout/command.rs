@@ -102,8 +102,8 @@ impl Rollout {
             let last = self.steps(shift).len().saturating_sub(1);
             if self.step != last || self.paused {
                 let was_allowed = self.allowed && self.step == last;
-                self.begin_step(last, now);
-                self.allowed = was_allowed;
+                self.begin_step(last, shift, now);
+                self.allowed |= was_allowed;
             }
             self.waived = true;
             self.enter(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
@@ -141,8 +141,8 @@ impl Rollout {
             let steps = self.steps(shift);
             let next = steps.iter().position(|step| step.weight >= weight).unwrap_or(steps.len().saturating_sub(1));
             let same = next == self.step;
-            self.begin_step(next, now);
-            self.allowed = same;
+            self.begin_step(next, shift, now);
+            self.allowed |= same;
         }
         (self.paused, self.weight_by_hand, self.progressed) = (false, None, now);
         self.enter(Phase::Progressing, Reason::Resumed, format!("{target}: resumed by hand"), now);
@@ -161,7 +161,7 @@ impl Rollout {
         }
         let from = self.target.clone().filter(|_| under_way);
         self.start(to.to_owned(), shift, world, now);
-        self.is_return = true;
+        (self.is_return, self.allowed) = (true, true);
         self.taken_back += 1;
         self.leaving = from.filter(|from| from != to);
         let message = format!("rolling back from {} to {to} by hand", self.leaving.as_ref().unwrap_or(&self.stable));
