@@ -17,9 +17,9 @@ use axum::routing::{MethodRouter, get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use rollouts::{Nothing, Promote, Rollback, SetTarget, SetWeight, command};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -27,6 +27,7 @@ use tokio::sync::{Notify, watch};
 
 mod auth;
 mod events;
+mod openapi;
 mod proxies;
 mod rollouts;
 mod shifts;
@@ -100,7 +101,7 @@ impl Shared {
 }
 
 /// The services that a rollout moves, as they stand.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Services {
     services: Vec<ServiceStatus>,
 }
@@ -173,6 +174,7 @@ fn routes() -> Vec<Route> {
         get_by("/metrics", READERS, get(status::openmetrics)),
         get_by("/healthz", EVERYBODY, get(status::healthy)),
         get_by("/readyz", EVERYBODY, get(status::ready)),
+        get_by("/v1/openapi.json", EVERYBODY, get(openapi::document)),
     ]
 }
 
@@ -218,6 +220,14 @@ struct Problem {
     challenge: Option<HeaderValue>,
 }
 
+/// What is said of it.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Problem")]
+struct ProblemBody {
+    /// In words.
+    error: String,
+}
+
 impl Problem {
     fn new(status: StatusCode, error: impl Into<String>) -> Self {
         Self { status, error: error.into(), challenge: None }
@@ -240,7 +250,7 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(json!({"error": self.error}))).into_response();
+        let mut response = (self.status, Json(ProblemBody { error: self.error })).into_response();
         self.challenge.map(|challenge| response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge));
         response
     }

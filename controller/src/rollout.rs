@@ -113,7 +113,7 @@ enum Warming {
 }
 
 /// The phases of a rollout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Phase {
     /// The stable version serves; nothing is being moved.
     Initialized,
@@ -153,7 +153,7 @@ impl Phase {
 }
 
 /// Why a rollout is where it is, in one word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[allow(missing_docs, reason = "each is said in a message whenever it occurs")]
 pub enum Reason {
     Serving,

@@ -1,12 +1,13 @@
 //! How things stand, as `GET /v1/status` says it and `tideshift status` shows it.
 
 use crate::rollout::{Phase, Reason, Transition};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tideshift_core::guard::Veto;
 use tideshift_core::report::{Counts, Refused};
 
 /// The answer to `GET /v1/status`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Names the controller's state.
@@ -23,7 +24,7 @@ pub struct Status {
 }
 
 /// One service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceStatus {
     /// Its name.
@@ -65,7 +66,7 @@ pub struct ServiceStatus {
 }
 
 /// One step of a rollout, as it is planned.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct StepPlan {
     /// The target's share in percent.
@@ -79,7 +80,7 @@ pub struct StepPlan {
 }
 
 /// What the counts say of a rollout's target.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VerdictStatus {
     /// What follows.
@@ -104,7 +105,7 @@ pub struct VerdictStatus {
 }
 
 /// What follows from the counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum VerdictOutcome {
     /// Good enough.
@@ -116,7 +117,7 @@ pub enum VerdictOutcome {
 }
 
 /// Requests that were judged.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Judged {
     /// Those that ended, unless the client ended them.
@@ -126,7 +127,7 @@ pub struct Judged {
 }
 
 /// How much speaks against a target's speed.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LatencyStatus {
     /// In words.
@@ -138,7 +139,7 @@ pub struct LatencyStatus {
 }
 
 /// A transition of a rollout, as `GET /v1/rollouts/{name}/history` and the events say it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TransitionStatus {
     /// When, RFC 3339.
@@ -175,7 +176,7 @@ pub fn timestamp(millis: u64) -> jiff::Timestamp {
 }
 
 /// How far a version is from being at rest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DrainStatus {
     /// Where it stands.
@@ -190,7 +191,7 @@ pub struct DrainStatus {
 }
 
 /// The states of a version's drain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DrainState {
     /// It is given requests.
     Serving,
@@ -203,7 +204,7 @@ pub enum DrainState {
 }
 
 /// A rollout's present step.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct StepStatus {
     /// Counted from 1.
@@ -220,7 +221,7 @@ pub struct StepStatus {
 }
 
 /// One version.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VersionStatus {
     /// Its name.
@@ -240,7 +241,7 @@ pub struct VersionStatus {
 }
 
 /// A version's endpoints.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointsStatus {
     /// Can take traffic now.
@@ -253,7 +254,7 @@ pub struct EndpointsStatus {
 }
 
 /// An endpoint that cannot take traffic.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NotReady {
     /// `host:port`.
@@ -264,7 +265,7 @@ pub struct NotReady {
 }
 
 /// One proxy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyStatus {
     /// Envoy's node id.
@@ -285,7 +286,7 @@ pub struct ProxyStatus {
 }
 
 /// A version that a proxy's guard has taken out of service, and the counts that spoke against it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VetoStatus {
     /// The service.

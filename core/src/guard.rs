@@ -123,6 +123,7 @@ pub struct Observed<'a> {
 /// A version that the guard took out of service, and the counts that spoke against it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Veto {
     /// The version.
     pub version: String,

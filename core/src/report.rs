@@ -10,6 +10,7 @@ use std::ops::{Add, AddAssign};
 /// The body of `POST /v1/reports`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Report {
     /// The proxy: Envoy's node id.
     pub proxy: String,
@@ -33,6 +34,7 @@ pub struct Report {
 /// A policy that was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Refused {
     /// Its revision, if that much could be read.
     pub revision: Option<u64>,
@@ -43,6 +45,7 @@ pub struct Refused {
 /// One service's counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ServiceReport {
     /// The service's name.
     pub name: String,
@@ -59,6 +62,7 @@ pub struct ServiceReport {
 /// One version's counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VersionReport {
     /// The version's name.
     pub name: String,
@@ -87,6 +91,7 @@ pub fn duration_bucket(milliseconds: u64) -> usize {
 /// Exchanges by outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Counts {
     /// Answered.
     pub ok: u64,

@@ -11,6 +11,7 @@ use axum::http::{HeaderName, StatusCode};
 use axum::response::IntoResponse;
 use axum::response::sse::{Event, Sse};
 use futures_util::stream::unfold;
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub struct Events {
 }
 
 /// A transition and whose it is.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct TransitionEvent<'a> {
     /// The rollout's name.
     name: &'a str,

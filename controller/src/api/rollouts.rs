@@ -8,16 +8,18 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::routing::{MethodRouter, post};
 use bytes::Bytes;
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// For commands that need nothing more said.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
-#[derive(Debug, Deserialize)]
+/// How far to go.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Promote {
     /// Straight to the last step, which is everything.
@@ -25,24 +27,28 @@ pub(super) struct Promote {
     pub(super) full: bool,
 }
 
-#[derive(Debug, Deserialize)]
+/// Where to go back to.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Rollback {
     /// The version to go back to.
     pub(super) to: String,
 }
 
-#[derive(Debug, Deserialize)]
+/// Where to go.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SetTarget {
     /// The version to move to.
     pub(super) target: String,
 }
 
-#[derive(Debug, Deserialize)]
+/// How much.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SetWeight {
     /// The target's share in percent, 0 to 100.
+    #[schemars(range(max = 100))]
     pub(super) weight: u32,
 }
 
@@ -66,7 +72,7 @@ pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) 
 }
 
 /// What has happened to a rollout.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct History {
     /// The newest last.
     transitions: Vec<TransitionStatus>,

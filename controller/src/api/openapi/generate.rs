@@ -1,0 +1,371 @@
+//! The OpenAPI document, made from the table of routes, the types of what they take and give, and the words here.
+
+use crate::api::events::TransitionEvent;
+use crate::api::rollouts::{History, Nothing, Promote, Rollback, SetTarget, SetWeight};
+use crate::api::{ProblemBody, Route, Services, routes};
+use crate::status::{DrainStatus, Status};
+use axum::http::Method;
+use schemars::generate::{SchemaGenerator, SchemaSettings};
+use schemars::{JsonSchema, Schema, json_schema};
+use serde_json::{Map, Value, json};
+use tideshift_core::report::Report;
+
+/// What the code alone does not say of a route.
+struct Operation {
+    id: &'static str,
+    tag: &'static str,
+    summary: &'static str,
+    description: &'static str,
+    /// Name, schema, what it means; all optional.
+    query: Vec<(&'static str, Value, &'static str)>,
+    body: Option<Schema>,
+    /// The good answers, and those that need words of their own.
+    answers: Vec<(u16, &'static str, Content)>,
+}
+
+enum Content {
+    Nothing,
+    Json(Schema),
+    Text(&'static str),
+    Problem,
+}
+
+/// What answers hold and what bodies hold are not the same: what may be left out there is always here.
+struct Types {
+    answers: SchemaGenerator,
+    bodies: SchemaGenerator,
+}
+
+impl Types {
+    fn new() -> Self {
+        let settings = || {
+            SchemaSettings::draft2020_12().with(|settings| {
+                settings.definitions_path = "/components/schemas".into();
+                settings.meta_schema = None;
+            })
+        };
+        let answers = settings().for_serialize().into_generator();
+        Self { answers, bodies: settings().for_deserialize().into_generator() }
+    }
+
+    fn answer<T: JsonSchema>(&mut self) -> Content {
+        Content::Json(self.answers.subschema_for::<T>())
+    }
+
+    fn body<T: JsonSchema>(&mut self) -> Option<Schema> {
+        Some(self.bodies.subschema_for::<T>())
+    }
+}
+
+fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
+    let get = |id, tag, summary, description, answers| Operation {
+        id,
+        tag,
+        summary,
+        description,
+        query: Vec::new(),
+        body: None,
+        answers,
+    };
+    let command = |id, summary, description, body: Option<Schema>, types: &mut Types| Operation {
+        id,
+        tag: "rollouts",
+        summary,
+        description,
+        query: Vec::new(),
+        body,
+        answers: vec![
+            (200, "The rollout's services as they stand now; it is kept and published.", types.answer::<Services>()),
+            (409, "It does not fit how the rollout stands.", Content::Problem),
+        ],
+    };
+    match (method.as_str(), path) {
+        ("GET", "/v1/status") => {
+            let answers = vec![(200, "How things stand.", types.answer::<Status>())];
+            get("getStatus", "status", "Services, versions, rollouts and proxies", "", answers)
+        }
+        ("GET", "/v1/events") => {
+            // So that it is among the types.
+            types.answer::<TransitionEvent<'_>>();
+            let answers = vec![
+                (200, "Server-sent events, until the controller ends.", Content::Text("text/event-stream")),
+                (503, "As many listen as may.", Content::Problem),
+            ];
+            let description = "`event: status` with a Status at once, when it changes (at most four times a second), and at \
+                               least once a second; `event: transition` with a TransitionEvent whenever a rollout's phase \
+                               or reason changes. Who reads slowly misses statuses in between. Browsers can send a token \
+                               with fetch, not with EventSource.";
+            get("listen", "status", "The status and what happens, as it happens", description, answers)
+        }
+        ("GET", "/v1/services/{service}/versions/{version}/drain") => {
+            let answers = vec![(200, "How far it is.", types.answer::<DrainStatus>())];
+            let description = "`Drained` once every proxy that is there gives it nothing and reports nothing of it in \
+                               flight.";
+            get("getDrain", "status", "How far a version is from being at rest", description, answers)
+        }
+        ("GET", "/v1/rollouts/{name}/history") => {
+            let answers = vec![(200, "The last 200 at most.", types.answer::<History>())];
+            get("getHistory", "rollouts", "What has happened to a rollout", "", answers)
+        }
+        ("POST", "/v1/rollouts/{name}/promote") => {
+            let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end.";
+            command("promote", "On to the next step", description, types.body::<Promote>(), types)
+        }
+        ("POST", "/v1/rollouts/{name}/pause") => command("pause", "Stay as it is", "", types.body::<Nothing>(), types),
+        ("POST", "/v1/rollouts/{name}/resume") => {
+            command("resume", "Go on after a pause", "", types.body::<Nothing>(), types)
+        }
+        ("POST", "/v1/rollouts/{name}/abort") => {
+            command("abort", "Back to the stable version", "", types.body::<Nothing>(), types)
+        }
+        ("POST", "/v1/rollouts/{name}/rollback") => {
+            let description = "At once, as far as that version can carry the load.";
+            command("rollback", "Back to a version", description, types.body::<Rollback>(), types)
+        }
+        ("POST", "/v1/rollouts/{name}/set-target") => {
+            let description = "As if the document said so. A rollout under way is superseded.";
+            command("setTarget", "A rollout to a version", description, types.body::<SetTarget>(), types)
+        }
+        ("POST", "/v1/rollouts/{name}/set-weight") => {
+            let description = "And pause there.";
+            command("setWeight", "Set the target's share by hand", description, types.body::<SetWeight>(), types)
+        }
+        ("GET", "/v1/shifts/{name}") => {
+            let answers = vec![(200, "As it was written, with the secrets that it holds.", Content::Json(shift()))];
+            get("getShift", "documents", "The document in force", "", answers)
+        }
+        ("PUT", "/v1/shifts/{name}") => Operation {
+            id: "putShift",
+            tag: "documents",
+            summary: "Put a document in force",
+            description: "In place of the file's of the same name, until that file changes. Everything that is wrong with it \
+                          is said at once, one error on a line.",
+            query: Vec::new(),
+            body: Some(shift()),
+            answers: vec![
+                (200, "It took the place of another; its services as they stand now.", types.answer::<Services>()),
+                (201, "It is the first of its name.", types.answer::<Services>()),
+            ],
+        },
+        ("GET", "/v1/policy") => Operation {
+            id: "getPolicy",
+            tag: "proxies",
+            summary: "A policy newer than what the proxy has",
+            description: "At once if there is one, else when there is, else 204 after 25 s.",
+            query: vec![
+                ("proxy", json!({"type": "string"}), "The proxy's id."),
+                ("epoch", json!({"type": "string"}), "The `x-tideshift-epoch` that came with the policy that it has."),
+                ("after", json!({"type": "integer", "minimum": 0}), "The revision of that policy."),
+            ],
+            body: None,
+            answers: vec![
+                (
+                    200,
+                    "The policy; `x-tideshift-epoch` names the state that its revision is of.",
+                    Content::Json(policy()),
+                ),
+                (204, "Nothing newer yet: ask again.", Content::Nothing),
+                (503, "The controller ends.", Content::Problem),
+            ],
+        },
+        ("POST", "/v1/reports") => Operation {
+            id: "report",
+            tag: "proxies",
+            summary: "What a proxy runs, and what it has counted",
+            description: "Cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles \
+                          nothing.",
+            query: Vec::new(),
+            body: types.body::<Report>(),
+            answers: vec![(204, "Taken in.", Content::Nothing)],
+        },
+        ("GET", "/metrics") => {
+            let answers = vec![(200, "OpenMetrics 1.0.", Content::Text("application/openmetrics-text"))];
+            get("getMetrics", "machines", "The controller's metrics", "", answers)
+        }
+        ("GET", "/healthz") => {
+            get("getHealth", "machines", "Whether it runs", "", vec![(200, "It does.", Content::Text("text/plain"))])
+        }
+        ("GET", "/readyz") => {
+            let answers = vec![
+                (200, "It is.", Content::Text("text/plain")),
+                (503, "It waits for the first probes.", Content::Text("text/plain")),
+            ];
+            get("getReadiness", "machines", "Whether proxies can be given a policy", "", answers)
+        }
+        ("GET", "/v1/openapi.json") => {
+            let answers = vec![(200, "This.", Content::Json(json_schema!({"type": "object"})))];
+            get("getOpenApi", "machines", "This document", "", answers)
+        }
+        _ => panic!("{method} {path}: not described"),
+    }
+}
+
+fn shift() -> Schema {
+    json_schema!({"$ref": "#/components/schemas/TrafficShift"})
+}
+
+fn policy() -> Schema {
+    json_schema!({"$ref": "#/components/schemas/Policy"})
+}
+
+/// Documents have a reader of their own in `core`, which says much more of them than a schema can.
+fn documents() -> [(&'static str, Value); 2] {
+    [
+        (
+            "TrafficShift",
+            json!({
+                "description": "What users want of a service's traffic; `tideshift validate` says what is wrong with one.",
+                "type": "object",
+                "required": ["apiVersion", "kind", "metadata", "spec"],
+                "properties": {
+                    "apiVersion": {"const": tideshift_core::shift::API_VERSION},
+                    "kind": {"const": tideshift_core::shift::KIND},
+                    "metadata": {
+                        "type": "object",
+                        "required": ["name"],
+                        "properties": {"name": {"type": "string"}},
+                    },
+                    "spec": {"type": "object"},
+                },
+                "additionalProperties": false,
+            }),
+        ),
+        (
+            "Policy",
+            json!({
+                "description": "What proxies run.",
+                "type": "object",
+                "required": ["revision", "services"],
+                "properties": {
+                    "revision": {"type": "integer", "minimum": 0},
+                    "services": {"type": "array", "items": {"type": "object"}},
+                },
+            }),
+        ),
+    ]
+}
+
+/// What the names in paths are.
+fn parameter(name: &str, path: &str) -> &'static str {
+    match name {
+        "service" => "The service's name.",
+        "version" => "The version's name.",
+        "name" if path.starts_with("/v1/shifts/") => "The document's `metadata.name`.",
+        "name" => "The rollout's name, which is its document's `metadata.name`.",
+        name => panic!("{path}: {name}: not described"),
+    }
+}
+
+fn names(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+}
+
+/// The whole document.
+pub(super) fn document() -> Value {
+    let mut types = Types::new();
+    types.answer::<ProblemBody>();
+    let mut paths: Map<String, Value> = Map::new();
+    for route in routes() {
+        let operation = describe(&route.method, route.path, &mut types);
+        let methods = paths.entry(route.path).or_insert_with(|| json!({}));
+        methods[route.method.as_str().to_lowercase()] = operation.value(&route);
+    }
+    let mut schemas = types.bodies.take_definitions(true);
+    schemas.extend(types.answers.take_definitions(true));
+    schemas.extend(documents().map(|(name, schema)| (name.to_owned(), schema)));
+    let scheme = |what: &str| json!({"type": "http", "scheme": "bearer", "description": what});
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Tideshift's controller",
+            "description": "Errors are `{\"error\": \"...\"}`. Where the controller has tokens, every request needs one, except \
+                            for health, readiness and this document; where it has none, only programs of the same machine \
+                            are answered. Bodies are JSON, and said to be so by their content-type.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            "version": env!("CARGO_PKG_VERSION"),
+        },
+        "servers": [{"url": "/"}],
+        "tags": [
+            {"name": "status", "description": "How things stand."},
+            {"name": "rollouts", "description": "Moving traffic from one version to another."},
+            {"name": "documents", "description": "What is wanted."},
+            {"name": "proxies", "description": "What the filter asks for and tells."},
+            {"name": "machines", "description": "For those who watch the controller, and for tools."},
+        ],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {"Problem": {
+                "description": "Why it was not done.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            }},
+            "securitySchemes": {
+                "read": scheme("To look."),
+                "operate": scheme("Everything that a user can do."),
+                "proxy": scheme("Policies and reports, nothing else."),
+            },
+        },
+    })
+}
+
+impl Operation {
+    fn value(self, route: &Route) -> Value {
+        let in_path = names(route.path).map(|name| {
+            let what = parameter(name, route.path);
+            json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}, "description": what})
+        });
+        let in_query = self
+            .query
+            .iter()
+            .map(|(name, schema, what)| json!({"name": name, "in": "query", "schema": schema, "description": what}));
+        let parameters: Vec<Value> = in_path.chain(in_query).collect();
+        let mut value = json!({
+            "operationId": self.id,
+            "tags": [self.tag],
+            "summary": self.summary,
+            "security": route.allowed.iter().map(|scope| json!({scope.name(): []})).collect::<Vec<_>>(),
+            "responses": self.responses(route),
+        });
+        if !self.description.is_empty() {
+            value["description"] = json!(self.description);
+        }
+        if !parameters.is_empty() {
+            value["parameters"] = json!(parameters);
+        }
+        if let Some(schema) = self.body {
+            value["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});
+        }
+        value
+    }
+
+    fn responses(&self, route: &Route) -> Map<String, Value> {
+        let problem = |what: &str| json!({"$ref": "#/components/responses/Problem", "description": what});
+        let mut responses = Map::new();
+        for (status, what, content) in &self.answers {
+            let response = match content {
+                Content::Nothing => json!({"description": what}),
+                Content::Json(schema) => {
+                    json!({"description": what, "content": {"application/json": {"schema": schema}}})
+                }
+                Content::Text(kind) => json!({"description": what, "content": {*kind: {"schema": {"type": "string"}}}}),
+                Content::Problem => problem(what),
+            };
+            responses.insert(status.to_string(), response);
+        }
+        let mut also = |condition: bool, status: u16, what: &str| {
+            if condition {
+                responses.entry(status.to_string()).or_insert_with(|| problem(what));
+            }
+        };
+        let (body, guarded) = (self.body.is_some(), !route.allowed.is_empty());
+        also(body || !self.query.is_empty(), 400, "What was sent makes no sense.");
+        also(guarded, 401, "No token, or none that is known.");
+        also(guarded, 403, "The token is for something else, or, where there are no tokens, a web page asks.");
+        also(names(route.path).next().is_some(), 404, "There is nothing of that name.");
+        also(body, 408, "The body took too long.");
+        also(body, 413, "The body is too large.");
+        also(body, 415, "The body is not said to be JSON.");
+        also(body && guarded && self.tag != "proxies", 503, "The controller ends; it may not have been done.");
+        responses
+    }
+}
