@@ -292,7 +292,7 @@ impl Play {
         let steps = STEPS.iter().enumerate();
         checkout["steps"] = steps
             .map(|(index, (weight, hold))| {
-                json!({ "weight": weight, "holdSeconds": hold, "pause": index == 3, "matches": u64::from(index == 0) })
+                json!({ "weight": weight, "holdSeconds": hold, "pause": index == 3, "matches": 0 })
             })
             .collect();
         if let Some(target) = self.target {

@@ -3,7 +3,10 @@
 
 use std::{
     convert::Infallible,
+    env, fs,
+    future::pending,
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -66,7 +69,8 @@ struct Kept {
     /// The tokens that may read and operate.
     tokens: Option<[String; 2]>,
     without_events: bool,
-    is_mute: bool,
+    /// Counts the times that open connections were made to say nothing any more.
+    hushed: u64,
 }
 
 impl Stage {
@@ -152,9 +156,9 @@ impl Stage {
         self.kept().without_events = true;
     }
 
-    /// Keeps its connections and says nothing on them, or speaks again.
-    pub fn mute(&self, is_mute: bool) {
-        self.kept().is_mute = is_mute;
+    /// The connections that are open stay so and say nothing any more, as after a power cut; new ones do.
+    pub fn hush(&self) {
+        self.kept().hushed += 1;
     }
 
     /// The commands so far, refused ones too.
@@ -246,28 +250,32 @@ fn denied(kept: &Kept, method: &Method, authorization: Option<&str>) -> Option<(
 fn events(state: Arc<State>) -> Answer {
     let (mut sender, body) = Channel::<Bytes>::new(16);
     let (mut status, mut transitions) = (state.status.subscribe(), state.transitions.subscribe());
+    let hushed = lock(&state.kept).hushed;
     tokio::spawn(async move {
         let mut event = format!("event: status\ndata: {}\n\n", *status.borrow_and_update());
-        loop {
-            let is_mute = lock(&state.kept).is_mute;
-            if !is_mute && sender.send_data(event.into()).await.is_err() {
-                return;
-            }
+        while sender.send_data(event.into()).await.is_ok() {
             event = tokio::select! {
                 _ = timeout(BEAT, status.changed()) => {
                     format!("event: status\ndata: {}\n\n", *status.borrow_and_update())
                 }
                 Ok(transition) = transitions.recv() => format!("event: transition\ndata: {transition}\n\n"),
             };
+            if lock(&state.kept).hushed != hushed {
+                pending::<()>().await;
+            }
         }
     });
     let response = Response::builder().header(header::CONTENT_TYPE, "text/event-stream");
     response.body(body.boxed_unsync()).unwrap_or_default()
 }
 
-/// A file of the real page.
+/// A file of the real page; for who works on it, as it is in the folder that `TIDESHIFT_PAGE` names, without building.
 async fn page(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
-    let answer = client::get(address, path).send().await?;
+    let mut answer = client::get(address, path).send().await?;
+    if let Some(folder) = env::var_os("TIDESHIFT_PAGE") {
+        let name = path.strip_prefix("/page/").unwrap_or("index.html");
+        answer.body = fs::read(Path::new(&folder).join(name))?;
+    }
     let mut response = Response::builder().status(answer.status);
     for (name, value) in &answer.headers {
         if !matches!(name.as_str(), "content-length" | "transfer-encoding" | "date" | "connection") {

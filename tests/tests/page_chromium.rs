@@ -176,7 +176,7 @@ async fn buttons_send_their_commands_with_the_token() -> anyhow::Result<()> {
     browser.says("main", "step 2: v2 has its 25 %").await?;
     browser.click("[data-command=promote]").await?;
     let words = browser.text("dialog").await?;
-    assert!(words.contains("The present hold ends now") && words.contains("step 3 of 4, a pause"), "{words}");
+    assert!(words.contains("The present hold ends now") && words.contains("Step 3 of 4 begins: v2 gets 25"), "{words}");
     assert_eq!(stage.commands(), [], "asked first");
     browser.click("dialog .solid").await?;
     browser.says("dialog .problem", "this token may read only").await?;
@@ -199,7 +199,13 @@ async fn buttons_send_their_commands_with_the_token() -> anyhow::Result<()> {
 
     // The others: what is chosen, what it says, what is sent.
     for (button, choice, says, path, body) in [
-        ("promote-full", "", "v2 gets 100 % now, as far as its endpoints", "promote", json!({ "full": true })),
+        (
+            "promote-full",
+            "",
+            "v2 gets 100 %, as far as its endpoints can carry it (3 of 4 endpoints ready)",
+            "promote",
+            json!({ "full": true }),
+        ),
         ("pause", "", "stays where it is (v1 75 %, v2 25 %)", "pause", json!({})),
         ("abort", "", "back to v1, as far as its endpoints can carry it (4 of 4 endpoints ready)", "abort", json!({})),
         ("rollback", "v3", "v3 gets all traffic at once", "rollback", json!({ "to": "v3" })),
@@ -438,9 +444,8 @@ async fn a_lost_connection_is_said_and_comes_back() -> anyhow::Result<()> {
     browser.until("return getComputedStyle(document.querySelector('main > *')).filter === 'none'").await?;
 
     // One that is connected and says nothing is as good as lost.
-    stage.mute(true);
+    stage.hush();
     browser.says("#heard", "connection lost, last heard").await?;
-    stage.mute(false);
     browser.says("#heard", "live").await?;
     let console = browser.console().await?;
     assert!(console.iter().all(|line| line.contains("net::ERR_")), "{console:#?}");
@@ -606,6 +611,17 @@ async fn shows_what_a_real_controller_and_envoy_do() -> anyhow::Result<()> {
     .await?;
     assert_eq!(browser.text("#to-proxies").await?, "Proxies 1");
 
+    // What is clicked is done.
+    browser.click("[data-command=set-weight]").await?;
+    browser.keys("50").await?;
+    browser.says("dialog", "v2 gets 50 %").await?;
+    browser.click("dialog .solid").await?;
+    until_shares(&controller, "what was asked for", &[50.0, 50.0]).await?;
+    browser.says(".title .chip", "Paused").await?;
+    browser.says(".history li:first-child", "Paused WeightSet, step 1 v2 is to get 50 % by hand").await?;
+    browser.says(".history", "Started").await?;
+    assert_quiet(&browser).await?;
+
     rig.version("v2")[0].set(|behaviour| behaviour.errors = Errors { bad: 1, of: 1 });
     browser.says(".title .chip", "Failed").await?;
     let seen = until_shares(&controller, "v1 alone", &[100.0, 0.0]).await?;
@@ -620,7 +636,8 @@ async fn shows_what_a_real_controller_and_envoy_do() -> anyhow::Result<()> {
         }
         Ok(())
     })
-    .await
+    .await?;
+    assert_quiet(&browser).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,8 +8,14 @@ import * as words from "./words.js";
 const isMoving = ({ phase }) => ["Waiting", "Progressing", "Paused"].includes(phase);
 const isPaused = ({ phase, paused }) => paused || phase === "Paused";
 const moving = (rollout) => (isMoving(rollout) ? null : "No rollout is on its way.");
+const allowed = (rollout) => moving(rollout) ?? (rollout.phase === "Waiting" ? "Its gate has not allowed the present step." : null);
+const several = (rollout) => (rollout.versions.length > 1 ? null : "There is only one version.");
 const version = (rollout, name) => rollout.versions.find((one) => one.name === name);
-const others = (rollout, ...names) => rollout.versions.map(({ name }) => name).filter((name) => !names.includes(name));
+/** The versions that it does not go to, or that do not serve, as they stand. */
+function others(rollout) {
+  const now = isMoving(rollout) ? rollout.target : rollout.stable;
+  return rollout.versions.map(({ name }) => name).filter((name) => name !== now);
+}
 
 /** What the versions of a name can carry, over all of the rollout's services. */
 function capacity(rollout, name) {
@@ -27,13 +33,13 @@ const shares = (rollout) =>
     .map(({ name, weight }) => `${name} ${words.percent(weight)}`)
     .join(", ");
 
-function next(rollout) {
-  const { step, steps = [], target } = rollout;
+function next({ step, steps = [], target }) {
   const following = step && steps[step.number];
-  if (!following) return `This is the last step: ${target} gets all traffic, and the rollout ends.`;
-  const what = following.pause ? "a pause" : `${target} ${words.percent(following.weight)}`;
-  return `The next step begins: step ${step.number + 1} of ${step.of}, ${what}.`;
+  if (!following) return "This is the last step: the rollout ends.";
+  return `Step ${step.number + 1} of ${step.of} begins: ${target} gets ${words.percent(following.weight)}.`;
 }
+
+const back = (rollout, to) => `Traffic goes back to ${to}, ${capacity(rollout, to)}`;
 
 /**
  * The commands: `fits` gives the reason why not, or `null`; `says` what will happen with the `value` of the field; `field`
@@ -43,8 +49,11 @@ const COMMANDS = [
   {
     id: "promote",
     label: () => "Promote",
-    fits: moving,
-    says: (rollout) => `${isPaused(rollout) ? "The pause ends." : "The present hold ends now, whatever the verdict."} ${next(rollout)}`,
+    fits: allowed,
+    says: (rollout) => {
+      const past = isPaused(rollout) ? "The pause ends." : "The present hold ends now, also if the verdict is undecided.";
+      return `${past} ${next(rollout)}`;
+    },
     body: () => ({ full: false }),
   },
   {
@@ -53,7 +62,7 @@ const COMMANDS = [
     label: () => "Promote to the end",
     fits: moving,
     says: (rollout) =>
-      `All steps that are left are skipped: ${rollout.target} gets 100\u00a0% now, ${capacity(rollout, rollout.target)}.`,
+      `All steps that are left are skipped: ${rollout.target} gets 100\u00a0%, ${capacity(rollout, rollout.target)}.`,
     body: () => ({ full: true }),
   },
   {
@@ -68,46 +77,37 @@ const COMMANDS = [
     label: () => "Resume",
     shown: isPaused,
     fits: moving,
-    says: (rollout) => {
-      const { step } = rollout;
-      return `The rollout goes on from where it is (${shares(rollout)})${step ? `, step ${step.number} of ${step.of}` : ""}.`;
-    },
+    says: (rollout) => `The rollout goes on from where it is (${shares(rollout)}).`,
   },
   {
     id: "abort",
     label: () => "Abort",
     danger: true,
     fits: moving,
-    says: (rollout) =>
-      `Traffic goes back to ${rollout.stable}, ${capacity(rollout, rollout.stable)}; ${rollout.target} gets nothing any ` +
-      "more. The rollout ends as Failed.",
+    says: (rollout) => `${back(rollout, rollout.stable)}; ${rollout.target} gets nothing any more. The rollout ends as Failed.`,
   },
   {
     id: "rollback",
     label: () => "Roll back…",
     confirm: "Roll back",
     danger: true,
-    fits: (rollout) => (rollout.versions.length > 1 ? null : "There is only one version."),
-    field: {
-      label: "Version to go back to",
-      options: (rollout) => others(rollout, (rollout.versions.find(({ weight }) => weight >= 100) ?? {}).name),
-      first: (rollout) => rollout.stable,
+    fits: several,
+    field: { label: "Version to go back to", options: others, first: (rollout) => rollout.stable },
+    says: (rollout, to) => {
+      if (to === rollout.stable) return `${back(rollout, to)}; ${rollout.target} gets nothing any more. The rollout ends as Failed.`;
+      return `${to} gets all traffic at once, without steps, ${capacity(rollout, to)}.`;
     },
-    says: (rollout, to) => `${to} gets all traffic at once, ${capacity(rollout, to)}.`,
     body: (to) => ({ to }),
   },
   {
     id: "set-target",
     label: () => "Set target…",
     confirm: "Set target",
-    fits: (rollout) => (rollout.versions.length > 1 ? null : "There is only one version."),
-    field: {
-      label: "Version to move to",
-      options: (rollout) => others(rollout, rollout.target ?? rollout.stable),
-    },
+    fits: several,
+    field: { label: "Version to move to", options: others },
     says: (rollout, to) => {
+      if (to === rollout.stable) return `The rollout to ${rollout.target} is withdrawn. ${back(rollout, to)}.`;
       const before = isMoving(rollout) ? ` It takes the place of the one to ${rollout.target}.` : "";
-      if (to === rollout.stable) return `Traffic goes back to ${to}, ${capacity(rollout, to)}.`;
       return `A rollout from ${rollout.stable} to ${to} begins at its first step.${before}`;
     },
     body: (target) => ({ target }),
@@ -116,17 +116,14 @@ const COMMANDS = [
     id: "set-weight",
     label: () => "Set weight…",
     confirm: "Set weight",
-    fits: (rollout) => {
-      if (!rollout.target || rollout.target === rollout.stable) return "There is no target to give weight to.";
-      return null;
-    },
+    fits: allowed,
     field: {
       label: "Percent of the target",
       number: (rollout) => Math.round(version(rollout, rollout.target)?.weight ?? 0),
     },
     says: (rollout, weight) =>
       `${rollout.target} gets ${weight}\u00a0% of the traffic, ${capacity(rollout, rollout.target)}, and ${rollout.stable} ` +
-      "the rest. The rollout pauses there.",
+      "the rest. The rollout is paused there.",
     body: (weight) => ({ weight: Number(weight) }),
   },
 ];
@@ -134,7 +131,7 @@ const COMMANDS = [
 /** The buttons of the rollout `name`. */
 export function toolbar(name, app) {
   let rollout = null;
-  const why = make("p", { class: "note", role: "status" });
+  const why = make("p", { class: "note" });
   const reasonOf = (one) => {
     if (app.feed.state !== "live") return "The controller is not heard now.";
     return rollout ? one.fits(rollout) : "";
@@ -142,8 +139,12 @@ export function toolbar(name, app) {
   const buttons = COMMANDS.map((one) => {
     const reason = make("span", { class: "unseen", id: `why-${one.id}` });
     const tell = () => say(why, reasonOf(one) ? `${one.label().replace("…", "")}: ${reasonOf(one)}` : "");
+    const refuse = () => {
+      tell();
+      app.announce(why.textContent);
+    };
     const button = make("button", { type: "button", class: one.danger ? "danger" : "", "data-command": one.id }, one.label());
-    button.addEventListener("click", () => (reasonOf(one) ? tell() : ask(one, name, () => rollout, reasonOf, app)));
+    button.addEventListener("click", () => (reasonOf(one) ? refuse() : ask(one, name, () => rollout, reasonOf, app)));
     button.addEventListener("focus", tell);
     button.addEventListener("mouseenter", tell);
     for (const leave of ["blur", "mouseleave"]) button.addEventListener(leave, () => say(why, ""));

@@ -139,7 +139,7 @@ function trackStep() {
     const state = isPresent ? "present" : step.number <= done ? "done" : "ahead";
     if (element.dataset.state !== state) element.dataset.state = state;
     set(element, "aria-current", isPresent ? "step" : null);
-    say(head, step.pause ? "pause" : words.percent(step.weight));
+    say(head, words.percent(step.weight));
     say(note, stepNote(step, isPresent ? present : null, target));
     style(fill, "width", `${100 * progress(step, state, present)}%`);
   };
@@ -159,15 +159,14 @@ function progress(step, state, present) {
 
 function stepNote(step, present, target) {
   const parts = [];
-  if (present && target && present.heldSeconds === undefined && !step.pause) {
+  if (present && target && present.heldSeconds === undefined) {
     parts.push(`has ${words.percent(target.weight)}`);
   } else if (step.holdSeconds) {
     const held = present ? words.heldOf(present.heldSeconds ?? 0, step.holdSeconds) : words.span(step.holdSeconds);
     parts.push(`${present ? "held" : "hold"} ${held}`);
-  } else if (step.pause) {
-    parts.push(present ? "until promoted" : "by hand");
   }
-  if (step.matches) parts.push(words.plural(step.matches, "header match", "header matches"));
+  if (step.pause) parts.push("pause");
+  if (step.matches) parts.push(words.plural(step.matches, "match for testers", "matches for testers"));
   return parts.join(", ");
 }
 
