@@ -28,6 +28,12 @@ demo: build envoy ## Show live how traffic shifts, and a bad release being taken
 	$(heading) 'Demo'
 	cargo run --release -p tideshift-tests --no-default-features --bin demo
 
+.PHONY: pictures
+pictures: rust ## Draw the pictures of docs/ anew
+	mkdir -p docs/images
+	cargo run -q -p tideshift -- simulate -f envoy-configs/checkout.yaml --scenario envoy-configs/scenario.yaml \
+		--svg docs/images/simulation.svg
+
 ## Measure it
 
 .PHONY: bench

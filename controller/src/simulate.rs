@@ -11,8 +11,11 @@ mod scenario;
 mod svg;
 mod text;
 
-pub use many::{Many, many};
+pub use many::{End, Ending, Many, Quantiles, many};
 pub use record::{Event, Judged, Run, Sample, ServiceTotals, Transition, VersionSample, VersionTotals};
 pub use run::run;
 pub use scenario::{Action, Behaviour, Clumps, Load, Planned, Scenario, Series};
 pub use svg::draw;
+
+#[cfg(test)]
+mod tests;

@@ -93,13 +93,14 @@ impl<'s> World<'s> {
         let mut versions = Vec::new();
         for service in &mut shift.services {
             let load = scenario.load_of(&service.name);
+            let most_listed = service.versions.iter().map(|version| version.endpoints.len()).max().unwrap_or(0) as u32;
             let mut of_service = Vec::new();
             for version in &mut service.versions {
                 let behaviour = load.versions.get(&version.name).unwrap_or(&WELL);
                 if version.endpoints.is_empty() {
                     let most = behaviour.endpoints_ready.as_ref().and_then(|ready| ready.values().max().copied());
                     let endpoint = |n| Endpoint { host: format!("{}-{n}", version.name), port: 80 };
-                    version.endpoints = (0..most.unwrap_or(1)).map(endpoint).collect();
+                    version.endpoints = (0..most.unwrap_or(most_listed.max(1))).map(endpoint).collect();
                 }
                 let mut version = Version {
                     behaviour,

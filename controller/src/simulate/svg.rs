@@ -20,7 +20,7 @@ const ROW: f64 = 17.0;
 /// From one panel to the next: room for a title.
 const GAP: f64 = 34.0;
 /// No more bars than this.
-const MOST_BARS: usize = 220;
+const MOST_BARS: usize = 300;
 /// How many versions have a colour of their own.
 const COLOURS: usize = 5;
 /// The least evidence that is shown, as a power of ten.
@@ -239,7 +239,7 @@ impl Picture<'_> {
         let y = panel.top - 8.0;
         self.canvas.text(LEFT, y, "panel over", Anchor::Start, &title);
         let right = match panel.shows {
-            Shows::Evidence => return self.evidence_legend(LEFT + width_of(&title, 12.0) * 1.08 + 14.0, y),
+            Shows::Evidence => return self.evidence_legend(LEFT + width_of(&title, 12.0) * 1.08 + 24.0, y),
             Shows::Failures | Shows::Load => self.bars().0,
             _ => return,
         };
@@ -559,12 +559,16 @@ impl Picture<'_> {
             };
             let Some(text) = text else { continue };
             let x = self.time.of(transition.at_seconds);
-            // One line where several would be one on top of the other: the weightiest, or the first.
+            // One line where several would be one on top of the other.
             if let Some(last) = marks.last_mut().filter(|last| x - last.label.x < 3.0) {
                 last.told.push_str(&format!("\n{}: {}", clock(transition.at_seconds), transition.message));
-                if kind.weight() > last.kind.weight() {
-                    (last.kind, last.label) = (kind, Label::new(x, text, kind.weight()));
-                }
+                last.label.text = match (last.kind, kind) {
+                    (Kind::Step, Kind::Trouble) => format!("{}: {text}", last.label.text),
+                    (before, now) if now.weight() > before.weight() => text,
+                    _ => continue,
+                };
+                last.kind = if kind == Kind::Trouble { last.kind } else { kind };
+                last.label.weight = last.kind.weight();
                 continue;
             }
             let told = format!("{}: {}", clock(transition.at_seconds), transition.message);
