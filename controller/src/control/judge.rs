@@ -154,6 +154,11 @@ fn words(judge: &Judge, judgement: &Judgement) -> String {
     without_name.filter(|_| judgement.outcome == Outcome::Fail).map_or(words.clone(), str::to_owned)
 }
 
+/// Whether nothing ended. (Durations are there all the same, as zeros.)
+fn is_nothing(sample: &Sample) -> bool {
+    sample.requests == 0 && sample.durations.iter().all(|count| *count == 0)
+}
+
 impl Judge {
     fn new(shift: &TrafficShift, rollout: &Rollout, target: &str, ledger: &Ledger, now: Millis) -> Self {
         let of_service = |name: &String| {
@@ -198,7 +203,7 @@ impl Judge {
             });
             let target = of.target.take(ledger, &service.name, &self.target);
             let stable = of.stable.take(ledger, &service.name, &self.stable);
-            if target == Sample::default() && stable == Sample::default() {
+            if is_nothing(&target) && is_nothing(&stable) {
                 continue;
             }
             let parts = rollout.parts(shift, service, world);
