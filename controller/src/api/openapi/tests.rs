@@ -3,6 +3,7 @@
 use super::{DOCUMENT, generate};
 use crate::api::{Events, Published, Shared, Tokens, Turns, now, router};
 use crate::control::{Control, Counted};
+use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::store::Kept;
 use axum::Router;
@@ -82,7 +83,8 @@ async fn start() -> (Router, Arc<Shared>) {
     let ((publish, published), (_, tokens)) = (watch::channel(None), watch::channel(Tokens::default()));
     let (control, (end, ending)) = (Mutex::new(control), watch::channel(false));
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-    let shared = Arc::new(Shared { control, counted, turns, events, published, tokens, ending });
+    let shared = Shared { control, counted, turns, events, done: Done::default(), published, tokens, ending };
+    let shared = Arc::new(shared);
     let mind = shared.clone();
     tokio::spawn(async move {
         loop {
