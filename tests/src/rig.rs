@@ -352,6 +352,14 @@ pub fn counts_of(tally: &Tally) -> BTreeMap<(String, String), u64> {
     counts
 }
 
+/// The revisions that the proxy has taken from the controller, in order, by its log.
+pub fn revisions(envoy: &Envoy) -> Vec<u64> {
+    let log = envoy.log();
+    let taken =
+        log.lines().filter_map(|line| line.split_once("policy revision ")?.1.strip_suffix(" from the controller"));
+    taken.filter_map(|number| number.parse().ok()).collect()
+}
+
 /// Whether a controller answers polls within a second or so, whatever else is done to it.
 pub async fn answers_polls(address: SocketAddr) -> anyhow::Result<Duration> {
     let begun = Instant::now();

@@ -141,24 +141,40 @@ async fn state_that_cannot_be_read_is_refused_and_left_alone() -> anyhow::Result
     let (rig, mut controller) = start().await?;
     post(&controller, report("p", "1", 5).to_string()).send().await?;
     assert_eq!(controller.terminate().await?.code(), Some(0));
-    for (name, text, why) in [
-        ("rollouts.json", "{\"format\": 1, \"epo", "EOF while parsing"),
-        ("counts.json", "\0\0\0\0", "expected value"),
-        ("rollouts.json", "{\"format\": 7}", "format 7, of another version of tideshift"),
-    ] {
+    for name in ["rollouts.json", "counts.json"] {
         let file = rig.state_dir().join(name);
         let good = fs::read(&file)?;
-        fs::write(&file, text)?;
-        let output = serve(&rig.file(), &["--listen", "127.0.0.1:0"])?;
-        assert_eq!(output.code, Some(1), "{output:?}");
-        let start = format!("error: state in {}: ", file.display());
-        assert!(output.stderr.starts_with(&start) && output.stderr.contains(why), "{}", output.stderr);
-        assert!(output.stderr.contains("it is left as it is. Move it away to start afresh"), "{}", output.stderr);
-        assert_eq!(fs::read_to_string(&file)?, text);
+        let refused = |why: &str| {
+            let output = serve(&rig.file(), &["--listen", "127.0.0.1:0"])?;
+            assert_eq!(output.code, Some(1), "{output:?}");
+            let start = format!("error: state in {}: ", file.display());
+            assert!(output.stderr.starts_with(&start) && output.stderr.contains(why), "{why}: {}", output.stderr);
+            assert!(output.stderr.contains("it is left as it is. Move it away to start afresh"), "{}", output.stderr);
+            anyhow::Ok(())
+        };
+        let newer = String::from_utf8(good.clone())?.replacen("\"format\":2", "\"format\":7", 1);
+        for (bytes, why) in [
+            (&good[..good.len() / 2], "EOF while parsing"),
+            (&[], "EOF while parsing"),
+            (&[0; 64], "expected value"),
+            (b"[]", "no format in it"),
+            (b"{\"format\": 2}", "missing field"),
+            (newer.as_bytes(), "format 7, of another version of tideshift"),
+        ] {
+            fs::write(&file, bytes)?;
+            refused(why)?;
+            assert_eq!(fs::read(&file)?, bytes, "{why}");
+        }
+        // What cannot be read at all may be a good state all the same.
+        fs::remove_file(&file)?;
+        fs::create_dir(&file)?;
+        refused("cannot be read: ")?;
+        fs::remove_dir(&file)?;
         fs::write(&file, good)?;
     }
     controller.start_again().await?;
-    assert_eq!(Seen::now(&controller).await?.step(), Some(1));
+    let seen = Seen::now(&controller).await?;
+    assert_eq!((seen.step(), seen.count("v1", "ok")), (Some(1), 5));
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use tideshift_tests::{
     envoy::Envoy,
     rig::{
         DEADLINE, FOR_EVER, Rig, SERVICE, Seen, assert_counts_agree, assert_shares, counts_of, counts_of_envoy,
-        next_answers, until, until_shares,
+        next_answers, revisions, until, until_shares,
     },
     wait::eventually,
 };
@@ -21,14 +21,6 @@ const RATE: f64 = 400.0;
 fn steps(steps: &[(u32, u64)]) -> Value {
     let steps: Vec<_> = steps.iter().map(|(weight, hold)| json!({ "weight": weight, "holdSeconds": hold })).collect();
     json!({ "target": "v2", "strategy": { "steps": steps } })
-}
-
-/// The revisions that the proxy has taken from the controller, in order, by its log.
-fn revisions(envoy: &Envoy) -> Vec<u64> {
-    let log = envoy.log();
-    let taken =
-        log.lines().filter_map(|line| line.split_once("policy revision ")?.1.strip_suffix(" from the controller"));
-    taken.filter_map(|number| number.parse().ok()).collect()
 }
 
 /// The revision, and the step of the rollout counted from 0, that the controller would go on from.
