@@ -1,144 +1,38 @@
 //! The verdict on a rollout: what the counts of all proxies say of the target version, `pass`, `fail` or `undecided`.
 //!
 //! Sequential tests, valid however often one looks. What they ask, how rarely they are wrong, how fast they are and
-//! what they cannot see: `docs/verdict.md`. What follows from a verdict is for the rollout engine to say.
+//! what they cannot see: `docs/verdict.md`. What follows from a verdict is for the rollout engine to say, which counts
+//! the target's errors against `maxErrors` too.
 
-use crate::decode::Decoder;
-use crate::evidence::{Batch, Evidence, RATIOS, bits, log_mean_exp, tilt};
-use crate::report::DURATION_BOUNDS;
+mod absolute;
+mod judgement;
+mod relative;
+mod settings;
+mod slowness;
+
+pub use judgement::{Judgement, LatencyJudgement, Outcome, Totals};
+pub use settings::{DEFAULT_MAX_ERROR_RATE, Latency, Settings};
+
+use crate::evidence::{log_mean_exp, tilt};
+use absolute::Absolute;
+use relative::Relative;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use std::fmt::Write;
+use slowness::Slowness;
 use std::time::Duration;
 
-/// The `maxErrorRate` of documents that ask for an analysis and do not name one.
-pub const DEFAULT_MAX_ERROR_RATE: f64 = 0.02;
-
-/// An error counts in full where it stands in for an answer that is missing; what comes on top of the requests that
-/// were to be expected, or beside as many answers as were, may be one client that tries again and again: it counts
-/// as one error in so many milliseconds.
-const CLUMP_MILLIS: u64 = 1_500;
-/// No more errors than this count for each second: what is over in less than half a second does not fail a target.
-const ERRORS_PER_SECOND: f64 = 12.0;
-/// As many errors at most come together because of one cause. The second kind of evidence divides by this.
+/// So many bad requests that come together because of one cause are as one.
 const CLUMP: f64 = 10.0;
-/// The most that the second kind grows in a second, as a logarithm.
-const GROWTH_PER_SECOND: f64 = 16.0;
-/// The absolute test: how many times the allowed odds.
-const ODDS: [f64; 4] = [1.5, 3.0, 10.0, 100.0];
-/// A batch of the absolute test: so many requests of the stable version, to see whether it does well at the time, and
-/// so many milliseconds.
-const ABSOLUTE_BATCH: u64 = 20;
-const ABSOLUTE_MILLIS: u64 = 1_000;
-/// The most that one such batch adds, as a logarithm.
-const ABSOLUTE_GROWTH: f64 = 4.0;
-/// The stable version's recent past: from so many requests on up to twice as many.
+/// The stable version's recent past: its last requests, at most twice as many.
 const RECENT: u64 = 5_000;
-/// So many of them are enough to know its quantiles.
-const ENOUGH_FOR_QUANTILES: u64 = 100;
-/// From so many requests of a step on, the target's measured share is believed.
-const ENOUGH_FOR_SHARE: u64 = 100;
-/// How much lower than `maxErrorRate` the odds are that the test for `pass` bets on.
+/// After so many requests of a step, the target's share of them is believed.
+const ENOUGH_FOR_SHARE: u64 = 1_000;
+/// How many times the odds of `maxErrorRate`: what the test for `pass` bets on.
 const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
-/// The most that evidence for latency grows in a second, as a logarithm.
-const SLOW_GROWTH_PER_SECOND: f64 = 2.0;
-/// Evidence is told up to here: what comes after is no different, and JSON knows no infinity.
+/// What is more makes no difference, and JSON has no infinity.
 const MOST_EVIDENCE: f64 = 1e15;
 
-/// How a rollout is judged: `analysis` of a document.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
-    /// α: how often at most a target that is no worse than the stable version is said to fail, for each rollout.
-    /// 1e-9 to 0.1; default 0.001.
-    pub false_rollback_rate: f64,
-    /// The error rate that a target must be below to pass. 0.0001 to 0.5; `None`: nobody asks for a pass.
-    pub max_error_rate: Option<f64>,
-    /// How sure of that a pass is. 0.5 to 0.9999; default 0.95.
-    pub pass_confidence: f64,
-    /// Whether and how durations are judged too.
-    pub latency: Option<Latency>,
-    /// A fixed limit to the target's errors in a rollout, if there is one. Not part of the verdict: whoever runs the
-    /// rollout compares.
-    pub max_errors: Option<u64>,
-}
-
-/// How durations are judged.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Latency {
-    /// The stable version's quantiles that a request of the target should not take longer than; each 0.5 to 0.999.
-    /// Default 0.9 and 0.99.
-    pub quantiles: Vec<f64>,
-    /// What takes less than this longer than the quantile is not slow. Default 10 ms.
-    pub min_difference: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            false_rollback_rate: 0.001,
-            max_error_rate: None,
-            pass_confidence: 0.95,
-            latency: None,
-            max_errors: None,
-        }
-    }
-}
-
-impl Default for Latency {
-    fn default() -> Self {
-        Self { quantiles: vec![0.9, 0.99], min_difference: Duration::from_millis(10) }
-    }
-}
-
-impl Settings {
-    /// Reads `analysis`. One with nothing but `maxErrors` asks for no pass.
-    pub fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let default = Self::default();
-        let mut f = d.object(value)?;
-        let rate = f.optional(d, "falseRollbackRate", |d, v| d.number(v, 1e-9, 0.1));
-        let max_error_rate = f.optional(d, "maxErrorRate", |d, v| d.number(v, 0.0001, 0.5));
-        let confidence = f.optional(d, "passConfidence", |d, v| d.number(v, 0.5, 0.9999));
-        let latency = f.optional(d, "latency", Latency::read);
-        let max_errors = f.optional(d, "maxErrors", |d, v| d.integer(v, 0, u64::MAX));
-        let only_a_limit = f.has("maxErrors") && value.as_object().is_some_and(|fields| fields.len() == 1);
-        f.finish(d);
-        Some(Self {
-            false_rollback_rate: rate.unwrap_or(default.false_rollback_rate),
-            max_error_rate: max_error_rate.or((!only_a_limit).then_some(DEFAULT_MAX_ERROR_RATE)),
-            pass_confidence: confidence.unwrap_or(default.pass_confidence),
-            latency,
-            max_errors,
-        })
-    }
-
-    /// `fail` from this evidence on. Two tests share α if durations are judged too.
-    fn bound(&self) -> f64 {
-        let tests = if self.latency.is_some() { 2.0 } else { 1.0 };
-        tests / self.false_rollback_rate
-    }
-}
-
-impl Latency {
-    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let default = Self::default();
-        let mut f = d.object(value)?;
-        let quantiles = f.optional(d, "quantiles", |d, value| {
-            let quantiles = d.list(value, |d, v| d.number(v, 0.5, 0.999))?;
-            if value.as_array().is_some_and(|items| items.is_empty() || items.len() > 4) {
-                d.invalid(value, "one to four quantiles, such as [0.9, 0.99]");
-            }
-            Some(quantiles.into_iter().map(|(_, quantile)| quantile).collect())
-        });
-        let difference = f.optional(d, "minDifferenceMillis", |d, v| d.integer(v, 0, 30_000));
-        f.finish(d);
-        Some(Self {
-            quantiles: quantiles.unwrap_or(default.quantiles),
-            min_difference: difference.map_or(default.min_difference, Duration::from_millis),
-        })
-    }
-}
-
-/// What ended of one version in some time, at all proxies: requests that were answered, not those that a client ended.
+/// What ended of one version in some time, at all proxies: requests that were answered, and those that failed, but not
+/// those that a client gave up.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sample {
@@ -152,68 +46,31 @@ pub struct Sample {
 }
 
 impl Sample {
-    fn add(&mut self, other: &Self) {
-        self.requests = self.requests.saturating_add(other.requests);
-        self.errors = self.errors.saturating_add(other.errors);
-        if self.durations.len() < other.durations.len() {
-            self.durations.resize(other.durations.len(), 0);
-        }
-        self.durations.iter_mut().zip(&other.durations).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
+    fn totals(&self) -> Totals {
+        Totals { requests: self.requests, errors: self.errors.min(self.requests) }
     }
 
-    /// Forgets the older half as often as there is more than enough.
-    fn keep_recent(&mut self) {
+    /// Adds what came later, and forgets the older half where that makes too much.
+    fn add_recent(&mut self, later: &Self) {
+        self.requests = self.requests.saturating_add(later.requests);
+        self.errors = self.errors.saturating_add(later.errors);
+        self.durations.resize(self.durations.len().max(later.durations.len()), 0);
+        self.durations.iter_mut().zip(&later.durations).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
         while self.requests > 2 * RECENT {
             self.requests /= 2;
             self.errors /= 2;
             self.durations.iter_mut().for_each(|count| *count /= 2);
         }
     }
-
-    fn timed(&self) -> u64 {
-        self.durations.iter().fold(0, |sum, count| sum.saturating_add(*count))
-    }
-
-    /// Those that took longer than the bound with this index.
-    fn slower_than(&self, bound: usize) -> u64 {
-        self.durations.iter().skip(bound + 1).fold(0, |sum, count| sum.saturating_add(*count))
-    }
-
-    /// The index of the first bound of durations that is `more` milliseconds above the bound of a quantile.
-    fn bound_above(&self, quantile: f64, more: u64) -> Option<usize> {
-        let (all, mut below) = (self.timed(), 0u64);
-        let at = self.durations.iter().position(|count| {
-            below = below.saturating_add(*count);
-            below as f64 >= quantile * all as f64
-        });
-        let least = DURATION_BOUNDS.get(at.filter(|_| all >= ENOUGH_FOR_QUANTILES)?)?.saturating_add(more);
-        DURATION_BOUNDS.iter().position(|bound| *bound >= least)
-    }
 }
 
-/// Requests and errors of one version.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Totals {
-    /// Requests.
-    pub requests: u64,
-    /// Those that failed.
-    pub errors: u64,
-}
-
-impl Totals {
-    fn add(&mut self, requests: u64, errors: u64) {
-        self.requests = self.requests.saturating_add(requests);
-        self.errors = self.errors.saturating_add(errors);
-    }
-}
-
-/// What happened since the last tick. A tick is due when reports came in, at least 0.1 s and at most about 1 s after
-/// the last one.
+/// What happened since the last tick. One is due when reports came in, at least 0.1 s and at most about 1 s after the
+/// one before.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tick {
-    /// How long ago that is; more than a second counts as one.
+    /// The time since then. More than 1 s is taken for 1 s.
     pub elapsed: Duration,
-    /// The target's share of what weights give to target and stable version, 0 to 1.
+    /// The target's part, 0 to 1, of the weight that target and stable version have together now.
     pub share: f64,
     /// What ended of the target.
     pub target: Sample,
@@ -221,238 +78,115 @@ pub struct Tick {
     pub stable: Sample,
 }
 
-/// Everything that is known of a rollout, and all that has to survive a restart.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Analysis {
+/// What ended of both versions in one stretch of time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Batch {
     target: Totals,
     stable: Totals,
-    /// The same since the step began.
-    step_target: Totals,
-    step_stable: Totals,
-    /// The stable version's recent past.
-    recent: Sample,
-    /// "Worse than the stable version", from errors that count sparingly.
-    sparing: Evidence,
-    /// The same, from all errors, divided by the size of clumps.
-    tempered: Evidence,
-    /// Until when no further error of a clump counts, in milliseconds from now.
-    clump_millis: u64,
-    /// "Worse than allowed".
-    absolute: Evidence,
-    /// Its running batch.
-    batch_target: Totals,
-    batch_stable: Totals,
-    batch_millis: u64,
-    /// How bad target and stable version were lately, by themselves.
-    #[serde(with = "bits")]
-    target_failing: Vec<f64>,
-    #[serde(with = "bits")]
-    stable_failing: Vec<f64>,
-    /// For each quantile.
-    slow: Vec<Slow>,
+    millis: u64,
 }
 
-/// "Slower than a quantile of the stable version".
+impl Batch {
+    fn add(&mut self, more: &Self) {
+        self.target.add(more.target);
+        self.stable.add(more.stable);
+        self.millis = self.millis.saturating_add(more.millis);
+    }
+
+    fn all(&self) -> f64 {
+        self.target.requests as f64 + self.stable.requests as f64
+    }
+
+    /// The target's part of the requests, 1 if there are none.
+    fn share(&self) -> f64 {
+        if self.all() > 0.0 { self.target.requests as f64 / self.all() } else { 1.0 }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.millis as f64 / 1e3
+    }
+}
+
+/// All that is known of a rollout, and has to survive a restart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Slow {
-    /// The index of the bound that slow requests are above; none: to be frozen at the next tick that can.
-    bound: Option<usize>,
-    evidence: Evidence,
-    target: Totals,
-    stable: Totals,
+pub struct Analysis {
+    /// Since the rollout began.
+    all: Batch,
+    /// Since the step began.
+    step: Batch,
+    /// The stable version lately.
+    recent: Sample,
+    relative: Relative,
+    absolute: Absolute,
+    slowness: Slowness,
 }
 
 impl Analysis {
-    /// Nothing seen yet. `baseline`: what ended of the stable version in its recent past, as far as that is known.
-    pub fn new(settings: &Settings, baseline: &Sample) -> Self {
-        let mut recent = baseline.clone();
-        recent.keep_recent();
-        let quantiles = settings.latency.as_ref().map_or(0, |latency| latency.quantiles.len());
-        let slow = Slow {
-            bound: None,
-            evidence: Evidence::new(RATIOS.len()),
-            target: Totals::default(),
-            stable: Totals::default(),
-        };
+    /// The beginning of a rollout. `baseline`: what ended of the stable version in its recent past, as far as that is
+    /// known.
+    pub fn new(baseline: &Sample) -> Self {
+        let mut recent = Sample::default();
+        recent.add_recent(baseline);
         Self {
-            target: Totals::default(),
-            stable: Totals::default(),
-            step_target: Totals::default(),
-            step_stable: Totals::default(),
+            all: Batch::default(),
+            step: Batch::default(),
             recent,
-            sparing: Evidence::new(RATIOS.len()),
-            tempered: Evidence::new(RATIOS.len()),
-            clump_millis: 0,
-            absolute: Evidence::new(ODDS.len()),
-            batch_target: Totals::default(),
-            batch_stable: Totals::default(),
-            batch_millis: 0,
-            target_failing: vec![0.0; ODDS.len()],
-            stable_failing: vec![0.0; ODDS.len()],
-            slow: vec![slow; quantiles],
+            relative: Relative::new(),
+            absolute: Absolute::new(),
+            slowness: Slowness::new(),
         }
     }
 
-    /// A step begins: a pass is to be earned anew, and what is slow is measured by the stable version of now.
+    /// A step begins: a pass has to be earned anew, and what is slow is what is slower than the stable version is now.
     pub fn step_started(&mut self) {
-        (self.step_target, self.step_stable) = Default::default();
-        self.slow.iter_mut().for_each(|slow| slow.bound = None);
+        self.step = Batch::default();
+        self.slowness.thaw();
     }
 
     /// Takes in what ended since the last tick.
     pub fn tick(&mut self, settings: &Settings, tick: &Tick) {
         let millis = u64::try_from(tick.elapsed.as_millis()).unwrap_or(u64::MAX).clamp(1, 1_000);
-        let (target, stable) = (&tick.target, &tick.stable);
-        let batch = Batch {
-            requests: target.requests,
-            errors: target.errors.min(target.requests),
-            others_requests: stable.requests,
-            others_errors: stable.errors.min(stable.requests),
-        };
-        self.judge_slowness(settings, tick, millis);
-        self.compare(&batch, tick.share, millis);
-        self.judge_alone(settings, &batch, tick.share, millis);
-        for (target, stable) in [(&mut self.target, &mut self.stable), (&mut self.step_target, &mut self.step_stable)] {
-            target.add(batch.requests, batch.errors);
-            stable.add(batch.others_requests, batch.others_errors);
+        let ended = Batch { target: tick.target.totals(), stable: tick.stable.totals(), millis };
+        let shares = self.shares(tick.share);
+        self.relative.add(&ended, shares);
+        self.absolute.add(settings, &self.recent, &ended, tick.share);
+        if let Some(latency) = &settings.latency {
+            self.slowness.add(latency, &self.recent, [&tick.target, &tick.stable], shares.1, millis);
         }
-        self.recent.add(stable);
-        self.recent.keep_recent();
+        self.all.add(&ended);
+        self.step.add(&ended);
+        self.recent.add_recent(&tick.stable);
     }
 
-    /// The relative test.
-    fn compare(&mut self, batch: &Batch, share: f64, millis: u64) {
-        let counted = self.counted(batch, share, millis);
-        let (errors, others, share) = (batch.errors as f64, batch.others_errors as f64, batch.share());
-        if errors + others > 0.0 {
-            self.sparing.add(RATIOS.map(|ratio| tilt(counted, counted + others, share, ratio)));
-            let most = GROWTH_PER_SECOND * millis as f64 / 1e3;
-            let tempered = |ratio| (tilt(errors, errors + others, share, ratio) / CLUMP).min(most);
-            self.tempered.add(RATIOS.map(tempered));
-        }
-    }
-
-    /// As how many errors those of the target count that may have come in a clump.
-    fn counted(&mut self, batch: &Batch, share: f64, millis: u64) -> f64 {
-        let seen = self.step_target.requests.saturating_add(self.step_stable.requests);
-        let measured = self.step_target.requests as f64 / seen.max(ENOUGH_FOR_SHARE) as f64;
-        let share = if share.is_finite() { share.clamp(0.0, 1.0).max(measured) } else { 1.0 };
-        let answers = (batch.requests - batch.errors) as f64;
-        let missing = share * (batch.requests as f64 + batch.others_requests as f64) - answers - answers.sqrt();
-        let most = missing.clamp(0.0, ERRORS_PER_SECOND * millis as f64 / 1e3);
-        self.clump_millis = self.clump_millis.saturating_sub(millis);
-        let alone = if self.clump_millis == 0 && batch.errors > 0 {
-            self.clump_millis = CLUMP_MILLIS;
-            1.0
-        } else {
-            0.0
-        };
-        most.max(alone).min(batch.errors as f64)
-    }
-
-    /// What is allowed at all: a little more than what the stable version did lately, and what the document allows.
-    fn allowed(&self, settings: &Settings) -> f64 {
-        let (requests, errors) = (self.recent.requests as f64, self.recent.errors as f64);
-        let most = (errors + 4.5 + 3.0 * (errors + 2.25).sqrt()) / requests.max(1.0);
-        settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE).max(most.min(0.5))
-    }
-
-    /// The absolute test, and whether both are bad.
-    fn judge_alone(&mut self, settings: &Settings, batch: &Batch, share: f64, millis: u64) {
-        let allowed = self.allowed(settings);
-        let least = settings.max_error_rate.unwrap_or(allowed);
-        let failing = |logs: &mut Vec<f64>, errors: u64, requests: u64| {
-            for (log, odds) in logs.iter_mut().zip(ODDS) {
-                *log = log.max(0.0) + tilt(errors as f64, requests as f64, least, odds) / CLUMP;
-            }
-        };
-        failing(&mut self.target_failing, batch.errors, batch.requests);
-        failing(&mut self.stable_failing, batch.others_errors, batch.others_requests);
-
-        self.batch_target.add(batch.requests, batch.errors);
-        self.batch_stable.add(batch.others_requests, batch.others_errors);
-        self.batch_millis = self.batch_millis.saturating_add(millis);
-        let can_compare = self.batch_stable.requests >= ABSOLUTE_BATCH || share >= 1.0;
-        if self.batch_millis < ABSOLUTE_MILLIS || !can_compare {
-            return;
-        }
-        let (target, stable) = (std::mem::take(&mut self.batch_target), std::mem::take(&mut self.batch_stable));
-        self.batch_millis = 0;
-        // While the stable version fails too, the target is not to blame.
-        if stable.errors as f64 <= allowed * stable.requests as f64 {
-            let evidence = |odds| tilt(target.errors as f64, target.requests as f64, allowed, odds) / CLUMP;
-            self.absolute.add(ODDS.map(|odds| evidence(odds).min(ABSOLUTE_GROWTH)));
-        }
-    }
-
-    /// The relative test once more, on "takes longer than".
-    fn judge_slowness(&mut self, settings: &Settings, tick: &Tick, millis: u64) {
-        let Some(latency) = &settings.latency else { return };
-        let more = u64::try_from(latency.min_difference.as_millis()).unwrap_or(u64::MAX);
-        let most = SLOW_GROWTH_PER_SECOND * millis as f64 / 1e3;
-        for (slow, quantile) in self.slow.iter_mut().zip(&latency.quantiles) {
-            slow.bound = slow.bound.or_else(|| self.recent.bound_above(*quantile, more));
-            let Some(bound) = slow.bound else { continue };
-            let of = |sample: &Sample| (sample.timed(), sample.slower_than(bound));
-            let ((requests, errors), (others_requests, others_errors)) = (of(&tick.target), of(&tick.stable));
-            let batch = Batch { requests, errors, others_requests, others_errors };
-            slow.target.add(requests, errors);
-            slow.stable.add(others_requests, others_errors);
-            let (errors, others, share) = (errors as f64, others_errors as f64, batch.share());
-            if errors + others > 0.0 {
-                let evidence = |ratio| (tilt(errors, errors + others, share, ratio) / CLUMP).min(most);
-                slow.evidence.add(RATIOS.map(evidence));
-            }
-        }
+    /// The least and the most of the requests that are to be expected at the target: by its weight, and by what the step
+    /// was like so far. Rules and sessions may give it more or less than its weight.
+    fn shares(&self, share: f64) -> (f64, f64) {
+        let by_weight = if share.is_finite() { share.clamp(0.0, 1.0) } else { 1.0 };
+        let measured = if self.step.all() >= ENOUGH_FOR_SHARE as f64 { self.step.share() } else { by_weight };
+        (by_weight.min(measured), by_weight.max(measured))
     }
 
     /// What all that says.
     pub fn judgement(&self, settings: &Settings) -> Judgement {
-        let relative = log_mean_exp(&[self.sparing.log(), self.tempered.log()]);
-        let evidence = told(log_mean_exp(&[relative, self.absolute.log()]));
-        let bound = settings.bound();
-        let is_failing = |logs: &[f64]| log_mean_exp(logs) >= libm::log(bound);
-        let both_bad = is_failing(&self.target_failing) && is_failing(&self.stable_failing) && told(relative) < bound;
+        let (relative, bound) = (self.relative.log(), settings.bound());
         let pass_evidence = settings.max_error_rate.map_or(0.0, |most| {
-            let (requests, errors) = (self.step_target.requests as f64, self.step_target.errors as f64);
+            let (requests, errors) = (self.step.target.requests as f64, self.step.target.errors as f64);
             told(log_mean_exp(&PASS_ODDS.map(|odds| tilt(errors, requests, most, odds))))
         });
         let mut judgement = Judgement {
             outcome: Outcome::Undecided,
-            both_bad,
-            target: self.target,
-            stable: self.stable,
-            evidence,
+            both_bad: self.absolute.both_bad(bound) && told(relative) < bound,
+            target: self.all.target,
+            stable: self.all.stable,
+            evidence: told(log_mean_exp(&[relative, self.absolute.log()])),
             bound,
             max_error_rate: settings.max_error_rate,
             pass_evidence,
-            pass_bound: 1.0 / (1.0 - settings.pass_confidence),
-            latency: self.slowness(settings),
+            pass_bound: settings.pass_bound(),
+            latency: settings.latency.as_ref().map(|latency| self.slowness.judgement(latency, bound)),
         };
-        judgement.decide(settings.max_error_rate.is_some());
+        judgement.decide(pass_evidence >= judgement.pass_bound);
         judgement
-    }
-
-    fn slowness(&self, settings: &Settings) -> Option<LatencyJudgement> {
-        let latency = settings.latency.as_ref()?;
-        let logs: Vec<f64> = self.slow.iter().map(|slow| slow.evidence.log()).collect();
-        let most = self
-            .slow
-            .iter()
-            .zip(&latency.quantiles)
-            .max_by(|(a, _), (b, _)| a.evidence.log().total_cmp(&b.evidence.log()));
-        let (slow, quantile) = most?;
-        let bound = slow.bound.and_then(|bound| DURATION_BOUNDS.get(bound)).copied();
-        Some(LatencyJudgement {
-            quantile: *quantile,
-            slower_than: bound.map(Duration::from_millis),
-            target: slow.target,
-            stable: slow.stable,
-            evidence: told(log_mean_exp(&logs)),
-            bound: settings.bound(),
-        })
     }
 }
 
@@ -461,156 +195,238 @@ fn told(log: f64) -> f64 {
     libm::exp(log).min(MOST_EVIDENCE)
 }
 
-/// What the counts say of the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Outcome {
-    /// It fails less than it may.
-    Pass,
-    /// It is worse than the stable version, or than is allowed.
-    Fail,
-    /// Neither can be said yet.
-    Undecided,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
 
-/// A verdict and what it rests on.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Judgement {
-    /// The verdict.
-    pub outcome: Outcome,
-    /// Both versions fail more than is allowed, and the target is not known to be the worse one: hold, and blame nobody.
-    pub both_bad: bool,
-    /// The target's requests since the rollout began.
-    pub target: Totals,
-    /// The stable version's.
-    pub stable: Totals,
-    /// How many times as likely the counts are if the target is worse; at most 1 on average if it is not. 0 to 1e15.
-    pub evidence: f64,
-    /// `fail` from this evidence on.
-    pub bound: f64,
-    /// What the target must stay below to pass; none: nobody asks for a pass.
-    pub max_error_rate: Option<f64>,
-    /// Evidence that it does, since the step began; 0 if nobody asks.
-    pub pass_evidence: f64,
-    /// `pass` from this on.
-    pub pass_bound: f64,
-    /// The same of durations, if they are judged.
-    pub latency: Option<LatencyJudgement>,
-}
-
-/// What durations say of the target.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LatencyJudgement {
-    /// The quantile with the most evidence.
-    pub quantile: f64,
-    /// Requests that take longer than this are slow; none as long as too little is known of the stable version.
-    pub slower_than: Option<Duration>,
-    /// The target's requests since the rollout began, and how many of them were slow.
-    pub target: Totals,
-    /// The stable version's.
-    pub stable: Totals,
-    /// Evidence that the target is slower.
-    pub evidence: f64,
-    /// `fail` from this evidence on.
-    pub bound: f64,
-}
-
-impl LatencyJudgement {
-    /// In words, without the outcome.
-    pub fn in_words(&self, target: &str, stable: &str) -> String {
-        let Some(slower_than) = self.slower_than else {
-            return format!("latency: too few requests of {stable} to know what is slow");
-        };
-        format!(
-            "{target}: {} of {} took more than {} ms, {stable}: {} of {}; evidence {}, bound {}",
-            grouped(self.target.errors),
-            grouped(self.target.requests),
-            grouped(slower_than.as_millis() as u64),
-            grouped(self.stable.errors),
-            grouped(self.stable.requests),
-            number(self.evidence),
-            number(self.bound),
-        )
-    }
-}
-
-impl Judgement {
-    fn decide(&mut self, passes: bool) {
-        let is_slow = self.latency.as_ref().is_some_and(|latency| latency.evidence >= latency.bound);
-        self.outcome = match () {
-            () if self.evidence >= self.bound && !self.both_bad => Outcome::Fail,
-            () if is_slow && !self.both_bad => Outcome::Fail,
-            () if passes && self.pass_evidence >= self.pass_bound && !self.both_bad => Outcome::Pass,
-            () => Outcome::Undecided,
-        };
+    fn settings() -> Settings {
+        Settings { max_error_rate: Some(0.02), latency: Some(Latency::default()), ..Settings::default() }
     }
 
-    /// One verdict on a rollout of several services. None: no service.
-    pub fn of_all(judgements: &[Self]) -> Option<Self> {
-        let mut all = judgements.first()?.clone();
-        all.evidence = judgements.iter().map(|one| one.evidence).sum::<f64>() / judgements.len() as f64;
-        all.bound = judgements.iter().map(|one| one.bound).fold(0.0, f64::max);
-        all.both_bad = judgements.iter().any(|one| one.both_bad);
-        for one in judgements.iter().skip(1) {
-            all.target.add(one.target.requests, one.target.errors);
-            all.stable.add(one.stable.requests, one.stable.errors);
-            all.pass_evidence = all.pass_evidence.min(one.pass_evidence);
+    fn sample(requests: u64, errors: u64) -> Sample {
+        Sample { requests, errors, durations: Vec::new() }
+    }
+
+    fn tick(share: f64, target: (u64, u64), stable: (u64, u64)) -> Tick {
+        let (target, stable) = (sample(target.0, target.1), sample(stable.0, stable.1));
+        Tick { elapsed: Duration::from_millis(500), share, target, stable }
+    }
+
+    fn after(settings: &Settings, ticks: &[Tick]) -> Judgement {
+        let mut analysis = Analysis::new(&Sample::default());
+        ticks.iter().for_each(|tick| analysis.tick(settings, tick));
+        analysis.judgement(settings)
+    }
+
+    /// The chances of 0, 1, 2 … of so many.
+    fn chances(of: u64, probability: f64) -> Vec<f64> {
+        (0..of).fold(vec![1.0], |chances, _| {
+            let mut next: Vec<f64> = chances.iter().map(|chance| chance * (1.0 - probability)).chain([0.0]).collect();
+            next.iter_mut().skip(1).zip(&chances).for_each(|(next, chance)| *next += chance * probability);
+            next
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// All that can happen in two batches, with its chance: the target is never worse than the stable version, and
+        /// neither than allowed.
+        #[test]
+        fn nothing_speaks_against_a_healthy_target_on_average(
+            requests in prop::array::uniform2((1u64..5, 6u64..9)), share in prop::sample::select(vec![0.1, 0.4, 0.9, 1.0]),
+            rates in prop::array::uniform2(0.0..0.5), better in 0.0..=1.0,
+        ) {
+            let settings = Settings { max_error_rate: Some(0.5), ..settings() };
+            let [first, second] = [0, 1].map(|i| {
+                let ((target, stable), rate) = (requests[i], rates[i]);
+                let mut all = Vec::new();
+                for (errors, chance) in chances(target, rate * better).into_iter().enumerate() {
+                    for (others, other) in chances(stable, rate).into_iter().enumerate() {
+                        all.push((tick(share, (target, errors as u64), (stable, others as u64)), chance * other));
+                    }
+                }
+                all
+            });
+            let mut mean = 0.0;
+            for (first, chance) in first {
+                let mut analysis = Analysis::new(&Sample::default());
+                analysis.tick(&settings, &first);
+                for (second, other) in &second {
+                    let mut analysis = analysis.clone();
+                    analysis.tick(&settings, second);
+                    mean += chance * other * analysis.judgement(&settings).evidence;
+                }
+            }
+            prop_assert!(mean <= 1.0 + 1e-9 && mean > 0.1, "{}", mean);
         }
-        let passes = judgements.iter().all(|one| one.outcome == Outcome::Pass);
-        all.decide(passes);
-        Some(all)
+
+        #[test]
+        fn nothing_speaks_for_a_bad_target_on_average(requests in 1u64..60, most in 0.001..0.5, worse in 0.0..=1.0) {
+            let settings = Settings { max_error_rate: Some(most), ..settings() };
+            let rate = most + worse * (1.0 - most);
+            let mean: f64 = chances(requests, rate).into_iter().enumerate().map(|(errors, chance)| {
+                chance * after(&settings, &[tick(0.5, (requests, errors as u64), (0, 0))]).pass_evidence
+            }).sum();
+            prop_assert!(mean <= 1.0 + 1e-9, "{}", mean);
+        }
+
+        #[test]
+        fn a_restart_changes_nothing_and_numbers_are_numbers(
+            ticks in prop::collection::vec(
+                (any::<[u64; 5]>(), prop::collection::vec(any::<u64>(), 0..30), any::<f64>(), any::<bool>()), 1..30),
+            small in any::<bool>(),
+        ) {
+            let settings = settings();
+            let mut analysis = Analysis::new(&Sample { requests: u64::MAX, errors: 7, durations: vec![u64::MAX; 40] });
+            let mut restarted = analysis.clone();
+            let size = |n: u64| if small { n % 100 } else { n };
+            for ([elapsed, requests, errors, others, others_errors], durations, share, step) in ticks {
+                let durations: Vec<u64> = durations.into_iter().map(size).collect();
+                let tick = Tick {
+                    elapsed: Duration::from_millis(elapsed),
+                    share,
+                    target: Sample { requests: size(requests), errors: size(errors), durations: durations.clone() },
+                    stable: Sample { requests: size(others), errors: size(others_errors), durations },
+                };
+                for analysis in [&mut analysis, &mut restarted] {
+                    analysis.tick(&settings, &tick);
+                    if step {
+                        analysis.step_started();
+                    }
+                }
+                let json = serde_json::to_string(&restarted).unwrap();
+                restarted = serde_json::from_str(&json).unwrap();
+                prop_assert_eq!(&restarted, &analysis);
+                let judgement = analysis.judgement(&settings);
+                let latency = judgement.latency.unwrap();
+                for number in [judgement.evidence, judgement.pass_evidence, latency.evidence] {
+                    prop_assert!((0.0..=MOST_EVIDENCE).contains(&number), "{}", number);
+                }
+                prop_assert!(json.len() < 10_000, "{}", json.len());
+            }
+        }
     }
 
-    /// In words.
-    pub fn in_words(&self, target: &str, stable: &str) -> String {
-        let mut words = String::new();
-        if self.both_bad {
-            let _ = write!(words, "hold: both {stable} and {target} fail; ");
+    #[test]
+    fn the_counts_decide() {
+        let settings = settings();
+        let outcome = |ticks: &[Tick]| after(&settings, ticks).outcome;
+        let bad = after(&settings, &[tick(0.1, (5, 5), (45, 0)), tick(0.1, (5, 5), (45, 0))]);
+        assert_eq!((bad.outcome, bad.target.errors, bad.stable.requests), (Outcome::Fail, 10, 90));
+        assert!(bad.in_words("v2", "v1").ends_with(": fail"), "{}", bad.in_words("v2", "v1"));
+        assert_eq!(outcome(&vec![tick(0.1, (5, 0), (45, 0)); 40]), Outcome::Pass);
+        assert_eq!(outcome(&vec![tick(0.1, (5, 0), (45, 0)); 20]), Outcome::Undecided);
+        // Without anything to compare with, what is allowed decides.
+        assert_eq!(outcome(&vec![tick(1.0, (50, 50), (0, 0)); 8]), Outcome::Fail);
+        let unasked = Settings { max_error_rate: None, ..settings.clone() };
+        let judgement = after(&unasked, &vec![tick(0.1, (5, 0), (45, 0)); 40]);
+        assert_eq!((judgement.outcome, judgement.pass_evidence), (Outcome::Undecided, 0.0));
+    }
+
+    #[test]
+    fn without_traffic_of_the_target_nothing_is_ever_decided() {
+        let settings = settings();
+        for ended in [tick(0.1, (0, 0), (0, 0)), tick(0.1, (0, 0), (100, 0)), tick(0.1, (0, 0), (100, 100))] {
+            let mut analysis = Analysis::new(&sample(1_000, 1));
+            for _ in 0..2_000 {
+                analysis.tick(&settings, &ended);
+                let judgement = analysis.judgement(&settings);
+                assert_eq!((judgement.outcome, judgement.both_bad), (Outcome::Undecided, false), "{ended:?}");
+            }
         }
-        let _ = write!(
-            words,
-            "{target}: {} of {} failed, {stable}: {} of {}; evidence {}, bound {}",
-            grouped(self.target.errors),
-            grouped(self.target.requests),
-            grouped(self.stable.errors),
-            grouped(self.stable.requests),
-            number(self.evidence),
-            number(self.bound),
+    }
+
+    #[test]
+    fn where_both_are_bad_nobody_is_to_blame() {
+        let settings = settings();
+        let both = after(&settings, &vec![tick(0.1, (5, 5), (45, 45)); 20]);
+        assert_eq!((both.outcome, both.both_bad), (Outcome::Undecided, true));
+        // Nor does it pass, however well it did before.
+        let mut ticks = vec![tick(0.1, (5, 0), (45, 0)); 100];
+        ticks.extend(vec![tick(0.1, (1, 1), (45, 45)); 100]);
+        let both = after(&Settings { max_error_rate: Some(0.3), ..settings.clone() }, &ticks);
+        assert!(
+            both.pass_evidence > both.pass_bound && both.both_bad && both.outcome == Outcome::Undecided,
+            "{both:?}"
         );
-        if let Some(latency) = &self.latency {
-            let _ = write!(words, "; {}", latency.in_words(target, stable));
-        }
-        if let Some(most) = self.max_error_rate.filter(|_| self.outcome != Outcome::Fail) {
-            let (evidence, bound) = (number(self.pass_evidence), number(self.pass_bound));
-            let _ = write!(words, "; that fewer than {} % fail: {evidence}, bound {bound}", most * 100.0);
-        }
-        let outcome = match self.outcome {
-            Outcome::Pass => "pass",
-            Outcome::Fail => "fail",
-            Outcome::Undecided => "undecided",
+        let worse = after(&settings, &vec![tick(0.1, (5, 5), (45, 5)); 20]);
+        assert_eq!((worse.outcome, worse.both_bad), (Outcome::Fail, false));
+    }
+
+    #[test]
+    fn a_pass_is_earned_at_each_step() {
+        let settings = settings();
+        let mut analysis = Analysis::new(&Sample::default());
+        let good = vec![tick(0.1, (5, 0), (45, 0)); 40];
+        good.iter().for_each(|tick| analysis.tick(&settings, tick));
+        assert_eq!(analysis.judgement(&settings).outcome, Outcome::Pass);
+        analysis.step_started();
+        let judgement = analysis.judgement(&settings);
+        assert_eq!((judgement.outcome, judgement.target.requests), (Outcome::Undecided, 200));
+        good.iter().for_each(|tick| analysis.tick(&settings, tick));
+        assert_eq!(analysis.judgement(&settings).outcome, Outcome::Pass);
+    }
+
+    /// As durations are counted: so many up to 10 ms, so many up to 100 ms.
+    fn timed(fast: u64, slow: u64) -> Sample {
+        let mut durations = vec![0; 12];
+        (durations[5], durations[11]) = (fast, slow);
+        Sample { requests: fast + slow, errors: 0, durations }
+    }
+
+    #[test]
+    fn what_is_slow_is_frozen_when_a_step_starts() {
+        let settings = settings();
+        let slower_than = |analysis: &Analysis| {
+            analysis.judgement(&settings).latency.and_then(|latency| latency.slower_than).map(|bound| bound.as_millis())
         };
-        let _ = write!(words, ": {outcome}");
-        words
+        let seconds = |analysis: &mut Analysis, times, target: Sample, stable: Sample| {
+            let tick = Tick { elapsed: Duration::from_secs(1), share: 0.1, target, stable };
+            (0..times).for_each(|_| analysis.tick(&settings, &tick));
+        };
+        // Nine of ten take up to 10 ms; slow is what takes 10 ms longer.
+        let mut analysis = Analysis::new(&timed(9_900, 100));
+        assert_eq!(slower_than(&analysis), None);
+        seconds(&mut analysis, 1, timed(10, 0), timed(90, 0));
+        assert_eq!(slower_than(&analysis), Some(20));
+        // The stable version's own slowness later does not move it, until the next step.
+        seconds(&mut analysis, 200, timed(0, 10), timed(0, 90));
+        assert_eq!((slower_than(&analysis), analysis.judgement(&settings).outcome), (Some(20), Outcome::Pass));
+        analysis.step_started();
+        seconds(&mut analysis, 1, timed(10, 0), timed(90, 0));
+        assert_eq!(slower_than(&analysis), Some(150));
+        // Who alone is slow fails.
+        let mut analysis = Analysis::new(&timed(10_000, 0));
+        seconds(&mut analysis, 20, timed(0, 10), timed(90, 0));
+        let judgement = analysis.judgement(&settings);
+        assert_eq!(judgement.outcome, Outcome::Fail);
+        let words = judgement.in_words("v2", "v1");
+        assert!(words.contains("v2: 200 of 200 took more than 20 ms, v1: 0 of 1,800; evidence"), "{words}");
+        // With too few requests nobody knows what is slow.
+        let mut analysis = Analysis::new(&timed(9, 0));
+        seconds(&mut analysis, 1, timed(0, 10), timed(90, 0));
+        assert_eq!(slower_than(&analysis), None);
     }
-}
 
-/// With thousands separated.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            grouped.push(',');
+    /// The same bits in every build.
+    #[test]
+    fn a_verdict_is_what_it_was() {
+        let settings = settings();
+        let mut analysis = Analysis::new(&timed(9_000, 1_000));
+        for i in 0..40 {
+            let timed = |n| Sample { errors: (n + i) % 3 / 2, ..timed(n, i % 5) };
+            let elapsed = Duration::from_millis(250 + 10 * i);
+            analysis.tick(&settings, &Tick { elapsed, share: 0.2, target: timed(4 + i % 3), stable: timed(25) });
         }
-        grouped.push(digit);
-    }
-    grouped
-}
-
-/// Whole from 10 on, else with one decimal.
-fn number(number: f64) -> String {
-    match number {
-        10.0.. => grouped(number as u64),
-        _ => format!("{number:.1}"),
+        let judgement = analysis.judgement(&settings);
+        let latency = judgement.latency.map(|latency| latency.evidence.to_bits());
+        assert_eq!(
+            (judgement.evidence.to_bits(), judgement.pass_evidence.to_bits(), latency),
+            (4609119707655022136, 4531339409682563360, Some(4602678819172646911))
+        );
     }
 }

@@ -163,7 +163,7 @@ impl Judge {
     fn new(shift: &TrafficShift, rollout: &Rollout, target: &str, ledger: &Ledger, now: Millis) -> Self {
         let of_service = |name: &String| {
             let stable = Taken::now(ledger, name, &rollout.stable);
-            let analysis = Analysis::new(&shift.analysis, &stable.clone().sample());
+            let analysis = Analysis::new(&stable.clone().sample());
             OfService { analysis, target: Taken::now(ledger, name, target), stable }
         };
         Self {
@@ -198,7 +198,7 @@ impl Judge {
         for service in &shift.services {
             let of = self.services.entry(service.name.clone()).or_insert_with(|| {
                 let stable = Taken::now(ledger, &service.name, &self.stable);
-                let analysis = Analysis::new(settings, &Sample::default());
+                let analysis = Analysis::new(&Sample::default());
                 OfService { analysis, target: Taken::now(ledger, &service.name, &self.target), stable }
             });
             let target = of.target.take(ledger, &service.name, &self.target);

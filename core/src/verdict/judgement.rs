@@ -1,0 +1,306 @@
+//! What a verdict says, in numbers and in words.
+
+use serde::{Deserialize, Serialize};
+use std::fmt::{self, Write};
+use std::time::Duration;
+
+/// Requests of one version, and how many of them were bad: failed, or slow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Requests.
+    pub requests: u64,
+    /// Those that were bad.
+    pub errors: u64,
+}
+
+impl Totals {
+    /// So many more.
+    pub(super) fn add(&mut self, more: Self) {
+        self.requests = self.requests.saturating_add(more.requests);
+        self.errors = self.errors.saturating_add(more.errors);
+    }
+
+    pub(super) fn good(&self) -> u64 {
+        self.requests.saturating_sub(self.errors)
+    }
+}
+
+/// What the counts say of the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It fails less than it may.
+    Pass,
+    /// It is worse than the stable version, or than what is allowed.
+    Fail,
+    /// Neither can be said yet.
+    Undecided,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pass => "pass",
+            Self::Fail => "fail",
+            Self::Undecided => "undecided",
+        })
+    }
+}
+
+/// A verdict and what it rests on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judgement {
+    /// The verdict.
+    pub outcome: Outcome,
+    /// Both versions fail more than is allowed, and the target is not known to be worse than the stable version: hold,
+    /// and blame nobody. The outcome is `undecided` then.
+    pub both_bad: bool,
+    /// The target since the rollout began.
+    pub target: Totals,
+    /// The stable version in the same time.
+    pub stable: Totals,
+    /// How much speaks for it that the target is worse: 1 at most on average if it is not. 0 to 1e15.
+    pub evidence: f64,
+    /// `fail` from this evidence on.
+    pub bound: f64,
+    /// What the rate of errors must be below for a pass; none: nobody asks for one.
+    pub max_error_rate: Option<f64>,
+    /// How much speaks for it that it is, since the step began; 0 if nobody asks. 0 to 1e15.
+    pub pass_evidence: f64,
+    /// `pass` from this evidence on.
+    pub pass_bound: f64,
+    /// What durations say, if they are judged.
+    pub latency: Option<LatencyJudgement>,
+}
+
+/// What durations say of the target.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatencyJudgement {
+    /// Of the quantiles that are watched, the one for which most speaks against the target.
+    pub quantile: f64,
+    /// What takes longer is slow; none as long as too little is known of the stable version.
+    pub slower_than: Option<Duration>,
+    /// The target since the rollout began, and how many of its requests were slow.
+    pub target: Totals,
+    /// The stable version in the same time.
+    pub stable: Totals,
+    /// How much speaks for it that the target is slower: 1 at most on average if it is not. 0 to 1e15.
+    pub evidence: f64,
+    /// `fail` from this evidence on.
+    pub bound: f64,
+}
+
+impl Judgement {
+    /// One verdict on a rollout that moves several services: the mean of what speaks against each, so that a healthy
+    /// rollout is taken back no more often than that of one service; a pass takes one of each. None if there are none.
+    pub fn of_all(services: &[Self]) -> Option<Self> {
+        let mut all = services.first()?.clone();
+        for service in services.iter().skip(1) {
+            all.target.add(service.target);
+            all.stable.add(service.stable);
+            all.pass_evidence = all.pass_evidence.min(service.pass_evidence);
+        }
+        // Where both versions are bad, nobody is to blame.
+        let mean = |of: fn(&Self) -> f64| {
+            let blamed = services.iter().filter(|service| !service.both_bad);
+            blamed.map(of).sum::<f64>() / services.len() as f64
+        };
+        all.evidence = mean(|service| service.evidence);
+        let slowest = services.iter().filter_map(|service| service.latency.as_ref());
+        all.latency = slowest.max_by(|a, b| a.evidence.total_cmp(&b.evidence)).cloned();
+        if let Some(latency) = &mut all.latency {
+            latency.evidence = mean(|service| service.latency.as_ref().map_or(0.0, |latency| latency.evidence));
+        }
+        all.both_bad = false;
+        all.decide(services.iter().all(|service| service.outcome == Outcome::Pass));
+        if all.outcome != Outcome::Fail && services.iter().any(|service| service.both_bad) {
+            all.both_bad = true;
+            all.outcome = Outcome::Undecided;
+        }
+        Some(all)
+    }
+
+    /// Fills in the outcome from the rest.
+    pub(super) fn decide(&mut self, passes: bool) {
+        let is_slow = self.latency.as_ref().is_some_and(|latency| latency.evidence >= latency.bound);
+        self.outcome = match () {
+            () if self.both_bad => Outcome::Undecided,
+            () if self.evidence >= self.bound || is_slow => Outcome::Fail,
+            () if passes => Outcome::Pass,
+            () => Outcome::Undecided,
+        };
+    }
+
+    /// The verdict and what it rests on, as `v2: 7 of 41 failed, v1: 1 of 366; evidence 2,300, bound 1,000: fail`.
+    pub fn in_words(&self, target: &str, stable: &str) -> String {
+        let mut words = String::new();
+        // Writing to a string does not fail.
+        let _ = self.write(&mut words, target, stable);
+        words
+    }
+
+    fn write(&self, to: &mut String, target: &str, stable: &str) -> fmt::Result {
+        if self.both_bad {
+            write!(to, "hold: both {stable} and {target} fail too much; ")?;
+        }
+        compare(to, target, &self.target, stable, &self.stable, "failed")?;
+        write!(to, "; evidence {}, bound {}", number(self.evidence), number(self.bound))?;
+        if let Some(latency) = &self.latency {
+            write!(to, "; {}", latency.in_words(target, stable))?;
+        }
+        if let Some(most) = self.max_error_rate.filter(|_| self.outcome != Outcome::Fail) {
+            let (evidence, bound) = (number(self.pass_evidence), number(self.pass_bound));
+            write!(to, "; for less than {} % at this step {evidence}, bound {bound}", percent(most))?;
+        }
+        match self.both_bad {
+            true => Ok(()),
+            false => write!(to, ": {}", self.outcome),
+        }
+    }
+}
+
+impl LatencyJudgement {
+    /// What it rests on, as `v2: 40 of 100 took more than 30 ms, v1: 9 of 366; evidence 5,100, bound 2,000`.
+    pub fn in_words(&self, target: &str, stable: &str) -> String {
+        let Some(bound) = self.slower_than else {
+            return format!("what is slow is not known yet, too few requests of {stable}");
+        };
+        let mut words = String::new();
+        let how = format!("took more than {} ms", grouped(bound.as_millis()));
+        let _ = compare(&mut words, target, &self.target, stable, &self.stable, &how);
+        let _ = write!(words, "; evidence {}, bound {}", number(self.evidence), number(self.bound));
+        words
+    }
+}
+
+fn compare(
+    to: &mut String,
+    target: &str,
+    of_target: &Totals,
+    stable: &str,
+    of_stable: &Totals,
+    how: &str,
+) -> fmt::Result {
+    let counts = |totals: &Totals| format!("{} of {}", grouped(totals.errors.into()), grouped(totals.requests.into()));
+    write!(to, "{target}: {} {how}, {stable}: {}", counts(of_target), counts(of_stable))
+}
+
+/// With a comma between thousands.
+fn grouped(number: u128) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Whole from 10 on, below with one decimal; rounded down, so that nothing looks as if it had reached its bound.
+fn number(number: f64) -> String {
+    match number {
+        1e6.. => "over 1,000,000".to_owned(),
+        // 20 is 1/(1 - 0.95), and a little less in binary.
+        10.0.. => grouped((number + 1e-6) as u128),
+        _ => format!("{:.1}", (number * 10.0).floor() / 10.0),
+    }
+}
+
+/// 0.025 as 2.5.
+fn percent(rate: f64) -> f64 {
+    (rate * 1e6).round() / 1e4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    fn judgement(evidence: f64, pass_evidence: f64) -> Judgement {
+        let mut judgement = Judgement {
+            outcome: Outcome::Undecided,
+            both_bad: false,
+            target: Totals { requests: 41, errors: 7 },
+            stable: Totals { requests: 12_366, errors: 1 },
+            evidence,
+            bound: 1_000.0,
+            max_error_rate: Some(0.02),
+            pass_evidence,
+            pass_bound: 1.0 / (1.0 - 0.95),
+            latency: None,
+        };
+        judgement.decide(pass_evidence >= judgement.pass_bound);
+        judgement
+    }
+
+    fn slow(judgement: Judgement, evidence: f64) -> Judgement {
+        let latency = LatencyJudgement {
+            quantile: 0.9,
+            slower_than: Some(Duration::from_millis(1_000)),
+            target: Totals { requests: 41, errors: 30 },
+            stable: Totals { requests: 12_366, errors: 900 },
+            evidence,
+            bound: 1_000.0,
+        };
+        let mut judgement = Judgement { latency: Some(latency), ..judgement };
+        judgement.decide(false);
+        judgement
+    }
+
+    #[test]
+    fn a_verdict_is_told_in_words() {
+        let words = |judgement: Judgement| judgement.in_words("v2", "v1");
+        let counts = "v2: 7 of 41 failed, v1: 1 of 12,366";
+        assert_eq!(words(judgement(2_300.0, 0.0)), format!("{counts}; evidence 2,300, bound 1,000: fail"));
+        assert_eq!(words(judgement(1e15, 0.0)), format!("{counts}; evidence over 1,000,000, bound 1,000: fail"));
+        assert_eq!(
+            words(judgement(0.46, 20.1)),
+            format!("{counts}; evidence 0.4, bound 1,000; for less than 2 % at this step 20, bound 20: pass")
+        );
+        assert_eq!(
+            words(judgement(999.9, 19.99)),
+            format!("{counts}; evidence 999, bound 1,000; for less than 2 % at this step 19, bound 20: undecided")
+        );
+        let unasked = Judgement { max_error_rate: None, ..judgement(0.5, 0.0) };
+        assert_eq!(words(unasked), format!("{counts}; evidence 0.5, bound 1,000: undecided"));
+        let both = Judgement { both_bad: true, max_error_rate: Some(0.029), ..judgement(0.5, 0.0) };
+        assert_eq!(
+            words(both),
+            format!(
+                "hold: both v1 and v2 fail too much; {counts}; evidence 0.5, bound 1,000; \
+                 for less than 2.9 % at this step 0.0, bound 20"
+            )
+        );
+        assert_eq!(
+            words(slow(judgement(1.0, 0.0), 5_100.0)),
+            format!(
+                "{counts}; evidence 1.0, bound 1,000; v2: 30 of 41 took more than 1,000 ms, v1: 900 of 12,366; \
+                 evidence 5,100, bound 1,000: fail"
+            )
+        );
+    }
+
+    #[test]
+    fn several_services_fail_together_and_pass_one_by_one() {
+        let all = |services: &[Judgement]| Judgement::of_all(services);
+        assert_eq!(all(&[]), None);
+        let (bad, fine, slow) = (judgement(2_500.0, 0.0), judgement(0.5, 30.0), slow(judgement(0.5, 0.0), 2_500.0));
+        assert_eq!(all(std::slice::from_ref(&bad)), Some(bad.clone()));
+        let outcome = |services: &[Judgement]| all(services).map(|all| all.outcome);
+        assert_eq!(outcome(&[fine.clone(), fine.clone()]), Some(Outcome::Pass));
+        assert_eq!(outcome(&[fine.clone(), judgement(0.5, 3.0)]), Some(Outcome::Undecided));
+        assert_eq!(outcome(&[fine.clone(), bad.clone()]), Some(Outcome::Fail));
+        assert_eq!(outcome(&[fine.clone(), bad.clone(), fine.clone()]), Some(Outcome::Undecided));
+        assert_eq!(outcome(&[fine.clone(), slow.clone()]), Some(Outcome::Fail));
+        assert_eq!(outcome(&[fine.clone(), fine.clone(), slow]), Some(Outcome::Undecided));
+
+        let held = Judgement { both_bad: true, outcome: Outcome::Undecided, ..bad.clone() };
+        let one = all(&[fine.clone(), held.clone()]);
+        assert_eq!(one.as_ref().map(|all| (all.outcome, all.both_bad)), Some((Outcome::Undecided, true)));
+        let worse = all(&[bad, held]);
+        assert_eq!(worse.map(|all| (all.outcome, all.both_bad, all.target.errors)), Some((Outcome::Fail, false, 14)));
+    }
+}
