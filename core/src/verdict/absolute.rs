@@ -7,13 +7,15 @@ use serde::{Deserialize, Serialize};
 /// So many times the odds that are allowed.
 const ODDS: [f64; 4] = [1.5, 3.0, 10.0, 100.0];
 /// Requests of the stable version that make a batch, to see whether it does well at the time, …
-const LEAST_STABLE: u64 = 20;
+const LEAST_STABLE: u64 = 10;
 /// … and the milliseconds that a batch takes at least.
 const LEAST_MILLIS: u64 = 1_000;
 /// The most that evidence grows with one batch, as a logarithm.
 const GROWTH: f64 = 4.0;
 /// How far above what the stable version did lately the allowed rate is, in standard deviations.
 const DEVIATIONS: f64 = 3.0;
+/// Just now: the stable version's last requests, at most twice as many.
+const JUST_NOW: u64 = 500;
 /// By how much what was lately bad by itself exceeds its bound at most, as a logarithm: it should be over soon after.
 const EXCESS: f64 = 2.0;
 
@@ -22,18 +24,30 @@ const EXCESS: f64 = 2.0;
 pub(super) struct Absolute {
     evidence: Evidence,
     batch: Batch,
+    /// The stable version just now.
+    just_now: Totals,
     target: Bad,
     stable: Bad,
 }
 
 impl Absolute {
     pub(super) fn new() -> Self {
-        Self { evidence: Evidence::new(ODDS.len()), batch: Batch::default(), target: Bad::new(), stable: Bad::new() }
+        Self {
+            evidence: Evidence::new(ODDS.len()),
+            batch: Batch::default(),
+            just_now: Totals::default(),
+            target: Bad::new(),
+            stable: Bad::new(),
+        }
     }
 
     /// Takes in what ended. `recent`: what the stable version did before; `share`: the target's, by weight.
     pub(super) fn add(&mut self, settings: &Settings, recent: &Sample, ended: &Batch, share: f64) {
-        let allowed = allowed(settings, recent);
+        self.just_now.add(ended.stable);
+        while self.just_now.requests > 2 * JUST_NOW {
+            (self.just_now.requests, self.just_now.errors) = (self.just_now.requests / 2, self.just_now.errors / 2);
+        }
+        let allowed = self.allowed(settings, recent);
         let asked = settings.max_error_rate.unwrap_or(allowed);
         let most = libm::log(settings.bound()) + EXCESS;
         self.target.add(&ended.target, asked, most);
@@ -50,6 +64,14 @@ impl Absolute {
         if stable.errors as f64 <= allowed * stable.requests as f64 {
             self.evidence.add(ODDS.map(|odds| tempered(&target, allowed, odds).min(GROWTH)));
         }
+    }
+
+    /// The rate of errors that is allowed: what the document says, or what is hardly less than the stable version's, if
+    /// that is more: than what it did lately, even if all came in clumps, and than what it does just now.
+    fn allowed(&self, settings: &Settings, recent: &Sample) -> f64 {
+        let lately = most(recent.errors as f64 / CLUMP) * CLUMP / recent.requests.max(1) as f64;
+        let just_now = most(self.just_now.errors as f64) / self.just_now.requests.max(JUST_NOW) as f64;
+        settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE).max(lately.max(just_now).min(0.5))
     }
 
     /// The logarithm of the evidence.
@@ -89,11 +111,8 @@ fn tempered(ended: &Totals, allowed: f64, odds: f64) -> f64 {
     tilt(ended.errors as f64, ended.requests as f64, allowed, odds) / CLUMP
 }
 
-/// The rate of errors that is allowed: what the document says, or what is hardly less than the stable version's, if
-/// that is more.
-fn allowed(settings: &Settings, recent: &Sample) -> f64 {
-    let (requests, clumps) = (recent.requests as f64, recent.errors as f64 / CLUMP);
+/// How many were to be expected at most where so many were counted.
+fn most(counted: f64) -> f64 {
     let half = DEVIATIONS * DEVIATIONS / 2.0;
-    let most = CLUMP * (clumps + half + DEVIATIONS * (clumps + half / 2.0).sqrt());
-    settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE).max((most / requests.max(1.0)).min(0.5))
+    counted + half + DEVIATIONS * (counted + half / 2.0).sqrt()
 }
