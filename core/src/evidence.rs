@@ -8,10 +8,10 @@
 //! Δ(r) = x·ln r − (x + y)·ln(rρ + 1 − ρ)
 //! ```
 //!
-//! If the version is no worse, exp(Δ) is 1 at most on average: see `docs/guard.md` for why, for what follows, and for
-//! the sources (Turner, Ly and Grünwald, arXiv 2106.02693; Lindon and Malek, arXiv 2011.03567; for the evidence that
-//! forgets, Shin, Ramdas and Rinaldo, arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree
-//! to the last bit.
+//! If the version is no worse, exp(Δ) is 1 at most on average: see `docs/guard.md` for why and `docs/verdict.md` for
+//! what else it is good for; both name the sources (Lindon and Malek, arXiv 2011.03567; Lindon, Sanden and Shirikian,
+//! arXiv 2205.14762; Turner, Ly and Grünwald, arXiv 2106.02693; for evidence that forgets, Shin, Ramdas and Rinaldo,
+//! arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree to the last bit.
 
 use serde::{Deserialize, Serialize};
 use std::ops::AddAssign;
@@ -37,7 +37,7 @@ pub struct Batch {
 
 impl Batch {
     /// The version's share of the requests. 1 if there were none: with that nothing speaks against it.
-    pub fn share(&self) -> f64 {
+    fn share(&self) -> f64 {
         let all = self.requests as f64 + self.others_requests as f64;
         if all > 0.0 { self.requests as f64 / all } else { 1.0 }
     }
@@ -62,9 +62,9 @@ impl AddAssign for Batch {
     }
 }
 
-/// The log-evidence that "each of `all` is `ratio` times as likely in terms of odds as `probability` says", if `count`
-/// of `all` were: count·ln r − all·ln(rp + 1 − p). On average its exp is 1 at most if none is likelier than
-/// `probability` (for a ratio above 1) or none is less likely (below 1).
+/// The log-evidence that something which is to be expected with a `probability` has `ratio` times the odds of that, if
+/// it happened to `count` of `all`: count·ln r − all·ln(rp + 1 − p). Its exp is 1 at most on average if it happens with
+/// the `probability` at most (for a ratio above 1), or at least (below 1).
 pub fn tilt(count: f64, all: f64, probability: f64, ratio: f64) -> f64 {
     count * libm::log1p(ratio - 1.0) - all * libm::log1p(probability * (ratio - 1.0))
 }
@@ -125,7 +125,8 @@ pub(crate) mod bits {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
         let texts = Vec::<String>::deserialize(deserializer)?;
         let number = |text: &String| u64::from_str_radix(text, 16).ok().map(f64::from_bits).filter(|n| n.is_finite());
-        let numbers: Option<_> = texts.iter().map(number).collect();
+        let numbers: Option<Vec<_>> = texts.iter().map(number).collect();
+        let numbers = numbers.filter(|numbers| !numbers.is_empty());
         numbers.ok_or_else(|| de::Error::custom("expected the bits of finite numbers, in hexadecimal"))
     }
 }

@@ -426,7 +426,7 @@ mod tests {
         let latency = judgement.latency.map(|latency| latency.evidence.to_bits());
         assert_eq!(
             (judgement.evidence.to_bits(), judgement.pass_evidence.to_bits(), latency),
-            (4609119707655022136, 4531339409682563360, Some(4602678819172646911))
+            (4608564892717416078, 4531339409682563360, Some(4602678819172646911))
         );
     }
 }

@@ -153,10 +153,6 @@ impl<'a> Traffic<'a> {
     }
 }
 
-fn nothing() -> Sample {
-    Sample { durations: vec![0; DURATION_BOUNDS.len() + 1], ..Sample::default() }
-}
-
 /// A rollout in such traffic.
 struct Rollout<'a> {
     traffic: Traffic<'a>,
@@ -186,7 +182,7 @@ impl<'a> Rollout<'a> {
         let mut dice = Dice(seed.wrapping_mul(0xD6E8_FEB8_6659_FD93));
         let owed = dice.unit();
         let waited = if traffic.reports == Reports::Many { 0 } else { dice.roll() as usize % 20 };
-        let analysis = Analysis::new(&nothing());
+        let analysis = Analysis::new(&Sample::default());
         let judgement = analysis.judgement(settings);
         let mut rollout = Self {
             traffic,
@@ -198,12 +194,12 @@ impl<'a> Rollout<'a> {
             owed,
             coming: [[0; 2]; 128],
             paused: [0.0; 2],
-            news: [nothing(), nothing()],
+            news: Default::default(),
             judgement,
             was_held: false,
         };
         rollout.take(STABLE, traffic.baseline);
-        let mut baseline = std::mem::replace(&mut rollout.news[STABLE], nothing());
+        let mut baseline = std::mem::take(&mut rollout.news[STABLE]);
         baseline.requests = traffic.baseline;
         baseline.errors = rollout.dice.of(traffic.baseline, (traffic.fails)(STABLE, 0.0));
         rollout.analysis = Analysis::new(&baseline);
@@ -240,9 +236,11 @@ impl<'a> Rollout<'a> {
                 }
                 longer = if now < self.paused[version] { 1e3 * pauses.seconds } else { 0.0 };
             }
+            let durations = &mut self.news[version].durations;
+            durations.resize(DURATION_BOUNDS.len() + 1, 0);
             for _ in 0..requests {
                 let took = longer + median * (0.7 * self.dice.normal()).exp();
-                self.news[version].durations[duration_bucket(took.ceil() as u64)] += 1;
+                durations[duration_bucket(took.ceil() as u64)] += 1;
             }
         }
     }
@@ -302,7 +300,7 @@ impl<'a> Rollout<'a> {
 
     fn report(&mut self, share: f64) {
         let elapsed = Duration::from_secs_f64(std::mem::take(&mut self.waited) as f64 * SLOT);
-        let [target, stable] = std::mem::replace(&mut self.news, [nothing(), nothing()]);
+        let [target, stable] = std::mem::take(&mut self.news);
         self.analysis.tick(self.settings, &Tick { elapsed, share, target, stable });
         self.judgement = self.analysis.judgement(self.settings);
         self.was_held |= self.judgement.both_bad;
@@ -525,9 +523,9 @@ fn who_is_slower_fails_and_who_is_not_does_not() {
     assert!(slow(100.0, 0.5, (2.0, 1.0), 30.0, 20).iter().all(|at| at.is_infinite()));
 }
 
-/// Table 1: steps of a minute each.
+/// Tables 1 and 2: steps of half a minute each.
 const STEPS: [f64; 4] = [0.01, 0.1, 0.5, 0.9];
-const STEP: f64 = 60.0;
+const STEP: f64 = 30.0;
 
 fn steps(now: f64) -> f64 {
     STEPS[((now / STEP) as usize).min(STEPS.len() - 1)]
