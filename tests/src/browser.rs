@@ -67,12 +67,12 @@ impl Browser {
         }
         command.arg("about:blank");
         let mut chromium = Process::start("Chromium", command, &directory.path().join("chromium.log"))?;
-        chromium.until_ready(DEADLINE, async || Ok(drop(TcpStream::connect(debug.address()).await?))).await?;
+        chromium.until_ready(DEADLINE, async || answers(&debug).await).await?;
 
         let mut command = Command::new(chromedriver);
         command.arg(format!("--port={}", port.number()));
         let mut driver = Process::start("ChromeDriver", command, &directory.path().join("driver.log"))?;
-        driver.until_ready(DEADLINE, async || Ok(drop(TcpStream::connect(port.address()).await?))).await?;
+        driver.until_ready(DEADLINE, async || answers(&port).await).await?;
 
         let capabilities = json!({
             "goog:chromeOptions": { "debuggerAddress": debug.address().to_string() },
@@ -188,6 +188,10 @@ impl Browser {
         let lines = log.as_array().context("no log")?;
         Ok(lines.iter().map(|line| format!("{} {}", line["level"], line["message"])).collect())
     }
+}
+
+async fn answers(port: &Port) -> anyhow::Result<()> {
+    TcpStream::connect(port.address()).await.map(drop).context("it does not listen yet")
 }
 
 /// A command that is ChromeDriver's own.

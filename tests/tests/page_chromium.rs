@@ -580,12 +580,11 @@ async fn light_and_dark_and_for_everybody() -> anyhow::Result<()> {
         assert_eq!(browser.run(moving, &[]).await?, 0);
     }
     assert_eq!(grounds, [json!("rgb(244, 246, 248)"), json!("rgb(14, 19, 24)")]);
-    // The plots follow at once: the colour of v1's line is the dark one's.
-    browser
-        .until(
-            "return document.querySelector('[data-plot=errors] .swatch').style.backgroundColor === 'rgb(90, 169, 240)'",
-        )
-        .await?;
+    // Plots that are there follow at once: v1's line has the light one's colour again.
+    let colour = "document.querySelector('[data-plot=errors] .swatch').style.backgroundColor";
+    browser.until(&format!("return {colour} === 'rgb(88, 166, 242)'")).await?;
+    browser.prefer(&[("prefers-color-scheme", "light")]).await?;
+    browser.until(&format!("return {colour} === 'rgb(19, 104, 181)'")).await?;
     assert_quiet(&browser).await
 }
 
@@ -667,6 +666,9 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
         result.anew = last(version().requests, 1);
         record.take(status(60), 4064000);
         result.after = last(version().requests, 1);
+        const fresh = new Record();
+        fresh.take(status(1), 9000000);
+        result.fresh = fresh.values(fresh.service('s').version('v1').share, 3);
         record.take({ services: [] }, 4065000);
         result.gone = record.service('s') === undefined;
         return result;";
@@ -677,7 +679,7 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
     assert_eq!(result["bridged"], json!([100, 100, 100]));
     assert_eq!((&result["gap"], &result["afterGap"]), (&json!(59), &json!([null])));
     assert_eq!((&result["anew"], &result["after"]), (&json!([null]), &json!([50])));
-    assert_eq!(result["gone"], true);
+    assert_eq!((&result["fresh"], &result["gone"]), (&json!([null, null, 100]), &json!(true)));
 
     let events = "
         const { Events } = await import('/page/feed.js');

@@ -205,6 +205,7 @@ class Plot {
   #empty;
   #plot = null;
   #shape = "";
+  #drawn = "";
   #look;
   #now = null;
 
@@ -256,8 +257,11 @@ class Plot {
     const [floor, ceiling] = kind.log ? kind.range(this.#top()) : [-Infinity, Infinity];
     const within = (value) => (value === null ? null : Math.min(Math.max(value, floor), ceiling));
     const data = [record.times(length), ...(kind.stacked ? stack(values) : values.map((one) => one.map(within)))];
+    // Several statuses a second are drawn as one.
+    const drawn = `${record.last} ${length}`;
     if (shape !== this.#shape) this.#build(shape, data);
-    else this.#plot?.setData(data);
+    else if (drawn !== this.#drawn) this.#plot?.setData(data);
+    this.#drawn = drawn;
     this.#tell();
   }
 

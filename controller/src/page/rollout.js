@@ -85,7 +85,7 @@ function sinceWords({ reason, since, deadline, phase }, now) {
   const parts = [reason, `for ${words.span((now - Date.parse(since)) / 1000)}`].filter(Boolean);
   if (deadline && phase !== "Failed" && phase !== "Succeeded") {
     const left = (Date.parse(deadline) - now) / 1000;
-    parts.push(left > 0 ? `gives up in ${words.span(left)} without progress` : "its deadline is over");
+    parts.push(left > 0 ? `counts as stuck in ${words.span(left)}` : "counts as stuck");
   }
   return parts.join(" · ");
 }
