@@ -305,6 +305,89 @@ fn many_runs_count_what_each_of_them_is() {
     assert!(many.endings.iter().filter(|ending| ending.runs > 0).count() > 1, "{many:?}");
 }
 
+/// A run that is made up, so that its picture is another one only if pictures are.
+fn small_run() -> Run {
+    let sample = |at_seconds: f64, weight: f64, (v1, v2): (u64, u64), evidence: Option<f64>| {
+        let version = |weight, endpoints_ready, errors| VersionSample {
+            weight,
+            endpoints_ready,
+            requests: 100 * at_seconds as u64,
+            errors,
+        };
+        Sample {
+            at_seconds,
+            regular: true,
+            controller: at_seconds != 3.0,
+            services: vec![vec![version(100.0 - weight, 2, v1), version(weight, 1, v2)]],
+            evidence: evidence.filter(|_| at_seconds != 3.0),
+            bound: Some(1_000.0),
+            pass_evidence: evidence.map(|evidence| 1.0 / evidence),
+            pass_bound: Some(20.0),
+            latency_evidence: None,
+        }
+    };
+    let transition = |at_seconds, phase, reason, weight, message: &str| Transition {
+        at_seconds,
+        rollout: 1,
+        phase,
+        reason,
+        message: message.to_owned(),
+        step: None,
+        weight,
+    };
+    let total = |name: &str, requests, errors, weight| VersionTotals {
+        name: name.to_owned(),
+        requests,
+        errors,
+        endpoints_ready: 1,
+        endpoints: 2,
+        weight,
+    };
+    Run {
+        rollout: "<checkout>".to_owned(),
+        seed: 1,
+        duration_seconds: 6.0,
+        phase: Phase::Failed,
+        reason: Reason::VerdictFail,
+        message: "v2: too much & too often".to_owned(),
+        stable: "v1".to_owned(),
+        target: Some("v2".to_owned()),
+        started_at_seconds: Some(1.0),
+        ended_at_seconds: Some(5.0),
+        verdict: None,
+        judged: Judged { requests: 1_400, failed: 8, failed_of_target: 7 },
+        transitions: vec![
+            transition(1.0, Phase::Progressing, Reason::Started, Some(25), "moving from v1 to v2"),
+            transition(1.0, Phase::Progressing, Reason::WaitingForCapacity, Some(25), "v2 has 0 of 1"),
+            transition(2.0, Phase::Progressing, Reason::Holding, Some(25), "v2 has 25 %"),
+            transition(5.0, Phase::Failed, Reason::VerdictFail, None, "v2: too much & too often"),
+        ],
+        events: vec![Event { at_seconds: 3.0, message: "the controller goes away for 1 s".to_owned() }],
+        services: vec![ServiceTotals {
+            name: "checkout".to_owned(),
+            unrouted: 3,
+            versions: vec![total("v1", 1_000, 1, 100.0), total("v2", 400, 7, 0.0)],
+        }],
+        samples: vec![
+            sample(0.0, 0.0, (0, 0), None),
+            sample(1.0, 0.0, (0, 0), Some(1.0)),
+            sample(2.0, 25.0, (0, 1), Some(4.0)),
+            sample(3.0, 25.0, (1, 2), Some(4.0)),
+            sample(4.0, 25.0, (1, 5), Some(300.0)),
+            sample(5.0, 0.0, (1, 7), Some(2_000.0)),
+            sample(6.0, 0.0, (1, 7), None),
+        ],
+        sample_seconds: 1.0,
+        load_changes: true,
+    }
+}
+
+#[test]
+fn a_small_run_looks_as_it_did() {
+    insta::assert_snapshot!(draw(&small_run()));
+    insta::assert_snapshot!(small_run().to_text());
+}
+
 /// As `make pictures` draws it.
 #[test]
 fn the_committed_picture_is_what_the_example_gives() {
