@@ -28,12 +28,6 @@ demo: build envoy ## Show live how traffic shifts, and a bad release being taken
 	$(heading) 'Demo'
 	cargo run --release -p tideshift-tests --no-default-features --bin demo
 
-.PHONY: pictures
-pictures: rust ## Draw the pictures of docs/ anew
-	mkdir -p docs/images
-	cargo run -q -p tideshift -- simulate -f envoy-configs/checkout.yaml --scenario envoy-configs/scenario.yaml \
-		--svg docs/images/simulation.svg
-
 ## Measure it
 
 .PHONY: bench
@@ -91,6 +85,12 @@ soak: build ## Ten million requests through the module in a wasm host: its memor
 e2e: build envoy chromium axe ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests $(ARGS) # errors that are only waited out need no backtraces
+
+.PHONY: simulation
+simulation: rust ## The picture in docs/simulate.md, anew
+	$(heading) 'A simulation of the example'
+	cargo run -q -p tideshift --bin tideshift -- simulate -f envoy-configs/checkout.yaml \
+		--scenario envoy-configs/scenario.yaml --svg docs/images/simulation.svg
 
 .PHONY: pictures
 pictures: build chromium ## The web page's pictures in docs/images, anew (nicer where the font Inter is installed)

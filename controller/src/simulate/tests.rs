@@ -388,7 +388,7 @@ fn a_small_run_looks_as_it_did() {
     insta::assert_snapshot!(small_run().to_text());
 }
 
-/// As `make pictures` draws it.
+/// As `make simulation` draws it.
 #[test]
 fn the_committed_picture_is_what_the_example_gives() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -398,5 +398,5 @@ fn the_committed_picture_is_what_the_example_gives() {
     let scenario = crate::documents::load_one(&of("scenario.yaml"), read).unwrap();
     let picture = draw(&run(&shift, &scenario, scenario.seed, true));
     let committed = fs::read_to_string(root.join("docs/images/simulation.svg")).unwrap();
-    assert!(picture == committed, "docs/images/simulation.svg is of another time; `make pictures` draws it anew");
+    assert!(picture == committed, "docs/images/simulation.svg is of another time; `make simulation` draws it anew");
 }
