@@ -193,7 +193,7 @@ fn errors_of_all_parts_are_told_at_once() {
 fn strategy(strategy: Value) -> Strategy {
     let mut spec = spec();
     spec["strategy"] = strategy;
-    TrafficShift::read(&document(spec)).unwrap_or_else(|errors| panic!("{errors}")).strategy
+    TrafficShift::read(&document(spec)).unwrap().strategy
 }
 
 #[test]
