@@ -6,6 +6,7 @@ pub mod compile;
 pub mod control;
 pub mod documents;
 pub mod explain;
+pub mod hooks;
 pub mod ledger;
 pub mod metrics;
 pub mod net;

@@ -321,7 +321,7 @@ impl Rollout {
     }
 
     fn needs_gate(&self, shift: &TrafficShift) -> bool {
-        shift.has_gates() && !self.steps(shift).is_empty() && !self.is_return
+        !self.is_return && shift.gates_of(self.step).next().is_some()
     }
 
     /// How it is while nothing is being moved: the stable version serves everything, as far as it can.

@@ -4,6 +4,7 @@
 use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns, now};
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
+use crate::hooks::{Answer, Hooks};
 use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::rollout::Transition;
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 mod files;
@@ -80,8 +81,8 @@ pub enum ServeError {
     /// The address cannot be listened on.
     #[error("--listen {0}: {1}")]
     Listen(SocketAddr, io::Error),
-    /// The TLS library for probes cannot be set up.
-    #[error("cannot set up TLS for probes: {0}")]
+    /// The TLS library for probes and webhooks cannot be set up.
+    #[error("cannot set up TLS for probes and webhooks: {0}")]
     Tls(reqwest::Error),
     /// Anything that the system refuses.
     #[error(transparent)]
@@ -119,11 +120,12 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
     tokio::spawn(api::keep_telling(shared.clone()));
 
     let keeper = Keeper::new(store, shared.done.clone());
-    let mut mind = Mind { shared, keeper, publish, prober, files };
+    let (hooks, answers) = Hooks::start().map_err(ServeError::Tls)?;
+    let mut mind = Mind { shared, keeper, publish, prober, files, hooks, answers };
     mind.run().await?;
     tracing::info!("ending");
     let _ = end.send(true);
-    let _ = tokio::time::timeout(GRACE, server).await;
+    let _ = tokio::join!(tokio::time::timeout(GRACE, server), tokio::time::timeout(GRACE, mind.hooks.end()));
     Ok(())
 }
 
@@ -163,6 +165,9 @@ struct Mind {
     publish: watch::Sender<Option<Published>>,
     prober: Prober,
     files: Files,
+    hooks: Hooks,
+    /// What gates say.
+    answers: mpsc::Receiver<Answer>,
 }
 
 impl Mind {
@@ -187,6 +192,9 @@ impl Mind {
                     let now_ready = readiness.borrow_and_update().clone();
                     self.shared.control().set_readiness(now_ready);
                 }
+                Some(answer) = self.answers.recv() => {
+                    self.shared.control().gate_answered(&answer.question, answer.allowed, &answer.words);
+                }
                 _ = look.tick() => self.look_at_documents(),
                 _ = keep_counts.tick() => self.keep_counts(),
                 _ = tick.tick() => {}
@@ -205,6 +213,7 @@ impl Mind {
             let mut control = self.shared.control();
             if let Some(shifts) = control.changed_shifts() {
                 self.prober.set(shifts);
+                self.hooks.set(shifts);
                 // With the readiness of the endpoints that they have now, not of those that they had.
                 let readiness = self.prober.subscribe().borrow().clone();
                 control.set_readiness(readiness);
@@ -234,6 +243,11 @@ impl Mind {
             self.shared.done.published();
             self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
         }
+        let control = self.shared.control();
+        let status = |rollout: &str| control.rollout_status(rollout, now());
+        self.hooks.ask(control.questions(), status);
+        self.hooks.tell(&outcome.transitions, status);
+        drop(control);
         self.shared.events.tell(&outcome.transitions);
         self.shared.turns.end(turn);
     }

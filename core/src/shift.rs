@@ -3,9 +3,11 @@
 
 mod strategy;
 mod warm_up;
+mod webhook;
 
 pub use strategy::{Quantity, Step, Strategy};
 pub use warm_up::{WarmUp, WarmUpRequests};
+pub use webhook::{HookSecret, NotificationFormat, PHASES, Webhook, WebhookKind};
 
 use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
@@ -42,6 +44,8 @@ pub struct TrafficShift {
     pub analysis: Settings,
     /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
     pub drain_timeout: Duration,
+    /// Who is asked before a step begins, and who is told of what happens.
+    pub webhooks: Vec<Webhook>,
 }
 
 /// One service of a shift.
@@ -197,13 +201,15 @@ impl TrafficShift {
         let strategy = f.optional(d, "strategy", Strategy::read).unwrap_or_default();
         let analysis = f.optional(d, "analysis", Settings::read).unwrap_or_default();
         let drain_timeout = f.optional(d, "drain", drain).unwrap_or(DRAIN_TIMEOUT);
+        let webhooks = f.optional(d, "webhooks", webhook::webhooks).unwrap_or_default();
         f.finish(d);
-        Some(Self { name: name.cloned()?, services: own?, stable: stable?, target, strategy, analysis, drain_timeout })
+        let (name, services, stable) = (name.cloned()?, own?, stable?);
+        Some(Self { name, services, stable, target, strategy, analysis, drain_timeout, webhooks })
     }
 
-    /// Whether somebody must be asked before a step begins.
-    pub fn has_gates(&self) -> bool {
-        false
+    /// Those who must say yes before the step of this index begins.
+    pub fn gates_of(&self, step: usize) -> impl Iterator<Item = &Webhook> {
+        self.webhooks.iter().filter(move |webhook| webhook.is_gate_of(step.saturating_add(1)))
     }
 
     /// The service of this name.

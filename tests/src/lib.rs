@@ -18,6 +18,7 @@ pub mod envoy;
 pub mod events;
 #[cfg(feature = "streams")]
 pub mod grpc;
+pub mod hook;
 pub mod load;
 pub mod metrics;
 pub mod openmetrics;

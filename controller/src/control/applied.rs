@@ -4,7 +4,7 @@ use crate::documents;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use tideshift_core::shift::{Check, TrafficShift};
+use tideshift_core::shift::{Check, HookSecret, TrafficShift};
 
 /// A document from the API. Kept across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +46,13 @@ pub(super) fn check(name: &str, document: &Value, others: &[TrafficShift]) -> Re
         return Err("readinessProbe.exec: not allowed here, as it runs a command on the controller's machine; only \
                     documents that the controller was given with --file may have it"
             .to_owned());
+    }
+    if shift.webhooks.iter().any(|webhook| matches!(webhook.secret, Some(HookSecret::File(_)))) {
+        return Err(
+            "webhooks.secretFile: not allowed here, as it names a file of the controller's machine; only documents \
+                    that the controller was given with --file may have it"
+                .to_owned(),
+        );
     }
     let others: Vec<TrafficShift> = others.iter().filter(|other| other.name != name).cloned().collect();
     documents::agree(&others, shift).map_err(|errors| errors.join("\n"))

@@ -1,0 +1,121 @@
+//! Asking the gates of one step, one after the other, until each has said yes.
+
+use super::Answer;
+use super::deliver::{Courier, Reply, backoff};
+use crate::control::Question;
+use crate::rollout::Phase;
+use crate::status::ServiceStatus;
+use serde_json::json;
+use std::time::Duration;
+use tideshift_core::shift::{Webhook, WebhookKind};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+/// Asks for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Asking {
+    task: JoinHandle<()>,
+    /// What is asked, with the verdict as it is now.
+    body: watch::Sender<Vec<u8>>,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Asking {
+    pub(super) fn start(
+        question: Question,
+        services: &[ServiceStatus],
+        gates: Vec<Webhook>,
+        courier: Courier,
+        answers: mpsc::Sender<Answer>,
+    ) -> Self {
+        let (body, newest) = watch::channel(body(&question, services));
+        let task = tokio::spawn(async move {
+            for gate in &gates {
+                until_yes(gate, &question, &newest, &courier, &answers).await;
+            }
+            let _ = answers.send(Answer { question, allowed: true, words: String::new() }).await;
+        });
+        Self { task, body }
+    }
+
+    /// How the services stand now, for the next time that it is asked.
+    pub(super) fn update(&self, question: &Question, services: &[ServiceStatus]) {
+        self.body.send_replace(body(question, services));
+    }
+}
+
+/// The same for the same question, however often it is asked, also by another controller after a restart.
+fn id(question: &Question) -> String {
+    format!("{}/{}/{}", question.name, question.rollout, question.step + 1)
+}
+
+/// Asks one gate until it says yes, and tells the mind what it says until then.
+async fn until_yes(
+    gate: &Webhook,
+    question: &Question,
+    body: &watch::Receiver<Vec<u8>>,
+    courier: &Courier,
+    answers: &mpsc::Sender<Answer>,
+) {
+    let WebhookKind::Gate { period, .. } = gate.kind else { return };
+    let (id, mut failures, mut said) = (id(question), 0, String::new());
+    loop {
+        let newest = body.borrow().clone();
+        let (words, wait): (String, Duration) = match courier.post(gate, &id, &newest).await {
+            Reply::Yes => {
+                tracing::info!(
+                    rollout = question.name,
+                    gate = gate.name,
+                    step = question.step + 1,
+                    "the gate says yes"
+                );
+                return;
+            }
+            Reply::No(why) => {
+                failures = 0;
+                (format!("gate {} says no: {why}", gate.name), period)
+            }
+            Reply::None(why) => {
+                let wait = backoff(failures);
+                failures = failures.saturating_add(1);
+                (format!("gate {} has not answered: {why}", gate.name), wait)
+            }
+        };
+        if words != said {
+            tracing::info!(rollout = question.name, step = question.step + 1, "{words}");
+            let answer = Answer { question: question.clone(), allowed: false, words: words.clone() };
+            let _ = answers.send(answer).await;
+            said = words;
+        }
+        sleep(wait).await;
+    }
+}
+
+fn body(question: &Question, services: &[ServiceStatus]) -> Vec<u8> {
+    let first = services.first();
+    let steps = first.map_or(&[][..], |service| &service.steps);
+    let names: Vec<_> = services.iter().map(|service| &service.name).collect();
+    let body = json!({
+        "type": "gate",
+        "id": id(question),
+        "name": question.name,
+        "services": names,
+        "rollout": question.rollout,
+        "stable": first.map(|service| &service.stable),
+        "target": first.and_then(|service| service.target.as_ref()),
+        "phase": Phase::Waiting,
+        "step": {
+            "number": question.step + 1,
+            "of": steps.len(),
+            "weight": steps.get(question.step).map(|step| step.weight),
+        },
+        "verdict": first.and_then(|service| service.verdict.as_ref()).map(|verdict| &verdict.message),
+    });
+    body.to_string().into_bytes()
+}

@@ -1,0 +1,100 @@
+//! Telling one webhook of what happens, in order, as often as it takes or the document allows.
+
+use super::deliver::{Courier, Reply, backoff};
+use crate::rollout::Transition;
+use crate::status::{ServiceStatus, TransitionStatus};
+use serde_json::{Value, json};
+use tideshift_core::shift::{NotificationFormat, Webhook, WebhookKind};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+/// What waits to be told; what happens beyond that is not.
+const MAX_WAITING: usize = 100;
+
+/// One webhook's queue; what is in it is still told when this is dropped.
+#[derive(Debug)]
+pub(super) struct Teller {
+    pub(super) webhook: Webhook,
+    queue: mpsc::Sender<Note>,
+    worker: JoinHandle<()>,
+}
+
+/// What to tell.
+#[derive(Debug)]
+struct Note {
+    id: String,
+    body: Vec<u8>,
+}
+
+impl Teller {
+    pub(super) fn start(webhook: Webhook, courier: Courier) -> Self {
+        let (queue, notes) = mpsc::channel(MAX_WAITING);
+        let worker = tokio::spawn(work(webhook.clone(), notes, courier));
+        Self { webhook, queue, worker }
+    }
+
+    pub(super) fn tell(&self, rollout: &str, transition: &Transition, services: &[ServiceStatus]) {
+        let WebhookKind::Notification { format, .. } = self.webhook.kind else { return };
+        let transition = TransitionStatus::from(transition);
+        let id = format!("{rollout}/{}/{}/{:?}", transition.rollout, transition.time, transition.reason);
+        let body = match format {
+            NotificationFormat::Json => json_body(rollout, &id, &transition, services),
+            NotificationFormat::Slack => slack_body(rollout, &transition, services),
+        };
+        let note = Note { id, body: body.to_string().into_bytes() };
+        if self.queue.try_send(note).is_err() {
+            let webhook = &self.webhook.name;
+            tracing::error!(rollout, webhook, "not told of {}: {MAX_WAITING} are waiting already", transition.message);
+        }
+    }
+
+    /// Waits until everything has been told.
+    pub(super) async fn end(self) {
+        drop(self.queue);
+        let _ = self.worker.await;
+    }
+}
+
+async fn work(webhook: Webhook, mut notes: mpsc::Receiver<Note>, courier: Courier) {
+    let WebhookKind::Notification { retries, .. } = webhook.kind else { return };
+    while let Some(Note { id, body }) = notes.recv().await {
+        for failures in 0..=retries {
+            let why = match courier.post(&webhook, &id, &body).await {
+                Reply::Yes => break,
+                Reply::No(why) => {
+                    tracing::error!(id, webhook = webhook.name, "not told: {why}");
+                    break;
+                }
+                Reply::None(why) => why,
+            };
+            if failures == retries {
+                tracing::error!(id, webhook = webhook.name, "not told after {} tries: {why}", failures + 1);
+                break;
+            }
+            tracing::warn!(id, webhook = webhook.name, "not told yet, will try again: {why}");
+            sleep(backoff(failures)).await;
+        }
+    }
+}
+
+fn json_body(rollout: &str, id: &str, transition: &TransitionStatus, services: &[ServiceStatus]) -> Value {
+    let mut body = serde_json::to_value(transition).unwrap_or_default();
+    body["type"] = json!("transition");
+    body["id"] = json!(id);
+    body["name"] = json!(rollout);
+    body["services"] = services.iter().map(|service| json!(service.name)).collect();
+    body["stable"] = json!(services.first().map(|service| &service.stable));
+    body["target"] = json!(services.first().and_then(|service| service.target.as_ref()));
+    body
+}
+
+fn slack_body(rollout: &str, transition: &TransitionStatus, services: &[ServiceStatus]) -> Value {
+    let service = services.first();
+    let way = service.and_then(|service| Some(format!(" ({} → {})", service.stable, service.target.as_ref()?)));
+    let TransitionStatus { phase, reason, message, .. } = transition;
+    let text = format!("{rollout}{}: {}, {reason:?}: {message}", way.unwrap_or_default(), phase.name());
+    // What Slack would take for links and mentions.
+    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    json!({ "text": text })
+}

@@ -1,0 +1,283 @@
+//! Webhooks: who is asked before a step begins, and who is told of what happens. Asking and telling is the controller's.
+
+use super::seconds;
+use crate::decode::Decoder;
+use crate::matching::choice;
+use crate::name;
+use crate::session::Secret;
+use serde_json::Value;
+use std::net::Ipv6Addr;
+use std::time::Duration;
+
+/// Somebody who is asked or told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Webhook {
+    /// What messages call it; unlike that of any other of the document.
+    pub name: String,
+    /// Where to send: `http` or `https`, without user or fragment.
+    pub url: String,
+    /// What requests are signed with; none: they are not.
+    pub secret: Option<HookSecret>,
+    /// An answer that takes longer is none; default 10 s.
+    pub timeout: Duration,
+    /// Asked or told.
+    pub kind: WebhookKind,
+}
+
+/// Where a webhook's secret is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HookSecret {
+    /// In the document.
+    Text(Secret),
+    /// In a file of the controller's machine, read each time; a newline at its end is no part of it.
+    File(String),
+}
+
+/// What a webhook is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WebhookKind {
+    /// Must say yes before a step begins.
+    Gate {
+        /// The numbers of the steps, counted from 1; none: every step.
+        steps: Vec<usize>,
+        /// From a no to the next question; default 15 s.
+        period: Duration,
+    },
+    /// Is told of transitions.
+    Notification {
+        /// The names of the phases; none: every transition.
+        phases: Vec<&'static str>,
+        /// How often what could not be delivered is tried again; default 5.
+        retries: u32,
+        /// What is sent.
+        format: NotificationFormat,
+    },
+}
+
+/// What a notification looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotificationFormat {
+    /// All there is to know, as fields.
+    Json,
+    /// `{"text": "..."}`, as Slack, Mattermost and others take it.
+    Slack,
+}
+
+/// The phases of a rollout, by their names.
+pub const PHASES: [&str; 6] = ["Initialized", "Waiting", "Progressing", "Paused", "Succeeded", "Failed"];
+/// The most webhooks of a document.
+const MAX_WEBHOOKS: usize = 20;
+/// The longest URL.
+const LONGEST_URL: usize = 2048;
+
+/// Webhooks of different names.
+pub(super) fn webhooks(d: &mut Decoder, value: &Value) -> Option<Vec<Webhook>> {
+    let webhooks = d.list(value, Webhook::read)?;
+    if value.as_array().is_some_and(|list| list.len() > MAX_WEBHOOKS) {
+        d.invalid(value, format!("{MAX_WEBHOOKS} webhooks at most"));
+    }
+    for (n, (i, webhook)) in webhooks.iter().enumerate() {
+        if webhooks.iter().take(n).any(|(_, earlier)| earlier.name == webhook.name) {
+            let allowed = "a name that no webhook before has";
+            d.at(*i, |d| d.within("name", |d| d.invalid(&Value::from(webhook.name.clone()), allowed)));
+        }
+    }
+    Some(webhooks.into_iter().map(|(_, webhook)| webhook).collect())
+}
+
+impl Webhook {
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let name = f.required(d, "name", "a name", name::service);
+        let kind = f.required(d, "type", "Gate or Notification", |d, v| choice(d, v, &["Gate", "Notification"]));
+        let url = f.required(d, "url", "an http or https URL", |d, v| {
+            d.text_where(v, "an http or https URL with a host, without user, spaces or fragment", is_url)
+        });
+        let text = f.optional(d, "secret", Secret::read).map(HookSecret::Text);
+        let file = f.optional(d, "secretFile", Decoder::filled_text).map(HookSecret::File);
+        if f.has("secret") && f.has("secretFile") {
+            d.within("secretFile", |d| d.invalid(&Value::from("…"), "either secret or secretFile"));
+        }
+        let timeout = Duration::from_secs(f.optional(d, "timeoutSeconds", |d, v| d.integer(v, 1, 300)).unwrap_or(10));
+        let kind = match kind {
+            Some("Gate") => Some(WebhookKind::Gate {
+                steps: f.optional(d, "steps", steps).unwrap_or_default(),
+                period: seconds(&mut f, d, "periodSeconds", 1, 15),
+            }),
+            Some(_) => Some(WebhookKind::Notification {
+                phases: f.optional(d, "phases", phases).unwrap_or_default(),
+                retries: f.optional(d, "retries", |d, v| d.integer(v, 0, 20)).map_or(5, |retries| retries as u32),
+                format: f.optional(d, "format", format).unwrap_or(NotificationFormat::Json),
+            }),
+            None => None,
+        };
+        // Without a type nobody knows which of the others are its own.
+        if kind.is_some() {
+            f.finish(d);
+        }
+        Some(Self { name: name?, url: url?, secret: text.or(file), timeout, kind: kind? })
+    }
+
+    /// Whether it must say yes before the step of this number, counted from 1, begins.
+    pub fn is_gate_of(&self, number: usize) -> bool {
+        matches!(&self.kind, WebhookKind::Gate { steps, .. } if steps.is_empty() || steps.contains(&number))
+    }
+
+    /// Whether it is told of transitions into the phase of this name.
+    pub fn hears_of(&self, phase: &str) -> bool {
+        matches!(&self.kind, WebhookKind::Notification { phases, .. } if phases.is_empty() || phases.contains(&phase))
+    }
+}
+
+fn steps(d: &mut Decoder, value: &Value) -> Option<Vec<usize>> {
+    if value.as_array().is_some_and(Vec::is_empty) {
+        d.invalid(value, "at least one step's number (or no steps at all: every step)");
+    }
+    let numbers = d.list(value, |d, v| d.integer(v, 1, 1_000))?;
+    Some(numbers.into_iter().map(|(_, number)| number as usize).collect())
+}
+
+fn phases(d: &mut Decoder, value: &Value) -> Option<Vec<&'static str>> {
+    if value.as_array().is_some_and(Vec::is_empty) {
+        d.invalid(value, "at least one phase (or no phases at all: every transition)");
+    }
+    Some(d.list(value, |d, v| choice(d, v, &PHASES))?.into_iter().map(|(_, phase)| phase).collect())
+}
+
+fn format(d: &mut Decoder, value: &Value) -> Option<NotificationFormat> {
+    let format = choice(d, value, &["Json", "Slack"])?;
+    Some(if format == "Slack" { NotificationFormat::Slack } else { NotificationFormat::Json })
+}
+
+fn is_url(url: &str) -> bool {
+    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+    let fine = url.len() <= LONGEST_URL && url.bytes().all(|b| b.is_ascii_graphic() && !b"#\\<>\"{}|^`".contains(&b));
+    let authority = rest.and_then(|rest| rest.split(['/', '?']).next());
+    fine && authority.is_some_and(is_authority)
+}
+
+/// `host` or `host:port`, with an IPv6 address in brackets.
+fn is_authority(authority: &str) -> bool {
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !authority.ends_with(']') => (host, port),
+        _ => (authority, "443"),
+    };
+    let is_port = port.bytes().all(|b| b.is_ascii_digit()) && port.parse().is_ok_and(|port: u16| port != 0);
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let is_address = address.is_some_and(|address| address.parse::<Ipv6Addr>().is_ok());
+    is_port && (is_address || name::is_subdomain(&host.to_ascii_lowercase(), 253))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    fn read(value: &Value) -> Result<Vec<Webhook>, Vec<String>> {
+        Decoder::read(value, |d, value| d.within("webhooks", |d| webhooks(d, value)))
+            .map_err(|errors| errors.0.iter().map(ToString::to_string).collect())
+    }
+
+    fn gate() -> Value {
+        json!({"name": "approval", "type": "Gate", "url": "https://ci.example.com/gate?team=a"})
+    }
+
+    fn notification() -> Value {
+        json!({"name": "chat", "type": "Notification", "url": "http://127.0.0.1:8080"})
+    }
+
+    #[test]
+    fn what_is_left_out_has_defaults() {
+        let webhooks = read(&json!([gate(), notification()])).unwrap();
+        let seconds = Duration::from_secs;
+        assert_eq!(webhooks[0].kind, WebhookKind::Gate { steps: vec![], period: seconds(15) });
+        let format = NotificationFormat::Json;
+        assert_eq!(webhooks[1].kind, WebhookKind::Notification { phases: vec![], retries: 5, format });
+        assert!(webhooks.iter().all(|hook| hook.secret.is_none() && hook.timeout == seconds(10)));
+        assert!(webhooks[0].is_gate_of(1) && webhooks[0].is_gate_of(99) && !webhooks[0].hears_of("Failed"));
+        assert!(webhooks[1].hears_of("Failed") && !webhooks[1].is_gate_of(1));
+    }
+
+    #[test]
+    fn what_is_said_is_taken() {
+        let (mut gate, mut notification) = (gate(), notification());
+        gate["steps"] = json!([2, 3]);
+        gate["periodSeconds"] = json!(1);
+        gate["secretFile"] = json!("/etc/hook");
+        gate["timeoutSeconds"] = json!(300);
+        notification["phases"] = json!(["Failed", "Succeeded"]);
+        notification["retries"] = json!(0);
+        notification["format"] = json!("Slack");
+        notification["secret"] = json!("hush-hush");
+        let webhooks = read(&json!([gate, notification])).unwrap();
+        assert!(!webhooks[0].is_gate_of(1) && webhooks[0].is_gate_of(3));
+        assert!(webhooks[1].hears_of("Succeeded") && !webhooks[1].hears_of("Paused"));
+        assert_eq!(webhooks[0].secret, Some(HookSecret::File("/etc/hook".to_owned())));
+        assert!(!format!("{webhooks:?}").contains("hush"), "secrets are not shown");
+    }
+
+    #[test]
+    fn mistakes_are_told_at_once_with_their_places() {
+        let mut with_both = gate();
+        (with_both["secret"], with_both["secretFile"]) = (json!("hush"), json!("/etc/hook"));
+        (with_both["retries"], with_both["steps"]) = (json!(3), json!([0]));
+        let mut wrong = notification();
+        (wrong["phases"], wrong["format"], wrong["secret"]) = (json!([]), json!("XML"), json!(""));
+        let untyped = json!({"name": "approval", "url": "ftp://example.com", "phases": ["Done"]});
+        assert_eq!(
+            read(&json!([with_both, wrong, untyped, gate()])).unwrap_err(),
+            [
+                "webhooks[0].secretFile: \"…\" is not allowed; expected either secret or secretFile",
+                "webhooks[0].steps[0]: 0 is not allowed; expected an integer from 1 to 1000",
+                "webhooks[0].retries: unknown field (known here: name, type, url, secret, secretFile, timeoutSeconds, \
+                 steps, periodSeconds)",
+                "webhooks[1].secret: \"…\" is not allowed; expected a string of 1 to 1024 bytes",
+                "webhooks[1].phases: [] is not allowed; expected at least one phase (or no phases at all: every \
+                 transition)",
+                "webhooks[1].format: \"XML\" is not allowed; expected one of Json, Slack",
+                "webhooks[2].type: missing; expected Gate or Notification",
+                "webhooks[2].url: \"ftp://example.com\" is not allowed; expected an http or https URL with a host, without \
+                 user, spaces or fragment",
+                "webhooks[3].name: \"approval\" is not allowed; expected a name that no webhook before has",
+            ]
+        );
+    }
+
+    #[test]
+    fn only_urls_of_the_web_are_taken() {
+        for fine in [
+            "http://a",
+            "https://hooks.example.com/services/T0/B0/x?y=%20",
+            "http://127.0.0.1:8080/",
+            "https://[::1]",
+            "https://[::1]:8443/a",
+            "HTTP://a".to_ascii_lowercase().as_str(),
+            "https://Example.com?a=b",
+        ] {
+            assert!(is_url(fine), "{fine}");
+        }
+        for bad in [
+            "",
+            "a",
+            "http://",
+            "http:///a",
+            "https://user:word@example.com/",
+            "file:///etc/passwd",
+            "http://a:0",
+            "http://a:65536",
+            "http://a:",
+            "http://a b",
+            "http://a/#b",
+            "http://a\\@b",
+            "http://[::1",
+            "http://::1",
+            "http://a/\u{e9}",
+            "http://a_b",
+        ] {
+            assert!(!is_url(bad), "{bad}");
+        }
+        assert!(!is_url(&format!("http://a/{}", "b".repeat(LONGEST_URL))));
+    }
+}
