@@ -177,7 +177,7 @@ fn nobody_answers_where_nobody_is_ready_and_no_controller_sees_it() {
     }));
     let failed = run.services[0].versions[1].errors;
     assert!((450..550).contains(&failed), "5 s at 100 requests/s: {failed}");
-    let away = run.samples.iter().filter(|sample| !sample.controller);
+    let mut away = run.samples.iter().filter(|sample| !sample.controller);
     let (first, last) = (away.clone().next().unwrap(), away.next_back().unwrap());
     assert_eq!((first.at_seconds, last.at_seconds), (90.0, 104.0));
 }
