@@ -307,11 +307,16 @@ impl Rollout {
 
     /// The steps of this rollout. The last one is always everything.
     pub fn steps(&self, shift: &TrafficShift) -> Vec<Step> {
-        // Back to the version that the document calls stable, or that somebody asked for: no reason to wait.
-        match self.is_return || self.target.as_ref() == Some(&shift.stable) {
+        match self.goes_back(shift) {
             true => vec![Step::all()],
             false => shift.strategy.steps.clone(),
         }
+    }
+
+    /// Whether it goes back to the version that the document calls stable, or that somebody asked for: at once, and
+    /// nobody is asked.
+    pub fn goes_back(&self, shift: &TrafficShift) -> bool {
+        self.is_return || self.target.as_ref() == Some(&shift.stable)
     }
 
     /// When the rollout will be said to be stuck, if it gets no further; `None` while it waits for nothing.
@@ -321,7 +326,7 @@ impl Rollout {
     }
 
     fn needs_gate(&self, shift: &TrafficShift) -> bool {
-        !self.is_return && shift.gates_of(self.step).next().is_some()
+        !self.goes_back(shift) && shift.gates_of(self.step).next().is_some()
     }
 
     /// How it is while nothing is being moved: the stable version serves everything, as far as it can.
@@ -378,7 +383,6 @@ impl Rollout {
         self.number += 1;
         self.started = now;
         self.is_return = false;
-        self.warming = if shift.strategy.warm_up.mirror_percent.is_some() { Warming::Due } else { Warming::Over };
         (self.level, self.level_since) = (0, now);
         self.shunned = false;
         let (reason, instead) = match &self.leaving {
@@ -387,6 +391,8 @@ impl Rollout {
         };
         let message = format!("moving from {} to {target}{instead}", self.stable);
         self.target = Some(target);
+        let is_mirrored = shift.strategy.warm_up.mirror_percent.is_some() && !self.goes_back(shift);
+        self.warming = if is_mirrored { Warming::Due } else { Warming::Over };
         self.begin_step(0, shift, now);
         self.since = now;
         self.enter(Phase::Progressing, reason, message, now);
@@ -456,7 +462,7 @@ impl Rollout {
 
     /// Why the target must be taken back, if it must.
     fn failure(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<Failure> {
-        if self.is_return {
+        if self.goes_back(shift) {
             return None;
         }
         for service in &shift.services {
@@ -522,7 +528,7 @@ impl Rollout {
             as_it_is => as_it_is,
         };
         let passed = now.saturating_sub(self.level_since);
-        if ramp == 0 || self.is_return || passed < 1_000 {
+        if ramp == 0 || self.goes_back(shift) || passed < 1_000 {
             return;
         }
         let share = (self.share(target, shift, world) * f64::from(LEVELS)) as u64;
@@ -606,14 +612,14 @@ impl Rollout {
             return progressing(Reason::CatchingUp, format!("{target} has {} %", percent(share)));
         }
         let verdict = world.verdict();
-        if verdict.both_fail && !self.is_return {
+        if verdict.both_fail && !self.goes_back(shift) {
             return progressing(Reason::BothFailing, verdict.words);
         }
         if step.pause {
             let why = format!("{target} has {} %; paused until it is promoted", percent(share));
             return Some((Phase::Paused, Reason::PauseStep, why));
         }
-        if !verdict.passes && !self.is_return {
+        if !verdict.passes && !self.goes_back(shift) {
             return progressing(Reason::Undecided, verdict.words);
         }
         None

@@ -6,7 +6,6 @@ use std::{collections::BTreeMap, fs, time::Duration};
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
-    envoy::Envoy,
     rig::{
         DEADLINE, FOR_EVER, Rig, SERVICE, Seen, assert_counts_agree, assert_shares, counts_of, counts_of_envoy,
         next_answers, revisions, until, until_shares,

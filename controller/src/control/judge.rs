@@ -85,7 +85,8 @@ impl Judges {
         ledger: &Ledger,
         now: Millis,
     ) -> bool {
-        let Some(target) = rollout.target.as_ref().filter(|_| rollout.phase.is_under_way() && !rollout.is_return)
+        let Some(target) =
+            rollout.target.as_ref().filter(|_| rollout.phase.is_under_way() && !rollout.goes_back(shift))
         else {
             return false;
         };

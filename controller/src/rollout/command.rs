@@ -1,6 +1,6 @@
 //! What people say to a rollout, beside what the document says.
 
-use super::{Millis, Observed, Phase, Reason, Rollout};
+use super::{Millis, Observed, Phase, Reason, Rollout, Warming};
 use serde::{Deserialize, Serialize};
 use tideshift_core::shift::TrafficShift;
 
@@ -161,7 +161,7 @@ impl Rollout {
         }
         let from = self.target.clone().filter(|_| under_way);
         self.start(to.to_owned(), shift, world, now);
-        (self.is_return, self.allowed) = (true, true);
+        (self.is_return, self.allowed, self.warming) = (true, true, Warming::Over);
         self.taken_back += 1;
         self.leaving = from.filter(|from| from != to);
         let message = format!("rolling back from {} to {to} by hand", self.leaving.as_ref().unwrap_or(&self.stable));

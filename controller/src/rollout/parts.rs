@@ -93,7 +93,7 @@ impl Rollout {
             true => f64::from(before) / 100.0,
             false => weight.min(capacity),
         };
-        match (self.warming, self.is_return) {
+        match (self.warming, self.goes_back(shift)) {
             (_, true) => carried,
             (Warming::Over, _) if shift.strategy.warm_up.seconds.is_zero() => carried,
             (Warming::Over, _) => carried.min(f64::from(self.level) / f64::from(LEVELS)),

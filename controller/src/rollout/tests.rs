@@ -298,6 +298,28 @@ fn back_to_stable_is_at_once_and_capacity_capped() {
 }
 
 #[test]
+fn back_to_stable_asks_nobody() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 25, "holdSeconds": 5}]));
+    play.pass(10);
+    play.set("webhooks", json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/"}]));
+    let warm_up = json!({"seconds": 30, "mirrorPercent": 5});
+    play.set("strategy", json!({"steps": [{"weight": 25, "holdSeconds": 5}], "warmUp": warm_up}));
+    play.world.opinion = Opinion { fails: true, both_fail: true, ..Opinion::default() };
+    play.set("target", json!("v1"));
+    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
+    assert_eq!((play.stands(), play.rollout.stable.as_str()), ((Phase::Succeeded, Reason::Completed), "v1"));
+    // Forward is another matter.
+    play.world.opinion = Opinion { passes: true, ..Opinion::default() };
+    play.set("target", json!("v3"));
+    assert_eq!(play.pass(60).stands(), (Phase::Waiting, Reason::GateClosed));
+    assert_eq!(play.shares(), [100.0, 0.0, 0.0]);
+    play.rollout.gate_answered(0, false, "no: it is Friday");
+    assert_eq!(play.pass(1).rollout.message, "step 1: no: it is Friday");
+    play.rollout.gate_answered(0, true, "");
+    assert_eq!(play.pass(1).stands(), (Phase::Progressing, Reason::WarmingUp));
+}
+
+#[test]
 fn a_withdrawn_target_gives_its_share_back() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 1000}]));
     play.pass(1);
