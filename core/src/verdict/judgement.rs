@@ -150,7 +150,7 @@ impl Judgement {
         }
         if let Some(most) = self.max_error_rate.filter(|_| self.outcome != Outcome::Fail) {
             let (evidence, bound) = (number(self.pass_evidence), number(self.pass_bound));
-            write!(to, "; for less than {} % at this step {evidence}, bound {bound}", percent(most))?;
+            write!(to, "; evidence for less than {} % at this step {evidence}, bound {bound}", percent(most))?;
         }
         match self.both_bad {
             true => Ok(()),
@@ -258,11 +258,13 @@ mod tests {
         assert_eq!(words(judgement(1e15, 0.0)), format!("{counts}; evidence over 1,000,000, bound 1,000: fail"));
         assert_eq!(
             words(judgement(0.46, 20.1)),
-            format!("{counts}; evidence 0.4, bound 1,000; for less than 2 % at this step 20, bound 20: pass")
+            format!("{counts}; evidence 0.4, bound 1,000; evidence for less than 2 % at this step 20, bound 20: pass")
         );
         assert_eq!(
             words(judgement(999.9, 19.99)),
-            format!("{counts}; evidence 999, bound 1,000; for less than 2 % at this step 19, bound 20: undecided")
+            format!(
+                "{counts}; evidence 999, bound 1,000; evidence for less than 2 % at this step 19, bound 20: undecided"
+            )
         );
         let unasked = Judgement { max_error_rate: None, ..judgement(0.5, 0.0) };
         assert_eq!(words(unasked), format!("{counts}; evidence 0.5, bound 1,000: undecided"));
@@ -271,7 +273,7 @@ mod tests {
             words(both),
             format!(
                 "hold: both v1 and v2 fail too much; {counts}; evidence 0.5, bound 1,000; \
-                 for less than 2.9 % at this step 0.0, bound 20"
+                 evidence for less than 2.9 % at this step 0.0, bound 20"
             )
         );
         assert_eq!(
