@@ -234,6 +234,32 @@ mod tests {
             }
         }
 
+        /// The mean is 1 where it happens as often as expected, and less where less speaks for the ratio.
+        #[test]
+        fn a_tilt_gains_nothing_on_average(all in 0usize..40, probability in 0.01..0.99, part in 0.0..=1.0) {
+            let mean = |rate: f64, ratio: f64| -> f64 {
+                let chances = chances(&vec![rate; all]);
+                let of = |(count, chance)| chance * libm::exp(tilt(count as f64, all as f64, probability, ratio));
+                chances.into_iter().enumerate().map(of).sum()
+            };
+            for ratio in [0.01, 0.3, 1.5, 30.0, 100.0] {
+                prop_assert!((mean(probability, ratio) - 1.0).abs() <= 1e-9);
+                let rate = if ratio > 1.0 { part * probability } else { probability + part * (1.0 - probability) };
+                prop_assert!(mean(rate, ratio) <= 1.0 + 1e-9);
+            }
+        }
+
+        /// Which of the errors are the version's is what the guard's evidence asks.
+        #[test]
+        fn a_tilt_of_errors_is_the_evidence_of_the_batch(counts in prop::array::uniform4(0u64..1_000)) {
+            let [requests, errors, others_requests, others_errors] = counts;
+            let batch = batch(requests, errors, others_requests, others_errors);
+            for ratio in RATIOS {
+                let tilted = tilt(errors as f64, errors as f64 + others_errors as f64, batch.share(), ratio);
+                prop_assert!((tilted - batch.evidence(ratio, ALL)).abs() < 1e-6);
+            }
+        }
+
         /// All errors fall on one side, as when one client tries again and again.
         #[test]
         fn a_clump_that_counts_as_one_error_gains_nothing_on_average(

@@ -15,7 +15,7 @@ const CHANCE: f64 = 3.0;
 const GAP: u64 = 2_000;
 /// An error that stands in for no missing answer counts once in so many milliseconds.
 const CLUMP_MILLIS: u64 = 1_500;
-/// Errors that count in a second at most: what is over in less than half a second fails no target.
+/// Errors that count in a second at most: what is over in less than half a second should fail no target.
 const ERRORS_PER_SECOND: f64 = 12.0;
 /// The most that evidence grows in a second where errors count otherwise, as a logarithm; for the same reason.
 const GROWTH_PER_SECOND: f64 = 16.0;
