@@ -523,7 +523,7 @@ impl Rollout {
         let ramp = shift.strategy.warm_up.seconds.as_millis() as u64;
         let capacity = self.capacity(target, shift, world);
         self.warming = match self.warming {
-            Warming::Due if capacity > 0.0 => Warming::Since(now),
+            Warming::Due if self.allowed && capacity > 0.0 => Warming::Since(now),
             Warming::Since(since) if now.saturating_sub(since) >= ramp => Warming::Over,
             as_it_is => as_it_is,
         };
