@@ -10,17 +10,20 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
+    client::Request,
     controller::Controller,
+    envoy::Envoy,
     load::Load,
     rig::{
-        CONNECTIONS, DEADLINE, Rig, SERVICE, Seen, assert_counts_agree, next_answers, revisions, until, until_shares,
+        CONNECTIONS, DEADLINE, FOR_EVER, Rig, SERVICE, Seen, assert_counts_agree, next_answers, revisions, until,
+        until_shares,
     },
 };
 
 const WORKERS: usize = 2;
 const RATE: f64 = 400.0;
 /// Weights and holds in seconds; the verdict needs one or two more for each.
-const STEPS: [(u32, u64); 6] = [(10, 1), (20, 2), (35, 1), (50, 2), (70, 1), (85, 1)];
+const STEPS: [(u32, u64); 6] = [(15, 1), (25, 1), (35, 2), (50, 1), (70, 1), (85, 1)];
 
 /// When to kill.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +32,10 @@ enum Moment {
     Any(u64),
     /// While it writes its state.
     Write,
-    /// Once it has said that the next step has begun.
+    /// Once it has written that the next step has begun; most likely nobody has been told of it yet.
     NextStep,
+    /// Once the proxy has taken a newer policy.
+    Policy,
 }
 
 /// What has been seen, of which nothing goes back.
@@ -44,13 +49,13 @@ struct Looks {
 
 impl Looks {
     /// Returns whether the rollout has ended.
-    async fn add(&mut self, controller: &Controller) -> anyhow::Result<bool> {
+    async fn add(&mut self, controller: &Controller, envoy: &Envoy) -> anyhow::Result<bool> {
         let seen = Seen::now(controller).await?;
         let epoch = self.epoch.get_or_insert_with(|| seen.0["epoch"].clone());
         ensure!(*epoch == seen.0["epoch"], "another state: {}", seen.0["epoch"]);
         let policy = controller.get("/v1/policy?proxy=probe&epoch=&after=0").await?;
         let revision = serde_json::from_str::<Value>(&policy)?["revision"].as_u64().context("no revision")?;
-        let newest = self.policies.last_key_value().map_or(0, |(newest, _)| *newest);
+        let newest = self.policies.keys().copied().chain(revisions(envoy)).max().unwrap_or_default();
         ensure!(revision >= newest, "revision {revision} after {newest}");
         let known = self.policies.entry(revision).or_insert_with(|| policy.clone());
         ensure!(*known == policy, "revision {revision} is two policies: {known} and {policy}");
@@ -63,27 +68,58 @@ impl Looks {
     }
 }
 
+/// What the controller would go on from.
+fn kept(rig: &Rig) -> anyhow::Result<Value> {
+    Ok(serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?)
+}
+
+/// How far the rollout is: whether it has ended, and the index of its step.
+fn place(kept: &Value) -> (bool, Option<u64>) {
+    let rollout = &kept["rollouts"][SERVICE];
+    (rollout["phase"] == "Succeeded", rollout["step"].as_u64())
+}
+
+/// Looks all the time: what is waited for may be over within less than a millisecond.
+fn watch(mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
+    tokio::task::block_in_place(|| {
+        let begun = Instant::now();
+        while !holds() {
+            ensure!(begun.elapsed() < DEADLINE, "it does not come");
+        }
+        Ok(())
+    })
+}
+
 /// Lets it come to that moment, and kills it. Returns whether it was in the middle of a write.
-async fn kill(controller: &mut Controller, rig: &Rig, load: &Load, step: u64, moment: Moment) -> anyhow::Result<bool> {
+async fn kill(
+    controller: &mut Controller,
+    rig: &Rig,
+    envoy: &Envoy,
+    load: &Load,
+    moment: Moment,
+) -> anyhow::Result<bool> {
+    let place_before = place(&kept(rig)?);
     match moment {
         Moment::Any(answers) => drop(next_answers(load, answers).await?),
-        Moment::NextStep => {
-            until(controller, "the next step", |seen| {
-                ensure!(seen.phase() == "Succeeded" || seen.step() > Some(step), "{}", seen.message());
-                Ok(())
-            })
-            .await?;
+        Moment::NextStep => watch(|| kept(rig).is_ok_and(|kept| place(&kept) > place_before))?,
+        Moment::Policy => {
+            let before = revisions(envoy).len();
+            let has_ended = || kept(rig).is_ok_and(|kept| place(&kept).0);
+            watch(|| revisions(envoy).len() > before || has_ended())?;
         }
         Moment::Write => {
+            // What an earlier kill has left behind is there until it is written anew.
             let new = ["rollouts.new", "counts.new"].map(|name| rig.state_dir().join(name));
-            new.iter().for_each(|path| drop(fs::remove_file(path)));
-            // A write takes less than a millisecond, so nothing but looking all the time sees it.
-            tokio::task::block_in_place(|| {
-                let begun = Instant::now();
-                while !new.iter().any(|path| path.exists()) && begun.elapsed() < DEADLINE {}
-            });
+            let mut there = [true; 2];
+            let mut begun = None;
+            watch(|| {
+                let now = [new[0].exists(), new[1].exists()];
+                begun = (0..2).find(|i| now[*i] && !there[*i]);
+                there = now;
+                begun.is_some()
+            })?;
             controller.kill()?;
-            return Ok(new.iter().any(|path| path.exists()));
+            return Ok(begun.is_some_and(|i| new[i].exists()));
         }
     }
     controller.kill()?;
@@ -92,8 +128,7 @@ async fn kill(controller: &mut Controller, rig: &Rig, load: &Load, step: u64, mo
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed() -> anyhow::Result<()> {
-    let seed = env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
-    println!("SEED={seed} makes the same choices");
+    let seed = env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let mut random = fastrand::Rng::with_seed(seed);
 
     let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
@@ -108,33 +143,31 @@ async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed()
     until_shares(&controller, "v1 alone", &[100.0, 0.0]).await?;
     rig.write(&wanted)?;
 
-    let began = until(&controller, "the first step", |seen| {
-        ensure!(seen.step() == Some(1), "{}", seen.message());
-        Ok(())
-    });
-    began.await?;
+    watch(|| kept(&rig).is_ok_and(|kept| kept["rollouts"][SERVICE]["number"] == 1))?;
 
     let mut looks = Looks::default();
-    ensure!(!looks.add(&controller).await?, "it has ended before it is killed");
+    ensure!(!looks.add(&controller, &envoy).await?, "it has ended before it is killed");
     let (mut kills, mut in_a_write, mut away) = (0, 0, Duration::ZERO);
     // What v2 had answered at the last two kills, and its share between them.
     let (mut answered, mut shares) = ([0; 2], Vec::new());
     let mut ended = false;
     while !ended {
-        let mut moments = [Moment::Any(random.u64(10..600)), Moment::Write, Moment::NextStep];
+        let any = [10..100, 100..400].map(|answers| Moment::Any(random.u64(answers)));
+        let step = if random.bool() { Moment::NextStep } else { Moment::Policy };
+        let mut moments = [any[0], any[1], Moment::Write, step];
         random.shuffle(&mut moments);
         let before = load.tally();
         for moment in moments {
-            in_a_write += usize::from(kill(&mut controller, &rig, &load, looks.step, moment).await?);
+            in_a_write += usize::from(kill(&mut controller, &rig, &envoy, &load, moment).await?);
             kills += 1;
             let killed = Instant::now();
             answered = [answered[1], load.tally().of("v2")];
             if random.bool() {
-                next_answers(&load, random.u64(10..800)).await?;
+                next_answers(&load, random.u64(10..300)).await?;
             }
             controller.start_again().await?;
             away += killed.elapsed();
-            let looked = looks.add(&controller).await;
+            let looked = looks.add(&controller, &envoy).await;
             ended = looked.with_context(|| format!("kill {kills}, {moment:?}: {}", controller.tail()))?;
             if ended {
                 break;
@@ -145,7 +178,8 @@ async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed()
     let seen = until_shares(&controller, "v2 alone", &[0.0, 100.0]).await?;
     let tally = load.stop().await?;
     println!(
-        "{kills} kills, {in_a_write} in the middle of a write, {:.1} s without a controller: {} of {} requests failed",
+        "{kills} kills (SEED={seed}), {in_a_write} in the middle of a write, {:.1} s without a controller: {} of {} \
+         requests failed",
         away.as_secs_f64(),
         tally.bad(),
         tally.sent
@@ -160,7 +194,7 @@ async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed()
     assert!(taken.is_sorted_by(|before, after| before < after), "{taken:?}");
     assert_eq!(taken.last(), Some(&seen.revision()));
     // What happened, by the state that all lives of the controller have written.
-    let kept: Value = serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?;
+    let kept = kept(&rig)?;
     let history = kept["history"][SERVICE].as_array().context("no history")?;
     let times: Vec<_> = history.iter().map(|transition| transition["time"].as_u64()).collect();
     assert!(times.is_sorted(), "{history:?}");
@@ -176,5 +210,40 @@ async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed()
     let requests = judged["requests"].as_u64().context("no verdict")?;
     assert!((answered[0]..=answered[1] + CONNECTIONS as u64).contains(&requests), "{requests} judged, {answered:?}");
     assert_eq!(judged["errors"], 0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_was_told_is_done_survives_a_kill_right_after_the_answer() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    let steps = json!([{ "weight": 20, "holdSeconds": FOR_EVER }, { "weight": 60, "holdSeconds": FOR_EVER }]);
+    rig.write(&rig.document(json!({ "target": "v2", "strategy": { "steps": steps } })))?;
+    let mut controller = rig.start_controller().await?;
+    until(&controller, "the first step", |seen| {
+        ensure!(seen.weights() == [80.0, 20.0], "{}", seen.message());
+        Ok(())
+    })
+    .await?;
+    let by_hand = json!({ "weight": 33 });
+    for (command, body, phase, weights) in [
+        ("pause", json!({}), "Paused", [80.0, 20.0]),
+        ("resume", json!({}), "Progressing", [80.0, 20.0]),
+        ("promote", json!({}), "Progressing", [40.0, 60.0]),
+        ("set-weight", by_hand, "Paused", [67.0, 33.0]),
+        ("abort", json!({}), "Failed", [100.0, 0.0]),
+    ] {
+        let path = format!("/v1/rollouts/{SERVICE}/{command}");
+        let answer = Request::new(controller.address(), "POST", &path)
+            .header("content-type", "application/json")
+            .body(body.to_string())
+            .send()
+            .await?;
+        controller.kill()?;
+        ensure!(answer.status == 200, "{command}: {} {}", answer.status, answer.text());
+        controller.start_again().await?;
+        let seen = Seen::now(&controller).await?;
+        assert_eq!((seen.phase(), seen.weights()), (phase, weights.to_vec()), "{command}: {}", seen.message());
+        assert_eq!(answer.json()?["services"][0]["step"]["number"], seen.service()["step"]["number"], "{command}");
+    }
     Ok(())
 }
