@@ -68,7 +68,7 @@ struct Kept {
     refusal: Option<(u16, String)>,
     /// The tokens that may read and operate.
     tokens: Option<[String; 2]>,
-    without_events: bool,
+    without_events: Option<u16>,
     /// Counts the times that open connections were made to say nothing any more.
     hushed: u64,
 }
@@ -151,9 +151,9 @@ impl Stage {
         self.kept().refusal = refusal.map(|(status, error)| (status, error.to_owned()));
     }
 
-    /// Has no `/v1/events`, as a controller of before.
-    pub fn without_events(&self) {
-        self.kept().without_events = true;
+    /// Answers `/v1/events` with this status: there are none, or too many listen already.
+    pub fn without_events(&self, status: u16) {
+        self.kept().without_events = Some(status);
     }
 
     /// The connections that are open stay so and say nothing any more, as after a power cut; new ones do.
@@ -229,7 +229,10 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> anyhow::Result
     }
     Ok(match path.as_str() {
         "/v1/status" => json_answer(200, &state.status.borrow()),
-        "/v1/events" if !without_events => events(state),
+        "/v1/events" => match without_events {
+            Some(status) => json_answer(status, &json!({ "error": "ask for /v1/status instead" })),
+            None => events(state),
+        },
         _ if path.ends_with("/history") => json_answer(200, &json!({ "transitions": lock(&state.kept).history })),
         _ => json_answer(404, &json!({ "error": "no such path" })),
     })

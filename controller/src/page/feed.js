@@ -5,6 +5,8 @@ const TOKEN = "tideshift-token";
 /** Nothing heard for so long, though the controller says something each second: the connection is dead. */
 const SILENCE = 6000;
 const POLL = 1000;
+/** There are no events here, or none for so many at a time. */
+const NO_EVENTS = [404, 405, 406, 429, 501, 503];
 const BACKOFF = [300, 600, 1200, 2500, 5000];
 /** A status more than so many milliseconds off tells that the clocks differ; less, that the network is slow. */
 const SKEW = 2000;
@@ -157,7 +159,7 @@ export class Feed {
     try {
       const response = await fetch("v1/events", { headers, cache: "no-store", redirect: "error", signal });
       this.#look(response);
-      if ([404, 405, 406, 501].includes(response.status)) return await this.#poll(signal, silence);
+      if (NO_EVENTS.includes(response.status)) return await this.#poll(signal, silence);
       if (!response.ok) throw await refusal(response);
       const events = new Events();
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -155,6 +155,7 @@ function renderConnection() {
   const { state, heard } = app.feed;
   const old = state !== "live" || Date.now() - heard > OLD;
   document.body.dataset.state = app.status && old ? (state === "denied" ? "denied" : "lost") : state;
+  set(at("connection"), "title", app.feed.reason || null);
   const silence = heard ? `last heard ${words.span((Date.now() - heard) / 1000)} ago` : "never heard";
   if (state === "denied") say(at("heard"), "a token is needed");
   else if (!heard && state === "connecting") say(at("heard"), "connecting");
