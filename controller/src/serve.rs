@@ -225,10 +225,9 @@ impl Mind {
         for (rollout, message) in &outcome.messages {
             tracing::debug!(rollout, "{message}");
         }
-        for (rollout, Transition { phase, reason, message, .. }) in &outcome.transitions {
-            tracing::info!(rollout, ?phase, ?reason, "{message}");
-        }
         for (rollout, transition) in &outcome.transitions {
+            let Transition { phase, reason, message, .. } = transition;
+            tracing::info!(rollout, ?phase, ?reason, "{message}");
             self.shared.done.changed(rollout, transition);
         }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where nothing

@@ -21,7 +21,8 @@ Examples:
   tideshift serve -f shift.yaml --listen 0.0.0.0:7460 --tls-cert tls.crt --tls-key tls.key \
     --read-token-file read.tokens --operate-token-file operate.tokens --proxy-token-file proxy.tokens
 
-Serves GET /v1/policy and POST /v1/reports for proxies, GET /v1/status for people and tools, /healthz, /readyz, /metrics.")]
+Serves GET /v1/policy and POST /v1/reports for proxies, GET /v1/status for people and tools, /healthz, /readyz, /metrics;
+a web page at /; the rest is in GET /v1/openapi.json.")]
 pub(super) struct Arguments {
     /// TrafficShift documents in YAML or JSON; `-` reads standard input. May be given several times.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
