@@ -84,7 +84,7 @@ soak: build ## Ten million requests through the module in a wasm host: its memor
 .PHONY: e2e
 e2e: build envoy chromium axe ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
-	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests $(ARGS) # errors that are only waited out need no backtraces
+	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # errors that are only waited out need no backtraces
 
 .PHONY: simulation
 simulation: rust ## The picture in docs/simulate.md, anew

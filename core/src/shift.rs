@@ -1,10 +1,12 @@
 //! The TrafficShift: the document that says what users want of a service's traffic. The same shape works with
 //! `tideshift serve -f` and, in Kubernetes, as a resource.
 
+mod place;
 mod strategy;
 mod warm_up;
 mod webhook;
 
+pub use place::{Discovery, LabelOperator, LabelRequirement, LabelSelector, PortRef, WorkloadRef};
 pub use strategy::{Quantity, Step, Strategy};
 pub use warm_up::{WarmUp, WarmUpRequests};
 pub use webhook::{HookSecret, NotificationFormat, PHASES, Webhook, WebhookKind};
@@ -32,6 +34,8 @@ pub const KIND: &str = "TrafficShift";
 pub struct TrafficShift {
     /// The rollout's name, from `metadata.name`.
     pub name: String,
+    /// The namespace, from `metadata.namespace`.
+    pub namespace: Option<String>,
     /// At least one. A document without `services` is for one, of the document's name. All have the same versions.
     pub services: Vec<ShiftService>,
     /// The version that serves, and that a rollout goes back to.
@@ -78,6 +82,12 @@ pub struct ShiftVersion {
     pub name: String,
     /// Where it runs; none: it cannot take traffic yet.
     pub endpoints: Vec<Endpoint>,
+    /// How to find where it runs in Kubernetes; not together with `endpoints`.
+    pub discovery: Option<Discovery>,
+    /// The cluster that it runs in; none: the controller's own.
+    pub cluster: Option<String>,
+    /// What runs it, if the rollout is to scale that.
+    pub workload: Option<WorkloadRef>,
     /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed.
     pub readiness_probe: Option<Probe>,
 }
@@ -174,8 +184,9 @@ impl TrafficShift {
             };
             f.required(d, "apiVersion", API_VERSION, only(API_VERSION));
             f.required(d, "kind", KIND, only(KIND));
-            let name = f.required(d, "metadata", "an object with a name", metadata);
+            let (name, namespace) = f.required(d, "metadata", "an object with a name", metadata).unwrap_or_default();
             let shift = f.required(d, "spec", "an object", |d, spec| Self::read_spec(d, spec, name.as_ref()));
+            let shift = shift.map(|shift| Self { namespace, ..shift });
             f.finish(d);
             shift
         })
@@ -204,7 +215,21 @@ impl TrafficShift {
         let webhooks = f.optional(d, "webhooks", webhook::webhooks).unwrap_or_default();
         f.finish(d);
         let (name, services, stable) = (name.cloned()?, own?, stable?);
-        Some(Self { name, services, stable, target, strategy, analysis, drain_timeout, webhooks })
+        let namespace = None;
+        Some(Self { name, namespace, services, stable, target, strategy, analysis, drain_timeout, webhooks })
+    }
+
+    /// The same in a cluster, where names are unique in their namespace only: it and its services are called
+    /// `NAME.NAMESPACE`.
+    pub fn qualified(mut self) -> Self {
+        if let Some(namespace) = &self.namespace {
+            let qualified = |name: &str| format!("{name}.{namespace}");
+            self.name = qualified(&self.name);
+            for service in &mut self.services {
+                service.name = qualified(&service.name);
+            }
+        }
+        self
     }
 
     /// Those who must say yes before the step of this index begins.
@@ -292,10 +317,11 @@ fn drain(d: &mut Decoder, value: &Value) -> Option<Duration> {
     Some(timeout)
 }
 
-fn metadata(d: &mut Decoder, value: &Value) -> Option<String> {
+/// The name and the namespace.
+fn metadata(d: &mut Decoder, value: &Value) -> Option<(Option<String>, Option<String>)> {
     let mut f = d.object(value)?;
     let name = f.required(d, "name", "a name", name::service);
-    f.optional(d, "namespace", name::service);
+    let namespace = f.optional(d, "namespace", name::service);
     for tags in ["labels", "annotations"] {
         f.optional(d, tags, |d, value| {
             let strings = |map: &Map<String, Value>| map.values().all(Value::is_string);
@@ -306,7 +332,7 @@ fn metadata(d: &mut Decoder, value: &Value) -> Option<String> {
         });
     }
     f.finish(d);
-    name
+    Some((name, namespace))
 }
 
 fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {
@@ -332,8 +358,24 @@ impl ShiftVersion {
             Some(endpoints.into_iter().map(|(_, endpoint)| endpoint).collect())
         });
         let readiness_probe = f.optional(d, "readinessProbe", Probe::read);
+        let service = f.optional(d, "service", name::service);
+        let selector = f.optional(d, "selector", LabelSelector::read);
+        let port = f.optional(d, "port", PortRef::read);
+        let cluster = f.optional(d, "cluster", name::version);
+        let workload = f.optional(d, "workloadRef", WorkloadRef::read);
+        let in_kubernetes = f.has("service") || f.has("selector");
+        if in_kubernetes && f.has("endpoints") {
+            d.invalid(value, "either endpoints or, in Kubernetes, service and selector");
+        }
+        for needs in ["port", "cluster"] {
+            if f.has(needs) && !in_kubernetes {
+                d.invalid(value, format!("service or selector beside {needs}"));
+            }
+        }
         f.finish(d);
-        Some(Self { name: name?, endpoints: endpoints.unwrap_or_default(), readiness_probe })
+        let discovery = in_kubernetes.then_some(Discovery { service, selector, port });
+        let endpoints = endpoints.unwrap_or_default();
+        Some(Self { name: name?, endpoints, discovery, cluster, workload, readiness_probe })
     }
 }
 

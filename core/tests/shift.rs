@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_core::session::SessionBy;
-use tideshift_core::shift::{Check, Quantity, Strategy, TrafficShift, WarmUp};
+use tideshift_core::shift::{Check, PortRef, Quantity, Strategy, TrafficShift, WarmUp};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -284,5 +284,68 @@ fn many_services_may_share_one_rollout() {
         spec.pointer_mut(parent).unwrap()[field] = value;
         let errors = errors(&document(spec));
         assert!(errors.iter().any(|error| error.starts_with(expected)), "{pointer}: {errors:?}");
+    }
+}
+
+#[test]
+fn in_kubernetes_endpoints_are_found_by_service_and_labels() {
+    let mut spec = spec();
+    spec["versions"][0] = json!({
+        "name": "v1", "service": "payment", "port": "http", "cluster": "west",
+        "selector": {
+            "matchLabels": {"app": "payment"},
+            "matchExpressions": [
+                {"key": "track", "operator": "In", "values": ["stable", "old"]},
+                {"key": "canary", "operator": "DoesNotExist"},
+            ],
+        },
+        "workloadRef": {"name": "payment-v1"},
+    });
+    let mut document = document(spec);
+    document["metadata"]["namespace"] = json!("shop");
+    let shift = TrafficShift::read(&document).unwrap();
+    let version = &shift.services[0].versions[0];
+    let workload = version.workload.as_ref().unwrap();
+    assert_eq!((workload.api_version.as_str(), workload.kind.as_str()), ("apps/v1", "Deployment"));
+    let discovery = version.discovery.as_ref().unwrap();
+    assert_eq!((discovery.service.as_deref(), version.cluster.as_deref()), (Some("payment"), Some("west")));
+    assert_eq!(discovery.port, Some(PortRef::Name("http".to_owned())));
+    let selector = discovery.selector.as_ref().unwrap();
+    let selects = |labels: &[(&str, &str)]| {
+        selector.selects(&labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect())
+    };
+    assert!(selects(&[("app", "payment"), ("track", "old")]));
+    assert!(!selects(&[("app", "payment")]) && !selects(&[("track", "old")]));
+    assert!(!selects(&[("app", "payment"), ("track", "old"), ("canary", "")]));
+    let shift = shift.qualified();
+    assert_eq!((shift.name.as_str(), shift.services[0].name.as_str()), ("checkout.shop", "checkout.shop"));
+}
+
+#[test]
+fn a_place_in_kubernetes_that_makes_no_sense_is_refused() {
+    let version = |further: Value| {
+        let mut version = json!({"name": "v1"});
+        version.as_object_mut().unwrap().extend(further.as_object().unwrap().clone());
+        errors_with("/versions", json!([version]))
+    };
+    for (further, expected) in [
+        (json!({"service": "s", "endpoints": ["a:1"]}), "expected either endpoints or, in Kubernetes, service and"),
+        (json!({"port": 80}), "expected service or selector beside port"),
+        (json!({"selector": {}}), "versions[0].selector: {} is not allowed; expected at least one of matchLabels"),
+        (json!({"selector": {"matchLabels": {"a": 1}}}), "selector.matchLabels.a: 1 is not allowed; expected a string"),
+        (json!({"service": "s", "port": "a.b"}), "versions[0].port: \"a.b\" is not allowed; expected a port's name"),
+        (json!({"service": "s", "port": 0}), "versions[0].port: 0 is not allowed"),
+        (
+            json!({"selector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}}),
+            "expected values with the operators In and NotIn, and none with Exists",
+        ),
+        (
+            json!({"workloadRef": {"kind": "deployment", "name": "a"}}),
+            "workloadRef.kind: \"deployment\" is not allowed",
+        ),
+        (json!({"workloadRef": {}}), "workloadRef.name: missing; expected a workload's name"),
+    ] {
+        let errors = version(further);
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{errors:?}");
     }
 }

@@ -23,12 +23,16 @@ async fn a_table_for_people_and_json_for_programs() -> anyhow::Result<()> {
     let controller = rig.start_controller().await?;
     let server = format!("http://{}", controller.address());
 
-    let table = cli(["status", "--server", &server])?;
+    let held = "shop: Progressing, step 1 of 2 (25 %, held ";
+    let table = eventually("the first step", DEADLINE, async || {
+        let table = cli(["status", "--server", &server])?;
+        ensure!(table.stdout.starts_with(held), "{}{}", table.stdout, table.stderr);
+        Ok(table)
+    });
+    let table = table.await?;
     assert_eq!((table.code, table.stderr.as_str()), (Some(0), ""));
     assert!(!table.stdout.contains('\x1b'), "no colours and no cursor where there is no terminal");
     let lines: Vec<Vec<&str>> = table.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
-    let expected = "shop: Progressing, step 1 of 2 (25 %, held ";
-    assert!(table.stdout.starts_with(expected), "{}", table.stdout);
     let row = |name: &str| lines.iter().find(|row| row.first() == Some(&name)).cloned().unwrap_or_default();
     assert_eq!(row("VERSION")[..4], ["VERSION", "ROLE", "WEIGHT", "READY"]);
     assert_eq!(row("v1")[..5], ["v1", "stable", "75", "%", "2/2"]);

@@ -26,6 +26,8 @@ pub struct Strategy {
     pub abort_at_deadline: bool,
     /// What a new version gets before its share is what its step allows.
     pub warm_up: WarmUp,
+    /// How long after its drain a version's workload is scaled down, if it is scaled; default 30 s.
+    pub scale_down_delay: Duration,
 }
 
 /// One step of a rollout.
@@ -134,6 +136,7 @@ impl Default for Strategy {
             progress_deadline: Duration::from_secs(600),
             abort_at_deadline: false,
             warm_up: WarmUp::default(),
+            scale_down_delay: Duration::from_secs(30),
         }
     }
 }
@@ -162,6 +165,7 @@ impl Strategy {
         }
         let abort_at_deadline = f.optional(d, "progressDeadlineAbort", Decoder::boolean).unwrap_or_default();
         let warm_up = f.optional(d, "warmUp", WarmUp::read).unwrap_or_default();
+        let scale_down_delay = seconds(&mut f, d, "scaleDownDelaySeconds", 0, default.scale_down_delay.as_secs());
         f.finish(d);
         Some(Self {
             steps: steps.or(blue_green).unwrap_or(default.steps),
@@ -172,6 +176,7 @@ impl Strategy {
             progress_deadline,
             abort_at_deadline,
             warm_up,
+            scale_down_delay,
         })
     }
 }
