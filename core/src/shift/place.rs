@@ -1,0 +1,191 @@
+//! Where a version runs in Kubernetes: which endpoints are its own, and what scales it.
+
+use crate::decode::Decoder;
+use crate::matching::choice;
+use crate::name;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Which endpoints of a cluster's EndpointSlices are a version's: those for which everything that is said here holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Discovery {
+    /// Those of this Service.
+    pub service: Option<String>,
+    /// Those whose pods have these labels.
+    pub selector: Option<LabelSelector>,
+    /// Which of the slices' ports; none: their first.
+    pub port: Option<PortRef>,
+}
+
+/// A port of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortRef {
+    /// By its name.
+    Name(String),
+    /// By its number, 1 to 65535.
+    Number(u16),
+}
+
+/// A selector of labels as Deployments have it. All of its requirements must hold; it has at least one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LabelSelector {
+    /// Labels and the values that they must have.
+    pub match_labels: BTreeMap<String, String>,
+    /// Further requirements.
+    pub match_expressions: Vec<LabelRequirement>,
+}
+
+/// A requirement on one label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelRequirement {
+    /// The label.
+    pub key: String,
+    /// What must hold of it.
+    pub operator: LabelOperator,
+    /// The values that the operator speaks of.
+    pub values: Vec<String>,
+}
+
+/// What can be said of a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LabelOperator {
+    /// It has one of the values.
+    In,
+    /// It has none of the values; a label that is not there has none.
+    NotIn,
+    /// It is there.
+    Exists,
+    /// It is not there.
+    DoesNotExist,
+}
+
+/// The workload that runs a version, for its `scale` subresource.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkloadRef {
+    /// Group and version, such as `apps/v1`; the default.
+    pub api_version: String,
+    /// Its kind; default `Deployment`.
+    pub kind: String,
+    /// Its name, in the document's namespace.
+    pub name: String,
+}
+
+impl LabelSelector {
+    /// Whether an object with these labels is selected.
+    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        let has = |(key, value): (&String, &String)| labels.get(key) == Some(value);
+        self.match_labels.iter().all(has) && self.match_expressions.iter().all(|one| one.holds(labels))
+    }
+
+    pub(super) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let match_labels = f.optional(d, "matchLabels", labels).unwrap_or_default();
+        let expressions = f.optional(d, "matchExpressions", |d, v| d.list(v, LabelRequirement::read));
+        let nothing = match_labels.is_empty() && expressions.as_ref().is_none_or(Vec::is_empty);
+        if nothing && !f.has("matchLabels") && !f.has("matchExpressions") {
+            d.invalid(
+                value,
+                "at least one of matchLabels, matchExpressions (an empty selector would select every pod)",
+            );
+        }
+        f.finish(d);
+        let match_expressions = expressions.unwrap_or_default().into_iter().map(|(_, one)| one).collect();
+        Some(Self { match_labels, match_expressions })
+    }
+}
+
+impl LabelRequirement {
+    fn holds(&self, labels: &BTreeMap<String, String>) -> bool {
+        let value = labels.get(&self.key);
+        let is_one_of = value.is_some_and(|value| self.values.contains(value));
+        match self.operator {
+            LabelOperator::In => is_one_of,
+            LabelOperator::NotIn => !is_one_of,
+            LabelOperator::Exists => value.is_some(),
+            LabelOperator::DoesNotExist => value.is_none(),
+        }
+    }
+
+    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let key = f.required(d, "key", "a label's key", Decoder::filled_text);
+        let operator = f.required(d, "operator", "In, NotIn, Exists or DoesNotExist", |d, v| {
+            Some(match choice(d, v, &["In", "NotIn", "Exists", "DoesNotExist"])? {
+                "In" => LabelOperator::In,
+                "NotIn" => LabelOperator::NotIn,
+                "Exists" => LabelOperator::Exists,
+                _ => LabelOperator::DoesNotExist,
+            })
+        });
+        let values = f.optional(d, "values", |d, v| d.list(v, Decoder::text)).unwrap_or_default();
+        let needs_values = matches!(operator, Some(LabelOperator::In | LabelOperator::NotIn));
+        if operator.is_some() && needs_values == values.is_empty() {
+            d.invalid(value, "values with the operators In and NotIn, and none with Exists and DoesNotExist");
+        }
+        f.finish(d);
+        Some(Self { key: key?, operator: operator?, values: values.into_iter().map(|(_, value)| value).collect() })
+    }
+}
+
+impl WorkloadRef {
+    pub(super) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let mut f = d.object(value)?;
+        let api_version = f.optional(d, "apiVersion", |d, v| {
+            let parts =
+                |text: &str| text.split('/').count() <= 2 && text.split('/').all(|p| name::is_subdomain(p, 253));
+            d.text_where(v, "a group and version, such as apps/v1", parts)
+        });
+        let kind = f.optional(d, "kind", |d, v| {
+            let fine = |text: &str| {
+                text.starts_with(|c: char| c.is_ascii_uppercase()) && text.bytes().all(|b| b.is_ascii_alphanumeric())
+            };
+            d.text_where(v, "a kind with a scale subresource, such as Deployment", fine)
+        });
+        let name = f.required(d, "name", "a workload's name", name::service);
+        f.finish(d);
+        Some(Self {
+            api_version: api_version.unwrap_or_else(|| "apps/v1".to_owned()),
+            kind: kind.unwrap_or_else(|| "Deployment".to_owned()),
+            name: name?,
+        })
+    }
+}
+
+impl PortRef {
+    pub(super) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+        let named = |text: &str| {
+            let letter = text.bytes().any(|b| b.is_ascii_lowercase());
+            (1..=63).contains(&text.len()) && letter && !text.contains('.') && name::is_subdomain(text, 63)
+        };
+        match value {
+            Value::String(text) if named(text) => Some(Self::Name(text.clone())),
+            value => match value.as_u64().filter(|port| (1..=65_535).contains(port)) {
+                Some(port) => Some(Self::Number(port as u16)),
+                None => {
+                    d.invalid(value, "a port's name, or its number from 1 to 65535");
+                    None
+                }
+            },
+        }
+    }
+}
+
+impl fmt::Display for WorkloadRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
+
+fn labels(d: &mut Decoder, value: &Value) -> Option<BTreeMap<String, String>> {
+    let Value::Object(map) = value else {
+        d.invalid(value, "an object of strings");
+        return None;
+    };
+    let mut labels = BTreeMap::new();
+    for (key, value) in map {
+        let text = d.within(key, |d| d.text(value));
+        labels.extend(text.map(|text| (key.clone(), text)));
+    }
+    Some(labels)
+}
