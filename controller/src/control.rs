@@ -237,7 +237,8 @@ impl Control {
             return Err(CommandError::NotFound(format!("there is no rollout {name}; expected one of {known}")));
         };
         if !self.is_known(shift) {
-            return Err(CommandError::Conflict("waiting for the first probes".to_owned()));
+            let why = self.unseen(shift).unwrap_or("waiting for the first probes");
+            return Err(CommandError::Conflict(why.to_owned()));
         }
         let world = self.world(shift, now);
         let rollout = self.kept.rollouts.get(name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
@@ -338,6 +339,12 @@ impl Control {
     /// Whether the readiness of all endpoints of a shift is known.
     fn is_known(&self, shift: &TrafficShift) -> bool {
         shift.services.iter().all(|service| self.readiness.is_known(&service.name))
+    }
+
+    /// Why not all endpoints of a shift can be seen, if so.
+    fn unseen(&self, shift: &TrafficShift) -> Option<&str> {
+        let why = shift.services.iter().find_map(|service| self.readiness.outlook.unseen.get(&service.name));
+        why.map(String::as_str)
     }
 
     fn world(&self, shift: &TrafficShift, now: Millis) -> World<'_> {

@@ -8,6 +8,7 @@ pub use prober::Prober;
 
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use tideshift_core::shift::Endpoint;
 
 /// The endpoints' readiness at one moment: service → version → endpoints, in the order of the documents.
@@ -15,6 +16,26 @@ use tideshift_core::shift::Endpoint;
 pub struct Readiness {
     /// All services, with all versions that their documents have, also those without endpoints.
     pub services: BTreeMap<String, BTreeMap<String, Vec<EndpointState>>>,
+    /// What a cluster says beyond the endpoints that may be used; nothing outside Kubernetes.
+    pub outlook: Arc<Outlook>,
+}
+
+/// What is known of a cluster beyond the endpoints that it says can take traffic.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outlook {
+    /// The services of which not all endpoints can be seen, and why: their weights stay as they are.
+    pub unseen: BTreeMap<String, String>,
+    /// The endpoints that are there and cannot take traffic, by service and version.
+    pub held_back: BTreeMap<(String, String), Vec<HeldBack>>,
+}
+
+/// An endpoint that cannot take traffic by what its cluster says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldBack {
+    /// `host:port`, or the pod's name where it has no address.
+    pub endpoint: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// One endpoint's readiness.
@@ -54,9 +75,15 @@ impl Readiness {
         self.endpoints(service, version).len()
     }
 
+    /// The endpoints of a version that cannot take traffic by what their cluster says.
+    pub fn held_back(&self, service: &str, version: &str) -> &[HeldBack] {
+        let held_back = self.outlook.held_back.get(&(service.to_owned(), version.to_owned()));
+        held_back.map_or(&[], Vec::as_slice)
+    }
+
     /// Whether the readiness of all of a service's endpoints is known; `false` for a service that is not there.
     pub fn is_known(&self, service: &str) -> bool {
-        let versions = self.services.get(service);
+        let versions = self.services.get(service).filter(|_| !self.outlook.unseen.contains_key(service));
         versions.is_some_and(|versions| versions.values().flatten().all(|endpoint| endpoint.known))
     }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
-use tideshift_core::shift::{ShiftService, Step, TrafficShift};
+use tideshift_core::shift::{ShiftService, ShiftVersion, Step, TrafficShift};
 
 /// Milliseconds since 1970.
 pub type Millis = u64;
@@ -245,7 +245,7 @@ impl Rollout {
             weight_by_hand: None,
             is_return: false,
             gate_says: None,
-            endpoints_for_full_load: listed(shift, &shift.stable),
+            endpoints_for_full_load: desired(shift, &shift.stable),
             taken_back: 0,
             waived: false,
             progressed: now,
@@ -275,7 +275,10 @@ impl Rollout {
         }
         match self.phase {
             Phase::Waiting | Phase::Progressing | Phase::Paused => self.progress(shift, world, now),
-            Phase::Initialized | Phase::Succeeded => self.message = self.at_rest(shift, world),
+            Phase::Initialized | Phase::Succeeded => {
+                self.follow_workload(shift);
+                self.message = self.at_rest(shift, world);
+            }
             // What the target did stays to be read.
             Phase::Failed => {}
         }
@@ -344,6 +347,14 @@ impl Rollout {
         })
     }
 
+    /// What scales the stable version while nothing is being moved knows what the load needs.
+    fn follow_workload(&mut self, shift: &TrafficShift) {
+        for service in &shift.services {
+            let replicas = service.version(&self.stable).and_then(|version| version.replicas).filter(|n| *n > 0);
+            replicas.map(|replicas| self.endpoints_for_full_load.insert(service.name.clone(), replicas));
+        }
+    }
+
     /// How many endpoints carry the whole load of a service.
     pub fn full_load(&self, service: &ShiftService) -> u32 {
         let counted = self.endpoints_for_full_load.get(&service.name).copied();
@@ -377,7 +388,7 @@ impl Rollout {
     fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let superseded = if self.phase.is_under_way() { self.target.take() } else { None };
         self.leaving = superseded.filter(|old| *old != target);
-        self.endpoints_for_full_load = listed(shift, &self.stable);
+        self.endpoints_for_full_load = desired(shift, &self.stable);
         let counts = |service: &ShiftService| (service.name.clone(), world.counts(&service.name, &target));
         self.counted_before = shift.services.iter().map(counts).collect();
         self.number += 1;
@@ -412,7 +423,7 @@ impl Rollout {
         self.target = None;
         self.shunned = false;
         self.begin_step(0, shift, now);
-        self.endpoints_for_full_load = listed(shift, &self.stable);
+        self.endpoints_for_full_load = desired(shift, &self.stable);
         self.enter(Phase::Initialized, reason, format!("{} serves", self.stable), now);
     }
 
@@ -681,9 +692,9 @@ pub fn percent(share: f64) -> f64 {
     (share * 100_000.0).round() / 1_000.0
 }
 
-/// How many endpoints each service has of a version.
-fn listed(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
-    let of = |service: &ShiftService| service.version(version).map_or(0, |version| version.endpoints.len() as u32);
+/// How many endpoints each service is meant to have of a version.
+fn desired(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
+    let of = |service: &ShiftService| service.version(version).map_or(0, ShiftVersion::desired);
     shift.services.iter().map(|service| (service.name.clone(), of(service))).collect()
 }
 

@@ -88,6 +88,9 @@ pub struct ShiftVersion {
     pub cluster: Option<String>,
     /// What runs it, if the rollout is to scale that.
     pub workload: Option<WorkloadRef>,
+    /// How many endpoints it is meant to have, where something else than the list of them says so: in Kubernetes its
+    /// workload. Never in a document.
+    pub replicas: Option<u32>,
     /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed.
     pub readiness_probe: Option<Probe>,
 }
@@ -343,6 +346,11 @@ fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {
 }
 
 impl ShiftVersion {
+    /// How many endpoints it is meant to have.
+    pub fn desired(&self) -> u32 {
+        self.replicas.unwrap_or(self.endpoints.len() as u32)
+    }
+
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
         let name = f.required(d, "name", "a name", name::version);
@@ -375,7 +383,7 @@ impl ShiftVersion {
         f.finish(d);
         let discovery = in_kubernetes.then_some(Discovery { service, selector, port });
         let endpoints = endpoints.unwrap_or_default();
-        Some(Self { name: name?, endpoints, discovery, cluster, workload, readiness_probe })
+        Some(Self { name: name?, endpoints, discovery, cluster, workload, replicas: None, readiness_probe })
     }
 }
 

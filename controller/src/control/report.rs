@@ -64,17 +64,19 @@ impl Control {
         });
         let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
             let endpoints = self.readiness.endpoints(&service.name, &part.version);
+            let held_back = self.readiness.held_back(&service.name, &part.version);
             let not_ready = endpoints.iter().filter(|endpoint| !endpoint.ready);
             let not_ready = not_ready
                 .map(|state| NotReady { endpoint: state.endpoint.to_string(), reason: state.reason.clone() })
+                .chain(held_back.iter().map(|held_back| NotReady {
+                    endpoint: held_back.endpoint.clone(),
+                    reason: Some(held_back.reason.clone()),
+                }))
                 .collect::<Vec<_>>();
+            let listed = endpoints.len() + held_back.len();
             let drain = self.drain_status(&(service.name.clone(), part.version.clone()), now);
             VersionStatus {
-                endpoints: EndpointsStatus {
-                    ready: endpoints.len() - not_ready.len(),
-                    listed: endpoints.len(),
-                    not_ready,
-                },
+                endpoints: EndpointsStatus { ready: listed - not_ready.len(), listed, not_ready },
                 requests: self.counted.ledger.total(&service.name, &part.version),
                 in_flight: drain.in_flight,
                 drain,
@@ -103,7 +105,11 @@ impl Control {
             step,
             deadline: rollout.deadline(shift).map(timestamp),
             verdict: self.counted.judges.status(shift),
-            message: if known { rollout.message.clone() } else { "waiting for the first probes".to_owned() },
+            message: match self.unseen(shift) {
+                Some(why) => format!("weights stay as they are: {why}"),
+                None if known => rollout.message.clone(),
+                None => "waiting for the first probes".to_owned(),
+            },
             since: timestamp(rollout.since),
             unrouted: self.counted.ledger.unrouted(&service.name),
             versions: versions.collect(),

@@ -2,7 +2,7 @@
 //! readiness.
 
 use super::watch::{Clients, Finding, Terms, Watch};
-use super::{EndpointState, Readiness, RememberedReadiness};
+use super::{EndpointState, Outlook, Readiness, RememberedReadiness};
 use crate::probe::Subject;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,9 +60,15 @@ impl Prober {
     /// Probes the endpoints of these documents from now on, and no others. An endpoint that was probed before keeps
     /// its state, and its task too if it is ready on the same terms. Must be called from within a Tokio runtime.
     pub fn set(&self, shifts: &[TrafficShift]) {
+        let outlook = self.table.readiness.borrow().outlook.clone();
+        self.set_with(shifts, outlook);
+    }
+
+    /// The same, with what a cluster says beyond them.
+    pub fn set_with(&self, shifts: &[TrafficShift], outlook: Arc<Outlook>) {
         let mut tasks = self.table.lock();
         let before = Arc::clone(&self.table.readiness.borrow());
-        let mut readiness = Readiness::default();
+        let mut readiness = Readiness { outlook, ..Readiness::default() };
         let mut running = BTreeMap::new();
         for (shift, service) in
             shifts.iter().flat_map(|shift| shift.services.iter().map(move |service| (shift, service)))

@@ -203,7 +203,8 @@ impl<'s> World<'s> {
             let names = service.versions.iter().map(|version| version.name.clone());
             (service.name.clone(), names.zip(versions.iter().map(state)).collect::<BTreeMap<_, _>>())
         };
-        Arc::new(Readiness { services: self.shift.services.iter().zip(&self.versions).map(of).collect() })
+        let services = self.shift.services.iter().zip(&self.versions).map(of).collect();
+        Arc::new(Readiness { services, ..Readiness::default() })
     }
 
     /// The document as it is now.

@@ -80,7 +80,8 @@ fn readiness() -> Arc<Readiness> {
         (version.to_owned(), vec![EndpointState { endpoint, ready: true, known: true, warming: false, reason: None }])
     };
     let versions = BTreeMap::from([of("v1", 9001), of("v2", 9002)]);
-    Arc::new(Readiness { services: BTreeMap::from([("shop".to_owned(), versions)]) })
+    let services = BTreeMap::from([("shop".to_owned(), versions)]);
+    Arc::new(Readiness { services, ..Readiness::default() })
 }
 
 /// A proxy: it has requests, and takes newer policies only.
