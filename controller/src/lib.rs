@@ -7,6 +7,7 @@ pub mod control;
 pub mod documents;
 pub mod explain;
 pub mod hooks;
+pub mod kubernetes;
 pub mod ledger;
 pub mod metrics;
 pub mod net;

@@ -1,0 +1,4 @@
+//! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
+
+pub mod picture;
+pub mod resolve;

@@ -1,0 +1,302 @@
+//! From documents that name Services, labels and workloads to documents that list endpoints: what the clusters say is
+//! put in the place of what a user would have written by hand. Pure.
+
+use super::picture::{Need, Picture, Place, Slice, SliceEndpoint, View};
+use crate::readiness::{HeldBack, Outlook};
+use std::collections::{BTreeMap, BTreeSet};
+use tideshift_core::shift::{Discovery, Endpoint, PortRef, ShiftVersion, TrafficShift};
+
+/// What must be watched for a document's sake.
+pub fn needs(shift: &TrafficShift) -> BTreeMap<Place, BTreeSet<Need>> {
+    let mut needs: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
+    for version in shift.services.iter().flat_map(|service| &service.versions) {
+        needs.entry(place(shift, version)).or_default().extend(needs_of(version));
+    }
+    needs
+}
+
+fn needs_of(version: &ShiftVersion) -> BTreeSet<Need> {
+    let mut needs = BTreeSet::new();
+    if let Some(discovery) = &version.discovery {
+        needs.insert(Need::Slices);
+        needs.extend(discovery.selector.is_some().then_some(Need::Pods));
+    }
+    if let Some(workload) = &version.workload {
+        let (api_version, kind) = (workload.api_version.clone(), workload.kind.clone());
+        needs.extend([Need::Workloads { api_version, kind }, Need::Autoscalers, Need::Budgets, Need::Pods]);
+    }
+    needs
+}
+
+/// Where a version runs.
+pub fn place(shift: &TrafficShift, version: &ShiftVersion) -> Place {
+    let namespace = shift.namespace.clone().unwrap_or_else(|| "default".to_owned());
+    Place { cluster: version.cluster.clone(), namespace }
+}
+
+/// The documents with the endpoints that the clusters say can take traffic, and what is known beyond them.
+pub fn resolve(shifts: impl IntoIterator<Item = TrafficShift>, picture: &Picture) -> (Vec<TrafficShift>, Outlook) {
+    let mut outlook = Outlook::default();
+    let resolved = shifts.into_iter().map(|shift| resolve_one(shift, picture, &mut outlook)).collect();
+    (resolved, outlook)
+}
+
+fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook) -> TrafficShift {
+    let unresolved = shift.clone();
+    let mut unseen = None;
+    for service in &mut shift.services {
+        let mut found: Vec<(usize, Vec<Found>)> = Vec::new();
+        for (n, version) in service.versions.iter_mut().enumerate() {
+            let place = place(&unresolved, version);
+            unseen = unseen.or_else(|| picture.unseen(&place, &needs_of(version)));
+            let Some(view) = picture.view(&place) else { continue };
+            if let Some(discovery) = &version.discovery {
+                let endpoints = find(view, discovery);
+                version.replicas = Some(endpoints.len() as u32);
+                found.push((n, endpoints));
+            }
+            let workload = version.workload.as_ref().and_then(|workload| {
+                let table = view.workloads.get(&(workload.api_version.clone(), workload.kind.clone()))?;
+                table.objects.get(&workload.name)
+            });
+            version.replicas = workload.map(|workload| workload.replicas).or(version.replicas);
+        }
+        // As long as nobody else is there, what is about to go and still answers takes traffic, as with Services.
+        let mut all = found.iter().flat_map(|(_, endpoints)| endpoints);
+        let last_resort = !all.any(|found| found.state.ready && !found.state.terminating);
+        for (n, endpoints) in found {
+            let version = &mut service.versions[n];
+            let mut held_back = Vec::new();
+            for found in endpoints {
+                match (found.obstacle(last_resort), found.endpoint) {
+                    (None, Some(endpoint)) => version.endpoints.push(endpoint),
+                    (obstacle, endpoint) => held_back.push(HeldBack {
+                        endpoint: endpoint.map_or(found.name, |endpoint| endpoint.to_string()),
+                        reason: obstacle.unwrap_or("its EndpointSlice has no such port").to_owned(),
+                    }),
+                }
+            }
+            if !held_back.is_empty() {
+                outlook.held_back.insert((service.name.clone(), version.name.clone()), held_back);
+            }
+        }
+    }
+    if let Some(why) = unseen {
+        outlook.unseen.extend(shift.services.iter().map(|service| (service.name.clone(), why.clone())));
+    }
+    shift
+}
+
+/// One endpoint of a version, whatever state it is in.
+struct Found {
+    /// The pod, or the address where there is none.
+    name: String,
+    /// None: the slice lacks the port that is asked for.
+    endpoint: Option<Endpoint>,
+    state: SliceEndpoint,
+}
+
+impl Found {
+    /// Why it cannot take traffic, if it cannot.
+    fn obstacle(&self, last_resort: bool) -> Option<&'static str> {
+        match (self.state.terminating, self.state.ready, self.state.serving) {
+            (false, true, _) => None,
+            (true, _, true) if last_resort => None,
+            (true, _, true) => Some("terminating"),
+            (true, _, false) => Some("terminating, and not ready"),
+            (false, false, _) => Some("not ready"),
+        }
+    }
+}
+
+/// A version's endpoints. A pod that several Services list is one endpoint, ready if all of them say so.
+fn find(view: &View, discovery: &Discovery) -> Vec<Found> {
+    let mut found: BTreeMap<String, Found> = BTreeMap::new();
+    let slices = || view.slices.objects.values().filter(|slice| is_of(slice, discovery));
+    // Pods of two address families are in slices of both; one of them is enough.
+    let has_ipv4 =
+        slices().any(|slice| !slice.is_ipv6 && slice.endpoints.iter().any(|state| selects(view, discovery, state)));
+    for slice in slices().filter(|slice| !(has_ipv4 && slice.is_ipv6)) {
+        let port = port(slice, discovery.port.as_ref());
+        for state in slice.endpoints.iter().filter(|state| selects(view, discovery, state)) {
+            let host = &state.address;
+            let endpoint = port.filter(|_| !host.is_empty()).map(|port| Endpoint { host: host.clone(), port });
+            let name = state.pod.clone().unwrap_or_else(|| host.clone());
+            let one = Found { name: name.clone(), endpoint, state: state.clone() };
+            match found.get_mut(&name) {
+                None => _ = found.insert(name, one),
+                Some(before) => {
+                    before.state.ready &= one.state.ready;
+                    before.state.serving &= one.state.serving;
+                    before.state.terminating |= one.state.terminating;
+                    before.endpoint = before.endpoint.take().or(one.endpoint);
+                }
+            }
+        }
+    }
+    found.into_values().collect()
+}
+
+fn is_of(slice: &Slice, discovery: &Discovery) -> bool {
+    discovery.service.is_none() || slice.service == discovery.service
+}
+
+fn selects(view: &View, discovery: &Discovery, state: &SliceEndpoint) -> bool {
+    let Some(selector) = &discovery.selector else { return true };
+    let labels = state.pod.as_ref().and_then(|pod| view.pods.objects.get(pod));
+    labels.is_some_and(|labels| selector.selects(labels))
+}
+
+fn port(slice: &Slice, wanted: Option<&PortRef>) -> Option<u16> {
+    let is_wanted = |(name, number): &&(String, u16)| match wanted {
+        None => true,
+        Some(PortRef::Name(wanted)) => name == wanted,
+        Some(PortRef::Number(wanted)) => number == wanted,
+    };
+    slice.ports.iter().find(is_wanted).map(|(_, number)| *number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::picture::{Table, Workload};
+    use serde_json::{Value, json};
+
+    fn shift(v1: Value, v2: Value) -> TrafficShift {
+        let mut versions = [v1, v2];
+        versions[0]["name"] = json!("v1");
+        versions[1]["name"] = json!("v2");
+        let document = json!({
+            "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+            "metadata": {"name": "shop", "namespace": "store"},
+            "spec": {"versions": versions, "stable": "v1"},
+        });
+        TrafficShift::read(&document).unwrap().qualified()
+    }
+
+    fn endpoint(n: u8, conditions: &str) -> SliceEndpoint {
+        SliceEndpoint {
+            address: format!("10.0.0.{n}"),
+            pod: Some(format!("pod-{n}")),
+            ready: conditions.contains('r'),
+            serving: conditions.contains('s'),
+            terminating: conditions.contains('t'),
+        }
+    }
+
+    fn slice(service: &str, endpoints: &[SliceEndpoint]) -> Slice {
+        let ports = vec![("http".to_owned(), 8080), ("grpc".to_owned(), 9090)];
+        Slice { service: Some(service.to_owned()), ports, endpoints: endpoints.to_vec(), ..Slice::default() }
+    }
+
+    /// A picture of the one namespace, everything in sight.
+    fn picture(slices: &[Slice], labels: &[(u8, &str)]) -> Picture {
+        let slices = slices.iter().enumerate().map(|(n, slice)| (format!("slice-{n}"), slice.clone())).collect();
+        let track = |track: &str| BTreeMap::from([("track".to_owned(), track.to_owned())]);
+        let pods = labels.iter().map(|(n, value)| (format!("pod-{n}"), track(value))).collect();
+        let deployments = Table {
+            objects: BTreeMap::from([("shop-v1".to_owned(), Workload { replicas: 5, present: 4 })]),
+            synced: true,
+            lost: None,
+        };
+        let view = View {
+            slices: Table { objects: slices, synced: true, lost: None },
+            pods: Table { objects: pods, synced: true, lost: None },
+            workloads: BTreeMap::from([(("apps/v1".to_owned(), "Deployment".to_owned()), deployments)]),
+            autoscalers: Table { synced: true, ..Table::default() },
+            budgets: Table { synced: true, ..Table::default() },
+        };
+        let place = Place { cluster: None, namespace: "store".to_owned() };
+        Picture { views: BTreeMap::from([(place, view)]), lost: BTreeMap::new() }
+    }
+
+    /// The versions' endpoints, and those held back.
+    fn resolved(shift: TrafficShift, picture: &Picture) -> (Vec<Vec<String>>, Vec<String>) {
+        let (shifts, outlook) = resolve([shift], picture);
+        let versions = &shifts[0].services[0].versions;
+        let endpoints = versions.iter().map(|version| version.endpoints.iter().map(Endpoint::to_string).collect());
+        let held_back = outlook.held_back.values().flatten();
+        (endpoints.collect(), held_back.map(|one| format!("{}: {}", one.endpoint, one.reason)).collect())
+    }
+
+    #[test]
+    fn endpoints_are_those_of_the_service_with_the_labels_and_that_port() {
+        let slices = [
+            slice("shop", &[endpoint(1, "rs"), endpoint(2, "rs"), endpoint(3, "")]),
+            slice("other", &[endpoint(1, "rs"), endpoint(4, "rs")]),
+        ];
+        let picture = picture(&slices, &[(1, "old"), (2, "new"), (3, "new"), (4, "new")]);
+        let track = |track: &str| json!({"matchLabels": {"track": track}});
+        let by_both = shift(
+            json!({"service": "shop", "selector": track("old"), "port": "grpc"}),
+            json!({"service": "shop", "selector": track("new"), "port": 8080}),
+        );
+        assert_eq!(
+            resolved(by_both, &picture),
+            (
+                vec![vec!["10.0.0.1:9090".to_owned()], vec!["10.0.0.2:8080".to_owned()]],
+                vec!["10.0.0.3:8080: not ready".to_owned()]
+            )
+        );
+        let (by_labels, _) =
+            resolved(shift(json!({"selector": track("old")}), json!({"selector": track("new")})), &picture);
+        assert_eq!(by_labels[0], ["10.0.0.1:8080"], "one pod of two Services is one endpoint");
+        assert_eq!(by_labels[1], ["10.0.0.2:8080", "10.0.0.4:8080"]);
+        let (_, held_back) = resolved(shift(json!({"service": "other", "port": "ftp"}), json!({})), &picture);
+        assert_eq!(held_back[0], "pod-1: its EndpointSlice has no such port");
+    }
+
+    #[test]
+    fn what_is_about_to_go_takes_traffic_only_where_nobody_else_can() {
+        let of = |v1: &str, v2: &str| {
+            let slices = [slice("v1", &[endpoint(1, v1)]), slice("v2", &[endpoint(2, v2)])];
+            let (endpoints, _) =
+                resolved(shift(json!({"service": "v1"}), json!({"service": "v2"})), &picture(&slices, &[]));
+            (endpoints[0].len(), endpoints[1].len())
+        };
+        assert_eq!(of("rs", "rs"), (1, 1));
+        assert_eq!(of("st", "rs"), (0, 1));
+        assert_eq!(of("st", ""), (1, 0), "it still answers, and the other is not ready");
+        assert_eq!(of("t", ""), (0, 0));
+    }
+
+    #[test]
+    fn of_two_address_families_one_counts() {
+        let six = SliceEndpoint { address: "fd00::1".to_owned(), ..endpoint(1, "rs") };
+        let slices = [Slice { is_ipv6: true, ..slice("v1", &[six]) }, slice("v1", &[endpoint(1, "rs")])];
+        let (endpoints, _) = resolved(shift(json!({"service": "v1"}), json!({})), &picture(&slices, &[]));
+        assert_eq!(endpoints[0], ["10.0.0.1:8080"]);
+        let (endpoints, _) = resolved(shift(json!({"service": "v1"}), json!({})), &picture(&slices[..1], &[]));
+        assert_eq!(endpoints[0], ["[fd00::1]:8080"]);
+    }
+
+    #[test]
+    fn what_the_load_needs_is_what_the_workload_asks_for_or_what_is_there() {
+        let slices = [slice("v1", &[endpoint(1, "rs")]), slice("v2", &[endpoint(2, ""), endpoint(3, "rs")])];
+        let shift = shift(
+            json!({"service": "v1", "workloadRef": {"name": "shop-v1"}}),
+            json!({"service": "v2", "workloadRef": {"name": "not-there"}}),
+        );
+        let (shifts, _) = resolve([shift], &picture(&slices, &[]));
+        let desired: Vec<_> = shifts[0].services[0].versions.iter().map(ShiftVersion::desired).collect();
+        assert_eq!(desired, [5, 2]);
+    }
+
+    #[test]
+    fn services_that_are_not_in_sight_are_said_to_be_so() {
+        let by_service = || shift(json!({"service": "v1"}), json!({"service": "v2", "cluster": "west"}));
+        let unseen = |picture: &Picture| resolve([by_service()], picture).1.unseen.into_values().next().unwrap();
+        let mut here = picture(&[], &[]);
+        assert_eq!(unseen(&here), "EndpointSlices of cluster west in namespace store have not been seen yet");
+        let west = Place { cluster: Some("west".to_owned()), namespace: "store".to_owned() };
+        let view = View { slices: Table { synced: true, ..Table::default() }, ..View::default() };
+        here.views.insert(west.clone(), view);
+        assert_eq!(resolve([by_service()], &here).1, Outlook::default());
+        here.lost.insert(west.cluster.clone(), "connection refused".to_owned());
+        assert_eq!(unseen(&here), "cluster west cannot be seen: connection refused");
+        here.lost.clear();
+        let slices = &mut here.views.get_mut(&west).unwrap().slices;
+        slices.lost = Some("forbidden".to_owned());
+        assert_eq!(unseen(&here), "EndpointSlices of cluster west in namespace store cannot be seen: forbidden");
+    }
+}
