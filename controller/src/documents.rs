@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use tideshift_core::decode::{Errors, FieldError, Problem};
 use tideshift_core::policy::Policy;
-use tideshift_core::shift::TrafficShift;
+use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
 
 /// The most bytes of one file; documents are written by people, and 4 MiB are some 100,000 lines.
 const MAX_FILE_BYTES: u64 = 4 << 20;
@@ -159,6 +159,29 @@ fn read_files(
         true => Ok(documents),
         false => Err(DocumentErrors(errors)),
     }
+}
+
+/// Whether a document may come from somewhere else than a file that the controller was given: it must not make the
+/// controller run commands or read files of its machine.
+///
+/// # Errors
+///
+/// What is not allowed, in words.
+pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
+    let only = "only documents that the controller was given with --file may have it";
+    let versions = shift.services.iter().flat_map(|service| &service.versions);
+    let runs = |probe: &Probe| matches!(probe.check, Check::Exec { .. });
+    if versions.filter_map(|version| version.readiness_probe.as_ref()).any(runs) {
+        return Err(format!(
+            "readinessProbe.exec: not allowed here, as it runs a command on the controller's machine; {only}"
+        ));
+    }
+    if shift.webhooks.iter().any(|webhook| matches!(webhook.secret, Some(HookSecret::File(_)))) {
+        return Err(format!(
+            "webhooks.secretFile: not allowed here, as it names a file of the controller's machine; {only}"
+        ));
+    }
+    Ok(())
 }
 
 /// TrafficShifts that cannot both hold: of the same name, or for the same hostname.

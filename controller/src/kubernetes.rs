@@ -1,4 +1,92 @@
 //! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
 
+pub mod clusters;
+pub mod eyes;
 pub mod picture;
 pub mod resolve;
+pub mod views;
+
+pub use clusters::Clusters;
+pub use eyes::{Eyes, Object, Scene};
+
+use kube::api::{ApiResource, GroupVersionKind};
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher;
+use kube::{Client, discovery};
+use std::error::Error;
+use std::time::Duration;
+
+/// What a TrafficShift is asked for by.
+pub fn traffic_shifts() -> ApiResource {
+    ApiResource::from_gvk_with_plural(
+        &GroupVersionKind::gvk("tideshift.dev", "v1alpha1", "TrafficShift"),
+        "trafficshifts",
+    )
+}
+
+/// How objects of a kind are asked for.
+///
+/// # Errors
+///
+/// If the cluster does not know the kind, or does not say.
+pub async fn resource(client: &Client, api_version: &str, kind: &str) -> Result<ApiResource, String> {
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    let found = discovery::pinned_kind(client, &GroupVersionKind::gvk(group, version, kind)).await;
+    found.map(|(resource, _)| resource).map_err(|error| reason(&error))
+}
+
+/// Pauses before something is tried again: short, because a cluster that is back should be seen at once, and longer
+/// each time.
+#[derive(Debug, Clone, Default)]
+pub struct Retry(u32);
+
+impl Retry {
+    const LONGEST: Duration = Duration::from_secs(2);
+
+    /// The next pause.
+    pub fn pause(&mut self) -> Duration {
+        self.0 = self.0.saturating_add(1);
+        let longest = Self::LONGEST.min(Duration::from_millis(100) * 2u32.saturating_pow(self.0.min(10)));
+        // Many controllers must not all come at one moment.
+        longest.mul_f64(0.75 + fastrand::f64() / 4.0)
+    }
+}
+
+impl Iterator for Retry {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(self.pause())
+    }
+}
+
+impl Backoff for Retry {
+    fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
+
+/// Why the API server did not do something, in a few words.
+pub fn reason(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        error => {
+            let mut inner: &dyn Error = error;
+            while let Some(source) = inner.source() {
+                inner = source;
+            }
+            inner.to_string()
+        }
+    }
+}
+
+/// Why a watch does not go on.
+fn watch_reason(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => reason(error),
+        watcher::Error::WatchError(status) => status.message.clone(),
+        error => error.to_string(),
+    }
+}

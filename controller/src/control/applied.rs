@@ -4,7 +4,7 @@ use crate::documents;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use tideshift_core::shift::{Check, HookSecret, TrafficShift};
+use tideshift_core::shift::TrafficShift;
 
 /// A document from the API. Kept across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,20 +40,7 @@ pub(super) fn check(name: &str, document: &Value, others: &[TrafficShift]) -> Re
     if shift.name != name {
         return Err(format!("metadata.name: \"{}\" is not allowed; expected \"{name}\", as in the path", shift.name));
     }
-    let versions = shift.services.iter().flat_map(|service| &service.versions);
-    let runs = |probe: &tideshift_core::shift::Probe| matches!(probe.check, Check::Exec { .. });
-    if versions.filter_map(|version| version.readiness_probe.as_ref()).any(runs) {
-        return Err("readinessProbe.exec: not allowed here, as it runs a command on the controller's machine; only \
-                    documents that the controller was given with --file may have it"
-            .to_owned());
-    }
-    if shift.webhooks.iter().any(|webhook| matches!(webhook.secret, Some(HookSecret::File(_)))) {
-        return Err(
-            "webhooks.secretFile: not allowed here, as it names a file of the controller's machine; only documents \
-                    that the controller was given with --file may have it"
-                .to_owned(),
-        );
-    }
+    documents::comes_from_elsewhere(&shift)?;
     let others: Vec<TrafficShift> = others.iter().filter(|other| other.name != name).cloned().collect();
     documents::agree(&others, shift).map_err(|errors| errors.join("\n"))
 }

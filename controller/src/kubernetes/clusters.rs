@@ -1,0 +1,188 @@
+//! The clusters: the controller's own, and those that Secrets of its namespace lead to.
+
+use super::{Retry, reason};
+use futures_util::StreamExt;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::Api;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Config, ResourceExt};
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// The label of a Secret that leads to a cluster; its value is the cluster's name in documents.
+pub const CLUSTER_LABEL: &str = "tideshift.dev/cluster";
+/// The key of the Secret's data that holds the kubeconfig.
+const KUBECONFIG: &str = "kubeconfig";
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(3);
+
+/// The clusters there are; cheap to clone.
+#[derive(Clone)]
+pub struct Clusters {
+    home: Client,
+    namespace: String,
+    table: Arc<Mutex<Remote>>,
+    changes: watch::Receiver<u64>,
+}
+
+#[derive(Default)]
+struct Remote {
+    /// Clients by cluster, or why there is none.
+    clients: BTreeMap<String, Result<Client, String>>,
+    /// What they were made from.
+    secrets: BTreeMap<String, (String, Option<Vec<u8>>)>,
+    changed: BTreeSet<String>,
+    /// Why the Secrets cannot be seen, if so.
+    lost: Option<String>,
+}
+
+/// The client of the cluster that the environment speaks of: `KUBECONFIG`, or the pod's service account.
+///
+/// # Errors
+///
+/// If there is neither, or it makes no sense.
+pub async fn home() -> Result<(Client, String), String> {
+    let config = Config::infer().await.map_err(|error| format!("no cluster to speak to: {error}"))?;
+    let namespace = config.default_namespace.clone();
+    Ok((client(config)?, namespace))
+}
+
+fn client(mut config: Config) -> Result<Client, String> {
+    config.connect_timeout = Some(CONNECT);
+    Client::try_from(config).map_err(|error| reason(&error))
+}
+
+impl Clusters {
+    /// Looks after the Secrets of a namespace for as long as the process runs.
+    pub fn new(home: Client, namespace: &str) -> Self {
+        let (send, changes) = watch::channel(0);
+        let table = Arc::default();
+        let clusters = Self { home, namespace: namespace.to_owned(), table, changes };
+        tokio::spawn(clusters.clone().follow(send));
+        clusters
+    }
+
+    /// The controller's own.
+    pub fn home(&self) -> Client {
+        self.home.clone()
+    }
+
+    /// The client of a cluster.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such cluster, or what leads to it makes no sense.
+    pub fn client(&self, cluster: Option<&String>) -> Result<Client, String> {
+        let Some(cluster) = cluster else { return Ok(self.home()) };
+        let remote = self.lock();
+        match (remote.clients.get(cluster), &remote.lost) {
+            (Some(client), _) => client.clone(),
+            (None, Some(why)) => Err(format!("Secrets in namespace {} cannot be seen: {why}", self.namespace)),
+            (None, None) => {
+                Err(format!("no Secret in namespace {} has the label {CLUSTER_LABEL}: {cluster}", self.namespace))
+            }
+        }
+    }
+
+    /// Changes whenever clusters do.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.clone()
+    }
+
+    /// The clusters that have changed since this was last asked.
+    pub fn take_changed(&self) -> BTreeSet<String> {
+        std::mem::take(&mut self.lock().changed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Remote> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn follow(self, send: watch::Sender<u64>) {
+        let api: Api<Secret> = Api::namespaced(self.home(), &self.namespace);
+        let events = watcher(api, watcher::Config::default().labels(CLUSTER_LABEL)).backoff(Retry::default());
+        let mut events = pin!(events);
+        let mut coming = BTreeMap::new();
+        while let Some(event) = events.next().await {
+            let mut secrets = self.lock().secrets.clone();
+            let mut lost = None;
+            match event {
+                Ok(watcher::Event::Init) => {
+                    coming.clear();
+                    continue;
+                }
+                Ok(watcher::Event::InitApply(secret)) => {
+                    coming.insert(secret.name_any(), kubeconfig(&secret));
+                    continue;
+                }
+                Ok(watcher::Event::InitDone) => secrets = std::mem::take(&mut coming),
+                Ok(watcher::Event::Apply(secret)) => _ = secrets.insert(secret.name_any(), kubeconfig(&secret)),
+                Ok(watcher::Event::Delete(secret)) => _ = secrets.remove(&secret.name_any()),
+                Err(error) => lost = Some(super::watch_reason(&error)),
+            }
+            self.take_in(secrets, lost).await;
+            send.send_modify(|times| *times += 1);
+        }
+    }
+
+    async fn take_in(&self, secrets: BTreeMap<String, (String, Option<Vec<u8>>)>, lost: Option<String>) {
+        let before = std::mem::replace(&mut self.lock().secrets, secrets.clone());
+        self.lock().lost = lost;
+        let by_cluster = |secrets: &BTreeMap<String, (String, Option<Vec<u8>>)>| {
+            secrets.values().cloned().collect::<BTreeMap<String, Option<Vec<u8>>>>()
+        };
+        let (before, now) = (by_cluster(&before), by_cluster(&secrets));
+        for cluster in before.keys().chain(now.keys()).collect::<BTreeSet<_>>() {
+            if before.get(cluster) == now.get(cluster) {
+                continue;
+            }
+            let client = match now.get(cluster) {
+                None => None,
+                Some(None) => Some(Err(format!("its Secret has no key {KUBECONFIG}"))),
+                Some(Some(text)) => Some(remote(text).await),
+            };
+            let mut remote = self.lock();
+            match client {
+                Some(client) => _ = remote.clients.insert(cluster.clone(), client),
+                None => _ = remote.clients.remove(cluster),
+            }
+            remote.changed.insert(cluster.clone());
+        }
+    }
+}
+
+impl std::fmt::Debug for Clusters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clusters").field("namespace", &self.namespace).finish_non_exhaustive()
+    }
+}
+
+/// The cluster's name and the kubeconfig of a Secret.
+fn kubeconfig(secret: &Secret) -> (String, Option<Vec<u8>>) {
+    let name = secret.labels().get(CLUSTER_LABEL).cloned().unwrap_or_default();
+    (name, secret.data.as_ref().and_then(|data| data.get(KUBECONFIG)).map(|bytes| bytes.0.clone()))
+}
+
+/// A client from the text of a kubeconfig. One that runs programs or reads files of this machine is refused.
+async fn remote(text: &[u8]) -> Result<Client, String> {
+    let text = std::str::from_utf8(text).map_err(|_| "its kubeconfig is not UTF-8".to_owned())?;
+    let kubeconfig = Kubeconfig::from_yaml(text).map_err(|error| format!("its kubeconfig: {error}"))?;
+    let clusters = kubeconfig.clusters.iter().filter_map(|named| named.cluster.as_ref());
+    let users = kubeconfig.auth_infos.iter().filter_map(|named| named.auth_info.as_ref());
+    let reads = clusters.clone().any(|cluster| cluster.certificate_authority.is_some());
+    let outside = users.clone().any(|user| {
+        let files = [&user.client_certificate, &user.client_key, &user.token_file];
+        user.exec.is_some() || user.auth_provider.is_some() || files.iter().any(|file| file.is_some())
+    });
+    if reads || outside {
+        return Err("its kubeconfig runs a program or names a file; expected everything to be in it, as \
+                    certificate-authority-data, client-certificate-data, client-key-data or token"
+            .to_owned());
+    }
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+    client(config.map_err(|error| format!("its kubeconfig: {error}"))?)
+}

@@ -1,0 +1,451 @@
+//! Watches what documents speak of, in every cluster, and says what follows for them: one watch for each kind and
+//! namespace that some document needs, none that nobody needs, and no polling.
+
+use super::picture::{Need, Picture, Place, Table, View, Workload};
+use super::views::{self, Written};
+use super::{Clusters, Retry, reason, resolve};
+use crate::documents;
+use crate::readiness::Outlook;
+use futures_util::StreamExt;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::{Api, DynamicObject};
+use kube::core::PartialObjectMeta;
+use kube::runtime::utils::Backoff;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tideshift_core::shift::TrafficShift;
+use tokio::sync::{Notify, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{interval, timeout};
+
+/// How often each cluster is asked whether it is there, and how long it may take to say so.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// What follows from everything that is seen.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scene {
+    /// The documents, with their endpoints, and as they were written.
+    pub documents: Vec<(TrafficShift, Value)>,
+    /// What is known beyond them.
+    pub outlook: Arc<Outlook>,
+    /// What is wrong, one line each.
+    pub errors: Vec<String>,
+    /// The namespaces whose TrafficShifts cannot be seen; `None` stands for all.
+    pub hidden: Vec<Option<String>>,
+    /// The resources, by rollout.
+    pub objects: BTreeMap<String, Object>,
+    /// All that is known, for what is scaled.
+    pub picture: Arc<Picture>,
+}
+
+/// A TrafficShift as a resource.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Object {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid, for events.
+    pub uid: String,
+    /// The generation that is in force.
+    pub generation: i64,
+    /// What is wrong with it as it is now; what it said before stays in force.
+    pub error: Option<String>,
+}
+
+/// What is seen, as it comes in.
+#[derive(Debug, Default)]
+struct Sight {
+    picture: Picture,
+    shifts: BTreeMap<Option<String>, Table<Written>>,
+}
+
+/// Where watches write down what they see.
+#[derive(Debug, Clone, Default)]
+struct Notes {
+    sight: Arc<Mutex<Sight>>,
+    changed: Arc<Notify>,
+}
+
+impl Notes {
+    fn lock(&self) -> MutexGuard<'_, Sight> {
+        self.sight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, write: impl FnOnce(&mut Sight)) {
+        write(&mut self.lock());
+        self.changed.notify_one();
+    }
+}
+
+/// Looks for as long as it is there.
+#[derive(Debug)]
+pub struct Eyes {
+    scene: watch::Receiver<Arc<Scene>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Eyes {
+    /// Begins to look. `namespaces`: none is all.
+    pub fn open(clusters: Clusters, namespaces: &BTreeSet<String>) -> Self {
+        let (send, scene) = watch::channel(Arc::default());
+        let notes = Notes::default();
+        let mut tasks = JoinSet::new();
+        let scopes: Vec<Option<String>> = match namespaces.is_empty() {
+            true => vec![None],
+            false => namespaces.iter().cloned().map(Some).collect(),
+        };
+        for scope in scopes {
+            tasks.spawn(follow_shifts(clusters.home(), scope, notes.clone()));
+        }
+        let watches = Watches { clusters, notes: notes.clone(), running: BTreeMap::new(), good: BTreeMap::new() };
+        tasks.spawn(watches.run(send));
+        Self { scene, _tasks: tasks }
+    }
+
+    /// What follows from what is seen: now, and from now on. The first one comes once all TrafficShifts are seen, or
+    /// cannot be.
+    pub fn scene(&self) -> watch::Receiver<Arc<Scene>> {
+        self.scene.clone()
+    }
+}
+
+/// A task that ends when nobody needs it any more.
+#[derive(Debug)]
+struct Running(AbortHandle);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The watches that documents need.
+struct Watches {
+    clusters: Clusters,
+    notes: Notes,
+    /// By place and kind; a cluster is looked at as a whole by the key without a kind.
+    running: BTreeMap<(Option<String>, Option<(Place, Need)>), Running>,
+    /// The documents that were right last, by rollout.
+    good: BTreeMap<String, (TrafficShift, Value, i64)>,
+}
+
+impl Watches {
+    async fn run(mut self, scene: watch::Sender<Arc<Scene>>) {
+        let mut of_clusters = self.clusters.changes();
+        loop {
+            tokio::select! {
+                () = self.notes.changed.notified() => {}
+                Ok(()) = of_clusters.changed() => {
+                    for cluster in self.clusters.take_changed() {
+                        self.running.retain(|(of, _), _| *of != Some(cluster.clone()));
+                        self.notes.lock().picture.views.retain(|place, _| place.cluster.as_ref() != Some(&cluster));
+                    }
+                }
+            }
+            let is_complete = {
+                let sight = self.notes.lock();
+                sight.shifts.values().all(|table| table.synced || table.lost.is_some()) && !sight.shifts.is_empty()
+            };
+            if is_complete {
+                let now = self.look();
+                scene.send_if_modified(|before| {
+                    let differs = **before != now;
+                    if differs {
+                        *before = Arc::new(now);
+                    }
+                    differs
+                });
+            }
+        }
+    }
+
+    /// Puts together what follows, and begins to watch what that needs.
+    fn look(&mut self) -> Scene {
+        let notes = self.notes.clone();
+        let mut sight = notes.lock();
+        let mut scene = Scene::default();
+        for (scope, table) in &sight.shifts {
+            if let Some(why) = &table.lost {
+                let of = scope.as_ref().map_or_else(String::new, |namespace| format!(" in namespace {namespace}"));
+                scene
+                    .errors
+                    .push(format!("TrafficShifts{of} cannot be seen: {why}; what they said before stays in force"));
+                if !table.synced {
+                    scene.hidden.push(scope.clone());
+                }
+            }
+        }
+        self.read(&sight, &mut scene);
+        let mut needs: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
+        for (shift, _) in &scene.documents {
+            for (place, of_shift) in resolve::needs(shift) {
+                needs.entry(place).or_default().extend(of_shift);
+            }
+        }
+        self.watch(&needs, &mut sight.picture);
+        let shifts = scene.documents.iter().map(|(shift, _)| shift.clone());
+        let (resolved, outlook) = resolve::resolve(shifts, &sight.picture);
+        for (document, resolved) in scene.documents.iter_mut().zip(resolved) {
+            document.0 = resolved;
+        }
+        scene.outlook = Arc::new(outlook);
+        scene.picture = Arc::new(sight.picture.clone());
+        scene
+    }
+
+    /// The documents in force: what is wrong is left as it was, and of two that contradict each other the older one
+    /// stays.
+    fn read(&mut self, sight: &Sight, scene: &mut Scene) {
+        let mut written: Vec<&Written> = sight.shifts.values().flat_map(|table| table.objects.values()).collect();
+        written.sort_by(|a, b| (a.created, &a.uid).cmp(&(b.created, &b.uid)));
+        let read: Vec<_> = written.into_iter().map(|written| (written, self.read_one(written))).collect();
+        let all: Vec<_> = read.iter().filter_map(|(_, read)| read.as_ref().ok().cloned()).collect();
+        // Hardly ever does one contradict another; only then is it worth finding out which.
+        let agree = all.split_last().is_none_or(|(last, others)| documents::agree(others, last.clone()).is_ok());
+        let mut in_force: Vec<TrafficShift> = Vec::new();
+        let mut good = BTreeMap::new();
+        for (written, read) in read {
+            let rollout = written.rollout();
+            let fits = |shift: &TrafficShift| match agree {
+                true => Ok(()),
+                false => documents::agree(&in_force, shift.clone()).map_err(|errors| errors.join("\n")),
+            };
+            let read = read.and_then(|shift| fits(&shift).map(|()| shift));
+            let error = read.as_ref().err().cloned();
+            let document = match read {
+                Ok(shift) => Some((shift, written.document.clone(), written.generation)),
+                Err(_) => {
+                    let before = self.good.get(&rollout).cloned();
+                    before.filter(|(shift, ..)| documents::agree(&in_force, shift.clone()).is_ok())
+                }
+            };
+            let lines = error.iter().flat_map(|error| error.lines());
+            scene.errors.extend(lines.map(|line| format!("{}/{}: {line}", written.namespace, written.name)));
+            let generation = document.as_ref().map_or(0, |(.., generation)| *generation);
+            let (namespace, name, uid) = (written.namespace.clone(), written.name.clone(), written.uid.clone());
+            scene.objects.insert(rollout.clone(), Object { namespace, name, uid, generation, error });
+            if let Some((shift, value, generation)) = document {
+                in_force.push(shift.clone());
+                scene.documents.push((shift.clone(), value.clone()));
+                good.insert(rollout, (shift, value, generation));
+            }
+        }
+        self.good = good;
+    }
+
+    fn read_one(&self, written: &Written) -> Result<TrafficShift, String> {
+        let before = self.good.get(&written.rollout());
+        if let Some((shift, ..)) = before.filter(|(_, document, _)| *document == written.document) {
+            return Ok(shift.clone());
+        }
+        let shift = TrafficShift::read(&written.document).map_err(|errors| errors.to_string())?.qualified();
+        documents::comes_from_elsewhere(&shift).map(|()| shift)
+    }
+
+    fn watch(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {
+        let clusters: BTreeSet<Option<String>> =
+            needs.keys().map(|place| place.cluster.clone()).chain([None]).collect();
+        let wanted = |key: &(Option<String>, Option<(Place, Need)>)| match key {
+            (cluster, None) => clusters.contains(cluster),
+            (_, Some((place, need))) => needs.get(place).is_some_and(|needs| needs.contains(need)),
+        };
+        self.running.retain(|key, _| wanted(key));
+        picture.views.retain(|place, _| needs.contains_key(place));
+        picture.lost.retain(|cluster, _| clusters.contains(cluster));
+        for cluster in clusters {
+            let client = match self.clusters.client(cluster.as_ref()) {
+                Ok(client) => client,
+                Err(why) => {
+                    picture.lost.insert(cluster, why);
+                    continue;
+                }
+            };
+            self.running.entry((cluster.clone(), None)).or_insert_with(|| {
+                // Not known to be there before it has said so.
+                picture.lost.insert(cluster.clone(), "it has not answered yet".to_owned());
+                let look = look_at(client.clone(), cluster.clone(), self.notes.clone());
+                Running(tokio::spawn(look).abort_handle())
+            });
+            for (place, needs) in needs.iter().filter(|(place, _)| place.cluster == cluster) {
+                for need in needs {
+                    let key = (cluster.clone(), Some((place.clone(), need.clone())));
+                    self.running.entry(key).or_insert_with(|| {
+                        forget(picture.views.entry(place.clone()).or_default(), need);
+                        see(client.clone(), place.clone(), need.clone(), self.notes.clone())
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// A watch that begins has seen nothing.
+fn forget(view: &mut View, need: &Need) {
+    match need {
+        Need::Slices => view.slices = Table::default(),
+        Need::Pods => view.pods = Table::default(),
+        Need::Autoscalers => view.autoscalers = Table::default(),
+        Need::Budgets => view.budgets = Table::default(),
+        Need::Workloads { api_version, kind } => {
+            view.workloads.insert((api_version.clone(), kind.clone()), Table::default());
+        }
+    }
+}
+
+/// Asks a cluster again and again whether it is there: a watch that says nothing may also be one whose other end is
+/// gone.
+async fn look_at(client: Client, cluster: Option<String>, notes: Notes) {
+    let mut ticks = interval(LOOK);
+    loop {
+        ticks.tick().await;
+        let answer = match timeout(LOOK, client.apiserver_version()).await {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(reason(&error)),
+            Err(_) => Some(format!("no answer within {} s", LOOK.as_secs())),
+        };
+        let before = notes.lock().picture.lost.get(&cluster).cloned();
+        if answer != before {
+            let name = cluster.as_deref().unwrap_or("(this one)");
+            match &answer {
+                Some(why) => tracing::warn!(cluster = name, "cannot be seen: {why}"),
+                None => tracing::info!(cluster = name, "in sight"),
+            }
+            notes.write(|sight| match answer {
+                Some(why) => _ = sight.picture.lost.insert(cluster.clone(), why),
+                None => _ = sight.picture.lost.remove(&cluster),
+            });
+        }
+    }
+}
+
+/// Begins to watch objects of one kind in one place.
+fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
+    let namespace = place.namespace.clone();
+    let task = match need {
+        Need::Slices => {
+            let api: Api<EndpointSlice> = Api::namespaced(client, &namespace);
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.slices), views::slice))
+        }
+        Need::Pods => {
+            let api: Api<PartialObjectMeta<Pod>> = Api::namespaced(client, &namespace);
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.pods), views::labels))
+        }
+        Need::Autoscalers => {
+            let api: Api<HorizontalPodAutoscaler> = Api::namespaced(client, &namespace);
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.autoscalers), views::autoscaler))
+        }
+        Need::Budgets => {
+            let api: Api<PodDisruptionBudget> = Api::namespaced(client, &namespace);
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.budgets), views::budget))
+        }
+        Need::Workloads { api_version, kind } => tokio::spawn(see_workloads(client, place, (api_version, kind), notes)),
+    };
+    Running(task.abort_handle())
+}
+
+/// Watches workloads of one kind, once the cluster has said how that kind is asked for.
+async fn see_workloads(client: Client, place: Place, of: (String, String), notes: Notes) {
+    let namespace = place.namespace.clone();
+    let key = of.clone();
+    let table = move |sight: &mut Sight, change: &mut dyn FnMut(&mut Table<Workload>)| {
+        let view = sight.picture.views.entry(place.clone()).or_default();
+        change(view.workloads.entry(key.clone()).or_default());
+    };
+    let mut retry = Retry::default();
+    let resource = loop {
+        match super::resource(&client, &of.0, &of.1).await {
+            Ok(resource) => break resource,
+            Err(why) => notes.write(|sight| table(sight, &mut |table| table.lost = Some(why.clone()))),
+        }
+        tokio::time::sleep(retry.pause()).await;
+    };
+    let api: Api<DynamicObject> = Api::namespaced_with(client, &namespace, &resource);
+    follow(api, notes, table, views::workload).await;
+}
+
+/// Where a table is.
+fn in_view<T>(
+    place: Place,
+    get: impl Fn(&mut View) -> &mut Table<T>,
+) -> impl Fn(&mut Sight, &mut dyn FnMut(&mut Table<T>)) {
+    move |sight, change| change(get(sight.picture.views.entry(place.clone()).or_default()))
+}
+
+/// Watches the TrafficShifts of a namespace, or of all.
+async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
+    let resource = super::traffic_shifts();
+    let api: Api<DynamicObject> = match &scope {
+        Some(namespace) => Api::namespaced_with(client, namespace, &resource),
+        None => Api::all_with(client, &resource),
+    };
+    let table = move |sight: &mut Sight, change: &mut dyn FnMut(&mut Table<Written>)| {
+        change(sight.shifts.entry(scope.clone()).or_default());
+    };
+    follow(api, notes, table, views::written).await;
+}
+
+/// Keeps a table as the cluster has it, for as long as nobody ends it.
+async fn follow<K, T>(
+    api: Api<K>,
+    notes: Notes,
+    table: impl Fn(&mut Sight, &mut dyn FnMut(&mut Table<T>)),
+    view: impl Fn(&K) -> Option<T>,
+) where
+    K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    T: Clone,
+{
+    let key = |object: &K| format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
+    // Within one namespace the name is enough, and it is what others know the object by.
+    let is_all = api.namespace().is_none();
+    let key = |object: &K| if is_all { key(object) } else { object.name_any() };
+    let mut retry = Retry::default();
+    loop {
+        let mut events = pin!(watcher(api.clone(), watcher::Config::default()).backoff(Retry::default()));
+        let mut coming: BTreeMap<String, T> = BTreeMap::new();
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(watcher::Event::Init) => coming.clear(),
+                Ok(watcher::Event::InitApply(object)) => coming.extend(view(&object).map(|view| (key(&object), view))),
+                Ok(watcher::Event::InitDone) => {
+                    retry.reset();
+                    let objects = std::mem::take(&mut coming);
+                    let now = Table { objects, synced: true, lost: None };
+                    notes.write(|sight| table(sight, &mut |table| table.clone_from(&now)));
+                }
+                Ok(watcher::Event::Apply(object)) => notes.write(|sight| {
+                    table(sight, &mut |table| match view(&object) {
+                        Some(view) => _ = table.objects.insert(key(&object), view),
+                        None => _ = table.objects.remove(&key(&object)),
+                    });
+                }),
+                Ok(watcher::Event::Delete(object)) => notes.write(|sight| {
+                    table(sight, &mut |table| _ = table.objects.remove(&key(&object)));
+                }),
+                // A watch that has become too old: everything is listed anew, at once; nothing is missed by that.
+                Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
+                Err(error) => {
+                    let why = super::watch_reason(&error);
+                    tracing::debug!(url = api.resource_url(), "watch: {why}");
+                    notes.write(|sight| table(sight, &mut |table| table.lost = Some(why.clone())));
+                    // A watch that goes on where it was says nothing until something changes. Listed anew, the table is
+                    // known to be right again.
+                    if !matches!(error, watcher::Error::InitialListFailed(_)) {
+                        break;
+                    }
+                }
+            }
+        }
+        tokio::time::sleep(retry.pause()).await;
+    }
+}

@@ -1,0 +1,134 @@
+//! From Kubernetes' objects to the few fields of them that matter here.
+
+use super::picture::{Autoscaler, Budget, Slice, SliceEndpoint, Workload};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::ResourceExt;
+use kube::api::DynamicObject;
+use kube::core::PartialObjectMeta;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use tideshift_core::shift::{API_VERSION, KIND, LabelOperator, LabelRequirement, LabelSelector, WorkloadRef};
+
+/// Where a rollout writes down what the fewest replicas of a HorizontalPodAutoscaler were before it raised them.
+pub const MIN_BEFORE: &str = "tideshift.dev/min-replicas-before";
+
+/// A TrafficShift as it was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Written {
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) uid: String,
+    /// When it was made, in milliseconds since 1970.
+    pub(super) created: i64,
+    pub(super) generation: i64,
+    /// The document alone, as a file has it.
+    pub(super) document: Value,
+}
+
+impl Written {
+    /// What its rollout is called.
+    pub(super) fn rollout(&self) -> String {
+        format!("{}.{}", self.name, self.namespace)
+    }
+}
+
+pub(super) fn written(object: &DynamicObject) -> Option<Written> {
+    let (namespace, name) = (object.namespace()?, object.name_any());
+    let document = json!({
+        "apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name, "namespace": namespace},
+        "spec": object.data.get("spec").cloned().unwrap_or_default(),
+    });
+    Some(Written {
+        namespace,
+        name,
+        uid: object.uid().unwrap_or_default(),
+        created: object.creation_timestamp().map_or(0, |time| time.0.as_millisecond()),
+        generation: object.metadata.generation.unwrap_or_default(),
+        document,
+    })
+}
+
+pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
+    // Names instead of addresses are nothing that anybody here could count.
+    if slice.address_type == "FQDN" {
+        return None;
+    }
+    let ports = slice.ports.iter().flatten();
+    let ports = ports.filter_map(|port| Some((port.name.clone().unwrap_or_default(), u16::try_from(port.port?).ok()?)));
+    Some(Slice {
+        service: slice.labels().get("kubernetes.io/service-name").cloned(),
+        is_ipv6: slice.address_type == "IPv6",
+        ports: ports.collect(),
+        endpoints: slice.endpoints.iter().flatten().map(endpoint).collect(),
+    })
+}
+
+fn endpoint(endpoint: &Endpoint) -> SliceEndpoint {
+    let conditions = endpoint.conditions.clone().unwrap_or_default();
+    let ready = conditions.ready.unwrap_or(true);
+    let pod = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    SliceEndpoint {
+        address: endpoint.addresses.first().cloned().unwrap_or_default(),
+        pod: pod.and_then(|pod| pod.name.clone()),
+        ready,
+        serving: conditions.serving.unwrap_or(ready),
+        terminating: conditions.terminating.unwrap_or_default(),
+    }
+}
+
+pub(super) fn labels(pod: &PartialObjectMeta<Pod>) -> Option<BTreeMap<String, String>> {
+    Some(pod.labels().clone())
+}
+
+pub(super) fn workload(object: &DynamicObject) -> Option<Workload> {
+    let number = |pointer: &str| object.data.pointer(pointer).and_then(Value::as_u64).map(|n| n.min(1_000_000) as u32);
+    Some(Workload { replicas: number("/spec/replicas").unwrap_or(1), present: number("/status/replicas").unwrap_or(0) })
+}
+
+pub(super) fn autoscaler(object: &HorizontalPodAutoscaler) -> Option<Autoscaler> {
+    let spec = &object.spec;
+    let target = &spec.scale_target_ref;
+    let count = |replicas: i32| u32::try_from(replicas).unwrap_or_default();
+    Some(Autoscaler {
+        target: WorkloadRef {
+            api_version: target.api_version.clone().unwrap_or_else(|| "apps/v1".to_owned()),
+            kind: target.kind.clone(),
+            name: target.name.clone(),
+        },
+        min: spec.min_replicas.map_or(1, count),
+        max: count(spec.max_replicas),
+        min_before: object.annotations().get(MIN_BEFORE).and_then(|text| text.parse().ok()),
+    })
+}
+
+pub(super) fn budget(object: &PodDisruptionBudget) -> Option<Budget> {
+    let spec = object.spec.as_ref()?;
+    let IntOrString::Int(min_available) = spec.min_available.as_ref()? else { return None };
+    Some(Budget {
+        selector: selector(spec.selector.as_ref()?)?,
+        min_available: u32::try_from(*min_available).unwrap_or_default(),
+    })
+}
+
+fn selector(selector: &v1::LabelSelector) -> Option<LabelSelector> {
+    let expressions = selector.match_expressions.iter().flatten();
+    let expressions = expressions.map(|one| {
+        let operator = match one.operator.as_str() {
+            "In" => LabelOperator::In,
+            "NotIn" => LabelOperator::NotIn,
+            "Exists" => LabelOperator::Exists,
+            "DoesNotExist" => LabelOperator::DoesNotExist,
+            _ => return None,
+        };
+        Some(LabelRequirement { key: one.key.clone(), operator, values: one.values.clone().unwrap_or_default() })
+    });
+    Some(LabelSelector {
+        match_labels: selector.match_labels.clone().unwrap_or_default(),
+        match_expressions: expressions.collect::<Option<_>>()?,
+    })
+}
