@@ -38,6 +38,8 @@ pub struct Control {
     /// Whether what is in force has changed since this was last asked.
     shifts_changed: bool,
     document_errors: Vec<String>,
+    /// The namespaces whose documents cannot be seen, and which thus stay as proxies have them; `None` is all.
+    hidden: Vec<Option<String>>,
     readiness: Arc<Readiness>,
     availability: Availability,
     counted: Counted,
@@ -129,6 +131,7 @@ impl Control {
             files: Vec::new(),
             shifts_changed: false,
             document_errors: Vec::new(),
+            hidden: Vec::new(),
             readiness: Arc::default(),
             availability: Availability::new(&kept.ready),
             counted,
@@ -136,7 +139,7 @@ impl Control {
             dirty: false,
             news: Vec::new(),
             policy: None,
-            in_force: services_of(&kept),
+            in_force: kept.policy().map(|policy| policy.services).unwrap_or_default(),
             catching_up: None,
             kept,
             proxies: Proxies::default(),
@@ -147,6 +150,12 @@ impl Control {
 
     /// New files' documents; rollouts of services that are gone are forgotten.
     pub fn set_documents(&mut self, files: Vec<(TrafficShift, Value)>) {
+        self.set_documents_but(files, Vec::new());
+    }
+
+    /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
+    pub fn set_documents_but(&mut self, files: Vec<(TrafficShift, Value)>, hidden: Vec<Option<String>>) {
+        self.hidden = hidden;
         self.files = files;
         self.document_errors.clear();
         self.put_in_force();
@@ -156,7 +165,8 @@ impl Control {
         let before = self.kept.applied.len();
         self.shifts = applied::in_force(&self.files, &mut self.kept.applied);
         self.dirty |= self.kept.applied.len() != before;
-        let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name);
+        let hidden = &self.hidden;
+        let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name) || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
         self.counted.judges.retain(is_known);
@@ -176,6 +186,11 @@ impl Control {
     /// Documents that are wrong: what they said before stays.
     pub fn set_document_errors(&mut self, errors: Vec<String>) {
         self.document_errors = errors;
+    }
+
+    /// What is wrong with the documents.
+    pub fn document_errors(&self) -> &[String] {
+        &self.document_errors
     }
 
     /// A document from the API takes the place of the file's until that one changes. Returns whether it is a new one.
@@ -301,6 +316,9 @@ impl Control {
                 changed.push((shift.name.clone(), after, news, keep));
             }
         }
+        let seen: Vec<_> = services.iter().map(|service| service.name.clone()).collect();
+        let hidden = |service: &&Service| is_in(&service.name, &self.hidden) && !seen.contains(&service.name);
+        services.extend(self.in_force.iter().filter(hidden).cloned());
         for (name, rollout, news, keep) in changed {
             outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
             self.kept.rollouts.insert(name, rollout);
@@ -412,6 +430,12 @@ impl Control {
     }
 }
 
+/// Whether something of a cluster belongs to one of these namespaces.
+fn is_in(name: &str, namespaces: &[Option<String>]) -> bool {
+    let of = |namespace: &String| name.strip_suffix(namespace.as_str()).is_some_and(|rest| rest.ends_with('.'));
+    namespaces.iter().any(|namespace| namespace.as_ref().is_none_or(of))
+}
+
 /// What proxies run for a service while its rollout stands like this.
 fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, world: &World<'_>) -> Service {
     let parts = rollout.parts(shift, service, world);
@@ -422,11 +446,4 @@ fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, w
     compiled.rules.splice(0..0, rollout.testers(shift));
     compiled.mirror = compiled.mirror.or_else(|| rollout.mirror(shift));
     compiled
-}
-
-/// The services of the last policy that is known to have been published.
-fn services_of(kept: &Kept) -> Vec<Service> {
-    let services = serde_json::from_str(&kept.services).unwrap_or(Value::Null);
-    let policy = Policy::read(&serde_json::json!({ "revision": kept.revision, "services": services }));
-    policy.map(|policy| policy.services).unwrap_or_default()
 }

@@ -2,12 +2,16 @@
 
 pub mod clusters;
 pub mod eyes;
+pub mod lease;
+pub mod memory;
 pub mod picture;
 pub mod resolve;
 pub mod views;
 
 pub use clusters::Clusters;
 pub use eyes::{Eyes, Object, Scene};
+pub use lease::{Candidate, Role};
+pub use memory::{Memory, MemoryError};
 
 use kube::api::{ApiResource, GroupVersionKind};
 use kube::runtime::utils::Backoff;

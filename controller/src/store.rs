@@ -7,11 +7,13 @@ use crate::readiness::RememberedReadiness;
 use crate::rollout::{Rollout, Transition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use tideshift_core::policy::Policy;
 
 /// The format that this build writes, and the only one that it reads.
 const FORMAT: u32 = 2;
@@ -43,6 +45,12 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// The last policy, which is safe to give to proxies; `None` before the first.
+    pub fn policy(&self) -> Option<Policy> {
+        let services: Value = serde_json::from_str(&self.services).ok()?;
+        Policy::read(&serde_json::json!({ "revision": self.revision, "services": services })).ok()
+    }
+
     /// A state that begins now; `epoch` names it.
     ///
     /// # Errors
@@ -102,6 +110,34 @@ struct Versioned<T> {
     content: T,
 }
 
+/// What was written is not something that this build wrote.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unreadable(pub String);
+
+/// State as it is written, wherever that is.
+pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
+    serde_json::to_vec(&Versioned { format: FORMAT, content }).unwrap_or_default()
+}
+
+/// State from what was written.
+///
+/// # Errors
+///
+/// If it is not of this build's format.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
+    let format = serde_json::from_slice::<serde_json::Value>(bytes).map(|value| value["format"].as_u64());
+    Err(Unreadable(match format {
+        Ok(Some(format)) if format == u64::from(FORMAT) => match serde_json::from_slice::<Versioned<T>>(bytes) {
+            Ok(versioned) => return Ok(versioned.content),
+            Err(error) => error.to_string(),
+        },
+        Ok(Some(format)) => format!("format {format}, of another version of tideshift (this one has {FORMAT})"),
+        Ok(None) => "no format in it".to_owned(),
+        Err(error) => error.to_string(),
+    }))
+}
+
 impl Store {
     /// Whether there is a state in a directory, readable or not.
     pub fn is_in(dir: &Path) -> bool {
@@ -146,17 +182,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StoreError::Unreadable { path, why: format!("cannot be read: {error}") }),
         };
-        let format = serde_json::from_slice::<serde_json::Value>(&bytes).map(|value| value["format"].as_u64());
-        let why = match format {
-            Ok(Some(format)) if format == u64::from(FORMAT) => match serde_json::from_slice::<Versioned<T>>(&bytes) {
-                Ok(versioned) => return Ok(Some(versioned.content)),
-                Err(error) => error.to_string(),
-            },
-            Ok(Some(format)) => format!("format {format}, of another version of tideshift (this one has {FORMAT})"),
-            Ok(None) => "no format in it".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        Err(StoreError::Unreadable { path, why })
+        decode(&bytes).map(Some).map_err(|Unreadable(why)| StoreError::Unreadable { path, why })
     }
 
     fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StoreError> {
@@ -167,7 +193,7 @@ impl Store {
             let mut options = File::options();
             options.write(true).create(true).truncate(true).mode(0o600);
             let mut file = options.open(&new)?;
-            file.write_all(&serde_json::to_vec(&Versioned { format: FORMAT, content })?)?;
+            file.write_all(&encode(content))?;
             file.sync_data()?;
             fs::rename(&new, &path)
         };

@@ -43,9 +43,9 @@ impl Done {
     }
 
     /// State was written, or was not.
-    pub fn wrote<E>(&self, result: &Result<(), E>) {
+    pub fn wrote(&self, is_safe: bool) {
         self.writes.inc();
-        self.write_errors.inc_by(u64::from(result.is_err()));
+        self.write_errors.inc_by(u64::from(!is_safe));
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {

@@ -3,45 +3,85 @@
 //! for the step before, or for an earlier rollout.
 
 use crate::control::{Control, Counted, Outcome};
+use crate::kubernetes::{Memory, MemoryError};
 use crate::metrics::Done;
 use crate::store::{Kept, Store, StoreError};
 
 /// What keeps state.
 pub(super) trait Disk {
+    /// Whether another process may have taken over without this one knowing: then nothing may be published before it is
+    /// safe, for that is when this one finds out.
+    const IS_CONTENDED: bool;
     /// Replaces everything but the counts.
-    fn keep(&self, kept: &Kept) -> Result<(), StoreError>;
+    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError>;
     /// Replaces the counts.
-    fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError>;
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError>;
 }
 
-impl Disk for Store {
-    fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
-        Self::keep(self, kept)
+/// Why something could not be kept.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum KeepError {
+    #[error(transparent)]
+    Files(#[from] StoreError),
+    #[error(transparent)]
+    Secrets(#[from] MemoryError),
+}
+
+/// Where a process is the only one.
+impl Disk for Option<Store> {
+    const IS_CONTENDED: bool = false;
+
+    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
+        Ok(self.as_ref().map_or(Ok(()), |store| store.keep(kept))?)
     }
 
-    fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
-        Self::keep_counts(self, counted)
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
+        Ok(self.as_ref().map_or(Ok(()), |store| store.keep_counts(counted))?)
     }
 }
 
-/// What is not safe yet, and where to keep it. Where nothing can be kept (a full disk), it is tried again.
+impl Disk for Memory {
+    const IS_CONTENDED: bool = true;
+
+    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
+        Ok(Self::keep(self, kept).await?)
+    }
+
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
+        Ok(Self::keep_counts(self, counted).await?)
+    }
+}
+
+/// How safe what was decided is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Safety {
+    /// It may be published.
+    Safe,
+    /// Not yet.
+    Pending,
+    /// Somebody else decides now.
+    Deposed,
+}
+
+/// What is not safe yet, and where to keep it. What cannot be kept (a full disk, no API server) is tried again.
 #[derive(Debug)]
 pub(super) struct Keeper<D> {
-    /// None: nothing is kept.
-    disk: Option<D>,
+    disk: D,
     done: Done,
     kept: Option<Kept>,
     counted: Option<Counted>,
+    /// Whether it has been said that nothing can be kept.
+    complained: bool,
 }
 
 impl<D: Disk> Keeper<D> {
-    pub(super) fn new(disk: Option<D>, done: Done) -> Self {
-        Self { disk, done, kept: None, counted: None }
+    pub(super) fn new(disk: D, done: Done) -> Self {
+        Self { disk, done, kept: None, counted: None, complained: false }
     }
 
     /// Takes what came of looking at everything anew.
     pub(super) fn take(&mut self, control: &mut Control, outcome: &Outcome) {
-        if outcome.keep && self.disk.is_some() {
+        if outcome.keep {
             self.kept = Some(control.kept().clone());
             if !outcome.transitions.is_empty() {
                 self.take_counts(control);
@@ -51,20 +91,51 @@ impl<D: Disk> Keeper<D> {
 
     /// Takes the counts.
     pub(super) fn take_counts(&mut self, control: &mut Control) {
-        if self.disk.is_some() {
-            self.counted = control.changed_counts().or(self.counted.take());
-        }
+        self.counted = control.changed_counts().or(self.counted.take());
     }
 
     /// Writes what was taken, and what could not be written before.
-    pub(super) fn write(&mut self) {
-        let Some(disk) = &self.disk else { return };
-        let is_safe = |result: Result<(), StoreError>| {
-            self.done.wrote(&result);
-            result.inspect_err(|error| tracing::error!("{error}")).is_ok()
-        };
-        self.counted.take_if(|counted| is_safe(disk.keep_counts(counted)));
-        self.kept.take_if(|kept| is_safe(disk.keep(kept)));
+    pub(super) async fn write(&mut self) -> Safety {
+        if let Some(counted) = &self.counted {
+            let result = self.disk.keep_counts(counted).await;
+            match self.judge(result) {
+                Safety::Safe => self.counted = None,
+                // What was decided from counts that are not safe is not safe either.
+                unsafe_ if D::IS_CONTENDED => return unsafe_,
+                _ => {}
+            }
+        }
+        if let Some(kept) = &self.kept {
+            let result = self.disk.keep(kept).await;
+            match self.judge(result) {
+                Safety::Safe => self.kept = None,
+                unsafe_ if D::IS_CONTENDED => return unsafe_,
+                _ => {}
+            }
+        }
+        Safety::Safe
+    }
+
+    /// Whether something that was decided is not safe yet.
+    pub(super) fn has_pending(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    fn judge(&mut self, result: Result<(), KeepError>) -> Safety {
+        self.done.wrote(result.is_ok());
+        match result {
+            Ok(()) => {
+                self.complained = false;
+                Safety::Safe
+            }
+            Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
+            Err(error) => {
+                if !std::mem::replace(&mut self.complained, true) || !D::IS_CONTENDED {
+                    tracing::error!("{error}");
+                }
+                Safety::Pending
+            }
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use super::*;
 use crate::readiness::{EndpointState, Readiness};
 use crate::rollout::{Millis, Phase, Reason};
 use crate::status::ServiceStatus;
+use futures_util::FutureExt;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
@@ -26,7 +27,7 @@ struct Files {
 }
 
 impl Files {
-    fn write(&self, file: &File, text: String) -> Result<(), StoreError> {
+    fn write(&self, file: &File, text: String) -> Result<(), KeepError> {
         let left = self.left.get();
         if left.is_none_or(|(left, is_last_done)| left > 1 || (left == 1 && is_last_done)) {
             *file.borrow_mut() = Some(text);
@@ -42,11 +43,13 @@ impl Files {
 }
 
 impl Disk for &Files {
-    fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
+    const IS_CONTENDED: bool = false;
+
+    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
         self.write(&self.kept, serde_json::to_string(kept).unwrap())
     }
 
-    fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
         self.write(&self.counted, serde_json::to_string(counted).unwrap())
     }
 }
@@ -145,6 +148,11 @@ impl Proxy {
     }
 }
 
+/// Files of memory are written at once.
+fn write(keeper: &mut Keeper<&Files>) {
+    assert_eq!(keeper.write().now_or_never(), Some(Safety::Safe));
+}
+
 /// A process, from its start to its end.
 struct Process<'a> {
     control: Control,
@@ -157,7 +165,7 @@ impl<'a> Process<'a> {
         let kept = read(&files.kept).unwrap_or_else(|| Kept::fresh("e".to_owned()).unwrap());
         let mut control = Control::new(documents(target), kept, read(&files.counted).unwrap_or_default());
         control.set_readiness(readiness());
-        Self { control, keeper: Keeper::new(Some(files), Done::default()), started: now }
+        Self { control, keeper: Keeper::new(files, Done::default()), started: now }
     }
 
     fn service(&self, now: Millis) -> ServiceStatus {
@@ -186,11 +194,11 @@ fn play(mut kill: impl FnMut(usize) -> Option<(usize, bool)>) -> usize {
         let outcome = alive.control.evaluate(now);
         alive.keeper.take(&mut alive.control, &outcome);
         if outcome.keep {
-            alive.keeper.write();
+            write(&mut alive.keeper);
         }
         if !files.is_killed() && (now - alive.started) % 2_000 == 0 {
             alive.keeper.take_counts(&mut alive.control);
-            alive.keeper.write();
+            write(&mut alive.keeper);
         }
         if files.is_killed() {
             process = None;

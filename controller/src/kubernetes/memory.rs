@@ -1,0 +1,242 @@
+//! What survives a replica's end, in two Secrets of the controller's namespace: Secrets, because policies hold what
+//! signs sessions. Each write names the version that it replaces, so that a replica which another one has followed
+//! without knowing it (it was held up, or its clock stood still) cannot write any more: it finds out by that.
+
+use super::reason;
+use crate::control::{Counted, Judges};
+use crate::store::{Kept, Unreadable, decode, encode};
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{Api, ObjectMeta, PostParams};
+use kube::{Client, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{Read, Write};
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// The key of the data.
+const KEY: &str = "state.json.gz";
+/// Who wrote last.
+const WRITER: &str = "tideshift.dev/writer";
+/// The most bytes that an object may hold, less its other fields.
+const MAX_BYTES: usize = 1_000_000;
+/// The most bytes that one may unpack to.
+const MAX_UNPACKED: u64 = 256 << 20;
+/// The transitions that are kept of each rollout, as far as there is room.
+const HISTORIES: [usize; 4] = [200, 50, 10, 0];
+/// How long a write may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The Secrets, as this replica wrote them last.
+#[derive(Debug)]
+pub struct Memory {
+    state: Slot,
+    counts: Slot,
+}
+
+/// One Secret.
+#[derive(Debug)]
+struct Slot {
+    api: Api<Secret>,
+    name: String,
+    writer: String,
+    /// The version that the next write replaces.
+    version: Option<String>,
+}
+
+/// Why something cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Another replica has written since.
+    #[error("another replica has taken over")]
+    Deposed,
+    /// It is not this build's.
+    #[error(
+        "Secret {0}: {1}; it is left as it is. Delete it to start afresh (traffic then starts at the stable versions)"
+    )]
+    Unreadable(String, Unreadable),
+    /// The API server refuses, or does not answer.
+    #[error("Secret {0}: {1}")]
+    Refused(String, String),
+}
+
+impl Memory {
+    /// Takes over from whoever wrote last: after this, nobody else can write.
+    ///
+    /// # Errors
+    ///
+    /// If the Secrets cannot be read or written.
+    pub async fn take(
+        client: Client,
+        namespace: &str,
+        prefix: &str,
+        identity: &str,
+    ) -> Result<(Self, Option<Kept>, Option<Counted>), MemoryError> {
+        let slot = |what: &str| Slot {
+            api: Api::namespaced(client.clone(), namespace),
+            name: format!("{prefix}-{what}"),
+            writer: format!("{identity}/{:016x}", fastrand::u64(..)),
+            version: None,
+        };
+        let (mut state, mut counts) = (slot("state"), slot("counts"));
+        // What was decided goes last: whoever has it has the counts as well.
+        let counted: Option<Counted> = counts.take().await?;
+        let kept: Option<Kept> = state.take().await?;
+        let counted = match (&kept, counted) {
+            // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
+            (None, Some(counted)) => Some(Counted { judges: Judges::default(), ..counted }),
+            (_, counted) => counted,
+        };
+        Ok((Self { state, counts }, kept, counted))
+    }
+
+    /// Replaces everything but the counts.
+    ///
+    /// # Errors
+    ///
+    /// If it is not known to be written.
+    pub async fn keep(&mut self, kept: &Kept) -> Result<(), MemoryError> {
+        for histories in HISTORIES {
+            let mut kept = kept.clone();
+            for history in kept.history.values_mut() {
+                let too_many = history.len().saturating_sub(histories);
+                history.drain(..too_many);
+            }
+            let packed = pack(&kept);
+            if packed.len() <= MAX_BYTES || histories == 0 {
+                return self.state.write(packed).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the counts.
+    ///
+    /// # Errors
+    ///
+    /// If they are not known to be written.
+    pub async fn keep_counts(&mut self, counted: &Counted) -> Result<(), MemoryError> {
+        self.counts.write(pack(counted)).await
+    }
+}
+
+impl Slot {
+    /// Reads what is there, and writes it once more in this replica's name.
+    async fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, MemoryError> {
+        let secret = self.within(self.api.get_opt(&self.name)).await?;
+        let content =
+            secret.as_ref().map(|secret| unpack(secret).map_err(|why| self.unreadable(why))).transpose()?.flatten();
+        let data = secret.as_ref().and_then(|secret| secret.data.clone()).and_then(|mut data| data.remove(KEY));
+        self.version = secret.and_then(|secret| secret.resource_version());
+        self.write(data.map(|data| data.0).unwrap_or_default()).await?;
+        Ok(content)
+    }
+
+    async fn write(&mut self, packed: Vec<u8>) -> Result<(), MemoryError> {
+        let secret = Secret {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                resource_version: self.version.clone(),
+                labels: Some([("app.kubernetes.io/managed-by".to_owned(), "tideshift".to_owned())].into()),
+                annotations: Some([(WRITER.to_owned(), self.writer.clone())].into()),
+                ..ObjectMeta::default()
+            },
+            data: Some([(KEY.to_owned(), ByteString(packed))].into()),
+            ..Secret::default()
+        };
+        let parameters = PostParams::default();
+        let written = match self.version {
+            None => self.within(self.api.create(&parameters, &secret)).await,
+            Some(_) => self.within(self.api.replace(&self.name, &parameters, &secret)).await,
+        };
+        match written {
+            Ok(written) => {
+                self.version = written.resource_version();
+                Ok(())
+            }
+            Err(Refusal::Conflict) => {
+                // Perhaps this replica's own write, of which it never heard.
+                let now = self.within(self.api.get_opt(&self.name)).await?;
+                let writer = now.as_ref().and_then(|secret| secret.annotations().get(WRITER));
+                if now.is_some() && writer != Some(&self.writer) {
+                    return Err(MemoryError::Deposed);
+                }
+                self.version = now.and_then(|secret| secret.resource_version());
+                Err(MemoryError::Refused(self.name.clone(), "it has changed meanwhile".to_owned()))
+            }
+            Err(refusal) => Err(self.refused(refusal)),
+        }
+    }
+
+    async fn within<T>(&self, call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, Refusal> {
+        match timeout(PATIENCE, call).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Refusal::Conflict),
+            Ok(Err(error)) => Err(Refusal::Other(self.name.clone(), reason(&error))),
+            Err(_) => Err(Refusal::Other(self.name.clone(), format!("no answer within {} s", PATIENCE.as_secs()))),
+        }
+    }
+
+    fn refused(&self, refusal: Refusal) -> MemoryError {
+        refusal.into()
+    }
+
+    fn unreadable(&self, why: Unreadable) -> MemoryError {
+        MemoryError::Unreadable(self.name.clone(), why)
+    }
+}
+
+/// Why a call came to nothing.
+enum Refusal {
+    Conflict,
+    Other(String, String),
+}
+
+impl From<Refusal> for MemoryError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Conflict => Self::Deposed,
+            Refusal::Other(name, why) => Self::Refused(name, why),
+        }
+    }
+}
+
+fn pack<T: Serialize>(content: &T) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    // Writing to memory does not fail.
+    let _ = encoder.write_all(&encode(content));
+    encoder.finish().unwrap_or_default()
+}
+
+/// What a Secret holds; `None` if that is nothing yet.
+pub fn unpack<T: DeserializeOwned>(secret: &Secret) -> Result<Option<T>, Unreadable> {
+    let packed =
+        secret.data.as_ref().and_then(|data| data.get(KEY)).map(|bytes| bytes.0.as_slice()).unwrap_or_default();
+    if packed.is_empty() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    let read = GzDecoder::new(packed).take(MAX_UNPACKED).read_to_end(&mut bytes);
+    read.map_err(|error| Unreadable(format!("{KEY}: {error}")))?;
+    decode(&bytes).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_packed_is_unpacked() {
+        let kept = Kept { revision: u64::MAX, ..Kept::fresh("e".to_owned()).unwrap() };
+        let secret =
+            |packed: Vec<u8>| Secret { data: Some([(KEY.to_owned(), ByteString(packed))].into()), ..Secret::default() };
+        assert_eq!(unpack::<Kept>(&secret(pack(&kept))).unwrap(), Some(kept));
+        assert_eq!(unpack::<Kept>(&secret(Vec::new())).unwrap(), None);
+        let error = unpack::<Kept>(&secret(b"nonsense".to_vec())).unwrap_err();
+        assert!(error.to_string().starts_with("state.json.gz: "), "{error}");
+    }
+}

@@ -1,0 +1,227 @@
+//! Feeds the controller's mind, and carries out what it decides: first safe, then published.
+
+use super::LOOK;
+use super::files::Files;
+use super::keeper::{Disk, Keeper, Safety};
+use crate::api::{Published, Shared, now};
+use crate::control::Outcome;
+use crate::documents;
+use crate::hooks::{Answer, Hooks};
+use crate::kubernetes::{Hands, Scene};
+use crate::readiness::Prober;
+use crate::rollout::Transition;
+use bytes::Bytes;
+use std::sync::Arc;
+use std::time::Duration;
+use tideshift_core::policy::Policy;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+/// How often the mind looks at the clock; everything else reaches it at once.
+const TICK: Duration = Duration::from_millis(100);
+/// From one look at what proxies report to the next at least.
+const BREATH: Duration = Duration::from_millis(20);
+/// How often counts are made safe; what is lost of them, proxies say again.
+const KEEP_COUNTS: Duration = Duration::from_secs(2);
+/// How long what was to be told may take at the end.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Where documents come from.
+pub(super) enum Source {
+    /// Files.
+    Files(Files),
+    /// A cluster.
+    Cluster {
+        /// What is seen of it.
+        scene: watch::Receiver<Arc<Scene>>,
+        /// What is done in it.
+        hands: Hands,
+    },
+}
+
+/// Feeds the mind and carries out what it decides.
+pub(super) struct Mind<D> {
+    shared: Arc<Shared>,
+    keeper: Keeper<D>,
+    publish: watch::Sender<Option<Published>>,
+    /// What is to be published once it is safe.
+    unpublished: Option<Policy>,
+    /// Whether somebody else decides now.
+    deposed: bool,
+    prober: Prober,
+    source: Source,
+    hooks: Hooks,
+    /// What gates say.
+    answers: mpsc::Receiver<Answer>,
+}
+
+impl<D: Disk> Mind<D> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        publish: watch::Sender<Option<Published>>,
+        keeper: Keeper<D>,
+        prober: Prober,
+        source: Source,
+    ) -> Result<Self, reqwest::Error> {
+        let (hooks, answers) = Hooks::start()?;
+        let (unpublished, deposed) = (None, false);
+        Ok(Self { shared, keeper, publish, unpublished, deposed, prober, source, hooks, answers })
+    }
+
+    /// Decides until `stop`, or until somebody else does.
+    pub(super) async fn run(&mut self, stop: impl Future<Output = ()>) {
+        let mut stop = std::pin::pin!(stop);
+        let every = |period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        };
+        let (mut tick, mut look, mut keep_counts) = (every(TICK), every(LOOK), every(KEEP_COUNTS));
+        let mut readiness = self.prober.subscribe();
+        readiness.mark_changed();
+        let mut looked = Instant::now();
+        while !self.deposed {
+            tokio::select! {
+                () = &mut stop => break,
+                // Reports of thousands of proxies are looked at together.
+                _ = self.shared.counted.notified() => sleep_until(looked + BREATH).await,
+                Ok(()) = readiness.changed() => {
+                    let now_ready = readiness.borrow_and_update().clone();
+                    self.shared.control().set_readiness(now_ready);
+                }
+                Some(answer) = self.answers.recv() => {
+                    self.shared.control().gate_answered(&answer.question, answer.allowed, &answer.words);
+                }
+                () = changed(&mut self.source) => self.look_at_scene(),
+                _ = look.tick() => self.look_at_files(),
+                _ = keep_counts.tick() => self.keep_counts().await,
+                _ = tick.tick() => {}
+            }
+            self.evaluate().await;
+            looked = Instant::now();
+        }
+        if !self.deposed {
+            // What somebody has just asked for is safe before he is told so.
+            self.evaluate().await;
+            self.keep_counts().await;
+        }
+    }
+
+    /// Tells what is still to be told.
+    pub(super) async fn end(self) {
+        let _ = tokio::time::timeout(GRACE, self.hooks.end()).await;
+    }
+
+    async fn evaluate(&mut self) {
+        let (turn, outcome) = {
+            let mut control = self.shared.control();
+            if let Some(shifts) = control.changed_shifts() {
+                match &self.source {
+                    Source::Files(_) => self.prober.set(shifts),
+                    Source::Cluster { scene, .. } => {
+                        let outlook = scene.borrow().outlook.clone();
+                        self.prober.set_with(shifts, outlook);
+                    }
+                }
+                self.hooks.set(shifts);
+                // With the readiness of the endpoints that they have now, not of those that they had.
+                let readiness = self.prober.subscribe().borrow().clone();
+                control.set_readiness(readiness);
+            }
+            let outcome = control.evaluate(now());
+            self.keeper.take(&mut control, &outcome);
+            (self.shared.turns.begin(), outcome)
+        };
+        for (rollout, message) in &outcome.messages {
+            tracing::debug!(rollout, "{message}");
+        }
+        for (rollout, transition) in &outcome.transitions {
+            let Transition { phase, reason, message, .. } = transition;
+            tracing::info!(rollout, ?phase, ?reason, "{message}");
+            self.shared.done.changed(rollout, transition);
+        }
+        // First safe, then published: a revision that proxies have seen is never given to another policy. Where this is
+        // the only process, traffic goes on being moved also where nothing can be kept (a full disk).
+        let is_due = outcome.keep || (D::IS_CONTENDED && self.keeper.has_pending());
+        let safety = if is_due { self.keeper.write().await } else { Safety::Safe };
+        self.unpublished = outcome.policy.clone().or(self.unpublished.take());
+        match safety {
+            Safety::Safe => self.publish(),
+            Safety::Pending => {}
+            Safety::Deposed => {
+                tracing::warn!("another replica has taken over; what was decided last is not published");
+                self.deposed = true;
+                return;
+            }
+        }
+        self.tell(&outcome);
+        self.shared.turns.end(turn);
+    }
+
+    fn publish(&mut self) {
+        let Some(policy) = self.unpublished.take() else { return };
+        let epoch = self.shared.control().kept().epoch.clone();
+        let json = Bytes::from(serde_json::to_vec(&policy).unwrap_or_default());
+        tracing::info!(revision = policy.revision, "policy published");
+        self.shared.done.published();
+        self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
+    }
+
+    fn tell(&mut self, outcome: &Outcome) {
+        let control = self.shared.control();
+        let status = |rollout: &str| control.rollout_status(rollout, now());
+        self.hooks.ask(control.questions(), status);
+        self.hooks.tell(&outcome.transitions, status);
+        if let Source::Cluster { scene, hands } = &mut self.source {
+            hands.take(&control, &scene.borrow(), &outcome.transitions, now());
+        }
+        drop(control);
+        self.shared.events.tell(&outcome.transitions);
+    }
+
+    fn look_at_scene(&mut self) {
+        let Source::Cluster { scene, .. } = &mut self.source else { return };
+        let scene = scene.borrow_and_update().clone();
+        let mut control = self.shared.control();
+        for error in &scene.errors {
+            if !control.document_errors().contains(error) {
+                tracing::error!("{error}");
+            }
+        }
+        control.set_documents_but(scene.documents.clone(), scene.hidden.clone());
+        control.set_document_errors(scene.errors.clone());
+    }
+
+    fn look_at_files(&mut self) {
+        let Source::Files(files) = &mut self.source else { return };
+        if !files.have_changed() {
+            return;
+        }
+        match documents::load_as_written(files.paths()) {
+            Ok(documents) => {
+                tracing::info!("documents have changed");
+                self.shared.control().set_documents(documents);
+            }
+            Err(errors) => {
+                let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();
+                for error in &errors {
+                    tracing::error!("{error}; what it said before stays in force");
+                }
+                self.shared.control().set_document_errors(errors);
+            }
+        }
+    }
+
+    async fn keep_counts(&mut self) {
+        self.keeper.take_counts(&mut self.shared.control());
+        self.deposed |= self.keeper.write().await == Safety::Deposed;
+    }
+}
+
+/// Ends when a cluster shows something new.
+async fn changed(source: &mut Source) {
+    match source {
+        Source::Cluster { scene, .. } if scene.changed().await.is_ok() => {}
+        _ => std::future::pending().await,
+    }
+}
