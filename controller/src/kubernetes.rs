@@ -3,15 +3,21 @@
 pub mod clusters;
 pub mod eyes;
 pub mod lease;
+pub mod hands;
 pub mod memory;
 pub mod picture;
+pub mod review;
 pub mod resolve;
+pub mod scale;
+pub mod shift_status;
 pub mod views;
 
 pub use clusters::Clusters;
 pub use eyes::{Eyes, Object, Scene};
+pub use hands::Hands;
 pub use lease::{Candidate, Role};
 pub use memory::{Memory, MemoryError};
+pub use review::Reviewer;
 
 use kube::api::{ApiResource, GroupVersionKind};
 use kube::runtime::utils::Backoff;
