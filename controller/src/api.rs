@@ -3,6 +3,7 @@
 //! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
 use crate::control::{CommandError, Control};
+use crate::kubernetes::Reviewer;
 use crate::metrics::Done;
 use crate::rollout::{Command, Millis};
 use crate::status::ServiceStatus;
@@ -27,6 +28,7 @@ use tokio::sync::{Notify, watch};
 
 mod auth;
 mod events;
+mod leader;
 mod openapi;
 mod proxies;
 mod rollouts;
@@ -36,6 +38,7 @@ mod turns;
 
 pub use auth::{TokenError, TokenFiles, Tokens};
 pub use events::{Events, keep_telling};
+pub use leader::Leader;
 pub use turns::Turns;
 
 /// The largest body where nothing else is said.
@@ -64,6 +67,10 @@ pub struct Shared {
     pub published: watch::Receiver<Option<Published>>,
     /// Who may ask.
     pub tokens: watch::Receiver<Tokens>,
+    /// Reviews tokens of proxies that are in no file; none outside Kubernetes.
+    pub reviewer: Option<Arc<Reviewer>>,
+    /// Who decides, if it is not this replica.
+    pub leader: Leader,
     /// Becomes true when the process is to end.
     pub ending: watch::Receiver<bool>,
 }
@@ -128,12 +135,18 @@ struct Route {
     allowed: &'static [Scope],
     /// How long it may take; `None`: it waits on purpose.
     patience: Option<Duration>,
+    /// Whether every replica answers it, not the leader alone.
+    by_all: bool,
     handler: MethodRouter<Arc<Shared>>,
 }
 
 impl Route {
     fn new(method: Method, path: &'static str, allowed: &'static [Scope], handler: MethodRouter<Arc<Shared>>) -> Self {
-        Self { method, path, allowed, patience: Some(PATIENCE), handler }
+        Self { method, path, allowed, patience: Some(PATIENCE), by_all: false, handler }
+    }
+
+    fn by_all(self) -> Self {
+        Self { by_all: true, ..self }
     }
 
     fn that_waits(self) -> Self {
@@ -155,7 +168,7 @@ fn routes() -> Vec<Route> {
     let reports = post(proxies::report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES));
     let put_shift = put(shifts::put).layer(DefaultBodyLimit::max(MAX_SHIFT_BYTES));
     vec![
-        get_by("/v1/policy", PROXIES_AND_OPERATORS, get(proxies::policy)).that_waits(),
+        get_by("/v1/policy", PROXIES_AND_OPERATORS, get(proxies::policy)).that_waits().by_all(),
         Route::new(Method::POST, "/v1/reports", PROXIES, reports),
         get_by("/v1/status", READERS, get(status::status)),
         get_by("/v1/events", READERS, get(events::events)).that_waits(),
@@ -171,18 +184,23 @@ fn routes() -> Vec<Route> {
         // A document may hold secrets.
         get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
         Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),
-        get_by("/metrics", READERS, get(status::openmetrics)),
-        get_by("/healthz", EVERYBODY, get(status::healthy)),
-        get_by("/readyz", EVERYBODY, get(status::ready)),
-        get_by("/v1/openapi.json", EVERYBODY, get(openapi::document)),
+        get_by("/metrics", READERS, get(status::openmetrics)).by_all(),
+        get_by("/healthz", EVERYBODY, get(status::healthy)).by_all(),
+        get_by("/readyz", EVERYBODY, get(status::ready)).by_all(),
+        get_by("/v1/openapi.json", EVERYBODY, get(openapi::document)).by_all(),
     ]
 }
 
 /// The whole API.
 pub fn router(shared: Arc<Shared>) -> Router {
     let mut router = Router::new();
-    for Route { method, path, allowed, patience, handler } in routes() {
-        let guard = Guard { tokens: shared.tokens.clone(), changes: method != Method::GET, allowed, patience };
+    for Route { method, path, allowed, patience, by_all, handler } in routes() {
+        let (tokens, reviewer) = (shared.tokens.clone(), shared.reviewer.clone());
+        let guard = Guard { tokens, reviewer, changes: method != Method::GET, allowed, patience };
+        let handler = match by_all {
+            true => handler,
+            false => handler.route_layer(from_fn_with_state(shared.clone(), leader::hand_on)),
+        };
         router = router.route(path, handler.route_layer(from_fn_with_state(guard, auth::guard)));
     }
     router

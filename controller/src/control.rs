@@ -126,6 +126,16 @@ const MAX_HISTORY: usize = 200;
 impl Control {
     /// Goes on from what was kept.
     pub fn new(files: Vec<(TrafficShift, Value)>, kept: Kept, counted: Counted) -> Self {
+        Self::with_hidden(files, Vec::new(), kept, counted)
+    }
+
+    /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
+    pub fn with_hidden(
+        files: Vec<(TrafficShift, Value)>,
+        hidden: Vec<Option<String>>,
+        kept: Kept,
+        counted: Counted,
+    ) -> Self {
         let mut control = Self {
             shifts: Vec::new(),
             files: Vec::new(),
@@ -144,7 +154,7 @@ impl Control {
             kept,
             proxies: Proxies::default(),
         };
-        control.set_documents(files);
+        control.set_documents_but(files, hidden);
         control
     }
 
@@ -153,7 +163,7 @@ impl Control {
         self.set_documents_but(files, Vec::new());
     }
 
-    /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
+    /// The same, but for the documents of namespaces that cannot be seen.
     pub fn set_documents_but(&mut self, files: Vec<(TrafficShift, Value)>, hidden: Vec<Option<String>>) {
         self.hidden = hidden;
         self.files = files;

@@ -2,12 +2,12 @@
 
 pub mod clusters;
 pub mod eyes;
-pub mod lease;
 pub mod hands;
+pub mod lease;
 pub mod memory;
 pub mod picture;
-pub mod review;
 pub mod resolve;
+pub mod review;
 pub mod scale;
 pub mod shift_status;
 pub mod views;

@@ -6,6 +6,7 @@
 //! pointed here (DNS rebinding).
 
 use super::Problem;
+use crate::kubernetes::Reviewer;
 use crate::net::io_reason;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header, uri::Authority};
@@ -16,6 +17,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
@@ -161,6 +163,8 @@ pub(super) struct Guard {
     pub(super) tokens: watch::Receiver<Tokens>,
     /// Whose tokens will do; empty: no token is needed.
     pub(super) allowed: &'static [Scope],
+    /// Knows more tokens of proxies.
+    pub(super) reviewer: Option<Arc<Reviewer>>,
     /// Whether the route changes anything.
     pub(super) changes: bool,
     /// How long a request may take.
@@ -169,7 +173,8 @@ pub(super) struct Guard {
 
 /// Lets a request pass or says why not, before anything of its body is read.
 pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    if let Err(refusal) = guard.admit(request.headers()) {
+    let reviewed = guard.is_reviewed(request.headers()).await;
+    if let Err(refusal) = guard.admit(request.headers(), reviewed) {
         return refusal.into_response();
     }
     match guard.patience {
@@ -182,12 +187,21 @@ pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Ne
 }
 
 impl Guard {
-    fn admit(&self, headers: &HeaderMap) -> Result<(), Problem> {
+    /// Whether the cluster itself says that the token is a proxy's.
+    async fn is_reviewed(&self, headers: &HeaderMap) -> bool {
+        let reviewer = self.reviewer.as_ref().filter(|_| self.allowed.contains(&Scope::Proxy));
+        let Some((reviewer, token)) = reviewer.zip(bearer(headers)) else { return false };
+        // One that is known is not asked about.
+        self.tokens.borrow().scopes_of(token).is_empty() && reviewer.accepts(token).await
+    }
+
+    fn admit(&self, headers: &HeaderMap, reviewed: bool) -> Result<(), Problem> {
         if self.allowed.is_empty() {
             return Ok(());
         }
         let tokens = self.tokens.borrow();
-        match tokens.are_needed() {
+        match tokens.are_needed() || self.reviewer.is_some() {
+            true if reviewed => {}
             true => self.authorize(&tokens, headers)?,
             false => from_this_machine(headers)?,
         }

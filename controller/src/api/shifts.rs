@@ -1,6 +1,7 @@
 //! Documents that come and go through the API: `/v1/shifts/{name}`.
 
 use super::{Part, Peer, Problem, Services, Shared, parse};
+use crate::kubernetes::Role;
 use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
@@ -25,6 +26,10 @@ pub(super) async fn put(
     peer: Peer,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<Services>), Problem> {
+    if shared.leader.role() != Role::Alone {
+        let why = "documents are resources of the cluster here; expected `kubectl apply`";
+        return Err(Problem::new(StatusCode::CONFLICT, why));
+    }
     let document: Value = parse(body, "a TrafficShift")?;
     let (is_new, turn) = {
         let mut control = shared.control();

@@ -1,6 +1,7 @@
 //! How things stand: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
 use super::{Part, Problem, Shared, now};
+use crate::kubernetes::Role;
 use crate::metrics;
 use crate::status::{DrainStatus, Status};
 use axum::Json;
@@ -29,6 +30,8 @@ pub(super) async fn healthy() -> &'static str {
 pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     match shared.published.borrow().is_some() {
         true => "ok\n".into_response(),
+        // A replica that follows has nothing to wait for: whoever asks it is handed on.
+        false if matches!(shared.leader.role(), Role::Follows(Some(_))) => "ok\n".into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first probes\n").into_response(),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Failure;
 use crate::api::TokenFiles;
-use crate::serve::{self, Options, ServeError, TlsFiles};
+use crate::serve::{self, Cluster, Documents, Options, ServeError, TlsFiles};
 use crate::telemetry::{self, LogFormat};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ Examples:
   tideshift serve -f shift.yaml
   tideshift serve -f checkout.yaml -f search.yaml --listen 127.0.0.1:7460
   curl http://127.0.0.1:7460/readyz
+  tideshift serve --kubernetes --watch-namespace shop
   tideshift serve -f shift.yaml --listen 0.0.0.0:7460 --tls-cert tls.crt --tls-key tls.key \
     --read-token-file read.tokens --operate-token-file operate.tokens --proxy-token-file proxy.tokens
 
@@ -25,8 +26,43 @@ Serves GET /v1/policy and POST /v1/reports for proxies, GET /v1/status for peopl
 a web page at /; the rest is in GET /v1/openapi.json.")]
 pub(super) struct Arguments {
     /// TrafficShift documents in YAML or JSON; `-` reads standard input. May be given several times.
-    #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
+    #[arg(short = 'f', long = "file", value_name = "FILE", required_unless_present = "kubernetes")]
     files: Vec<PathBuf>,
+
+    /// Documents are TrafficShift resources of a Kubernetes cluster (KUBECONFIG, else the pod's service account), and
+    /// state is kept there; several replicas may run, of which one leads.
+    #[arg(long, env = "TIDESHIFT_KUBERNETES", conflicts_with_all = ["files", "state_dir"])]
+    kubernetes: bool,
+
+    /// A namespace whose TrafficShifts count. May be given several times. Without it: all namespaces.
+    #[arg(
+        long,
+        value_name = "NAMESPACE",
+        env = "TIDESHIFT_WATCH_NAMESPACE",
+        value_delimiter = ',',
+        requires = "kubernetes"
+    )]
+    watch_namespace: Vec<String>,
+
+    /// Which replica this is. Without it: the host name, which is the pod's name.
+    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    pod_name: Option<String>,
+
+    /// Where the Lease, the state and the Secrets of other clusters are. Without it: the service account's namespace.
+    #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
+    pod_namespace: Option<String>,
+
+    /// How other replicas reach this one, such as http://10.1.2.3:7460. Without it: the address of --listen.
+    #[arg(long, value_name = "URL", env = "TIDESHIFT_ADVERTISE", requires = "kubernetes")]
+    advertise: Option<String>,
+
+    /// The Lease's name; the Secrets that hold the state are called NAME-state and NAME-counts.
+    #[arg(long, value_name = "NAME", default_value = "tideshift", env = "TIDESHIFT_LEASE_NAME")]
+    lease_name: String,
+
+    /// Proxies may also have tokens that the cluster has given for this audience, as a TokenReview says.
+    #[arg(long, value_name = "AUDIENCE", env = "TIDESHIFT_PROXY_TOKEN_AUDIENCE", requires = "kubernetes")]
+    proxy_token_audience: Option<String>,
 
     /// Where to listen: a loopback address, unless there are tokens.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7460", env = "TIDESHIFT_LISTEN")]
@@ -68,8 +104,19 @@ pub(super) struct Arguments {
 
 pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     telemetry::start(arguments.log_format, &arguments.log_level).map_err(Failure::Usage)?;
+    let documents = match arguments.kubernetes {
+        true => Documents::Kubernetes(Cluster {
+            namespaces: arguments.watch_namespace.into_iter().filter(|namespace| !namespace.is_empty()).collect(),
+            identity: arguments.pod_name.map_or_else(host_name, Ok)?,
+            namespace: arguments.pod_namespace,
+            advertise: arguments.advertise,
+            lease: arguments.lease_name,
+            proxy_token_audience: arguments.proxy_token_audience,
+        }),
+        false => Documents::Files { files: arguments.files, state_dir: arguments.state_dir },
+    };
     let options = Options {
-        files: arguments.files,
+        documents,
         listen: arguments.listen,
         tokens: TokenFiles {
             read: arguments.read_token_file,
@@ -77,13 +124,21 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             proxy: arguments.proxy_token_file,
         },
         tls: arguments.tls_cert.zip(arguments.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
-        state_dir: arguments.state_dir,
     };
     serve::serve(options).await.map_err(|error| match error {
         ServeError::Documents(errors) => Failure::Documents(errors),
-        ServeError::NotLoopback(_) | ServeError::Tokens(_) | ServeError::Certificate(_) => {
+        ServeError::NotLoopback(_) | ServeError::NoCluster(_) | ServeError::Tokens(_) | ServeError::Certificate(_) => {
             Failure::Usage(error.to_string())
         }
         error => Failure::Other(error.into()),
     })
+}
+
+/// What this machine calls itself; in a pod, the pod's name.
+fn host_name() -> Result<String, Failure> {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    match name.is_empty() {
+        false => Ok(name),
+        true => Err(Failure::Usage("--pod-name: missing, and this machine has no host name".to_owned())),
+    }
 }

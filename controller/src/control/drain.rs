@@ -87,6 +87,12 @@ impl Idle {
         changed
     }
 
+    /// Since when a version is given nothing, and when it had drained, or its deadline had passed.
+    pub(super) fn ended(&self, key: &VersionKey) -> Option<(Millis, Millis)> {
+        let since = self.0.get(key)?;
+        Some((since.time, since.ended.as_ref()?.time))
+    }
+
     /// How a version stands.
     pub(super) fn status(&self, key: &VersionKey, seen: &[Seen<'_>]) -> DrainStatus {
         let in_flight = seen.iter().fold(0, |sum: u64, seen| sum.saturating_add(seen.in_flight));

@@ -1,6 +1,8 @@
 //! The status, history and drains, for people and tools.
 
 use super::Control;
+use crate::kubernetes::picture::Picture;
+use crate::kubernetes::scale::{Facts, Want};
 use crate::ledger::VersionKey;
 use crate::rollout::{Millis, Rollout, percent};
 use crate::status::{
@@ -39,6 +41,23 @@ impl Control {
         let services = self.shifts.iter().find_map(|shift| shift.service(service))?;
         services.version(version)?;
         Some(self.drain_status(&(service.to_owned(), version.to_owned()), now))
+    }
+
+    /// What the workloads of a rollout should be changed to; nothing while not everything of it can be seen.
+    pub fn scale(&self, name: &str, picture: &Picture, now: Millis) -> Vec<Want> {
+        let shift = self.shifts.iter().find(|shift| shift.name == name).filter(|shift| self.is_known(shift));
+        let Some((shift, rollout)) = shift.zip(self.kept.rollouts.get(name)) else { return Vec::new() };
+        let drained = |service: &str, version: &str| self.kept.idle.ended(&(service.to_owned(), version.to_owned()));
+        Facts { shift, rollout, picture, drained: &drained, now }.plan()
+    }
+
+    /// Whether the readiness of all endpoints of a rollout is known; if not, why, where that can be said.
+    pub fn sight(&self, name: &str) -> Result<(), Option<&str>> {
+        match self.shifts.iter().find(|shift| shift.name == name) {
+            Some(shift) if self.is_known(shift) => Ok(()),
+            Some(shift) => Err(self.unseen(shift)),
+            None => Err(None),
+        }
     }
 
     fn drain_status(&self, key: &VersionKey, now: Millis) -> DrainStatus {

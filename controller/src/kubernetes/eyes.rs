@@ -46,6 +46,15 @@ pub struct Scene {
     pub objects: BTreeMap<String, Object>,
     /// All that is known, for what is scaled.
     pub picture: Arc<Picture>,
+    /// Whether there was anything to put together.
+    seen: bool,
+}
+
+impl Scene {
+    /// Whether nothing has been seen yet.
+    pub fn is_nothing(&self) -> bool {
+        !self.seen
+    }
 }
 
 /// A TrafficShift as a resource.
@@ -160,6 +169,7 @@ impl Watches {
             if is_complete {
                 let now = self.look();
                 scene.send_if_modified(|before| {
+                    let now = Scene { seen: true, ..now };
                     let differs = **before != now;
                     if differs {
                         *before = Arc::new(now);

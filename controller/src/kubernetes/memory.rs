@@ -64,6 +64,11 @@ pub enum MemoryError {
     Refused(String, String),
 }
 
+/// The name of the Secret that holds everything but the counts.
+pub fn state_name(prefix: &str) -> String {
+    format!("{prefix}-state")
+}
+
 impl Memory {
     /// Takes over from whoever wrote last: after this, nobody else can write.
     ///
@@ -76,13 +81,13 @@ impl Memory {
         prefix: &str,
         identity: &str,
     ) -> Result<(Self, Option<Kept>, Option<Counted>), MemoryError> {
-        let slot = |what: &str| Slot {
+        let slot = |name: String| Slot {
             api: Api::namespaced(client.clone(), namespace),
-            name: format!("{prefix}-{what}"),
+            name,
             writer: format!("{identity}/{:016x}", fastrand::u64(..)),
             version: None,
         };
-        let (mut state, mut counts) = (slot("state"), slot("counts"));
+        let (mut state, mut counts) = (slot(state_name(prefix)), slot(format!("{prefix}-counts")));
         // What was decided goes last: whoever has it has the counts as well.
         let counted: Option<Counted> = counts.take().await?;
         let kept: Option<Kept> = state.take().await?;
@@ -168,7 +173,7 @@ impl Slot {
                 self.version = now.and_then(|secret| secret.resource_version());
                 Err(MemoryError::Refused(self.name.clone(), "it has changed meanwhile".to_owned()))
             }
-            Err(refusal) => Err(self.refused(refusal)),
+            Err(refusal) => Err(refusal.into()),
         }
     }
 
@@ -179,10 +184,6 @@ impl Slot {
             Ok(Err(error)) => Err(Refusal::Other(self.name.clone(), reason(&error))),
             Err(_) => Err(Refusal::Other(self.name.clone(), format!("no answer within {} s", PATIENCE.as_secs()))),
         }
-    }
-
-    fn refused(&self, refusal: Refusal) -> MemoryError {
-        refusal.into()
     }
 
     fn unreadable(&self, why: Unreadable) -> MemoryError {

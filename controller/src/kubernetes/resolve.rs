@@ -137,6 +137,13 @@ fn find(view: &View, discovery: &Discovery) -> Vec<Found> {
     found.into_values().collect()
 }
 
+/// The pods of a version's endpoints: all, or those that can take traffic.
+pub fn pods(view: &View, discovery: &Discovery, only_ready: bool) -> BTreeSet<String> {
+    let found = find(view, discovery).into_iter();
+    let found = found.filter(|found| !only_ready || found.obstacle(false).is_none());
+    found.filter_map(|found| found.state.pod).collect()
+}
+
 fn is_of(slice: &Slice, discovery: &Discovery) -> bool {
     discovery.service.is_none() || slice.service == discovery.service
 }

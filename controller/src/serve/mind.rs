@@ -220,8 +220,10 @@ impl<D: Disk> Mind<D> {
 
 /// Ends when a cluster shows something new.
 async fn changed(source: &mut Source) {
-    match source {
-        Source::Cluster { scene, .. } if scene.changed().await.is_ok() => {}
-        _ => std::future::pending().await,
+    if let Source::Cluster { scene, .. } = source
+        && scene.changed().await.is_ok()
+    {
+        return;
     }
+    std::future::pending().await
 }

@@ -1,0 +1,88 @@
+//! What a replica that does not lead does with requests that only the leader can answer: it hands them on.
+
+use super::{MAX_SHIFT_BYTES, Problem, Shared};
+use crate::kubernetes::Role;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Says that a request was handed on already; it is not handed on twice.
+const HANDED_ON: HeaderName = HeaderName::from_static("x-tideshift-handed-on");
+/// How long a connection to the leader may take.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// How the leader is reached.
+#[derive(Debug)]
+pub struct Leader {
+    role: watch::Receiver<Role>,
+    /// What the leader's certificate must be, or lead to.
+    certificate: Option<PathBuf>,
+    client: OnceLock<Result<reqwest::Client, String>>,
+}
+
+impl Leader {
+    /// By what this replica's role is. Where replicas speak TLS, they have the same certificate.
+    pub fn new(role: watch::Receiver<Role>, certificate: Option<PathBuf>) -> Self {
+        Self { role, certificate, client: OnceLock::new() }
+    }
+
+    /// What this replica is now.
+    pub fn role(&self) -> Role {
+        self.role.borrow().clone()
+    }
+
+    fn client(&self) -> Result<reqwest::Client, Problem> {
+        let client = self.client.get_or_init(|| build(self.certificate.as_deref()));
+        client.clone().map_err(|why| Problem::new(StatusCode::BAD_GATEWAY, why))
+    }
+}
+
+fn build(certificate: Option<&Path>) -> Result<reqwest::Client, String> {
+    let mut builder = reqwest::Client::builder().no_proxy().connect_timeout(CONNECT);
+    if let Some(path) = certificate {
+        let pem = fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| error.to_string())?;
+        builder = builder.tls_certs_only(certificates);
+    }
+    builder.build().map_err(|error| error.to_string())
+}
+
+/// Answers a request here if this replica leads, and hands it on to the one that does if not.
+pub(super) async fn hand_on(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let Role::Follows(leader) = shared.leader.role() else { return next.run(request).await };
+    let Some(leader) = leader.filter(|_| !request.headers().contains_key(HANDED_ON)) else {
+        let why = "no replica leads at the moment; try again in a few seconds";
+        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    };
+    ask(&shared, &leader, request).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn ask(shared: &Shared, leader: &str, request: Request) -> Result<Response, Problem> {
+    let gone = |error: &dyn std::fmt::Display| Problem::new(StatusCode::BAD_GATEWAY, format!("the leader: {error}"));
+    let (parts, body) = request.into_parts();
+    let body = to_bytes(body, MAX_SHIFT_BYTES).await;
+    let body = body.map_err(|_| Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the body is too long"))?;
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut headers = parts.headers;
+    for own in [header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION] {
+        headers.remove(own);
+    }
+    headers.insert(HANDED_ON, HeaderValue::from_static("1"));
+    let request = shared.leader.client()?.request(parts.method, format!("{}{path}", leader.trim_end_matches('/')));
+    let answer = request.headers(headers).body(body).send().await.map_err(|error| gone(&crate::net::reason(&error)))?;
+    let mut response = Response::builder().status(answer.status());
+    if let Some(headers) = response.headers_mut() {
+        headers.clone_from(answer.headers());
+        for own in [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION] {
+            headers.remove(own);
+        }
+    }
+    response.body(Body::from_stream(answer.bytes_stream())).map_err(|error| gone(&error))
+}

@@ -1,0 +1,192 @@
+//! `tideshift serve --kubernetes`: several replicas, of which one leads. The others give proxies the last policy, which
+//! they read where the leader has written it before it published it, and hand everything else on to the leader.
+
+use super::keeper::Keeper;
+use super::mind::{Mind, Source};
+use super::secrets::Secrets;
+use super::{Cluster, Options, ServeError, Service, fresh, listen, signals};
+use crate::api::Published;
+use crate::control::{Control, Counted};
+use crate::kubernetes::{
+    Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
+};
+use crate::readiness::Prober;
+use crate::store::Kept;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use k8s_openapi::api::core::v1::Secret;
+use kube::Client;
+use kube::api::Api;
+use kube::runtime::{WatchStreamExt, watcher};
+use std::pin::pin;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), ServeError> {
+    let secrets = Secrets::load(&options)?;
+    let (client, namespace) = clusters::home().await.map_err(ServeError::NoCluster)?;
+    let namespace = cluster.namespace.clone().unwrap_or(namespace);
+    let listener = listen(&options).await?;
+    let address = listener.local_addr()?;
+    let reviewer = cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience));
+    let role = watch::Sender::new(Role::Follows(None));
+    let nothing = Control::new(Vec::new(), Kept::default(), Counted::default());
+    let service = Service::start(&options, listener, secrets, nothing, role.subscribe(), reviewer.map(Arc::new));
+    tracing::info!(%address, tls = options.tls.is_some(), namespace, identity = cluster.identity, "serving");
+
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
+    let candidate = Candidate {
+        client: client.clone(),
+        namespace: namespace.clone(),
+        name: cluster.lease.clone(),
+        identity: cluster.identity.clone(),
+        address: cluster.advertise.clone().unwrap_or_else(|| format!("{scheme}://{address}")),
+    };
+    let (asked_to_end, ending) = watch::channel(false);
+    let (ended, has_ended) = watch::channel(false);
+    let contest = tokio::spawn(candidate.run(role.clone(), is_true(ending.clone()), is_true(has_ended)));
+    let reader =
+        tokio::spawn(read_policies(client.clone(), namespace.clone(), cluster.lease.clone(), service.publish.clone()));
+    let signals = signals()?;
+    tokio::spawn(async move {
+        signals.await;
+        asked_to_end.send_replace(true);
+    });
+
+    let clusters = Clusters::new(client.clone(), &namespace);
+    let eyes = Eyes::open(clusters.clone(), &cluster.namespaces);
+    let mut replica = Replica { cluster, client, namespace, clusters, eyes, service, role: role.subscribe(), ending };
+    let result = replica.run().await;
+    tracing::info!("ending");
+    ended.send_replace(true);
+    let _ = contest.await;
+    reader.abort();
+    replica.service.end().await;
+    result
+}
+
+async fn is_true(mut flag: watch::Receiver<bool>) {
+    let _ = flag.wait_for(|flag| *flag).await;
+}
+
+/// One of the replicas.
+struct Replica {
+    cluster: Cluster,
+    client: Client,
+    namespace: String,
+    clusters: Clusters,
+    eyes: Eyes,
+    service: Service,
+    role: watch::Receiver<Role>,
+    ending: watch::Receiver<bool>,
+}
+
+impl Replica {
+    /// Leads whenever it may, until it is asked to end.
+    async fn run(&mut self) -> Result<(), ServeError> {
+        loop {
+            tokio::select! {
+                () = is_true(self.ending.clone()) => return Ok(()),
+                _ = self.role.wait_for(Role::decides) => {}
+            }
+            self.lead().await?;
+            // What it knows now becomes old.
+            *self.service.shared.control() = Control::new(Vec::new(), Kept::default(), Counted::default());
+            if *self.ending.borrow() {
+                return Ok(());
+            }
+            // Deposed without knowing: the lease will say so soon.
+            let mut role = self.role.clone();
+            tokio::select! {
+                () = is_true(self.ending.clone()) => return Ok(()),
+                _ = role.wait_for(|role| !role.decides()) => {}
+            }
+        }
+    }
+
+    /// Decides for as long as it leads.
+    async fn lead(&mut self) -> Result<(), ServeError> {
+        let (mut role, ending) = (self.role.clone(), self.ending.clone());
+        let stop = async move {
+            tokio::select! {
+                () = is_true(ending) => {}
+                _ = role.wait_for(|role| !role.decides()) => {}
+            }
+        };
+        let mut stop = pin!(stop);
+        let mut scene = self.eyes.scene();
+        let taken = tokio::select! {
+            () = &mut stop => return Ok(()),
+            taken = self.take(&mut scene) => taken?,
+        };
+        let (memory, kept, counted) = taken;
+        let shown = scene.borrow_and_update().clone();
+        let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
+        let mut control = Control::with_hidden(shown.documents.clone(), shown.hidden.clone(), kept, counted);
+        control.set_document_errors(shown.errors.clone());
+        *self.service.shared.control() = control;
+        let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);
+        let keeper = Keeper::new(memory, self.service.shared.done.clone());
+        let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());
+        let source = Source::Cluster { scene, hands };
+        let mut mind = Mind::new(shared, publish, keeper, prober, source).map_err(ServeError::Tls)?;
+        mind.run(stop).await;
+        mind.end().await;
+        Ok(())
+    }
+
+    /// What there is to go on from, once all TrafficShifts are seen, or it is known that they cannot be.
+    async fn take(
+        &self,
+        scene: &mut watch::Receiver<Arc<crate::kubernetes::Scene>>,
+    ) -> Result<(Memory, Kept, Counted), ServeError> {
+        if scene.borrow().is_nothing() {
+            // The eyes are there as long as this replica is.
+            let _ = scene.wait_for(|scene| !scene.is_nothing()).await;
+        }
+        let mut retry = Retry::default();
+        loop {
+            let taken = Memory::take(self.client.clone(), &self.namespace, &self.cluster.lease, &self.cluster.identity);
+            match taken.await {
+                Ok((memory, kept, counted)) => {
+                    let kept = kept.map_or_else(fresh, Ok)?;
+                    return Ok((memory, kept, counted.unwrap_or_default()));
+                }
+                Err(error @ MemoryError::Unreadable(..)) => return Err(error.into()),
+                Err(error) => tracing::error!("cannot take over yet: {error}"),
+            }
+            sleep(retry.pause()).await;
+        }
+    }
+}
+
+/// Publishes what the leader has written down, for as long as the process runs.
+async fn read_policies(client: Client, namespace: String, lease: String, publish: watch::Sender<Option<Published>>) {
+    let name = memory::state_name(&lease);
+    let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
+    let mut events = pin!(watcher(Api::<Secret>::namespaced(client, &namespace), config).backoff(Retry::default()));
+    while let Some(event) = events.next().await {
+        let (Ok(watcher::Event::Apply(secret)) | Ok(watcher::Event::InitApply(secret))) = event else { continue };
+        let kept = match memory::unpack::<Kept>(&secret) {
+            Ok(Some(kept)) => kept,
+            Ok(None) => continue,
+            Err(error) => {
+                tracing::error!("Secret {name}: {error}");
+                continue;
+            }
+        };
+        let Some(policy) = kept.policy() else { continue };
+        let Ok(json) = serde_json::to_vec(&policy) else { continue };
+        publish.send_if_modified(|published| {
+            let is_newer = published
+                .as_ref()
+                .is_none_or(|published| published.epoch != kept.epoch || published.revision < policy.revision);
+            if is_newer {
+                let (epoch, revision) = (kept.epoch.clone(), policy.revision);
+                *published = Some(Published { epoch, revision, json: Bytes::from(json) });
+            }
+            is_newer
+        });
+    }
+}
