@@ -9,6 +9,14 @@ SHELL := bash
 export CARGO_TARGET_DIR := $(CURDIR)/target
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
+# What is shipped is the same whoever builds it, wherever: no folder of this machine is in it.
+anywhere := --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
+export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS := $(anywhere)
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := $(anywhere)
+# musl's headers are not needed: what there is of C (ring) asks for nothing that the system's have otherwise.
+export CC_x86_64_unknown_linux_musl := gcc
+export CFLAGS_x86_64_unknown_linux_musl := -U_FORTIFY_SOURCE
+
 module := target/wasm32-unknown-unknown/wasm/tideshift_filter.wasm
 FUZZ_SECONDS ?= 10
 heading = @printf '\n\033[1m== %s\033[0m\n'
@@ -16,12 +24,22 @@ heading = @printf '\n\033[1m== %s\033[0m\n'
 ## Use it
 
 .PHONY: build
-build: rust ## Build target/tideshift.wasm and target/release/tideshift
+build: module ## Build target/tideshift.wasm and target/release/tideshift
+	$(heading) 'Building the controller'
+	cargo build --release -p tideshift --bin tideshift
+
+.PHONY: module
+module: rust
 	$(heading) 'Building the module'
 	cargo build --profile wasm --target wasm32-unknown-unknown -p tideshift-filter
 	cmp -s $(module) target/tideshift.wasm || cp $(module) target/tideshift.wasm
-	$(heading) 'Building the controller'
-	cargo build --release -p tideshift --bin tideshift
+
+.PHONY: image
+image: module musl ## Build container images of the module and the controller in target/image, without a container engine
+	$(heading) 'Building the controller as a static binary'
+	cargo build --profile image --target x86_64-unknown-linux-musl -p tideshift --bin tideshift
+	$(heading) 'Images'
+	cargo run -q -p tideshift-image -- target/tideshift.wasm target/x86_64-unknown-linux-musl/image/tideshift target/image
 
 .PHONY: demo
 demo: build envoy ## Show live how traffic shifts, and a bad release being taken back (KEEP=1 leaves it running)
@@ -107,10 +125,11 @@ deny: cargo-deny ## Licences, bans and sources of the dependencies, and their kn
 ## Get what it needs
 
 .PHONY: tools
-tools: rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz ## Everything below at once
+tools: rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz ## Everything below at once
 
-.PHONY: rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz
+.PHONY: rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz
 rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
+musl: ## Rust's target for static binaries, by rustup
 envoy: ## Envoy, into .tools/bin
 node: ## Node, if there is none
 wasm-bindgen: ## wasm-bindgen's test runner
@@ -118,7 +137,7 @@ chromium: ## Chromium and its driver, by apt-get, if there are none
 axe: ## axe-core, which checks the web page's accessibility
 cargo-deny: ## cargo-deny
 cargo-fuzz: ## cargo-fuzz
-rust envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz:
+rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz:
 	@tools/install $@
 
 .PHONY: clean

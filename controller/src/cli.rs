@@ -4,6 +4,7 @@
 mod completions;
 mod explain;
 mod history;
+mod install;
 mod render;
 mod serve;
 mod server;
@@ -70,6 +71,7 @@ enum Command {
     Rollback(steer::Rollback),
     SetWeight(steer::SetWeight),
     WaitDrained(wait_drained::Arguments),
+    Install(install::Arguments),
     Completions(completions::Arguments),
     Simulate(simulate::Arguments),
 }
@@ -105,6 +107,7 @@ impl Cli {
             Command::Rollback(arguments) => arguments.run().await,
             Command::SetWeight(arguments) => arguments.run().await,
             Command::WaitDrained(arguments) => arguments.run().await,
+            Command::Install(arguments) => arguments.run(),
             Command::Completions(arguments) => arguments.run(),
             Command::Simulate(arguments) => simulate::run(&arguments),
         }

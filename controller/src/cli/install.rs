@@ -1,0 +1,97 @@
+//! `tideshift install`: the binary copies itself, since in an image with nothing else in it nobody else can.
+
+use super::{Failure, print};
+use crate::net::io_reason;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+/// Copy this program into a folder, for containers that have it not
+///
+/// For an init container: it leaves the program in a volume that it shares with the pod's other containers, whose preStop
+/// hooks can then call it. The program is static and needs nothing else.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tideshift install /shared        Then /shared/tideshift is this program.
+
+In a pod:
+  initContainers:
+  - {name: tideshift, image: tideshift, args: [install, /shared], volumeMounts: [{name: shared, mountPath: /shared}]}
+  containers:
+  - name: payment
+    volumeMounts: [{name: shared, mountPath: /shared, readOnly: true}]
+    lifecycle:
+      preStop: {exec: {command: [/shared/tideshift, wait-drained, payment.shop, v1, --server,
+                                 http://tideshift.tideshift-system:7460]}}
+  volumes: [{name: shared, emptyDir: {}}]")]
+pub(super) struct Arguments {
+    /// The folder, which must be there.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+}
+
+impl Arguments {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let installed = self.folder.join("tideshift");
+        let program = env::current_exe().and_then(fs::read)?;
+        replace(&installed, &program).map_err(|error| {
+            Failure::Other(format!("{} cannot be written: {}", installed.display(), io_reason(&error)).into())
+        })?;
+        print(&format!("{}\n", installed.display()))
+    }
+}
+
+/// Puts a program in the place of a file at once: who calls it meanwhile calls the old one or the new one, whole.
+fn replace(path: &Path, program: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let unfinished = folder.join(format!(".tideshift-{}", std::process::id()));
+    let written = executable(&unfinished).and_then(|mut file| {
+        file.write_all(program)?;
+        file.sync_all()?;
+        drop(file);
+        fs::rename(&unfinished, path)
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&unfinished);
+    }
+    written
+}
+
+/// A new file that everybody may execute.
+fn executable(path: &Path) -> io::Result<fs::File> {
+    let file = fs::File::create(path)?;
+    #[cfg(unix)]
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_takes_anothers_place_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tideshift");
+        for program in ["the first and longer one", "the second"] {
+            replace(&path, program.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), program);
+        }
+        #[cfg(unix)]
+        {
+            let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+            assert_eq!(mode & 0o777, 0o755);
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_put_there_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tideshift");
+        fs::create_dir(&path).unwrap();
+        assert!(replace(&path, b"program").is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
