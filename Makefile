@@ -37,9 +37,9 @@ module: rust
 .PHONY: image
 image: module musl ## Build container images of the module and the controller in target/image, without a container engine
 	$(heading) 'Building the controller as a static binary'
-	cargo build --profile image --target x86_64-unknown-linux-musl -p tideshift --bin tideshift
+	cargo build --profile static --target x86_64-unknown-linux-musl -p tideshift --bin tideshift
 	$(heading) 'Images'
-	cargo run -q -p tideshift-image -- target/tideshift.wasm target/x86_64-unknown-linux-musl/image/tideshift target/image
+	cargo run -q -p tideshift-image -- target/tideshift.wasm target/x86_64-unknown-linux-musl/static/tideshift target/image
 
 .PHONY: demo
 demo: build envoy ## Show live how traffic shifts, and a bad release being taken back (KEEP=1 leaves it running)

@@ -7,6 +7,9 @@
 use serde_json::{Map, Value};
 use std::fmt;
 
+/// What is allowed where [`Decoder::long`] reads.
+pub const LONG: &str = "an integer of at least 0, as a number or a string";
+
 /// What is wrong with one field of a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldError {
@@ -204,6 +207,18 @@ impl Decoder {
                 None
             }
         }
+    }
+
+    /// An integer of up to 64 bits. As a string too, because Istio passes numbers through doubles, which keep 53 bits.
+    pub fn long(&mut self, value: &Value) -> Option<u64> {
+        let number = match value {
+            Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
+            _ => value.as_u64(),
+        };
+        if number.is_none() {
+            self.invalid(value, LONG);
+        }
+        number
     }
 
     /// A number from `low` to `high`, both included.

@@ -1,6 +1,6 @@
 //! The policy: the document that the filter runs, from its plugin configuration or from the controller.
 
-use crate::decode::{Decoder, Errors, Fields};
+use crate::decode::{Decoder, Errors, Fields, LONG};
 use crate::guard::GuardPolicy;
 use crate::hostname;
 use crate::matching::{self, Match};
@@ -186,7 +186,7 @@ impl Policy {
                 let header = Value::String(explain.header.clone());
                 d.within("explain", |d| d.within("header", |d| d.invalid(&header, allowed)));
             }
-            let revision = f.required(d, "revision", REVISION, revision);
+            let revision = f.required(d, "revision", LONG, Decoder::long);
             let services = f.required(d, "services", "a list of services", services);
             f.finish(d);
             Some(Self { controller, explain, strip_client_headers, revision: revision?, services: services? })
@@ -197,20 +197,6 @@ impl Policy {
 #[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
 fn is_true(flag: &bool) -> bool {
     *flag
-}
-
-const REVISION: &str = "an integer of at least 0, as a number or a string";
-
-fn revision(d: &mut Decoder, value: &Value) -> Option<u64> {
-    // As a string too, because Istio passes numbers through doubles, which keep 53 bits.
-    let revision = match value {
-        Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
-        _ => value.as_u64(),
-    };
-    if revision.is_none() {
-        d.invalid(value, REVISION);
-    }
-    revision
 }
 
 fn services(d: &mut Decoder, value: &Value) -> Option<Vec<Service>> {

@@ -88,7 +88,7 @@ impl Session {
             }
             _ => Self::read_cookie(&mut f, d),
         };
-        let generation = f.optional(d, "generation", |d, v| d.integer(v, 0, u64::MAX));
+        let generation = f.optional(d, "generation", Decoder::long);
         let secret = f.optional(d, "secret", Secret::read);
         f.finish(d);
         Some(Self { by: by?, generation: generation.unwrap_or_default(), secret })

@@ -33,3 +33,26 @@ fn the_document_is_valid_and_its_bootstrap_is_what_render_prints() -> anyhow::Re
     ensure!(rendered.stdout == committed, "envoy-configs/envoy.yaml is not what `tideshift render envoy` prints now");
     Ok(())
 }
+
+/// The examples for Kubernetes, and how `tideshift render` comes to print them.
+const RENDERED: [(&str, &[&str]); 5] = [
+    ("istio-gateway.yaml", &["istio"]),
+    ("istio-sidecar.yaml", &["istio", "--for", "sidecar"]),
+    ("istio-waypoint.yaml", &["istio", "--for", "waypoint"]),
+    ("envoy-gateway.yaml", &["envoy-gateway"]),
+    ("httproute.yaml", &["httproute"]),
+];
+
+#[test]
+fn the_examples_for_kubernetes_are_what_render_prints() -> anyhow::Result<()> {
+    let folder = configs().join("kubernetes");
+    let document = folder.join("payment.yaml").display().to_string();
+    for (name, target) in RENDERED {
+        let rendered = controller::cli(["render"].iter().chain(target).chain(&["-f", document.as_str()]))?;
+        ensure!(rendered.code == Some(0), "{name}: {}", rendered.stderr);
+        let committed = fs::read_to_string(folder.join(name))?;
+        let how = target.join(" ");
+        ensure!(rendered.stdout == committed, "{name} is not what `tideshift render {how} -f payment.yaml` prints now");
+    }
+    Ok(())
+}

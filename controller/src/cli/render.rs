@@ -1,5 +1,7 @@
 //! `tideshift render`: configuration for others, on standard output.
 
+mod kubernetes;
+
 use super::{Failure, print, token_in};
 use crate::documents;
 use crate::render::envoy;
@@ -8,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use tideshift_core::shift::Endpoint;
 
-/// Print configuration for a proxy, made from documents
+/// Print configuration for proxies, made from documents
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(subcommand)]
@@ -18,6 +20,10 @@ pub(super) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Target {
     Envoy(EnvoyArguments),
+    Istio(kubernetes::Istio),
+    EnvoyGateway(kubernetes::EnvoyGateway),
+    #[command(name = "httproute")]
+    HttpRoute(kubernetes::HttpRoute),
 }
 
 /// Print a complete Envoy bootstrap that does what TrafficShift documents say
@@ -63,22 +69,31 @@ struct EnvoyArguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let Target::Envoy(arguments) = &arguments.target;
-    let shifts = documents::load(&arguments.files)?;
-    let token = arguments.controller_token_file.as_ref().map(|path| token_in("--controller-token-file", path));
-    let options = envoy::Options {
-        listen: arguments.listen,
-        admin: arguments.admin,
-        controller: arguments.controller.clone(),
-        controller_cluster: arguments.cluster.clone(),
-        controller_token: token.transpose()?,
-        controller_ca: arguments.controller_ca_file.clone(),
-        module: arguments.module.clone(),
-        access_log: arguments.access_log.clone(),
-    };
-    let bootstrap = envoy::bootstrap(&shifts, &options)
-        .map_err(|taken| Failure::Usage(format!("{taken}; choose another name with --cluster")))?;
-    print(&bootstrap)
+    print(&match &arguments.target {
+        Target::Envoy(arguments) => arguments.bootstrap()?,
+        Target::Istio(arguments) => arguments.objects()?,
+        Target::EnvoyGateway(arguments) => arguments.objects()?,
+        Target::HttpRoute(arguments) => arguments.objects()?,
+    })
+}
+
+impl EnvoyArguments {
+    fn bootstrap(&self) -> Result<String, Failure> {
+        let shifts = documents::load(&self.files)?;
+        let token = self.controller_token_file.as_ref().map(|path| token_in("--controller-token-file", path));
+        let options = envoy::Options {
+            listen: self.listen,
+            admin: self.admin,
+            controller: self.controller.clone(),
+            controller_cluster: self.cluster.clone(),
+            controller_token: token.transpose()?,
+            controller_ca: self.controller_ca_file.clone(),
+            module: self.module.clone(),
+            access_log: self.access_log.clone(),
+        };
+        envoy::bootstrap(&shifts, &options)
+            .map_err(|taken| Failure::Usage(format!("{taken}; choose another name with --cluster")))
+    }
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, String> {
