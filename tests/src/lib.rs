@@ -1,8 +1,9 @@
 //! The actors that the end-to-end tests, the demo and the bench share.
 //!
 //! Everything a user would see is real here: [`envoy`] runs the Envoy binary, [`controller`] the `tideshift` binary,
-//! [`backend`] answers over real sockets and [`client`] and [`load`] call through them. The one stand-in is
-//! [`wasm_host`], which runs the real module in a small interpreter to show what no Envoy can be made to do.
+//! [`backend`] answers over real sockets and [`client`] and [`load`] call through them. The stand-ins are [`wasm_host`],
+//! which runs the real module in a small interpreter to show what no Envoy can be made to do, and [`kubernetes`], whose
+//! API server fails to order.
 //!
 //! An actor ends with its value: dropping it kills its process or closes its sockets.
 
@@ -19,6 +20,8 @@ pub mod events;
 #[cfg(feature = "streams")]
 pub mod grpc;
 pub mod hook;
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod load;
 pub mod metrics;
 pub mod openmetrics;

@@ -1,0 +1,77 @@
+//! What can go wrong with an API server, as tests order it.
+
+use std::{collections::BTreeMap, time::Duration};
+
+/// Whom a fault meets.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Whom {
+    /// Every client.
+    All,
+    /// The clients of one user, by its name.
+    User(String),
+}
+
+impl Whom {
+    /// The clients of this user.
+    pub fn user(name: &str) -> Self {
+        Self::User(name.to_owned())
+    }
+
+    fn meets(&self, user: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::User(name) => name == user,
+        }
+    }
+}
+
+/// The faults in force.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Faults {
+    /// How often watches were cut: each ends when this has grown.
+    pub(super) cuts: u64,
+    /// How often watches were told how far they are.
+    pub(super) bookmarks: u64,
+    held: Vec<Whom>,
+    delays: BTreeMap<Whom, Duration>,
+    /// So many writes to a kind are yet to be refused.
+    conflicts: BTreeMap<String, usize>,
+}
+
+impl Faults {
+    pub(super) fn hold(&mut self, whom: Whom) {
+        self.held.push(whom);
+    }
+
+    pub(super) fn release(&mut self, whom: &Whom) {
+        self.held.retain(|held| held != whom);
+    }
+
+    pub(super) fn holds(&self, user: &str) -> bool {
+        self.held.iter().any(|whom| whom.meets(user))
+    }
+
+    pub(super) fn delay(&mut self, whom: Whom, delay: Duration) {
+        self.delays.insert(whom, delay);
+    }
+
+    /// How late a user's watch events are.
+    pub(super) fn delay_of(&self, user: &str) -> Duration {
+        self.delays.iter().filter(|(whom, _)| whom.meets(user)).map(|(_, delay)| *delay).max().unwrap_or_default()
+    }
+
+    pub(super) fn conflict(&mut self, resource: String, writes: usize) {
+        self.conflicts.insert(resource, writes);
+    }
+
+    /// Whether this write is to be refused; it is counted.
+    pub(super) fn take_conflict(&mut self, resource: &str) -> bool {
+        match self.conflicts.get_mut(resource) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! A Kubernetes API server of the tests' own: as much of a real one as controllers and kubectl rely on, in this process,
+//! over plain HTTP on loopback, and with faults that real ones do not have on order.
+//!
+//! What it honours: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
+//! JSON, strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and pods'
+//! `binding`; lists in pages, watches with bookmarks, initial events and 410 Gone; selectors; metadata alone; CRDs with
+//! their defaults and plain rules; tokens and 403. What it leaves out: CEL rules, quotas, garbage collection, webhooks,
+//! tables, more than one version of a kind. What real servers leave to other programs is in
+//! [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
+
+mod access;
+mod admit;
+mod apply;
+mod discovery;
+mod faults;
+mod fields;
+mod http;
+mod kinds;
+mod list;
+mod patch;
+mod refusal;
+mod request;
+mod scale;
+mod schema;
+pub(super) mod selector;
+mod shape;
+mod store;
+mod view;
+mod watch;
+mod write;
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch::Sender},
+    task::JoinHandle,
+};
+
+use crate::{ports::Port, setup::DEADLINE, wait::eventually};
+
+use self::{
+    access::Access,
+    faults::Faults,
+    kinds::Kind,
+    store::Store,
+    write::{Part, Writer},
+};
+pub use self::{
+    access::{Attempt, Identity},
+    faults::Whom,
+    kinds::rollouts_crd,
+    refusal::Refusal,
+};
+
+/// A request that has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// What it wanted.
+    pub attempt: Attempt,
+    /// When it came.
+    pub at: std::time::Instant,
+}
+
+/// A running (or stopped) server; dropping it stops it.
+#[derive(Debug)]
+pub struct ApiServer {
+    port: Port,
+    shared: Arc<Shared>,
+    server: Mutex<Option<Running>>,
+    directory: TempDir,
+}
+
+/// What listens and answers, until the sender is dropped.
+#[derive(Debug)]
+struct Running {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    store: Mutex<Store>,
+    /// The newest revision.
+    head: Sender<u64>,
+    faults: Sender<Faults>,
+    access: Mutex<Access>,
+    seen: Mutex<Vec<Seen>>,
+}
+
+impl Shared {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        lock(&self.store)
+    }
+
+    /// Changes something, and wakes the watches.
+    fn write<T>(&self, change: impl FnOnce(&mut Store) -> T) -> T {
+        let mut store = self.store();
+        let outcome = change(&mut store);
+        let revision = store.revision();
+        self.head.send_if_modified(|head| std::mem::replace(head, revision) != revision);
+        outcome
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ApiServer {
+    /// Starts an empty server.
+    pub async fn start() -> anyhow::Result<Self> {
+        let store = Store::new();
+        let shared = Arc::new(Shared {
+            head: Sender::new(store.revision()),
+            store: Mutex::new(store),
+            faults: Sender::new(Faults::default()),
+            access: Mutex::default(),
+            seen: Mutex::default(),
+        });
+        let server = Self { port: Port::reserve()?, shared, server: Mutex::new(None), directory: tempfile::tempdir()? };
+        server.come_back().await?;
+        Ok(server)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.port.address()
+    }
+
+    /// The kubeconfig file of the user `admin`.
+    pub fn kubeconfig(&self) -> anyhow::Result<PathBuf> {
+        self.kubeconfig_of("admin")
+    }
+
+    /// The kubeconfig file of a user of that name, whose token is the name.
+    pub fn kubeconfig_of(&self, user: &str) -> anyhow::Result<PathBuf> {
+        let path = self.directory.path().join(format!("{user}.kubeconfig"));
+        fs::write(&path, self.kubeconfig_text(user)).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// What stands in that file.
+    pub fn kubeconfig_text(&self, user: &str) -> String {
+        self.token(user, user, &[]);
+        json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{ "name": "tests", "cluster": { "server": format!("http://{}", self.address()) } }],
+            "users": [{ "name": user, "user": { "token": user } }],
+            "contexts": [{ "name": "tests", "context": { "cluster": "tests", "user": user } }],
+            "current-context": "tests",
+        })
+        .to_string()
+    }
+
+    /// Knows a token from now on: for its requests, and for TokenReviews with one of these audiences.
+    pub fn token(&self, token: &str, username: &str, audiences: &[&str]) {
+        let audiences = audiences.iter().map(|&audience| audience.to_owned()).collect();
+        lock(&self.shared.access).add_token(token, Identity { username: username.to_owned(), audiences });
+    }
+
+    /// Knows a token no longer.
+    pub fn forget_token(&self, token: &str) {
+        lock(&self.shared.access).remove_token(token);
+    }
+
+    /// Answers 403 to every request that the rule says yes to.
+    pub fn forbid(&self, rule: impl Fn(&Attempt) -> bool + Send + Sync + 'static) {
+        lock(&self.shared.access).forbid(Arc::new(rule));
+    }
+
+    /// Forbids nothing any more.
+    pub fn allow_all(&self) {
+        lock(&self.shared.access).allow_all();
+    }
+
+    /// Takes objects only into namespaces that exist.
+    pub fn want_namespaces(&self) {
+        self.shared.store().strict_namespaces = true;
+    }
+}
+
+/// Faults.
+impl ApiServer {
+    /// Closes the listener and every connection; the objects stay.
+    pub async fn go_away(&self) {
+        let running = lock(&self.server).take();
+        if let Some(Running { stop, task }) = running {
+            drop(stop);
+            // It has nothing to say.
+            let _ = task.await;
+        }
+    }
+
+    /// Listens again, on the same port.
+    pub async fn come_back(&self) -> anyhow::Result<()> {
+        self.go_away().await;
+        let listener = TcpListener::bind(self.address()).await.context("cannot listen")?;
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(http::serve(listener, Arc::clone(&self.shared), stopped));
+        *lock(&self.server) = Some(Running { stop, task });
+        Ok(())
+    }
+
+    /// Breaks every watch off in the middle.
+    pub fn cut_watches(&self) {
+        self.shared.faults.send_modify(|faults| faults.cuts += 1);
+    }
+
+    /// Sends every watch that allows it a bookmark.
+    pub fn send_bookmarks(&self) {
+        self.shared.faults.send_modify(|faults| faults.bookmarks += 1);
+    }
+
+    /// Forgets how things came to be as they are: whoever resumes a watch from a revision that it has seen so far is
+    /// told 410 Gone. Watches that are there go on.
+    pub fn compact(&self) {
+        self.shared.write(Store::compact);
+    }
+
+    /// Answers the next so many writes to a kind (`PLURAL.GROUP`) with 409 Conflict.
+    pub fn refuse_writes(&self, resource: &str, writes: usize) {
+        self.shared.faults.send_modify(|faults| faults.conflict(resource.to_owned(), writes));
+    }
+
+    /// Delivers watch events so much later.
+    pub fn delay_watches(&self, whom: Whom, delay: Duration) {
+        self.shared.faults.send_modify(|faults| faults.delay(whom, delay));
+    }
+
+    /// Answers no request and sends no event until [`release`](Self::release): a partition. Requests that are still
+    /// waiting then are carried out late.
+    pub fn hold(&self, whom: Whom) {
+        self.shared.faults.send_modify(|faults| faults.hold(whom));
+    }
+
+    /// Ends a [`hold`](Self::hold).
+    pub fn release(&self, whom: &Whom) {
+        self.shared.faults.send_modify(|faults| faults.release(whom));
+    }
+
+    /// Every request so far. Those of this value's own methods are none.
+    pub fn requests(&self) -> Vec<Seen> {
+        lock(&self.shared.seen).clone()
+    }
+
+    /// How many requests there were of a verb for a resource (`pods`, `deployments/scale`), whatever its group.
+    pub fn count(&self, verb: &str, resource: &str) -> usize {
+        let seen = lock(&self.shared.seen);
+        seen.iter().filter(|seen| seen.attempt.verb == verb && seen.attempt.resource == resource).count()
+    }
+
+    /// Forgets the requests so far.
+    pub fn forget_requests(&self) {
+        lock(&self.shared.seen).clear();
+    }
+}
+
+/// The objects, past HTTP, permissions and faults. Resources are called `PLURAL.GROUP`, or `PLURAL` where that is clear;
+/// the namespace is empty for what has none.
+impl ApiServer {
+    /// An object, which must be there.
+    pub fn get(&self, resource: &str, namespace: &str, name: &str) -> anyhow::Result<Value> {
+        let store = self.shared.store();
+        let kind = kind(&store, resource)?;
+        Ok(Value::clone(&*store.live(&kind, namespace, name)?))
+    }
+
+    /// Every object of a namespace, or of all for an empty one.
+    pub fn list(&self, resource: &str, namespace: &str) -> anyhow::Result<Vec<Value>> {
+        let store = self.shared.store();
+        let objects = store.objects(&*kind(&store, resource)?);
+        let there = objects.iter().filter(|(name, _)| namespace.is_empty() || name.0 == namespace);
+        Ok(there.map(|(_, object)| Value::clone(object)).collect())
+    }
+
+    /// Creates an object.
+    pub fn create(&self, object: Value) -> anyhow::Result<Value> {
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
+        self.shared.write(|store| {
+            let kind = kind_of(store, &object)?;
+            Ok(Value::clone(&*store.create(&kind, &namespace, object, &writer(Part::Main))?))
+        })
+    }
+
+    /// Creates an object or makes it say this, as server-side apply with force does.
+    pub fn apply(&self, object: Value) -> anyhow::Result<Value> {
+        let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+        let (namespace, name) = (text("namespace"), text("name"));
+        self.shared.write(|store| {
+            let kind = kind_of(store, &object)?;
+            let patch = (patch::Type::Apply, object);
+            Ok(Value::clone(&*store.patch(&kind, (&namespace, &name), patch, true, &writer(Part::Main))?))
+        })
+    }
+
+    /// Changes an object by a merge patch.
+    pub fn patch(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
+        self.patch_part(Part::Main, resource, (namespace, name), patch)
+    }
+
+    /// Changes an object's status by a merge patch, which begins with `status`.
+    pub fn patch_status(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
+        self.patch_part(Part::Status, resource, (namespace, name), patch)
+    }
+
+    fn patch_part(&self, part: Part, resource: &str, name: (&str, &str), patch: Value) -> anyhow::Result<Value> {
+        self.shared.write(|store| {
+            let kind = kind(store, resource)?;
+            Ok(Value::clone(&*store.patch(&kind, name, (patch::Type::Merge, patch), false, &writer(part))?))
+        })
+    }
+
+    /// Deletes an object, as a client would: finalizers and kubelet have their say.
+    pub fn delete(&self, resource: &str, namespace: &str, name: &str) -> anyhow::Result<()> {
+        self.shared.write(|store| {
+            let kind = kind(store, resource)?;
+            store.delete(&kind, namespace, name, &Value::Null, false)?;
+            Ok(())
+        })
+    }
+
+    /// Waits until an object is there and `condition` is content with it, and returns it.
+    pub async fn until(
+        &self,
+        what: &str,
+        resource: &str,
+        namespace: &str,
+        name: &str,
+        condition: impl Fn(&Value) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Value> {
+        eventually(what, DEADLINE, async || {
+            let object = self.get(resource, namespace, name)?;
+            condition(&object).with_context(|| object.to_string())?;
+            Ok(object)
+        })
+        .await
+    }
+}
+
+fn kind(store: &Store, resource: &str) -> anyhow::Result<Arc<Kind>> {
+    store.kind(resource).with_context(|| format!("no kind {resource:?} is served"))
+}
+
+fn kind_of(store: &Store, object: &Value) -> anyhow::Result<Arc<Kind>> {
+    store.kind_of(object).with_context(|| format!("no kind {} of {} is served", object["kind"], object["apiVersion"]))
+}
+
+fn writer(part: Part) -> Writer {
+    Writer { manager: "tests".to_owned(), part, dry_run: false }
+}

@@ -1,0 +1,208 @@
+//! Watches: what has changed since a resourceVersion, and then what changes.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use anyhow::bail;
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use serde_json::{Value, json};
+use tokio::{
+    sync::watch::Receiver,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Shared,
+    faults::Faults,
+    kinds::Kind,
+    refusal::Refusal,
+    request::Query,
+    store::{Change, Store},
+    view::{Selection, View},
+};
+
+/// How long a watch lasts that does not say so.
+const LONG: Duration = Duration::from_secs(1800);
+
+/// How often clients are told how far they are.
+const BOOKMARKS: Duration = Duration::from_secs(60);
+
+/// One client's watch.
+pub(super) struct Watch {
+    shared: Arc<Shared>,
+    kind: Arc<Kind>,
+    selection: Selection,
+    view: View,
+    user: String,
+    faults: Receiver<Faults>,
+    head: Receiver<u64>,
+    /// What came before the watch was cut, and the bookmarks of all.
+    cuts: u64,
+    bookmarks: u64,
+    /// What was looked at up to here.
+    cursor: u64,
+    /// What is to be sent, and when it happened.
+    queue: VecDeque<(Instant, Value)>,
+    bookmark_at: Option<Instant>,
+    end: Instant,
+}
+
+impl Watch {
+    pub(super) fn start(
+        shared: &Arc<Shared>,
+        kind: &Arc<Kind>,
+        selection: Selection,
+        view: View,
+        user: &str,
+        query: &Query,
+    ) -> Result<Self, Refusal> {
+        let now = Instant::now();
+        let (faults, head) = (shared.faults.subscribe(), shared.head.subscribe());
+        let (cuts, bookmarks) = (faults.borrow().cuts, faults.borrow().bookmarks);
+        let wants_bookmarks = query.is("allowWatchBookmarks");
+        let mut watch = Self {
+            shared: Arc::clone(shared),
+            kind: Arc::clone(kind),
+            selection,
+            view,
+            user: user.to_owned(),
+            faults,
+            head,
+            cuts,
+            bookmarks,
+            cursor: 0,
+            queue: VecDeque::new(),
+            bookmark_at: wants_bookmarks.then(|| now + BOOKMARKS),
+            end: now + query.number("timeoutSeconds")?.filter(|seconds| *seconds > 0).map_or(LONG, Duration::from_secs),
+        };
+        let since = query.number("resourceVersion")?.unwrap_or_default();
+        let initial = query.is("sendInitialEvents");
+        if initial && query.get("resourceVersionMatch") != "NotOlderThan" {
+            return Err(Refusal::bad_request(
+                "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+            ));
+        }
+        let store = shared.store();
+        if since == 0 || initial {
+            watch.send_all(&store, initial && wants_bookmarks);
+            return Ok(watch);
+        }
+        watch.cursor = since;
+        // As from real servers, it is the watch's first event that says so, and not the answer's status.
+        if let Err(refusal) = store.check(since) {
+            watch.cursor = store.revision();
+            watch.end = now;
+            watch.queue.push_back((now, json!({ "type": "ERROR", "object": refusal.to_status() })));
+            watch.bookmark_at = None;
+        }
+        Ok(watch)
+    }
+
+    /// Begins with what is there.
+    fn send_all(&mut self, store: &Store, say_end: bool) {
+        let now = Instant::now();
+        self.cursor = store.revision();
+        for object in store.objects(&self.kind).values().filter(|object| self.selection.selects(object)) {
+            self.queue.push_back((now, self.event("ADDED", object)));
+        }
+        if say_end {
+            let mut bookmark = self.bookmark();
+            bookmark["object"]["metadata"]["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
+            self.queue.push_back((now, bookmark));
+        }
+    }
+
+    fn event(&self, r#type: &str, object: &Value) -> Value {
+        json!({ "type": r#type, "object": self.view.object(object) })
+    }
+
+    fn bookmark(&self) -> Value {
+        let version = self.cursor.to_string();
+        let (kind, api_version) = (&self.kind.kind, self.kind.api_version());
+        let object = json!({ "kind": kind, "apiVersion": api_version, "metadata": { "resourceVersion": version } });
+        self.event("BOOKMARK", &object)
+    }
+
+    /// How this watch sees a change: an object that comes into the selection is new to it, one that leaves it is gone.
+    fn seen(&self, change: &Change) -> Option<Value> {
+        let selects = |object: &Arc<Value>| self.selection.selects(object);
+        let before = change.before.as_ref().is_some_and(selects);
+        let after = !change.deleted && selects(&change.after);
+        match (before, after) {
+            (false, false) => None,
+            (false, true) => Some(self.event("ADDED", &change.after)),
+            (true, true) => Some(self.event("MODIFIED", &change.after)),
+            (true, false) => Some(self.event("DELETED", &change.after)),
+        }
+    }
+
+    /// Takes over what has happened since.
+    fn look(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let store = shared.store();
+        let now = Instant::now();
+        if store.kind(&self.kind.resource()).is_none() {
+            self.end = now;
+        }
+        let changes = store.changes_after(&self.kind, self.cursor);
+        let seen: Vec<_> = changes.filter_map(|change| Some((change.at, self.seen(change)?))).collect();
+        self.queue.extend(seen);
+        self.cursor = store.revision();
+    }
+
+    /// The next line for the client; `None` at the watch's end, an error where it is cut.
+    async fn next(&mut self) -> anyhow::Result<Option<Value>> {
+        loop {
+            {
+                let faults = self.faults.borrow_and_update();
+                if faults.cuts != self.cuts {
+                    bail!("cut by the test");
+                }
+                if faults.bookmarks != self.bookmarks && self.bookmark_at.is_some() {
+                    self.bookmarks = faults.bookmarks;
+                    self.bookmark_at = Some(Instant::now());
+                }
+            }
+            if *self.head.borrow_and_update() > self.cursor {
+                self.look();
+            }
+            let (held, delay) = {
+                let faults = self.faults.borrow();
+                (faults.holds(&self.user), faults.delay_of(&self.user))
+            };
+            let now = Instant::now();
+            // While somebody is held, only the next change of the faults counts.
+            let due = self.queue.front().map(|(at, _)| *at + delay);
+            if !held {
+                if due.is_some_and(|due| due <= now) {
+                    return Ok(self.queue.pop_front().map(|(_, event)| event));
+                }
+                let ends = self.end <= now;
+                if self.queue.is_empty() && self.bookmark_at.is_some_and(|at| at <= now || ends) {
+                    self.bookmark_at = (!ends).then(|| now + BOOKMARKS);
+                    return Ok(Some(self.bookmark()));
+                }
+                if ends {
+                    return Ok(None);
+                }
+            }
+            let wake =
+                [due, self.bookmark_at.filter(|_| self.queue.is_empty()), Some(self.end)].into_iter().flatten().min();
+            tokio::select! {
+                changed = self.faults.changed() => changed?,
+                changed = self.head.changed() => changed?,
+                () = sleep_until(wake.unwrap_or(self.end)), if !held => {}
+            }
+        }
+    }
+
+    /// The answer's body, a line for each event.
+    pub(super) fn lines(self) -> impl Stream<Item = anyhow::Result<Bytes>> {
+        stream::try_unfold(self, async |mut watch| {
+            let Some(event) = watch.next().await? else { return Ok(None) };
+            let mut line = event.to_string();
+            line.push('\n');
+            Ok(Some((line.into(), watch)))
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! Kubernetes for tests: an API server of the tests' own, and what makes pods and endpoints there.
+
+pub mod apiserver;
