@@ -183,6 +183,18 @@ impl Control {
         self.shifts_changed = true;
     }
 
+    /// The document of this name; where namespaces are part of names, its name alone will do if only one has it.
+    fn shift(&self, name: &str) -> Option<&TrafficShift> {
+        let is_short = |full: &str, namespace: &Option<String>| {
+            namespace
+                .as_ref()
+                .is_some_and(|namespace| full.strip_suffix(namespace.as_str()) == Some(&format!("{name}.")))
+        };
+        let mut short = self.shifts.iter().filter(|shift| is_short(&shift.name, &shift.namespace));
+        let only = short.next().filter(|_| short.next().is_none());
+        self.shifts.iter().find(|shift| shift.name == name).or(only)
+    }
+
     /// The documents in force.
     pub fn shifts(&self) -> &[TrafficShift] {
         &self.shifts
@@ -256,7 +268,7 @@ impl Control {
     ///
     /// If there is no such rollout, or the command does not fit it.
     pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<(), CommandError> {
-        let Some(shift) = self.shifts.iter().find(|shift| shift.name == name) else {
+        let Some(shift) = self.shift(name) else {
             let known: Vec<_> = self.shifts.iter().map(|shift| shift.name.as_str()).collect();
             let known = known.join(", ");
             return Err(CommandError::NotFound(format!("there is no rollout {name}; expected one of {known}")));
@@ -266,10 +278,11 @@ impl Control {
             return Err(CommandError::Conflict(why.to_owned()));
         }
         let world = self.world(shift, now);
-        let rollout = self.kept.rollouts.get(name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
+        let name = shift.name.clone();
+        let rollout = self.kept.rollouts.get(&name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
         let mut rollout = rollout.command(command, shift, &world, now)?;
-        self.news.extend(rollout.take_news().into_iter().map(|news| (name.to_owned(), news)));
-        self.kept.rollouts.insert(name.to_owned(), rollout);
+        self.news.extend(rollout.take_news().into_iter().map(|news| (name.clone(), news)));
+        self.kept.rollouts.insert(name, rollout);
         self.dirty = true;
         Ok(())
     }

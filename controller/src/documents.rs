@@ -79,6 +79,20 @@ pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, 
     Ok(documents.into_iter().zip(values).filter_map(shift).collect())
 }
 
+/// The same, for a controller without a cluster.
+///
+/// # Errors
+///
+/// As [`load`], and if a document says something that only a cluster could tell.
+pub fn load_to_serve(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, DocumentErrors> {
+    let documents = load_as_written(files)?;
+    let wrong = documents.iter().filter_map(|(shift, _)| needs_no_cluster(shift).err());
+    let source =
+        || Source { file: files.iter().map(|file| shown_name(file)).collect::<Vec<_>>().join(", "), number: None };
+    let errors: Vec<_> = wrong.map(|why| source().error("", why)).collect();
+    if errors.is_empty() { Ok(documents) } else { Err(DocumentErrors(errors)) }
+}
+
 /// Reads a file that holds one document, of whatever kind `read` reads; `-` is standard input.
 ///
 /// # Errors
@@ -159,6 +173,28 @@ fn read_files(
         true => Ok(documents),
         false => Err(DocumentErrors(errors)),
     }
+}
+
+/// Whether a document says nothing that only a cluster could tell.
+///
+/// # Errors
+///
+/// What it says, in words.
+pub fn needs_no_cluster(shift: &TrafficShift) -> Result<(), String> {
+    for version in shift.services.iter().flat_map(|service| &service.versions) {
+        let fields = [
+            ("service, selector", version.discovery.is_some()),
+            ("cluster", version.cluster.is_some()),
+            ("workloadRef", version.workload.is_some()),
+        ];
+        if let Some((field, _)) = fields.iter().find(|(_, is_there)| *is_there) {
+            return Err(format!(
+                "{}: {field} of version {} need a cluster; expected endpoints here, or `tideshift serve --kubernetes`",
+                shift.name, version.name
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a document may come from somewhere else than a file that the controller was given: it must not make the

@@ -136,7 +136,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let secrets = Secrets::load(&options)?;
     // Looked at before they are read: what changes in between is read again.
     let watched = Files::new(&files);
-    let documents = documents::load_as_written(&files)?;
+    let documents = documents::load_to_serve(&files)?;
     let (store, kept, counted) = open_store(&files, state_dir.as_deref())?;
     let listener = listen(&options).await?;
     let address = listener.local_addr()?;

@@ -376,7 +376,7 @@ impl ShiftVersion {
             d.invalid(value, "either endpoints or, in Kubernetes, service and selector");
         }
         for needs in ["port", "cluster"] {
-            if f.has(needs) && !in_kubernetes {
+            if f.has(needs) && !in_kubernetes && !(needs == "cluster" && f.has("workloadRef")) {
                 d.invalid(value, format!("service or selector beside {needs}"));
             }
         }

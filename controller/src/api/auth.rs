@@ -313,8 +313,8 @@ mod tests {
         of: &[(&'static str, &str)],
     ) -> (u16, String) {
         let (_, tokens) = watch::channel(tokens.clone());
-        let guard = Guard { tokens, allowed, changes, patience: None };
-        let Err(problem) = guard.admit(&headers(of)) else { return (200, String::new()) };
+        let guard = Guard { tokens, allowed, reviewer: None, changes, patience: None };
+        let Err(problem) = guard.admit(&headers(of), false) else { return (200, String::new()) };
         let response = problem.into_response();
         let challenge = response.headers().get(header::WWW_AUTHENTICATE);
         (response.status().as_u16(), challenge.map_or_else(String::new, |value| value.to_str().unwrap().to_owned()))

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 #[command(after_help = "\
 Examples:
   tideshift wait-drained checkout v1 --timeout 300s && kill $PID_OF_V1
+  tideshift wait-drained checkout v1 --unless-serving    In a preStop hook, where one pod of many may be going, too
 
-Exit codes: 0 drained; 3 the timeout or the document's drain.timeoutSeconds has passed; 2 there is no such version; 1 the
+Exit codes: 0 drained (or serving, with --unless-serving); 3 the timeout or the document's drain.timeoutSeconds has passed; 2 there is no such version; 1 the
 controller cannot be asked at all. While it is away for a moment, the wait goes on.")]
 pub(super) struct Arguments {
     /// The service.
@@ -27,6 +28,11 @@ pub(super) struct Arguments {
     /// How long to wait at most, such as 90s, 10m or 1h.
     #[arg(long, value_name = "TIME", default_value = "300s", value_parser = super::duration)]
     timeout: Duration,
+
+    /// End at once if the version is given requests: then it is not the version that goes, but one of its endpoints,
+    /// which proxies leave out themselves.
+    #[arg(long)]
+    unless_serving: bool,
 
     /// A line for people, or the drain as JSON.
     #[arg(long, short, value_enum, default_value_t)]
@@ -47,7 +53,11 @@ impl Arguments {
             let too_late = begun.elapsed() >= self.timeout;
             match controller.get::<DrainStatus>(&path).await {
                 Ok(drain) => {
-                    let ended = matches!(drain.state, DrainState::Drained | DrainState::DeadlineExceeded);
+                    let ended = match drain.state {
+                        DrainState::Drained | DrainState::DeadlineExceeded => true,
+                        DrainState::Serving => self.unless_serving,
+                        DrainState::Draining => false,
+                    };
                     if ended || too_late {
                         return self.end(&drain);
                     }
@@ -75,6 +85,7 @@ impl Arguments {
         }
         match drain.state {
             DrainState::Drained => Ok(()),
+            DrainState::Serving if self.unless_serving => Ok(()),
             DrainState::Serving => Err(Failure::TooLate(format!("{name} still serves: {}", drain.message))),
             _ => Err(Failure::TooLate(format!("{name} has not drained: {}", drain.message))),
         }

@@ -41,6 +41,7 @@ pub(super) fn check(name: &str, document: &Value, others: &[TrafficShift]) -> Re
         return Err(format!("metadata.name: \"{}\" is not allowed; expected \"{name}\", as in the path", shift.name));
     }
     documents::comes_from_elsewhere(&shift)?;
+    documents::needs_no_cluster(&shift)?;
     let others: Vec<TrafficShift> = others.iter().filter(|other| other.name != name).cloned().collect();
     documents::agree(&others, shift).map_err(|errors| errors.join("\n"))
 }

@@ -25,22 +25,23 @@ impl Control {
 
     /// How the services of one rollout stand; `None` if there is no such rollout.
     pub fn rollout_status(&self, name: &str, now: Millis) -> Option<Vec<ServiceStatus>> {
-        let shift = self.shifts.iter().find(|shift| shift.name == name)?;
-        Some(self.shift_status(shift, now))
+        Some(self.shift_status(self.shift(name)?, now))
     }
 
     /// What has happened to a rollout, the newest last; `None` if there is no such rollout.
     pub fn history(&self, name: &str) -> Option<Vec<TransitionStatus>> {
-        self.shifts.iter().find(|shift| shift.name == name)?;
-        let history = self.kept.history.get(name).into_iter().flatten();
+        let history = self.kept.history.get(&self.shift(name)?.name).into_iter().flatten();
         Some(history.map(TransitionStatus::from).collect())
     }
 
     /// How far a version is from being at rest; `None` if there is no such version.
     pub fn drain(&self, service: &str, version: &str, now: Millis) -> Option<DrainStatus> {
-        let services = self.shifts.iter().find_map(|shift| shift.service(service))?;
-        services.version(version)?;
-        Some(self.drain_status(&(service.to_owned(), version.to_owned()), now))
+        let known = self.shifts.iter().find_map(|shift| shift.service(service));
+        // A service that is alone in its document has the document's name, and may be called as that may be.
+        let alone = || self.shift(service).filter(|shift| shift.services.len() == 1)?.services.first();
+        let service = known.or_else(alone)?;
+        service.version(version)?;
+        Some(self.drain_status(&(service.name.clone(), version.to_owned()), now))
     }
 
     /// What the workloads of a rollout should be changed to; nothing while not everything of it can be seen.

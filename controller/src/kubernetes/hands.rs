@@ -199,8 +199,10 @@ fn gist(status: &TrafficShiftStatus) -> Value {
 fn since_before(status: &mut TrafficShiftStatus, before: Option<&TrafficShiftStatus>) {
     for condition in &mut status.conditions {
         let same = before.into_iter().flat_map(|before| &before.conditions);
-        let same = same.filter(|before| before.kind == condition.kind && before.status == condition.status).next();
-        same.map(|before| condition.last_transition_time = before.last_transition_time);
+        let mut same = same.filter(|before| before.kind == condition.kind && before.status == condition.status);
+        if let Some(before) = same.next() {
+            condition.last_transition_time = before.last_transition_time;
+        }
     }
 }
 
@@ -249,7 +251,6 @@ async fn write_status(clusters: &Clusters, object: &Object, status: &TrafficShif
 
 async fn write_events(clusters: Clusters, identity: String, mut happened: mpsc::Receiver<(Object, Note)>) {
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity) };
-    let recorder = Recorder::new(clusters.home(), reporter);
     while let Some((object, note)) = happened.recv().await {
         let about = ObjectReference {
             api_version: Some(API_VERSION.to_owned()),
@@ -267,6 +268,8 @@ async fn write_events(clusters: Clusters, identity: String, mut happened: mpsc::
             action: "Shift".to_owned(),
             secondary: None,
         };
+        // A recorder takes events of the same reason for the same event, whatever their words; a new one has seen none.
+        let recorder = Recorder::new(clusters.home(), reporter.clone());
         match timeout(PATIENCE, recorder.publish(&event, &about)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!("cannot write an event: {}", reason(&error)),

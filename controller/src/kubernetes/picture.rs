@@ -80,8 +80,8 @@ pub struct SliceEndpoint {
 pub struct Workload {
     /// How many pods it asks for; 1 where it does not say.
     pub replicas: u32,
-    /// How many there are.
-    pub present: u32,
+    /// Which pods are its own.
+    pub selector: Option<LabelSelector>,
 }
 
 /// A HorizontalPodAutoscaler.

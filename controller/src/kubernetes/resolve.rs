@@ -1,7 +1,7 @@
 //! From documents that name Services, labels and workloads to documents that list endpoints: what the clusters say is
 //! put in the place of what a user would have written by hand. Pure.
 
-use super::picture::{Need, Picture, Place, Slice, SliceEndpoint, View};
+use super::picture::{Need, Picture, Place, Slice, SliceEndpoint, View, Workload};
 use crate::readiness::{HeldBack, Outlook};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::shift::{Discovery, Endpoint, PortRef, ShiftVersion, TrafficShift};
@@ -17,15 +17,37 @@ pub fn needs(shift: &TrafficShift) -> BTreeMap<Place, BTreeSet<Need>> {
 
 fn needs_of(version: &ShiftVersion) -> BTreeSet<Need> {
     let mut needs = BTreeSet::new();
-    if let Some(discovery) = &version.discovery {
+    if version.discovery.is_some() || is_found_by_workload(version) {
         needs.insert(Need::Slices);
-        needs.extend(discovery.selector.is_some().then_some(Need::Pods));
+    }
+    if version.discovery.as_ref().is_some_and(|discovery| discovery.selector.is_some()) {
+        needs.insert(Need::Pods);
     }
     if let Some(workload) = &version.workload {
         let (api_version, kind) = (workload.api_version.clone(), workload.kind.clone());
         needs.extend([Need::Workloads { api_version, kind }, Need::Autoscalers, Need::Budgets, Need::Pods]);
     }
     needs
+}
+
+/// Whether a version's endpoints are those of its workload's pods, because the document says nothing else.
+fn is_found_by_workload(version: &ShiftVersion) -> bool {
+    version.workload.is_some() && version.discovery.is_none() && version.endpoints.is_empty()
+}
+
+/// The workload of a version, as the cluster has it.
+pub fn workload<'v>(view: &'v View, version: &ShiftVersion) -> Option<&'v Workload> {
+    let workload = version.workload.as_ref()?;
+    view.workloads.get(&(workload.api_version.clone(), workload.kind.clone()))?.objects.get(&workload.name)
+}
+
+/// How a version's endpoints are found.
+fn discovery(view: &View, version: &ShiftVersion) -> Option<Discovery> {
+    let of_workload = || {
+        let selector = workload(view, version).filter(|_| is_found_by_workload(version))?.selector.clone()?;
+        Some(Discovery { service: None, selector: Some(selector), port: None })
+    };
+    version.discovery.clone().or_else(of_workload)
 }
 
 /// Where a version runs.
@@ -50,16 +72,13 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
             let place = place(&unresolved, version);
             unseen = unseen.or_else(|| picture.unseen(&place, &needs_of(version)));
             let Some(view) = picture.view(&place) else { continue };
-            if let Some(discovery) = &version.discovery {
-                let endpoints = find(view, discovery);
+            if let Some(discovery) = discovery(view, version) {
+                let endpoints = find(view, &discovery);
                 version.replicas = Some(endpoints.len() as u32);
                 found.push((n, endpoints));
             }
-            let workload = version.workload.as_ref().and_then(|workload| {
-                let table = view.workloads.get(&(workload.api_version.clone(), workload.kind.clone()))?;
-                table.objects.get(&workload.name)
-            });
-            version.replicas = workload.map(|workload| workload.replicas).or(version.replicas);
+            let replicas = workload(view, version).map(|workload| workload.replicas);
+            version.replicas = replicas.or(version.replicas);
         }
         // As long as nobody else is there, what is about to go and still answers takes traffic, as with Services.
         let mut all = found.iter().flat_map(|(_, endpoints)| endpoints);
@@ -138,8 +157,9 @@ fn find(view: &View, discovery: &Discovery) -> Vec<Found> {
 }
 
 /// The pods of a version's endpoints: all, or those that can take traffic.
-pub fn pods(view: &View, discovery: &Discovery, only_ready: bool) -> BTreeSet<String> {
-    let found = find(view, discovery).into_iter();
+pub fn pods(view: &View, version: &ShiftVersion, only_ready: bool) -> BTreeSet<String> {
+    let unresolved = ShiftVersion { endpoints: Vec::new(), ..version.clone() };
+    let found = discovery(view, &unresolved).map(|discovery| find(view, &discovery)).unwrap_or_default().into_iter();
     let found = found.filter(|found| !only_ready || found.obstacle(false).is_none());
     found.filter_map(|found| found.state.pod).collect()
 }
@@ -166,7 +186,7 @@ fn port(slice: &Slice, wanted: Option<&PortRef>) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::picture::{Table, Workload};
+    use crate::kubernetes::picture::Table;
     use serde_json::{Value, json};
 
     fn shift(v1: Value, v2: Value) -> TrafficShift {
@@ -202,7 +222,7 @@ mod tests {
         let track = |track: &str| BTreeMap::from([("track".to_owned(), track.to_owned())]);
         let pods = labels.iter().map(|(n, value)| (format!("pod-{n}"), track(value))).collect();
         let deployments = Table {
-            objects: BTreeMap::from([("shop-v1".to_owned(), Workload { replicas: 5, present: 4 })]),
+            objects: BTreeMap::from([("shop-v1".to_owned(), Workload { replicas: 5, selector: None })]),
             synced: true,
             lost: None,
         };

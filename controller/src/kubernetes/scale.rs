@@ -71,8 +71,7 @@ impl Facts<'_> {
         let workload = version.workload.as_ref()?;
         let place = place(self.shift, version);
         let view = self.picture.view(&place)?;
-        let table = view.workloads.get(&(workload.api_version.clone(), workload.kind.clone()))?;
-        let now = table.objects.get(&workload.name)?.replicas;
+        let now = resolve::workload(view, version)?.replicas;
         let want = |change, why: String| Some(Want { place: place.clone(), change, why });
         let replicas = |replicas| Change::Replicas { workload: workload.clone(), replicas };
         let autoscaler = view.autoscalers.objects.iter().find(|(_, autoscaler)| scales(autoscaler, workload));
@@ -148,17 +147,13 @@ impl Facts<'_> {
 
     /// How many pods of a version that nobody needs must stay, because a PodDisruptionBudget has promised them.
     fn floor(&self, service: &ShiftService, version: &ShiftVersion, view: &View) -> (u32, String) {
-        let pods = |version: &ShiftVersion, only_ready: bool| -> BTreeSet<String> {
-            let discovery = version.discovery.as_ref();
-            discovery.map(|discovery| resolve::pods(view, discovery, only_ready)).unwrap_or_default()
-        };
-        let own = pods(version, false);
+        let own = resolve::pods(view, version, false);
         let place = place(self.shift, version);
         let others = service
             .versions
             .iter()
             .filter(|other| other.name != version.name && resolve::place(self.shift, other) == place);
-        let others: BTreeSet<String> = others.flat_map(|other| pods(other, true)).collect();
+        let others: BTreeSet<String> = others.flat_map(|other| resolve::pods(view, other, true)).collect();
         let promised = view.budgets.objects.iter().filter_map(|(name, budget)| {
             let covers =
                 |pod: &String| view.pods.objects.get(pod).is_some_and(|labels| budget.selector.selects(labels));
@@ -180,4 +175,255 @@ fn scales(autoscaler: &Autoscaler, workload: &WorkloadRef) -> bool {
     let group = |api_version: &str| api_version.split_once('/').map_or(String::new(), |(group, _)| group.to_owned());
     let WorkloadRef { api_version, kind, name } = &autoscaler.target;
     group(api_version) == group(&workload.api_version) && *kind == workload.kind && *name == workload.name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::picture::{Budget, Slice, SliceEndpoint, Table, Workload};
+    use crate::rollout::Observed;
+    use serde_json::json;
+    use std::collections::BTreeMap;
+    use tideshift_core::guard::Veto;
+    use tideshift_core::report::Counts;
+    use tideshift_core::shift::LabelSelector;
+
+    /// Payment v1 with four pods and v2 with none, each of a Deployment of its own; steps to 10, 50 and 100 %.
+    struct Play {
+        document: serde_json::Value,
+        rollout: Option<Rollout>,
+        view: View,
+        /// How many pods of each version are ready.
+        ready: BTreeMap<String, u32>,
+        drained: BTreeMap<String, (Millis, Millis)>,
+        now: Millis,
+    }
+
+    /// All that a rollout sees is which pods are ready.
+    impl Observed for BTreeMap<String, u32> {
+        fn ready(&self, _: &str, version: &str) -> u32 {
+            self.get(version).copied().unwrap_or_default()
+        }
+
+        fn available(&self, service: &str, version: &str) -> u32 {
+            self.ready(service, version)
+        }
+
+        fn counts(&self, _: &str, _: &str) -> Counts {
+            Counts::default()
+        }
+
+        fn vetoes(&self, _: &str, _: &str) -> impl Iterator<Item = &Veto> {
+            std::iter::empty()
+        }
+
+        fn is_up_to_date(&self) -> bool {
+            true
+        }
+
+        fn verdict(&self) -> crate::rollout::Opinion {
+            crate::rollout::Opinion { passes: true, ..Default::default() }
+        }
+    }
+
+    impl Play {
+        fn new() -> Self {
+            let version = |name: &str| {
+                json!({
+                    "name": name, "selector": {"matchLabels": {"version": name}},
+                    "workloadRef": {"name": format!("payment-{name}")},
+                })
+            };
+            let document = json!({
+                "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+                "metadata": {"name": "payment", "namespace": "shop"},
+                "spec": {
+                    "versions": [version("v1"), version("v2")], "stable": "v1",
+                    "strategy": {"steps": [{"weight": 10, "pause": true}, {"weight": 50, "pause": true}, {"weight": 100}]},
+                },
+            });
+            let mut play = Self {
+                document,
+                rollout: None,
+                view: View::default(),
+                ready: BTreeMap::new(),
+                drained: BTreeMap::new(),
+                now: 1_000,
+            };
+            play.scaled("v1", 4).scaled("v2", 0).has("v1", 4).pass();
+            play
+        }
+
+        fn scaled(&mut self, version: &str, replicas: u32) -> &mut Self {
+            let key = ("apps/v1".to_owned(), "Deployment".to_owned());
+            let table = self.view.workloads.entry(key).or_default();
+            table.objects.insert(format!("payment-{version}"), Workload { replicas, selector: None });
+            self
+        }
+
+        /// So many of its pods are ready.
+        fn has(&mut self, version: &str, ready: u32) -> &mut Self {
+            self.ready.insert(version.to_owned(), ready);
+            let pod = |n: u32| format!("{version}-{n}");
+            let labels = BTreeMap::from([("app", "payment"), ("version", version)]);
+            let labels: BTreeMap<_, _> = labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+            self.view.pods.objects.extend((0..ready).map(|n| (pod(n), labels.clone())));
+            let endpoint = |n: u32| SliceEndpoint {
+                address: format!("10.0.{}.{n}", &version[1..]),
+                pod: Some(pod(n)),
+                ready: true,
+                serving: true,
+                terminating: false,
+            };
+            let ports = vec![("http".to_owned(), 80)];
+            let slice = Slice { ports, endpoints: (0..ready).map(endpoint).collect(), ..Slice::default() };
+            self.view.slices.objects.insert(version.to_owned(), slice);
+            self
+        }
+
+        fn target(&mut self, target: &str) -> &mut Self {
+            self.document["spec"]["target"] = json!(target);
+            self
+        }
+
+        fn shift(&self) -> TrafficShift {
+            let shift = TrafficShift::read(&self.document).unwrap().qualified();
+            resolve::resolve([shift], &self.picture()).0.remove(0)
+        }
+
+        fn picture(&self) -> Picture {
+            let place = Place { cluster: None, namespace: "shop".to_owned() };
+            Picture { views: BTreeMap::from([(place, self.view.clone())]), lost: BTreeMap::new() }
+        }
+
+        /// Two looks, a second apart.
+        fn pass(&mut self) -> &mut Self {
+            let shift = self.shift();
+            for _ in 0..2 {
+                self.now += 1_000;
+                let rollout = self.rollout.take().unwrap_or_else(|| Rollout::new(&shift, self.now));
+                self.rollout = Some(rollout.advance(&shift, &self.ready, self.now));
+            }
+            self
+        }
+
+        fn promote(&mut self) -> &mut Self {
+            let shift = self.shift();
+            let command = crate::rollout::Command::Promote { full: false };
+            self.rollout = Some(self.rollout.take().unwrap().command(&command, &shift, &self.ready, self.now).unwrap());
+            self.pass()
+        }
+
+        /// Traffic has left a version, and so long ago.
+        fn drained(&mut self, version: &str, ago: Millis) -> &mut Self {
+            self.drained.insert(version.to_owned(), (self.now, self.now));
+            self.now += ago;
+            self
+        }
+
+        fn plan(&self) -> Vec<String> {
+            let (shift, picture) = (self.shift(), self.picture());
+            let drained = |_: &str, version: &str| self.drained.get(version).copied();
+            let rollout = self.rollout.as_ref().unwrap();
+            let facts = Facts { shift: &shift, rollout, picture: &picture, drained: &drained, now: self.now };
+            let shown = |want: Want| match want.change {
+                Change::Replicas { workload, replicas } => format!("{} {replicas}: {}", workload.name, want.why),
+                Change::MinReplicas { autoscaler, min, before } => format!("{autoscaler} min {min}, was {before:?}"),
+            };
+            facts.plan().into_iter().map(shown).collect()
+        }
+
+        fn autoscaler(&mut self, version: &str, min: u32, min_before: Option<u32>) -> &mut Self {
+            let target = WorkloadRef {
+                api_version: "apps/v1".to_owned(),
+                kind: "Deployment".to_owned(),
+                name: format!("payment-{version}"),
+            };
+            let autoscaler = Autoscaler { target, min, max: 10, min_before };
+            self.view.autoscalers.objects.insert(format!("hpa-{version}"), autoscaler);
+            self
+        }
+    }
+
+    #[test]
+    fn the_target_gets_what_its_step_needs_a_few_at_a_time_and_the_stable_version_stays_whole() {
+        let mut play = Play::new();
+        assert_eq!(play.plan(), [""; 0], "nobody has asked for anything");
+        play.target("v2").pass();
+        assert_eq!(play.plan(), ["payment-v2 1: step 1 gives v2 10 % of what 4 pods carry"]);
+        play.scaled("v2", 1);
+        assert_eq!(play.plan(), [""; 0], "it is being done");
+        play.has("v2", 1).pass().promote();
+        assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
+        play.scaled("v2", 2).has("v2", 2).pass().promote();
+        assert_eq!(play.plan(), ["payment-v2 3: step 3 gives v2 100 % of what 4 pods carry"], "25 % of 4 is one more");
+        // Somebody has taken pods of the stable version away: a rollback would need them.
+        play.scaled("v1", 2);
+        assert_eq!(play.plan()[0], "payment-v1 4: v1 must be able to take everything back");
+        play.scaled("v1", 4).scaled("v2", 4).has("v2", 4).pass();
+        assert_eq!(play.rollout.as_ref().unwrap().phase, Phase::Succeeded);
+        assert_eq!(play.plan(), [""; 0], "v1 has not drained");
+        play.drained("v1", 29_000);
+        assert_eq!(play.plan(), [""; 0], "30 s have not passed");
+        play.now += 1_000;
+        assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
+        play.scaled("v1", 0).has("v1", 0).pass();
+        assert_eq!(play.plan(), [""; 0]);
+    }
+
+    #[test]
+    fn a_target_that_is_taken_back_is_scaled_down_and_one_that_nobody_used_is_left_alone() {
+        let mut play = Play::new();
+        play.scaled("v2", 3).has("v2", 3).drained("v2", 600_000);
+        assert_eq!(play.plan(), [""; 0], "v2 was scaled by somebody else, for whatever reason");
+        play.target("v2").pass();
+        let shift = play.shift();
+        let abort = crate::rollout::Command::Abort;
+        play.rollout = Some(play.rollout.take().unwrap().command(&abort, &shift, &play.ready, play.now).unwrap());
+        assert_eq!(play.plan(), [""; 0]);
+        play.drained("v2", 30_000);
+        assert_eq!(play.plan(), ["payment-v2 0: v2 has drained"]);
+    }
+
+    #[test]
+    fn an_autoscaler_is_told_the_least_and_gets_back_what_it_had() {
+        let mut play = Play::new();
+        play.autoscaler("v1", 2, None).autoscaler("v2", 1, None).target("v2").pass();
+        assert_eq!(
+            play.plan(),
+            ["hpa-v1 min 4, was Some(2)", "payment-v2 1: step 1 gives v2 10 % of what 4 pods carry"],
+            "an autoscaler does nothing about a workload of no pods"
+        );
+        play.autoscaler("v1", 4, Some(2)).scaled("v2", 1).has("v2", 1).pass().promote();
+        assert_eq!(play.plan(), ["hpa-v2 min 2, was Some(1)"]);
+        play.autoscaler("v2", 2, Some(1)).scaled("v2", 4).has("v2", 4).pass().promote();
+        assert_eq!(play.rollout.as_ref().unwrap().phase, Phase::Succeeded);
+        assert_eq!(play.plan(), ["hpa-v1 min 2, was None", "hpa-v2 min 1, was None"]);
+        play.autoscaler("v1", 2, None).autoscaler("v2", 1, None).drained("v1", 30_000);
+        assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
+    }
+
+    #[test]
+    fn what_a_disruption_budget_promises_stays() {
+        let mut play = Play::new();
+        play.target("v2").pass().scaled("v2", 4).has("v2", 4).pass().promote().promote();
+        play.drained("v1", 30_000);
+        let budget = |label: (&str, &str), min_available| Budget {
+            selector: LabelSelector {
+                match_labels: BTreeMap::from([(label.0.to_owned(), label.1.to_owned())]),
+                ..LabelSelector::default()
+            },
+            min_available,
+        };
+        let mut with = |budget| {
+            play.view.budgets = Table { objects: BTreeMap::from([("pdb".to_owned(), budget)]), ..Table::default() };
+            play.plan()
+        };
+        let kept = "payment-v1 2: v1 has drained; PodDisruptionBudget pdb promises 2 of its pods";
+        assert_eq!(with(budget(("version", "v1"), 2)), [kept]);
+        assert_eq!(with(budget(("app", "payment"), 3)), ["payment-v1 0: v1 has drained"], "v2 has enough of them");
+        assert_eq!(with(budget(("app", "payment"), 6)), [kept], "v2 has four of the six");
+        assert_eq!(with(budget(("app", "other"), 6)), ["payment-v1 0: v1 has drained"]);
+        assert_eq!(with(budget(("version", "v1"), 9)), [""; 0], "nobody adds pods for a promise");
+    }
 }

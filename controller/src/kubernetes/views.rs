@@ -86,8 +86,12 @@ pub(super) fn labels(pod: &PartialObjectMeta<Pod>) -> Option<BTreeMap<String, St
 }
 
 pub(super) fn workload(object: &DynamicObject) -> Option<Workload> {
-    let number = |pointer: &str| object.data.pointer(pointer).and_then(Value::as_u64).map(|n| n.min(1_000_000) as u32);
-    Some(Workload { replicas: number("/spec/replicas").unwrap_or(1), present: number("/status/replicas").unwrap_or(0) })
+    let spec = object.data.get("spec");
+    let replicas = spec.and_then(|spec| spec.get("replicas")).and_then(Value::as_u64);
+    let labels = spec.and_then(|spec| spec.get("selector")).cloned();
+    let labels = labels.and_then(|labels| serde_json::from_value::<v1::LabelSelector>(labels).ok());
+    let replicas = replicas.unwrap_or(1).min(1_000_000) as u32;
+    Some(Workload { replicas, selector: labels.and_then(|labels| selector(&labels)) })
 }
 
 pub(super) fn autoscaler(object: &HorizontalPodAutoscaler) -> Option<Autoscaler> {

@@ -81,8 +81,8 @@ fn what_was_done_is_counted() {
     done.answered("/v1/reports", 204);
     done.took_report(1_700_000_000_500);
     done.published();
-    done.wrote(&Ok::<_, ()>(()));
-    done.wrote(&Err(()));
+    done.wrote(true);
+    done.wrote(false);
     let after = text(status(), &done);
     for line in [
         "rollout_transitions_total{rollout=\"checkout\",phase=\"Failed\",reason=\"GuardVeto\"} 1",

@@ -32,7 +32,8 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let reviewer = cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience));
     let role = watch::Sender::new(Role::Follows(None));
     let nothing = Control::new(Vec::new(), Kept::default(), Counted::default());
-    let service = Service::start(&options, listener, secrets, nothing, role.subscribe(), reviewer.map(Arc::new));
+    let shown = watch::Sender::new(Role::Follows(None));
+    let service = Service::start(&options, listener, secrets, nothing, shown.subscribe(), reviewer.map(Arc::new));
     tracing::info!(%address, tls = options.tls.is_some(), namespace, identity = cluster.identity, "serving");
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };
@@ -56,7 +57,8 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
 
     let clusters = Clusters::new(client.clone(), &namespace);
     let eyes = Eyes::open(clusters.clone(), &cluster.namespaces);
-    let mut replica = Replica { cluster, client, namespace, clusters, eyes, service, role: role.subscribe(), ending };
+    let role = role.subscribe();
+    let mut replica = Replica { cluster, client, namespace, clusters, eyes, service, role, shown, ending };
     let result = replica.run().await;
     tracing::info!("ending");
     ended.send_replace(true);
@@ -79,6 +81,8 @@ struct Replica {
     eyes: Eyes,
     service: Service,
     role: watch::Receiver<Role>,
+    /// The role that those who ask see: this replica does not lead before it knows what there is to know.
+    shown: watch::Sender<Role>,
     ending: watch::Receiver<bool>,
 }
 
@@ -86,21 +90,19 @@ impl Replica {
     /// Leads whenever it may, until it is asked to end.
     async fn run(&mut self) -> Result<(), ServeError> {
         loop {
+            let now = self.role.borrow_and_update().clone();
+            if now.decides() {
+                self.lead().await?;
+                // What it knew becomes old.
+                self.shown.send_replace(Role::Follows(None));
+                *self.service.shared.control() = Control::new(Vec::new(), Kept::default(), Counted::default());
+            } else {
+                self.shown.send_replace(now);
+            }
+            // Also after it was deposed without knowing: the lease says so soon.
             tokio::select! {
                 () = is_true(self.ending.clone()) => return Ok(()),
-                _ = self.role.wait_for(Role::decides) => {}
-            }
-            self.lead().await?;
-            // What it knows now becomes old.
-            *self.service.shared.control() = Control::new(Vec::new(), Kept::default(), Counted::default());
-            if *self.ending.borrow() {
-                return Ok(());
-            }
-            // Deposed without knowing: the lease will say so soon.
-            let mut role = self.role.clone();
-            tokio::select! {
-                () = is_true(self.ending.clone()) => return Ok(()),
-                _ = role.wait_for(|role| !role.decides()) => {}
+                _ = self.role.changed() => {}
             }
         }
     }
@@ -126,6 +128,7 @@ impl Replica {
         let mut control = Control::with_hidden(shown.documents.clone(), shown.hidden.clone(), kept, counted);
         control.set_document_errors(shown.errors.clone());
         *self.service.shared.control() = control;
+        self.shown.send_replace(Role::Leads);
         let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);
         let keeper = Keeper::new(memory, self.service.shared.done.clone());
         let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());

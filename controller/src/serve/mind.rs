@@ -197,7 +197,7 @@ impl<D: Disk> Mind<D> {
         if !files.have_changed() {
             return;
         }
-        match documents::load_as_written(files.paths()) {
+        match documents::load_to_serve(files.paths()) {
             Ok(documents) => {
                 tracing::info!("documents have changed");
                 self.shared.control().set_documents(documents);

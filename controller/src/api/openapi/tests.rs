@@ -83,7 +83,9 @@ async fn start() -> (Router, Arc<Shared>) {
     let ((publish, published), (_, tokens)) = (watch::channel(None), watch::channel(Tokens::default()));
     let (control, (end, ending)) = (Mutex::new(control), watch::channel(false));
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-    let shared = Shared { control, counted, turns, events, done: Done::default(), published, tokens, ending };
+    let (reviewer, leader) = (None, Leader::new(watch::channel(Role::Alone).1, None));
+    let done = Done::default();
+    let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
     let shared = Arc::new(shared);
     let mind = shared.clone();
     tokio::spawn(async move {
