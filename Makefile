@@ -100,7 +100,7 @@ soak: build ## Ten million requests through the module in a wasm host: its memor
 	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module_soak -- --nocapture
 
 .PHONY: e2e
-e2e: build envoy chromium axe ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
+e2e: build envoy chromium axe schemas ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # errors that are only waited out need no backtraces
 
@@ -125,9 +125,9 @@ deny: cargo-deny ## Licences, bans and sources of the dependencies, and their kn
 ## Get what it needs
 
 .PHONY: tools
-tools: rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz ## Everything below at once
+tools: rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz ## Everything below at once
 
-.PHONY: rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz
+.PHONY: rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz
 rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
 musl: ## Rust's target for static binaries, by rustup
 envoy: ## Envoy, into .tools/bin
@@ -135,9 +135,10 @@ node: ## Node, if there is none
 wasm-bindgen: ## wasm-bindgen's test runner
 chromium: ## Chromium and its driver, by apt-get, if there are none
 axe: ## axe-core, which checks the web page's accessibility
+schemas: ## The schemas of the objects that users apply in a cluster
 cargo-deny: ## cargo-deny
 cargo-fuzz: ## cargo-fuzz
-rust musl envoy node wasm-bindgen chromium axe cargo-deny cargo-fuzz:
+rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz:
 	@tools/install $@
 
 .PHONY: clean

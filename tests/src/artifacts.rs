@@ -26,17 +26,29 @@ pub fn wasm() -> anyhow::Result<PathBuf> {
 
 /// Chromium: `TIDESHIFT_CHROMIUM`, else the one on the `PATH`.
 pub fn chromium() -> anyhow::Result<PathBuf> {
-    on_path("TIDESHIFT_CHROMIUM", "chromium")
+    on_path("TIDESHIFT_CHROMIUM", "chromium", "make chromium")
 }
 
 /// Its WebDriver: `TIDESHIFT_CHROMEDRIVER`, else the one on the `PATH`.
 pub fn chromedriver() -> anyhow::Result<PathBuf> {
-    on_path("TIDESHIFT_CHROMEDRIVER", "chromedriver")
+    on_path("TIDESHIFT_CHROMEDRIVER", "chromedriver", "make chromium")
 }
 
 /// axe-core's script, which checks a page's accessibility: `TIDESHIFT_AXE`, else `.tools/axe.min.js` of this checkout.
 pub fn axe() -> anyhow::Result<PathBuf> {
     find("TIDESHIFT_AXE", ".tools/axe.min.js", "make axe")
+}
+
+/// The folder with the schemas of Kubernetes' objects: `TIDESHIFT_SCHEMAS`, else `.tools/schemas` of this checkout.
+pub fn schemas() -> anyhow::Result<PathBuf> {
+    let path = env::var_os("TIDESHIFT_SCHEMAS").map_or_else(|| workspace().join(".tools/schemas"), PathBuf::from);
+    ensure!(path.is_dir(), "{} is not there: run `make schemas`, or set TIDESHIFT_SCHEMAS", path.display());
+    Ok(path)
+}
+
+/// Node: `TIDESHIFT_NODE`, else the one on the `PATH`.
+pub fn node() -> anyhow::Result<PathBuf> {
+    on_path("TIDESHIFT_NODE", "node", "make node")
 }
 
 /// The root of this checkout.
@@ -45,12 +57,11 @@ pub fn workspace() -> PathBuf {
     tests.parent().unwrap_or(tests).to_owned()
 }
 
-fn on_path(variable: &str, name: &str) -> anyhow::Result<PathBuf> {
+fn on_path(variable: &str, name: &str, made_by: &str) -> anyhow::Result<PathBuf> {
     let folders = env::var_os("PATH").unwrap_or_default();
     let found = env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file());
     let path = env::var_os(variable).map(PathBuf::from).or(found);
-    let path =
-        path.with_context(|| format!("there is no {name} on the PATH: run `make chromium`, or set {variable}"))?;
+    let path = path.with_context(|| format!("there is no {name} on the PATH: run `{made_by}`, or set {variable}"))?;
     ensure!(path.is_file(), "{} is not there, though {variable} names it", path.display());
     Ok(path)
 }

@@ -31,6 +31,7 @@ pub mod policy_server;
 pub mod ports;
 pub mod process;
 pub mod rig;
+pub mod schemas;
 pub mod setup;
 #[cfg(feature = "browser")]
 pub mod stage;

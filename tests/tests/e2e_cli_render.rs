@@ -138,6 +138,35 @@ fn what_cannot_be_rendered_is_said() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn what_cannot_be_rendered_for_a_cluster_is_said() -> anyhow::Result<()> {
+    let nowhere = text(&[shift("a", json!({ "versions": [{ "name": "v1" }], "stable": "v1" }))]);
+    let of = |name: &str| {
+        shift(name, json!({ "hostnames": [name], "stable": "v1", "versions": [{ "name": "v1", "service": name }] }))
+    };
+    let fine = text(&[of("a"), of("b")]);
+    let missing = "version v1 of a: service and selector are missing; one of them must say where it runs in Kubernetes";
+    let cases: [(&[&str], &str, &str); 7] = [
+        (&["istio"], &nowhere, missing),
+        (&["envoy-gateway"], &nowhere, missing),
+        (&["httproute"], &nowhere, missing),
+        (&["istio", "--for", "sidecar", "--gateway", "a/b"], &fine, "--gateway is for --for gateway"),
+        (&["istio", "--waypoint", "a"], &fine, "--waypoint is for --for waypoint"),
+        (
+            &["istio", "--for", "waypoint", "--selector", "a=b"],
+            &fine,
+            "--selector is for --for gateway and --for sidecar; waypoints have a name (--waypoint)",
+        ),
+        (&["istio", "--service", "a"], &fine, "--service is for one service, and the documents have several"),
+    ];
+    for (arguments, document, expected) in cases {
+        let said = cli_reading(["render"].iter().chain(arguments).chain(&["-f", "-"]), document)?;
+        let expected = format!("error: {expected}\n");
+        assert_eq!((said.code, said.stdout.as_str(), said.stderr.as_str()), (Some(2), "", expected.as_str()));
+    }
+    Ok(())
+}
+
 /// An Envoy for a document of one version without probes, so that nothing but retries helps.
 async fn start(endpoints: &[&Backend]) -> anyhow::Result<(Envoy, SocketAddr, Port)> {
     let directory = tempfile::tempdir()?;
