@@ -120,7 +120,8 @@ spec:
         "\
 ---
 # Makes the controller's Service known to the proxies, as the cluster that the filter calls,
-# {cluster}.
+# {cluster}. (It is called otherwise where the Gateway's EnvoyProxy
+# has mergeBackends, or its BackendTrafficPolicy prefers a zone: look into the proxy's configuration, and say --controller-cluster.)
 # Who asks for the path from outside gets a 404 from the controller, and nothing else leads there.
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -201,6 +202,14 @@ mod tests {
             code("https://a/b.wasm"),
             json!({"type": "HTTP", "http": {"url": "https://a/b.wasm", "sha256": sha256}})
         );
+    }
+
+    #[test]
+    fn the_cluster_may_have_another_name() {
+        let filter = Filter { controller_cluster: Some("another".to_owned()), ..filter() };
+        let objects = objects_in(&objects(&[shift(PAYMENT)], &Options { filter, ..options() }).unwrap());
+        let policy = named("tideshift", "EnvoyExtensionPolicy", &objects);
+        assert_eq!(policy["spec"]["wasm"][0]["config"]["controller"]["cluster"], "another");
     }
 
     #[test]

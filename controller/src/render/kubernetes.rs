@@ -16,6 +16,8 @@ pub struct Filter {
     pub module_sha256: Option<String>,
     /// The controller's Service, by its whole name: `SERVICE.NAMESPACE.svc.cluster.local`.
     pub controller: Endpoint,
+    /// What the proxies call its cluster, where that is not what they always do.
+    pub controller_cluster: Option<String>,
     /// The bearer token for the controller, if it wants one.
     pub controller_token: Option<String>,
 }
@@ -48,13 +50,17 @@ pub(super) fn namespace(shift: &TrafficShift) -> &str {
     shift.namespace.as_deref().unwrap_or("default")
 }
 
-/// What the filter is configured with: whom to ask, and what holds until there is an answer, all to the stable versions.
+/// What the filter is configured with: whom to ask, by the cluster that proxies like these always have for it, and what holds
+/// until there is an answer, all to the stable versions.
 ///
 /// Numbers that a double does not hold are texts, since that is what becomes of numbers on the way to the filter. So is the
 /// revision, which is not 0 for ever where people change what was printed.
 pub(super) fn configuration(shifts: &[TrafficShift], filter: &Filter, cluster: String) -> Value {
-    let controller =
-        ControllerRef { cluster, authority: filter.controller.to_string(), token: filter.controller_token.clone() };
+    let controller = ControllerRef {
+        cluster: filter.controller_cluster.clone().unwrap_or(cluster),
+        authority: filter.controller.to_string(),
+        token: filter.controller_token.clone(),
+    };
     let qualified = |shift: &TrafficShift| {
         let namespace = Some(namespace(shift).to_owned());
         TrafficShift { namespace, ..shift.clone() }.qualified()
@@ -200,6 +206,7 @@ spec:
             module_url: "oci://registry.example.com/tideshift-filter:1".to_owned(),
             module_sha256: Some("0123456789abcdef".repeat(4)),
             controller: Endpoint::parse("tideshift.tideshift-system.svc.cluster.local:7460").unwrap(),
+            controller_cluster: None,
             controller_token: Some("0123456789abcdef".to_owned()),
         }
     }

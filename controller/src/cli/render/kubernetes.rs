@@ -25,6 +25,10 @@ struct FilterArguments {
     /// The controller's Service, by its whole name, and its port.
     #[arg(long, value_name = "HOST:PORT", default_value = CONTROLLER, value_parser = service)]
     controller: Endpoint,
+    /// What the proxies call the controller's cluster, where that is not as usual: in Istio outbound|PORT||HOST, in Envoy
+    /// Gateway httproute/NAMESPACE/tideshift-controller/rule/0.
+    #[arg(long, value_name = "NAME")]
+    controller_cluster: Option<String>,
     /// A file whose first line is the proxy token of a controller that wants one. It becomes part of what is printed: who may
     /// read these objects in the cluster can read it.
     #[arg(long, value_name = "FILE")]
@@ -155,6 +159,7 @@ impl FilterArguments {
             module_url: self.module_url.clone(),
             module_sha256: self.module_sha256.clone(),
             controller: self.controller.clone(),
+            controller_cluster: self.controller_cluster.clone(),
             controller_token: token.transpose()?,
         })
     }
