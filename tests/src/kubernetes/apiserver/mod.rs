@@ -17,6 +17,7 @@ mod fields;
 mod http;
 mod kinds;
 mod list;
+mod objects;
 mod patch;
 mod refusal;
 mod request;
@@ -32,13 +33,14 @@ mod write;
 use std::{
     fs,
     net::SocketAddr,
+    ops::Deref,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
@@ -46,19 +48,14 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{ports::Port, setup::DEADLINE, wait::eventually};
+use crate::ports::Port;
 
-use self::{
-    access::Access,
-    faults::Faults,
-    kinds::Kind,
-    store::Store,
-    write::{Part, Writer},
-};
+use self::{access::Access, faults::Faults, store::Store};
 pub use self::{
     access::{Attempt, Identity},
     faults::Whom,
     kinds::rollouts_crd,
+    objects::Objects,
     refusal::Refusal,
 };
 
@@ -71,11 +68,11 @@ pub struct Seen {
     pub at: std::time::Instant,
 }
 
-/// A running (or stopped) server; dropping it stops it.
+/// A running (or stopped) server; dropping it stops it. What is in it is to be had by the methods of [`Objects`].
 #[derive(Debug)]
 pub struct ApiServer {
     port: Port,
-    shared: Arc<Shared>,
+    objects: Objects,
     server: Mutex<Option<Running>>,
     directory: TempDir,
 }
@@ -92,6 +89,8 @@ pub(super) struct Shared {
     store: Mutex<Store>,
     /// The newest revision.
     head: Sender<u64>,
+    /// Whether it listens.
+    up: Sender<bool>,
     faults: Sender<Faults>,
     access: Mutex<Access>,
     seen: Mutex<Vec<Seen>>,
@@ -123,11 +122,17 @@ impl ApiServer {
         let shared = Arc::new(Shared {
             head: Sender::new(store.revision()),
             store: Mutex::new(store),
+            up: Sender::new(false),
             faults: Sender::new(Faults::default()),
             access: Mutex::default(),
             seen: Mutex::default(),
         });
-        let server = Self { port: Port::reserve()?, shared, server: Mutex::new(None), directory: tempfile::tempdir()? };
+        let server = Self {
+            port: Port::reserve()?,
+            objects: Objects::of(shared),
+            server: Mutex::new(None),
+            directory: tempfile::tempdir()?,
+        };
         server.come_back().await?;
         Ok(server)
     }
@@ -166,27 +171,27 @@ impl ApiServer {
     /// Knows a token from now on: for its requests, and for TokenReviews with one of these audiences.
     pub fn token(&self, token: &str, username: &str, audiences: &[&str]) {
         let audiences = audiences.iter().map(|&audience| audience.to_owned()).collect();
-        lock(&self.shared.access).add_token(token, Identity { username: username.to_owned(), audiences });
+        lock(&self.objects.shared.access).add_token(token, Identity { username: username.to_owned(), audiences });
     }
 
     /// Knows a token no longer.
     pub fn forget_token(&self, token: &str) {
-        lock(&self.shared.access).remove_token(token);
+        lock(&self.objects.shared.access).remove_token(token);
     }
 
     /// Answers 403 to every request that the rule says yes to.
     pub fn forbid(&self, rule: impl Fn(&Attempt) -> bool + Send + Sync + 'static) {
-        lock(&self.shared.access).forbid(Arc::new(rule));
+        lock(&self.objects.shared.access).forbid(Arc::new(rule));
     }
 
     /// Forbids nothing any more.
     pub fn allow_all(&self) {
-        lock(&self.shared.access).allow_all();
+        lock(&self.objects.shared.access).allow_all();
     }
 
     /// Takes objects only into namespaces that exist.
     pub fn want_namespaces(&self) {
-        self.shared.store().strict_namespaces = true;
+        self.objects.shared.store().strict_namespaces = true;
     }
 }
 
@@ -194,6 +199,7 @@ impl ApiServer {
 impl ApiServer {
     /// Closes the listener and every connection; the objects stay.
     pub async fn go_away(&self) {
+        self.objects.shared.up.send_replace(false);
         let running = lock(&self.server).take();
         if let Some(Running { stop, task }) = running {
             drop(stop);
@@ -207,155 +213,70 @@ impl ApiServer {
         self.go_away().await;
         let listener = TcpListener::bind(self.address()).await.context("cannot listen")?;
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(http::serve(listener, Arc::clone(&self.shared), stopped));
+        let task = tokio::spawn(http::serve(listener, Arc::clone(&self.objects.shared), stopped));
         *lock(&self.server) = Some(Running { stop, task });
+        self.objects.shared.up.send_replace(true);
         Ok(())
     }
 
     /// Breaks every watch off in the middle.
     pub fn cut_watches(&self) {
-        self.shared.faults.send_modify(|faults| faults.cuts += 1);
+        self.objects.shared.faults.send_modify(|faults| faults.cuts += 1);
     }
 
     /// Sends every watch that allows it a bookmark.
     pub fn send_bookmarks(&self) {
-        self.shared.faults.send_modify(|faults| faults.bookmarks += 1);
+        self.objects.shared.faults.send_modify(|faults| faults.bookmarks += 1);
     }
 
     /// Forgets how things came to be as they are: whoever resumes a watch from a revision that it has seen so far is
     /// told 410 Gone. Watches that are there go on.
     pub fn compact(&self) {
-        self.shared.write(Store::compact);
+        self.objects.shared.write(Store::compact);
     }
 
     /// Answers the next so many writes to a kind (`PLURAL.GROUP`) with 409 Conflict.
     pub fn refuse_writes(&self, resource: &str, writes: usize) {
-        self.shared.faults.send_modify(|faults| faults.conflict(resource.to_owned(), writes));
+        self.objects.shared.faults.send_modify(|faults| faults.conflict(resource.to_owned(), writes));
     }
 
     /// Delivers watch events so much later.
     pub fn delay_watches(&self, whom: Whom, delay: Duration) {
-        self.shared.faults.send_modify(|faults| faults.delay(whom, delay));
+        self.objects.shared.faults.send_modify(|faults| faults.delay(whom, delay));
     }
 
     /// Answers no request and sends no event until [`release`](Self::release): a partition. Requests that are still
     /// waiting then are carried out late.
     pub fn hold(&self, whom: Whom) {
-        self.shared.faults.send_modify(|faults| faults.hold(whom));
+        self.objects.shared.faults.send_modify(|faults| faults.hold(whom));
     }
 
     /// Ends a [`hold`](Self::hold).
     pub fn release(&self, whom: &Whom) {
-        self.shared.faults.send_modify(|faults| faults.release(whom));
+        self.objects.shared.faults.send_modify(|faults| faults.release(whom));
     }
 
     /// Every request so far. Those of this value's own methods are none.
     pub fn requests(&self) -> Vec<Seen> {
-        lock(&self.shared.seen).clone()
+        lock(&self.objects.shared.seen).clone()
     }
 
     /// How many requests there were of a verb for a resource (`pods`, `deployments/scale`), whatever its group.
     pub fn count(&self, verb: &str, resource: &str) -> usize {
-        let seen = lock(&self.shared.seen);
+        let seen = lock(&self.objects.shared.seen);
         seen.iter().filter(|seen| seen.attempt.verb == verb && seen.attempt.resource == resource).count()
     }
 
     /// Forgets the requests so far.
     pub fn forget_requests(&self) {
-        lock(&self.shared.seen).clear();
+        lock(&self.objects.shared.seen).clear();
     }
 }
 
-/// The objects, past HTTP, permissions and faults. Resources are called `PLURAL.GROUP`, or `PLURAL` where that is clear;
-/// the namespace is empty for what has none.
-impl ApiServer {
-    /// An object, which must be there.
-    pub fn get(&self, resource: &str, namespace: &str, name: &str) -> anyhow::Result<Value> {
-        let store = self.shared.store();
-        let kind = kind(&store, resource)?;
-        Ok(Value::clone(&*store.live(&kind, namespace, name)?))
+impl Deref for ApiServer {
+    type Target = Objects;
+
+    fn deref(&self) -> &Objects {
+        &self.objects
     }
-
-    /// Every object of a namespace, or of all for an empty one.
-    pub fn list(&self, resource: &str, namespace: &str) -> anyhow::Result<Vec<Value>> {
-        let store = self.shared.store();
-        let objects = store.objects(&*kind(&store, resource)?);
-        let there = objects.iter().filter(|(name, _)| namespace.is_empty() || name.0 == namespace);
-        Ok(there.map(|(_, object)| Value::clone(object)).collect())
-    }
-
-    /// Creates an object.
-    pub fn create(&self, object: Value) -> anyhow::Result<Value> {
-        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
-        self.shared.write(|store| {
-            let kind = kind_of(store, &object)?;
-            Ok(Value::clone(&*store.create(&kind, &namespace, object, &writer(Part::Main))?))
-        })
-    }
-
-    /// Creates an object or makes it say this, as server-side apply with force does.
-    pub fn apply(&self, object: Value) -> anyhow::Result<Value> {
-        let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
-        let (namespace, name) = (text("namespace"), text("name"));
-        self.shared.write(|store| {
-            let kind = kind_of(store, &object)?;
-            let patch = (patch::Type::Apply, object);
-            Ok(Value::clone(&*store.patch(&kind, (&namespace, &name), patch, true, &writer(Part::Main))?))
-        })
-    }
-
-    /// Changes an object by a merge patch.
-    pub fn patch(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
-        self.patch_part(Part::Main, resource, (namespace, name), patch)
-    }
-
-    /// Changes an object's status by a merge patch, which begins with `status`.
-    pub fn patch_status(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
-        self.patch_part(Part::Status, resource, (namespace, name), patch)
-    }
-
-    fn patch_part(&self, part: Part, resource: &str, name: (&str, &str), patch: Value) -> anyhow::Result<Value> {
-        self.shared.write(|store| {
-            let kind = kind(store, resource)?;
-            Ok(Value::clone(&*store.patch(&kind, name, (patch::Type::Merge, patch), false, &writer(part))?))
-        })
-    }
-
-    /// Deletes an object, as a client would: finalizers and kubelet have their say.
-    pub fn delete(&self, resource: &str, namespace: &str, name: &str) -> anyhow::Result<()> {
-        self.shared.write(|store| {
-            let kind = kind(store, resource)?;
-            store.delete(&kind, namespace, name, &Value::Null, false)?;
-            Ok(())
-        })
-    }
-
-    /// Waits until an object is there and `condition` is content with it, and returns it.
-    pub async fn until(
-        &self,
-        what: &str,
-        resource: &str,
-        namespace: &str,
-        name: &str,
-        condition: impl Fn(&Value) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Value> {
-        eventually(what, DEADLINE, async || {
-            let object = self.get(resource, namespace, name)?;
-            condition(&object).with_context(|| object.to_string())?;
-            Ok(object)
-        })
-        .await
-    }
-}
-
-fn kind(store: &Store, resource: &str) -> anyhow::Result<Arc<Kind>> {
-    store.kind(resource).with_context(|| format!("no kind {resource:?} is served"))
-}
-
-fn kind_of(store: &Store, object: &Value) -> anyhow::Result<Arc<Kind>> {
-    store.kind_of(object).with_context(|| format!("no kind {} of {} is served", object["kind"], object["apiVersion"]))
-}
-
-fn writer(part: Part) -> Writer {
-    Writer { manager: "tests".to_owned(), part, dry_run: false }
 }

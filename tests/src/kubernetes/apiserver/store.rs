@@ -82,8 +82,14 @@ impl Store {
         self.kinds().find(|kind| object["kind"] == kind.kind && object["apiVersion"] == kind.api_version()).cloned()
     }
 
+    /// The objects of a kind, in order.
+    pub(super) fn each(&self, kind: &Kind) -> impl Iterator<Item = (&Name, &Arc<Value>)> + use<'_> {
+        self.objects.get(&kind.resource()).into_iter().flatten()
+    }
+
+    /// A copy of them.
     pub(super) fn objects(&self, kind: &Kind) -> Objects {
-        self.objects.get(&kind.resource()).cloned().unwrap_or_default()
+        self.each(kind).map(|(name, object)| (name.clone(), Arc::clone(object))).collect()
     }
 
     pub(super) fn get(&self, kind: &Kind, namespace: &str, name: &str) -> Option<&Arc<Value>> {

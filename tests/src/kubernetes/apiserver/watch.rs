@@ -102,7 +102,7 @@ impl Watch {
     fn send_all(&mut self, store: &Store, say_end: bool) {
         let now = Instant::now();
         self.cursor = store.revision();
-        for object in store.objects(&self.kind).values().filter(|object| self.selection.selects(object)) {
+        for (_, object) in store.each(&self.kind).filter(|(_, object)| self.selection.selects(object)) {
             self.queue.push_back((now, self.event("ADDED", object)));
         }
         if say_end {
