@@ -26,6 +26,7 @@ const FAILING_ONE_IN: u64 = 50;
 /// How a service is guarded.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(into = "WrittenGuardPolicy")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(with = "WrittenGuardPolicy"))]
 pub struct GuardPolicy {
     /// Whether it is.
     pub enabled: bool,
@@ -38,13 +39,28 @@ pub struct GuardPolicy {
     pub max_cool_down: Duration,
 }
 
+/// The longest veto that a document may ask for: a day.
+const LONGEST_SECONDS: u64 = 24 * 3600;
+
 /// [`GuardPolicy`] as documents have it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 struct WrittenGuardPolicy {
+    /// Whether the proxies may take a failing version out of service by themselves; default true.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<bool>", extend("default" = true)))]
     enabled: bool,
+    /// How often they may at most do that to a version that is no worse than the others, for each batch of requests
+    /// with errors; default 1e-7.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<f64>", range(min = 1e-12, max = 0.01), extend("default" = 1e-7)))]
     false_veto_rate: f64,
+    /// How long the first veto on a version lasts, up to a day; each further one twice as long as the one before.
+    /// Default 10.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<u64>", range(min = 1, max = LONGEST_SECONDS), extend("default" = 10)))]
     cool_down_seconds: u64,
+    /// The longest that a veto lasts, up to a day, and the time without one after which the next is a first one again.
+    /// Default 300, or coolDownSeconds if that is more.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<u64>", range(min = 1, max = LONGEST_SECONDS)))]
     max_cool_down_seconds: u64,
 }
 
@@ -77,7 +93,6 @@ impl GuardPolicy {
     }
 
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        const LONGEST_SECONDS: u64 = 24 * 3600;
         let default = Self::default();
         let mut f = d.object(value)?;
         let enabled = f.optional(d, "enabled", Decoder::boolean).unwrap_or(default.enabled);

@@ -18,6 +18,8 @@ pub mod policy;
 pub mod report;
 pub mod request;
 mod rules;
+#[cfg(feature = "schema")]
+pub mod schema;
 pub mod sequence;
 pub mod session;
 pub mod shift;

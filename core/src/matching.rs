@@ -4,6 +4,8 @@
 use crate::decode::{Decoder, Fields};
 use crate::name;
 use crate::request::{self, AUTHORITY, METHOD, PATH, Request};
+#[cfg(feature = "schema")]
+use crate::schema;
 use serde::Serialize;
 use serde_json::Value;
 use std::borrow::Cow;
@@ -11,21 +13,27 @@ use std::borrow::Cow;
 /// One match; all of its fields must hold. One without fields holds for every request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Match {
-    /// Headers, names in lower case.
+    /// Headers; the letter case of their names does not matter.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::Header>>>"))]
     pub headers: Vec<NamedMatch>,
     /// Cookies, compared as they were sent.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::Cookie>>>"))]
     pub cookies: Vec<NamedMatch>,
     /// Query parameters, compared after `%XX` and `+` are decoded; the first one of a name counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::QueryParam>>>"))]
     pub query_params: Vec<NamedMatch>,
     /// The path without its query.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::PathMatch>"))]
     pub path: Option<PathMatch>,
     /// The method, in upper case as HTTP has it.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Method>"))]
     pub method: Option<String>,
 }
 

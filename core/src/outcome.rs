@@ -1,6 +1,8 @@
 //! How an exchange ended, and for whom that speaks: what counts as the version's fault, as the client's, as neither.
 
 use crate::decode::Decoder;
+#[cfg(feature = "schema")]
+use crate::schema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::ops::RangeInclusive;
@@ -56,6 +58,7 @@ const VERSION_FAILED: u64 =
 /// Which endings are the version's fault, for one service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(into = "WrittenErrorCodes")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(with = "WrittenErrorCodes"))]
 pub struct ErrorCodes {
     status: Vec<RangeInclusive<u16>>,
     grpc: Vec<u32>,
@@ -64,8 +67,14 @@ pub struct ErrorCodes {
 /// [`ErrorCodes`] as documents have it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 struct WrittenErrorCodes {
+    /// HTTP statuses, such as 429, and ranges of them, such as "500-599", which is the default.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::StatusRange>>", extend("default" = ["500-599"])))]
     status_codes: Vec<String>,
+    /// gRPC statuses; default 2 (UNKNOWN), 4 (DEADLINE_EXCEEDED), 12 (UNIMPLEMENTED), 13 (INTERNAL), 14 (UNAVAILABLE), 15
+    /// (DATA_LOSS).
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::GrpcStatus>>", extend("default" = [2, 4, 12, 13, 14, 15])))]
     grpc_status_codes: Vec<u32>,
 }
 

@@ -7,6 +7,8 @@ use crate::matching::{self, Match};
 use crate::name::{self, EXPLAIN_HEADER, MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 use crate::outcome::ErrorCodes;
 use crate::request::Request;
+#[cfg(feature = "schema")]
+use crate::schema;
 use crate::session::{Secret, Session};
 use serde::Serialize;
 use serde_json::Value;
@@ -16,7 +18,7 @@ use std::fmt;
 /// The largest weight, as in Gateway API.
 pub const MAX_WEIGHT: u32 = 1_000_000;
 /// The most versions of one service; keeps every sum of weights below 2^32.
-const MAX_VERSIONS: usize = 1_000;
+pub(crate) const MAX_VERSIONS: usize = 1_000;
 
 /// Everything that a proxy needs to choose. Valid by construction: made by [`Policy::read`], or by code that keeps
 /// the same promises (the controller compiles it from valid documents).
@@ -119,27 +121,35 @@ pub struct Version {
 
 /// Copies of requests for a version whose answers nobody sees.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Mirror {
     /// One of the service's versions.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub version: String,
     /// The share of the requests, 0 to 100; 100 where left out.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Share>", extend("default" = 100)))]
     pub percent: u32,
     /// Only requests with one of these methods: GET, HEAD, OPTIONS and TRACE where left out, since an order that is
     /// sent twice is two orders.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Method>>", extend("default" = Self::SAFE)))]
     pub methods: Vec<String>,
 }
 
 /// Requests that are split in a way of their own.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Rule {
     /// For people: messages and `tideshift explain` use it.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::FilledText>"))]
     pub name: Option<String>,
     /// Alternatives; none: every request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Match>>"))]
     pub matches: Vec<Match>,
     /// At least one, all of them versions of the service.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_VERSIONS)))]
     pub versions: Vec<WeightedVersion>,
     /// Which of its requests are also sent to another version.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -149,10 +159,13 @@ pub struct Rule {
 /// A version's share in a rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct WeightedVersion {
     /// One of the service's versions.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub name: String,
-    /// 0 to [`MAX_WEIGHT`], relative to the sum; 1 where left out, as in Gateway API.
+    /// 0 to 1,000,000, relative to the sum; 1 where left out, as in Gateway API.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Weight>", extend("default" = 1)))]
     pub weight: u32,
 }
 

@@ -16,6 +16,8 @@ use crate::guard::GuardPolicy;
 use crate::name;
 use crate::outcome::ErrorCodes;
 use crate::policy::{self, Mirror, Rule, VersionNames};
+#[cfg(feature = "schema")]
+use crate::schema;
 use crate::session::Session;
 use crate::verdict::Settings;
 use serde_json::{Map, Value};
@@ -31,67 +33,97 @@ pub const KIND: &str = "TrafficShift";
 
 /// What users want of one service's traffic, or of several that move together.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "schema",
+    derive(schemars::JsonSchema),
+    schemars(rename_all = "camelCase", deny_unknown_fields, rename = "TrafficShiftSpec")
+)]
 pub struct TrafficShift {
     /// The rollout's name, from `metadata.name`.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub name: String,
     /// The namespace, from `metadata.namespace`.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub namespace: Option<String>,
     /// At least one. A document without `services` is for one, of the document's name. All have the same versions.
+    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Services"))]
     pub services: Vec<ShiftService>,
     /// The version that serves, and that a rollout goes back to.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub stable: String,
     /// The version to move to; none, or the stable one: no rollout.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::VersionName>"))]
     pub target: Option<String>,
     /// The way from stable to target.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Strategy>"))]
     pub strategy: Strategy,
     /// How the target is judged.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Settings>"))]
     pub analysis: Settings,
     /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
+    #[cfg_attr(feature = "schema", schemars(rename = "drain", with = "Option<schema::Drain>"))]
     pub drain_timeout: Duration,
     /// Who is asked before a step begins, and who is told of what happens.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Webhook>>"))]
     pub webhooks: Vec<Webhook>,
 }
 
 /// One service of a shift.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct ShiftService {
     /// What policies, metrics and the status call it.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::Name"))]
     pub name: String,
-    /// Exact, or `*.suffix`; none: every host.
+    /// The hosts that clients call: exact, or `*.suffix`; none: every host.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Hostname>>"))]
     pub hostnames: Vec<String>,
-    /// At least one.
+    /// The versions, at least one.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = policy::MAX_VERSIONS)))]
     pub versions: Vec<ShiftVersion>,
-    /// Requests that are split in a way of their own.
+    /// Requests that are split in a way of their own; the first rule that matches counts.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Rule>>"))]
     pub rules: Vec<Rule>,
-    /// How users stay on one version; `None`: each request is on its own.
+    /// How users stay on one version; none: each request is on its own.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Session>"))]
     pub session: Option<Session>,
     /// What is the versions' fault.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<ErrorCodes>"))]
     pub errors: ErrorCodes,
     /// Which of the requests that no rule takes are also sent to another version.
     pub mirror: Option<Mirror>,
     /// The proxies' own quick veto on a failing version.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<GuardPolicy>"))]
     pub guard: GuardPolicy,
     /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
+    #[cfg_attr(feature = "schema", schemars(rename = "capacity", with = "Option<schema::Capacity>"))]
     pub endpoints_for_full_load: Option<u32>,
 }
 
 /// One version and where it runs.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct ShiftVersion {
     /// The version's name.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub name: String,
-    /// Where it runs; none: it cannot take traffic yet.
+    /// Where it runs, as `host:port`, outside Kubernetes; none: it cannot take traffic yet.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::EndpointText>>"))]
     pub endpoints: Vec<Endpoint>,
     /// How to find where it runs in Kubernetes; not together with `endpoints`.
+    #[cfg_attr(feature = "schema", schemars(flatten, with = "Discovery"))]
     pub discovery: Option<Discovery>,
-    /// The cluster that it runs in; none: the controller's own.
+    /// In Kubernetes: the cluster that it runs in, by its name; none: the controller's own.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::VersionName>"))]
     pub cluster: Option<String>,
-    /// What runs it, if the rollout is to scale that.
+    /// What runs it in Kubernetes, if the rollout is to scale that.
+    #[cfg_attr(feature = "schema", schemars(rename = "workloadRef"))]
     pub workload: Option<WorkloadRef>,
     /// How many endpoints it is meant to have, where something else than the list of them says so: in Kubernetes its
     /// workload. Never in a document.
+    #[cfg_attr(feature = "schema", schemars(skip))]
     pub replicas: Option<u32>,
-    /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed.
+    /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed, or Kubernetes says so.
     pub readiness_probe: Option<Probe>,
 }
 
@@ -106,18 +138,25 @@ pub struct Endpoint {
 
 /// A readiness probe with Kubernetes' fields and defaults.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Probe {
     /// What to try.
+    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Check"))]
     pub check: Check,
     /// From an endpoint's first appearance to its first probe; default 0.
+    #[cfg_attr(feature = "schema", schemars(rename = "initialDelaySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub initial_delay: Duration,
     /// From one probe to the next; default 10 s.
+    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Period"))]
     pub period: Duration,
     /// A probe that takes longer has failed; default 1 s.
+    #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 1)))]
     pub timeout: Duration,
     /// Successes in a row that make an endpoint ready; default 1.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 1)))]
     pub success_threshold: u32,
     /// Failures in a row that make it not ready; default 3.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 3)))]
     pub failure_threshold: u32,
 }
 
@@ -150,16 +189,22 @@ pub enum Check {
 
 /// The request of an `httpGet` probe.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct HttpGet {
     /// Path and query; default `/`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Path>", extend("default" = "/")))]
     pub path: String,
     /// In place of the endpoint's host.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Host>"))]
     pub host: Option<String>,
     /// In place of the endpoint's port.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Port>"))]
     pub port: Option<u16>,
     /// Whether to speak TLS (certificates are not verified, as in Kubernetes).
+    #[cfg_attr(feature = "schema", schemars(rename = "scheme", with = "Option<schema::Scheme>", extend("default" = "HTTP")))]
     pub https: bool,
     /// Sent in addition.
+    #[cfg_attr(feature = "schema", schemars(rename = "httpHeaders", with = "Option<Vec<schema::HttpHeader>>"))]
     pub headers: Vec<(String, String)>,
 }
 
@@ -175,7 +220,7 @@ impl fmt::Display for Endpoint {
 /// How long a version may take to drain where the document says nothing.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
 /// The longest time that a document may ask for: a year, in seconds.
-const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
+pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
 impl TrafficShift {
     /// Reads a document from a JSON value; every error at once.

@@ -3,18 +3,23 @@
 use crate::decode::Decoder;
 use crate::matching::choice;
 use crate::name;
+#[cfg(feature = "schema")]
+use crate::schema;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 
 /// Which endpoints of a cluster's EndpointSlices are a version's: those for which everything that is said here holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase"))]
 pub struct Discovery {
-    /// Those of this Service.
+    /// In Kubernetes: the endpoints of this Service.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Name>"))]
     pub service: Option<String>,
-    /// Those whose pods have these labels.
+    /// In Kubernetes: the endpoints whose pods have these labels, of the Service if there is one as well.
     pub selector: Option<LabelSelector>,
-    /// Which of the slices' ports; none: their first.
+    /// In Kubernetes: which of the EndpointSlices' ports, by name or number; none: their first.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::NameOrPort>"))]
     pub port: Option<PortRef>,
 }
 
@@ -29,26 +34,33 @@ pub enum PortRef {
 
 /// A selector of labels as Deployments have it. All of its requirements must hold; it has at least one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct LabelSelector {
     /// Labels and the values that they must have.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<BTreeMap<String, String>>"))]
     pub match_labels: BTreeMap<String, String>,
     /// Further requirements.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<LabelRequirement>>"))]
     pub match_expressions: Vec<LabelRequirement>,
 }
 
 /// A requirement on one label.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct LabelRequirement {
     /// The label.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::FilledText"))]
     pub key: String,
     /// What must hold of it.
     pub operator: LabelOperator,
-    /// The values that the operator speaks of.
+    /// The values that the operator speaks of; none with Exists and DoesNotExist.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<String>>"))]
     pub values: Vec<String>,
 }
 
 /// What can be said of a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum LabelOperator {
     /// It has one of the values.
     In,
@@ -62,12 +74,16 @@ pub enum LabelOperator {
 
 /// The workload that runs a version, for its `scale` subresource.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WorkloadRef {
     /// Group and version, such as `apps/v1`; the default.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::GroupVersion>", extend("default" = "apps/v1")))]
     pub api_version: String,
     /// Its kind; default `Deployment`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::WorkloadKind>", extend("default" = "Deployment")))]
     pub kind: String,
     /// Its name, in the document's namespace.
+    #[cfg_attr(feature = "schema", schemars(with = "schema::Name"))]
     pub name: String,
 }
 
@@ -82,8 +98,12 @@ impl LabelSelector {
         let mut f = d.object(value)?;
         let match_labels = f.optional(d, "matchLabels", labels).unwrap_or_default();
         let expressions = f.optional(d, "matchExpressions", |d, v| d.list(v, LabelRequirement::read));
-        let nothing = match_labels.is_empty() && expressions.as_ref().is_none_or(Vec::is_empty);
-        if nothing && !f.has("matchLabels") && !f.has("matchExpressions") {
+        let says_nothing = |field: &str| match value.get(field) {
+            Some(Value::Object(labels)) => labels.is_empty(),
+            Some(Value::Array(requirements)) => requirements.is_empty(),
+            other => other.is_none_or(Value::is_null),
+        };
+        if says_nothing("matchLabels") && says_nothing("matchExpressions") {
             d.invalid(
                 value,
                 "at least one of matchLabels, matchExpressions (an empty selector would select every pod)",

@@ -3,44 +3,62 @@
 use super::{WarmUp, seconds};
 use crate::decode::Decoder;
 use crate::matching::Match;
+#[cfg(feature = "schema")]
+use crate::schema;
 use serde_json::Value;
 use std::time::Duration;
 
 /// The way from the stable version to the target.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Strategy {
-    /// At least one; the last one is always everything.
+    /// At least one; the last one is always everything. Default: everything at once.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Step>>", length(min = 1)))]
     pub steps: Vec<Step>,
-    /// Each step's share moves at once or not at all (blue/green), instead of as endpoints become ready.
+    /// In place of steps: a preview, then everything. Each step's share moves at once or not at all, instead of as
+    /// endpoints become ready.
+    #[cfg_attr(feature = "schema", schemars(rename = "blueGreen", with = "Option<schema::BlueGreen>"))]
     pub whole_steps: bool,
     /// How many endpoints a workload may have beyond those that the load needs; default 25 %, rounded up.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
     pub max_surge: Quantity,
     /// How many of the endpoints that the load needs may be missing while the rollout goes on; default 25 %, rounded
     /// down.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
     pub max_unavailable: Quantity,
     /// How long an endpoint must have been ready before traffic is moved to it; default 0.
+    #[cfg_attr(feature = "schema", schemars(rename = "minReadySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub min_ready: Duration,
     /// A rollout that gets no further for so long, for want of endpoints, is said to be stuck; default 600 s.
+    #[cfg_attr(feature = "schema", schemars(rename = "progressDeadlineSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 600)))]
     pub progress_deadline: Duration,
     /// Whether it is then aborted; default no.
+    #[cfg_attr(feature = "schema", schemars(rename = "progressDeadlineAbort", with = "Option<bool>", extend("default" = false)))]
     pub abort_at_deadline: bool,
     /// What a new version gets before its share is what its step allows.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<WarmUp>"))]
     pub warm_up: WarmUp,
     /// How long after its drain a version's workload is scaled down, if it is scaled; default 30 s.
+    #[cfg_attr(feature = "schema", schemars(rename = "scaleDownDelaySeconds", with = "Option<schema::Seconds>", extend("default" = 30)))]
     pub scale_down_delay: Duration,
 }
 
 /// One step of a rollout.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Step {
     /// The target's share in percent, 0 to 100; the step before's where left out.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Share>"))]
     pub weight: u32,
     /// How long the target must have had this share before the next step; default 0.
+    #[cfg_attr(feature = "schema", schemars(rename = "holdSeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub hold: Duration,
     /// Whether somebody must say that it may go on.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<bool>", extend("default" = false)))]
     pub pause: bool,
     /// Requests that go to the target whatever its share is: testers before users. From this step on, until another
     /// step names others.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Match>>"))]
     pub matches: Vec<Match>,
 }
 

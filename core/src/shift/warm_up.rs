@@ -6,18 +6,23 @@ use super::{LONGEST_SECONDS, headers, path, seconds};
 use crate::decode::Decoder;
 use crate::matching::choice;
 use crate::outcome::status_range;
+#[cfg(feature = "schema")]
+use crate::schema;
 use serde_json::Value;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// How a version is warmed up; by default not at all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WarmUp {
     /// How long a target's share takes to grow from nothing to everything, and in proportion from one step to the
     /// next; default 0: at once.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub seconds: Duration,
     /// The percentage of users' requests, 1 to 100, of which the target gets a copy for as long, before its share begins
     /// to grow; default none.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Percent>"))]
     pub mirror_percent: Option<u32>,
     /// What each new endpoint is asked before it counts as ready; default nothing.
     pub requests: Option<WarmUpRequests>,
@@ -26,24 +31,34 @@ pub struct WarmUp {
 /// The requests that warm up one endpoint, and how many of them must pass. If fewer do, the endpoint is not ready and
 /// is asked all of them again after a pause, for as long as its probes pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WarmUpRequests {
     /// How many, 1 to 100,000; default 10.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<u32>", range(min = 1, max = 100_000), extend("default" = 10)))]
     pub count: u32,
     /// How many at a time, 1 to 100; default 1.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<u32>", range(min = 1, max = 100), extend("default" = 1)))]
     pub concurrency: u32,
     /// Paths and queries, taken in turn; at least one, default `/`.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Path>>", length(min = 1), extend("default" = ["/"])))]
     pub paths: Vec<String>,
-    /// HEAD in place of GET.
+    /// GET or HEAD; default GET.
+    #[cfg_attr(feature = "schema", schemars(rename = "method", with = "Option<schema::WarmUpMethod>", extend("default" = "GET")))]
     pub head: bool,
     /// Whether to speak TLS (certificates are not verified, as in probes).
+    #[cfg_attr(feature = "schema", schemars(rename = "scheme", with = "Option<schema::Scheme>", extend("default" = "HTTP")))]
     pub https: bool,
     /// Sent with each of them; `Host` in place of the endpoint's own.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::HttpHeader>>"))]
     pub headers: Vec<(String, String)>,
     /// The answers that pass; default 200 to 399. Redirects are not followed.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::StatusRange>>", length(min = 1), extend("default" = ["200-399"])))]
     pub status_codes: Vec<RangeInclusive<u16>>,
     /// The percentage of `count`, 1 to 100, that must pass; default 100.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Percent>", extend("default" = 100)))]
     pub min_pass_percent: u32,
     /// A request that takes longer has failed; default 5 s.
+    #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 5)))]
     pub timeout: Duration,
 }
 

@@ -56,6 +56,7 @@ pub enum WebhookKind {
 
 /// What a notification looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum NotificationFormat {
     /// All there is to know, as fields.
     Json,

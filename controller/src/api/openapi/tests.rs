@@ -1,8 +1,9 @@
 //! Holds the document true: it is what the code says, and every route answers as it says.
 
 use super::{DOCUMENT, generate};
-use crate::api::{Events, Published, Shared, Tokens, Turns, now, router};
+use crate::api::{Events, Leader, Published, Shared, Tokens, Turns, now, router};
 use crate::control::{Control, Counted};
+use crate::kubernetes::Role;
 use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::store::Kept;
