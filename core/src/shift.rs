@@ -223,7 +223,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
 pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
 impl TrafficShift {
-    /// Reads a document from a JSON value; every error at once.
+    /// Reads a document from a JSON value; every error at once. What Kubernetes adds to it, `status` too, is left alone.
     pub fn read(value: &Value) -> Result<Self, Errors> {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
@@ -235,6 +235,7 @@ impl TrafficShift {
             let (name, namespace) = f.required(d, "metadata", "an object with a name", metadata).unwrap_or_default();
             let shift = f.required(d, "spec", "an object", |d, spec| Self::read_spec(d, spec, name.as_ref()));
             let shift = shift.map(|shift| Self { namespace, ..shift });
+            f.optional(d, "status", |_, _| Some(()));
             f.finish(d);
             shift
         })
@@ -365,6 +366,19 @@ fn drain(d: &mut Decoder, value: &Value) -> Option<Duration> {
     Some(timeout)
 }
 
+/// What Kubernetes itself writes into `metadata`, as `kubectl get -o yaml` shows it; nothing to us.
+const OF_KUBERNETES: [&str; 9] = [
+    "uid",
+    "resourceVersion",
+    "generation",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "finalizers",
+    "ownerReferences",
+    "managedFields",
+];
+
 /// The name and the namespace.
 fn metadata(d: &mut Decoder, value: &Value) -> Option<(Option<String>, Option<String>)> {
     let mut f = d.object(value)?;
@@ -378,6 +392,9 @@ fn metadata(d: &mut Decoder, value: &Value) -> Option<(Option<String>, Option<St
             }
             Some(())
         });
+    }
+    for field in OF_KUBERNETES {
+        f.optional(d, field, |_, _| Some(()));
     }
     f.finish(d);
     Some((name, namespace))

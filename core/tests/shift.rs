@@ -88,6 +88,22 @@ fn what_is_wrong_is_named_with_what_is_allowed() {
 }
 
 #[test]
+fn what_kubernetes_adds_is_left_alone() {
+    let mut document = document(spec());
+    let plain = TrafficShift::read(&document).unwrap();
+    document["metadata"] = json!({
+        "name": "checkout", "labels": {"app": "checkout"}, "annotations": {}, "creationTimestamp": "2026-11-22T15:13:54Z",
+        "finalizers": ["a.example.com/b"], "generation": 3, "managedFields": [{"manager": "kubectl"}],
+        "ownerReferences": [{"kind": "A"}], "resourceVersion": "496", "uid": "2b316f6a-c96c-460c-8cf0-0739f0ec64e9",
+    });
+    document["status"] = json!({"phase": "Progressing", "observedGeneration": 3});
+    assert_eq!(TrafficShift::read(&document), Ok(plain));
+    document["metadata"]["generations"] = json!(3);
+    let errors = errors(&document);
+    assert!(errors[0].starts_with("metadata.generations: unknown field; did you mean `generation`?"), "{errors:?}");
+}
+
+#[test]
 fn errors_of_all_parts_are_told_at_once() {
     let document = json!({
         "apiVersion": "tideshift.dev/v1", "kind": "Shift", "metadata": {"name": "Checkout", "labels": {"a": 1}},
