@@ -2,6 +2,7 @@
 //! below; it reads its arguments and leaves the work to the library.
 
 mod completions;
+mod crd;
 mod explain;
 mod history;
 mod install;
@@ -73,6 +74,7 @@ enum Command {
     WaitDrained(wait_drained::Arguments),
     Install(install::Arguments),
     Completions(completions::Arguments),
+    Crd(crd::Arguments),
     Simulate(simulate::Arguments),
 }
 
@@ -109,6 +111,7 @@ impl Cli {
             Command::WaitDrained(arguments) => arguments.run().await,
             Command::Install(arguments) => arguments.run(),
             Command::Completions(arguments) => arguments.run(),
+            Command::Crd(arguments) => arguments.run(),
             Command::Simulate(arguments) => simulate::run(&arguments),
         }
     }

@@ -9,6 +9,7 @@ pub mod picture;
 pub mod resolve;
 pub mod review;
 pub mod scale;
+pub mod crd;
 pub mod shift_status;
 pub mod views;
 
