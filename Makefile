@@ -115,6 +115,11 @@ pictures: build chromium ## The web page's pictures in docs/images, anew (nicer 
 	$(heading) 'Pictures of the web page'
 	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
 
+.PHONY: manifests
+manifests: rust ## The plain Kubernetes manifests and the chart's table of values, anew from the chart
+	$(heading) 'Manifests'
+	cargo run -q -p tideshift-tests --no-default-features --features kubernetes --bin manifests
+
 .PHONY: deny
 deny: cargo-deny ## Licences, bans and sources of the dependencies, and their known holes
 	$(heading) 'Licences, bans and sources of the dependencies'

@@ -1,7 +1,7 @@
 //! Kubernetes for tests: an API server of the tests' own, and what makes pods and endpoints there.
 //!
 //! [`kubelet`] goes with any API server, also with a bare control plane that has no node; [`controllers`] are for the
-//! [`apiserver`] here, which has no controller manager.
+//! [`apiserver`] here, which has no controller manager. [`chart`] is the Helm chart as Helm would render it.
 
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use kube::{
 };
 
 pub mod apiserver;
+pub mod chart;
 pub mod controllers;
 pub mod kubelet;
 

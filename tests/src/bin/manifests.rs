@@ -1,0 +1,15 @@
+//! `make manifests`: the plain manifests and the chart's table of values, anew.
+
+use std::fs;
+
+use tideshift_tests::{
+    artifacts,
+    kubernetes::chart::{Chart, readme},
+};
+
+fn main() -> anyhow::Result<()> {
+    let chart = Chart::load()?;
+    fs::write(artifacts::workspace().join("envoy-configs/kubernetes/tideshift.yaml"), chart.plain()?)?;
+    fs::write(chart.folder().join("README.md"), readme(&chart)?)?;
+    Ok(())
+}
