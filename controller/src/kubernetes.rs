@@ -1,6 +1,7 @@
 //! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
 
 pub mod clusters;
+pub mod crd;
 pub mod eyes;
 pub mod hands;
 pub mod lease;
@@ -9,7 +10,6 @@ pub mod picture;
 pub mod resolve;
 pub mod review;
 pub mod scale;
-pub mod crd;
 pub mod shift_status;
 pub mod views;
 

@@ -88,7 +88,13 @@ impl Chart {
 
     /// The objects that `helm install RELEASE --namespace NAMESPACE` would make with these values, where the cluster has
     /// these objects.
-    pub fn render(&self, release: &str, namespace: &str, values: &Value, has: &[Value]) -> anyhow::Result<Vec<Rendered>> {
+    pub fn render(
+        &self,
+        release: &str,
+        namespace: &str,
+        values: &Value,
+        has: &[Value],
+    ) -> anyhow::Result<Vec<Rendered>> {
         let mut rendered = Vec::new();
         for (path, text) in self.print(release, namespace, values, has)? {
             if path.ends_with(".yaml") {
@@ -126,7 +132,9 @@ impl Chart {
         );
         for rendered in self.render("tideshift", "tideshift-system", &serde_json::from_str(PLAIN)?, &[])? {
             text.push_str("---\n");
-            text.push_str(&rendered.text.replace("app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: tideshift"));
+            text.push_str(
+                &rendered.text.replace("app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: tideshift"),
+            );
             text.push('\n');
         }
         Ok(text)
