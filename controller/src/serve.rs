@@ -68,6 +68,8 @@ pub enum Documents {
 /// How to work in a Kubernetes cluster.
 #[derive(Debug, Clone)]
 pub struct Cluster {
+    /// How it is reached; `None`: as the environment says.
+    pub kubeconfig: Option<PathBuf>,
     /// The namespaces whose TrafficShifts count; none: all.
     pub namespaces: BTreeSet<String>,
     /// Which replica this is.

@@ -29,10 +29,14 @@ pub(super) struct Arguments {
     #[arg(short = 'f', long = "file", value_name = "FILE", required_unless_present = "kubernetes")]
     files: Vec<PathBuf>,
 
-    /// Documents are TrafficShift resources of a Kubernetes cluster (KUBECONFIG, else the pod's service account), and
-    /// state is kept there; several replicas may run, of which one leads.
+    /// Documents are TrafficShift resources of a Kubernetes cluster, and state is kept there; several replicas may run, of
+    /// which one leads.
     #[arg(long, env = "TIDESHIFT_KUBERNETES", conflicts_with_all = ["files", "state_dir"])]
     kubernetes: bool,
+
+    /// How the cluster is reached. Without it: KUBECONFIG, ~/.kube/config, or the pod's service account.
+    #[arg(long, value_name = "FILE", requires = "kubernetes")]
+    kubeconfig: Option<PathBuf>,
 
     /// A namespace whose TrafficShifts count. May be given several times. Without it: all namespaces.
     #[arg(
@@ -106,6 +110,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     telemetry::start(arguments.log_format, &arguments.log_level).map_err(Failure::Usage)?;
     let documents = match arguments.kubernetes {
         true => Documents::Kubernetes(Cluster {
+            kubeconfig: arguments.kubeconfig,
             namespaces: arguments.watch_namespace.into_iter().filter(|namespace| !namespace.is_empty()).collect(),
             identity: arguments.pod_name.map_or_else(host_name, Ok)?,
             namespace: arguments.pod_namespace,

@@ -8,6 +8,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Config, ResourceExt};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -40,13 +41,22 @@ struct Remote {
     lost: Option<String>,
 }
 
-/// The client of the cluster that the environment speaks of: `KUBECONFIG`, or the pod's service account.
+/// The client of the controller's own cluster, and the namespace that goes with it: by a kubeconfig, or else by what
+/// the environment says.
 ///
 /// # Errors
 ///
-/// If there is neither, or it makes no sense.
-pub async fn home() -> Result<(Client, String), String> {
-    let config = Config::infer().await.map_err(|error| format!("no cluster to speak to: {error}"))?;
+/// If there is nothing that leads to a cluster, or it makes no sense.
+pub async fn home(kubeconfig: Option<&Path>) -> Result<(Client, String), String> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let shown = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| shown(&error))?;
+            let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+            config.map_err(|error| shown(&error))?
+        }
+        None => Config::infer().await.map_err(|error| format!("no cluster to speak to: {error}"))?,
+    };
     let namespace = config.default_namespace.clone();
     Ok((client(config)?, namespace))
 }

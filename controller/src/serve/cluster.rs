@@ -25,7 +25,7 @@ use tokio::time::sleep;
 
 pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
-    let (client, namespace) = clusters::home().await.map_err(ServeError::NoCluster)?;
+    let (client, namespace) = clusters::home(cluster.kubeconfig.as_deref()).await.map_err(ServeError::NoCluster)?;
     let namespace = cluster.namespace.clone().unwrap_or(namespace);
     let listener = listen(&options).await?;
     let address = listener.local_addr()?;
