@@ -68,6 +68,7 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
     let mut unseen = None;
     for service in &mut shift.services {
         let mut found: Vec<(usize, Vec<Found>)> = Vec::new();
+        let mut absent: BTreeMap<usize, Vec<HeldBack>> = BTreeMap::new();
         for (n, version) in service.versions.iter_mut().enumerate() {
             let place = place(&unresolved, version);
             unseen = unseen.or_else(|| picture.unseen(&place, &needs_of(version)));
@@ -79,13 +80,14 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
             }
             let replicas = workload(view, version).map(|workload| workload.replicas);
             version.replicas = replicas.or(version.replicas);
+            absent.insert(n, absentees(view, version, found.last().filter(|(of, _)| *of == n).map(|(_, found)| found)));
         }
         // As long as nobody else is there, what is about to go and still answers takes traffic, as with Services.
         let mut all = found.iter().flat_map(|(_, endpoints)| endpoints);
         let last_resort = !all.any(|found| found.state.ready && !found.state.terminating);
         for (n, endpoints) in found {
             let version = &mut service.versions[n];
-            let mut held_back = Vec::new();
+            let held_back = absent.entry(n).or_default();
             for found in endpoints {
                 match (found.obstacle(last_resort), found.endpoint) {
                     (None, Some(endpoint)) => version.endpoints.push(endpoint),
@@ -95,15 +97,30 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
                     }),
                 }
             }
-            if !held_back.is_empty() {
-                outlook.held_back.insert((service.name.clone(), version.name.clone()), held_back);
-            }
+        }
+        for (n, held_back) in absent.into_iter().filter(|(_, held_back)| !held_back.is_empty()) {
+            outlook.held_back.insert((service.name.clone(), service.versions[n].name.clone()), held_back);
         }
     }
     if let Some(why) = unseen {
         outlook.unseen.extend(shift.services.iter().map(|service| (service.name.clone(), why.clone())));
     }
     shift
+}
+
+/// What is missing where an endpoint might be expected: pods that no Service lists, a workload that is not there.
+fn absentees(view: &View, version: &ShiftVersion, found: Option<&Vec<Found>>) -> Vec<HeldBack> {
+    let mut absent = Vec::new();
+    if let Some(named) = version.workload.as_ref().filter(|_| workload(view, version).is_none()) {
+        absent.push(HeldBack { endpoint: named.to_string(), reason: "there is no such workload".to_owned() });
+    }
+    let discovery = discovery(view, &ShiftVersion { endpoints: Vec::new(), ..version.clone() });
+    let Some(selector) = discovery.and_then(|discovery| discovery.selector) else { return absent };
+    let listed = |pod: &String| found.into_iter().flatten().any(|found| found.state.pod.as_ref() == Some(pod));
+    let pods = view.pods.objects.iter().filter(|(pod, labels)| selector.selects(labels) && !listed(pod));
+    let reason = "in no EndpointSlice: it has no address yet, or no Service selects it";
+    absent.extend(pods.map(|(pod, _)| HeldBack { endpoint: pod.clone(), reason: reason.to_owned() }));
+    absent
 }
 
 /// One endpoint of a version, whatever state it is in.
@@ -265,10 +282,18 @@ mod tests {
                 vec!["10.0.0.3:8080: not ready".to_owned()]
             )
         );
-        let (by_labels, _) =
-            resolved(shift(json!({"selector": track("old")}), json!({"selector": track("new")})), &picture);
+        let by_labels_only = shift(json!({"selector": track("old")}), json!({"selector": track("new")}));
+        let (by_labels, _) = resolved(by_labels_only.clone(), &picture);
         assert_eq!(by_labels[0], ["10.0.0.1:8080"], "one pod of two Services is one endpoint");
         assert_eq!(by_labels[1], ["10.0.0.2:8080", "10.0.0.4:8080"]);
+        let nowhere = picture.views.values().next().unwrap().clone();
+        let nowhere = View { slices: Table { synced: true, ..Table::default() }, ..nowhere };
+        let held_back = absentees(&nowhere, &by_labels_only.services[0].versions[0], None);
+        assert_eq!(
+            (held_back[0].endpoint.as_str(), held_back.len()),
+            ("pod-1", 1),
+            "a pod that no Service lists is said"
+        );
         let (_, held_back) = resolved(shift(json!({"service": "other", "port": "ftp"}), json!({})), &picture);
         assert_eq!(held_back[0], "pod-1: its EndpointSlice has no such port");
     }
@@ -304,7 +329,10 @@ mod tests {
             json!({"service": "v1", "workloadRef": {"name": "shop-v1"}}),
             json!({"service": "v2", "workloadRef": {"name": "not-there"}}),
         );
-        let (shifts, _) = resolve([shift], &picture(&slices, &[]));
+        let (shifts, outlook) = resolve([shift], &picture(&slices, &[]));
+        let held_back = &outlook.held_back[&("shop.store".to_owned(), "v2".to_owned())];
+        let held_back: Vec<_> = held_back.iter().map(|one| format!("{}: {}", one.endpoint, one.reason)).collect();
+        assert_eq!(held_back, ["Deployment not-there: there is no such workload", "10.0.0.2:8080: not ready"]);
         let desired: Vec<_> = shifts[0].services[0].versions.iter().map(ShiftVersion::desired).collect();
         assert_eq!(desired, [5, 2]);
     }

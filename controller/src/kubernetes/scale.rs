@@ -123,11 +123,16 @@ impl Facts<'_> {
                 Some((needed.min(ready.saturating_add(batch)), why))
             }
             true if is_stable => Some((full, format!("{} must be able to take everything back", version.name))),
-            false if is_stable && rollout.phase == Phase::Failed => {
+            false if is_stable && rollout.phase == Phase::Failed && !self.target_has_drained(service) => {
                 Some((full, format!("{} has taken everything back", version.name)))
             }
             _ => None,
         }
+    }
+
+    fn target_has_drained(&self, service: &ShiftService) -> bool {
+        let target = self.rollout.target.as_ref();
+        target.is_none_or(|target| (self.drained)(&service.name, target).is_some())
     }
 
     /// Whether a rollout has moved traffic away from a version, and that has stopped for long enough.

@@ -280,3 +280,35 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
         assert_eq!(process.control.evaluate(200).policy, None, "{epoch} {revision}");
     }
 }
+
+/// Another process may have taken over: what it has to say about a write, in order.
+#[derive(Debug)]
+struct Contended(Vec<Result<(), MemoryError>>);
+
+impl Disk for Contended {
+    const IS_CONTENDED: bool = true;
+
+    async fn keep(&mut self, _: &Kept) -> Result<(), KeepError> {
+        Ok(self.0.remove(0)?)
+    }
+
+    async fn keep_counts(&mut self, _: &Counted) -> Result<(), KeepError> {
+        Ok(self.0.remove(0)?)
+    }
+}
+
+#[test]
+fn where_another_process_may_have_taken_over_nothing_is_safe_before_it_is_written() {
+    let away = || Err(MemoryError::Refused("tideshift-state".to_owned(), "no answer".to_owned()));
+    let answers = vec![away(), Ok(()), away(), Ok(()), Err(MemoryError::Deposed)];
+    let mut keeper = Keeper::new(Contended(answers), Done::default());
+    keeper.kept = Some(Kept::default());
+    keeper.counted = Some(Counted::default());
+    let mut write = || keeper.write().now_or_never().unwrap();
+    assert_eq!(write(), Safety::Pending, "the counts go first, and what was decided from them waits");
+    assert_eq!(write(), Safety::Pending, "the counts are safe, what was decided is not");
+    assert_eq!(write(), Safety::Safe);
+    assert_eq!(write(), Safety::Safe, "there is nothing left to write");
+    keeper.kept = Some(Kept::default());
+    assert_eq!(keeper.write().now_or_never(), Some(Safety::Deposed));
+}
