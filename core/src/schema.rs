@@ -20,7 +20,8 @@ pub fn traffic_shift() -> Schema {
     let spec = generator.subschema_for::<TrafficShift>();
     let mut schema = json_schema!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "description": "What users want of one service's traffic, or of several that move together.",
+        "description": "What users want of one service's traffic, or of several that move together; `tideshift validate` says \
+                        what is wrong with one.",
         "type": "object",
         "required": ["apiVersion", "kind", "metadata", "spec"],
         "properties": {

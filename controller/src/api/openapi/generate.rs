@@ -208,41 +208,25 @@ fn policy() -> Schema {
     json_schema!({"$ref": "#/components/schemas/Policy"})
 }
 
-/// Documents have a reader of their own in `core`, which says much more of them than a schema can.
-fn documents() -> [(&'static str, Value); 2] {
-    [
-        (
-            "TrafficShift",
-            json!({
-                "description": "What users want of a service's traffic; `tideshift validate` says what is wrong with one.",
-                "type": "object",
-                "required": ["apiVersion", "kind", "metadata", "spec"],
-                "properties": {
-                    "apiVersion": {"const": tideshift_core::shift::API_VERSION},
-                    "kind": {"const": tideshift_core::shift::KIND},
-                    "metadata": {
-                        "type": "object",
-                        "required": ["name"],
-                        "properties": {"name": {"type": "string"}},
-                    },
-                    "spec": {"type": "object"},
-                },
-                "additionalProperties": false,
-            }),
-        ),
-        (
-            "Policy",
-            json!({
-                "description": "What proxies run.",
-                "type": "object",
-                "required": ["revision", "services"],
-                "properties": {
-                    "revision": {"type": "integer", "minimum": 0},
-                    "services": {"type": "array", "items": {"type": "object"}},
-                },
-            }),
-        ),
-    ]
+/// The documents, and the types that a TrafficShift is made of. What spans fields, their readers in `core` know alone.
+fn documents() -> Map<String, Value> {
+    let shift = Value::from(tideshift_core::schema::traffic_shift()).to_string();
+    let mut shift: Map<String, Value> =
+        serde_json::from_str(&shift.replace("#/$defs/", "#/components/schemas/")).expect("it was JSON before");
+    shift.remove("$schema");
+    let types = shift.remove("$defs").and_then(|mut types| types.as_object_mut().map(std::mem::take));
+    let policy = json!({
+        "description": "What proxies run.",
+        "type": "object",
+        "required": ["revision", "services"],
+        "properties": {
+            "revision": {"type": "integer", "minimum": 0},
+            "services": {"type": "array", "items": {"type": "object"}},
+        },
+    });
+    let mut documents = types.unwrap_or_default();
+    documents.extend([("TrafficShift".to_owned(), shift.into()), ("Policy".to_owned(), policy)]);
+    documents
 }
 
 /// What the names in paths are.
@@ -272,7 +256,10 @@ pub(super) fn document() -> Value {
     }
     let mut schemas = types.bodies.take_definitions(true);
     schemas.extend(types.answers.take_definitions(true));
-    schemas.extend(documents().map(|(name, schema)| (name.to_owned(), schema)));
+    for (name, schema) in documents() {
+        let taken = schemas.insert(name.clone(), schema);
+        assert!(taken.is_none(), "{name}: two types of this name");
+    }
     let scheme = |what: &str| json!({"type": "http", "scheme": "bearer", "description": what});
     json!({
         "openapi": "3.1.0",

@@ -216,6 +216,39 @@ fn what_is_wrong_is_refused_and_every_rule_is_needed() {
     }
 }
 
+/// A status with everything in it that there is.
+const STATUS: &str = r#"{
+    "observedGeneration": 3,
+    "conditions": [{"type": "Ready", "status": "True", "observedGeneration": 3, "lastTransitionTime": "2026-11-22T15:13:54Z",
+        "reason": "Holding", "message": "step 2 of 3"}],
+    "phase": "Progressing", "reason": "Holding", "message": "step 2 of 3", "stable": "v1", "target": "v2",
+    "step": {"number": 2, "of": 3, "weight": 25, "holdSeconds": 60, "heldSeconds": 7},
+    "weights": "v1 75 %, v2 25 %",
+    "verdict": {"outcome": "undecided", "message": "too early", "target": {"requests": 9, "errors": 0},
+        "stable": {"requests": 27, "errors": 1}, "evidence": 0.5, "bound": 1000.0, "passEvidence": 1.5, "passBound": 20.0,
+        "latency": {"message": "too early", "evidence": 0.1, "bound": 2000.0}},
+    "services": [{"name": "checkout.shop", "rollout": "checkout.shop", "phase": "Progressing", "reason": "Holding",
+        "paused": false, "stable": "v1", "target": "v2", "steps": [{"weight": 25, "holdSeconds": 60, "pause": false,
+            "matches": 0}], "step": {"number": 2, "of": 3, "weight": 25, "holdSeconds": 60}, "deadline": "2026-11-22T15:13:54Z",
+        "message": "step 2 of 3", "since": "2026-11-22T15:13:54Z", "unrouted": 0, "versions": [{"name": "v2", "weight": 25.5,
+            "serving": true, "endpoints": {"ready": 1, "listed": 2, "notReady": [{"endpoint": "10.0.0.1:80",
+                "reason": "not ready"}]}, "requests": {"ok": 9, "error": 0, "clientError": 0, "cancelled": 0}, "inFlight": 1,
+            "drain": {"state": "Serving", "inFlight": 1, "since": "2026-11-22T15:13:54Z", "message": "given requests"}}]}]
+}"#;
+
+#[test]
+fn nothing_of_a_status_is_lost_or_refused() {
+    let status: TrafficShiftStatus = serde_json::from_str(STATUS).unwrap();
+    let mut document = documents::document(documents::spec());
+    document["status"] = serde_json::to_value(status).unwrap();
+    assert_eq!(document["status"], serde_json::from_str::<Value>(STATUS).unwrap());
+    assert_eq!(SERVER.take(&document).map(|kept| kept["status"].clone()), Ok(document["status"].clone()));
+    // By a controller that knows other words.
+    document["status"]["reason"] = json!("Unheard");
+    document["status"]["services"] = json!([{"name": "checkout.shop"}]);
+    assert!(SERVER.take(&document).is_ok());
+}
+
 #[test]
 fn lists_that_rules_go_over_have_an_end() {
     fn look(schema: &Value, path: &str, endless: &mut Vec<String>) {
