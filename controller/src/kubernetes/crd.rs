@@ -1,6 +1,8 @@
 //! TrafficShift as a CustomResourceDefinition: the schema that `core` has of the document, in the form that Kubernetes'
 //! API server wants, with bounds to every list and with rules (in CEL) for what spans fields. So a mistake is refused
 //! when it is made, without a webhook. The reader of documents still has the last word, in `status`.
+//!
+//! The YAML is committed. After a change of it or of the types: `UPDATE_GOLDEN=1 cargo test -p tideshift kubernetes`.
 
 use crate::kubernetes::shift_status::TrafficShiftStatus;
 use schemars::generate::SchemaSettings;
