@@ -36,6 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_secs(3);
 /// The most events that wait to be written.
 const MAX_EVENTS: usize = 1_000;
+/// The most endpoints of a version that a status names as not ready; how many there are is said anyway.
+const MAX_NOT_READY: usize = 10;
 /// The longest note of an event, in bytes.
 const MAX_NOTE: usize = 1_000;
 
@@ -118,7 +120,10 @@ fn is_trouble(reason: Reason) -> bool {
 
 /// The status of one resource.
 fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> TrafficShiftStatus {
-    let services = control.rollout_status(rollout, now).unwrap_or_default();
+    let mut services = control.rollout_status(rollout, now).unwrap_or_default();
+    for version in services.iter_mut().flat_map(|service| &mut service.versions) {
+        version.endpoints.not_ready.truncate(MAX_NOT_READY);
+    }
     let condition = |kind: &str, status, reason: &str, message: &str, since| Condition {
         kind: kind.to_owned(),
         status,
