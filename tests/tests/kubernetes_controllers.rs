@@ -186,7 +186,7 @@ async fn they_wait_for_a_server_that_is_away() -> anyhow::Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_endpoints_are_in_slices_of_a_hundred() -> anyhow::Result<()> {
     let cluster = Cluster::start().await?;
     cluster.server.apply(service())?;

@@ -11,7 +11,10 @@ mod owners;
 mod workloads;
 
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep},
+};
 
 use super::apiserver::{ApiServer, Objects};
 
@@ -26,11 +29,14 @@ impl Controllers {
         Self(tokio::spawn(async move {
             let mut seen = 0;
             while objects.changed(&mut seen).await {
+                let start = Instant::now();
                 // What fails, because somebody else was faster, is tried again after that change.
                 workloads::reconcile(&objects);
                 owners::collect(&objects);
                 endpoints::reconcile(&objects);
                 budgets::reconcile(&objects);
+                // With thousands of pods others want their turn, and many changes are then seen at once.
+                sleep(start.elapsed() * 4).await;
             }
         }))
     }

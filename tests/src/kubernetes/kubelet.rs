@@ -21,7 +21,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{FutureExt as _, StreamExt as _, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
@@ -219,40 +219,56 @@ async fn run(client: Client) {
     loop {
         let next = pods.values().filter_map(|known| known.next().map(|(at, _)| at)).min();
         tokio::select! {
-            event = events.next() => match event {
-                Some(Ok(watcher::Event::Init)) => listed.clear(),
-                Some(Ok(watcher::Event::InitApply(pod))) => {
-                    listed.insert(pod.uid().unwrap_or_default());
-                    see(&mut pods, pod);
-                }
-                Some(Ok(watcher::Event::InitDone)) => pods.retain(|uid, _| listed.contains(uid)),
-                Some(Ok(watcher::Event::Apply(pod))) => see(&mut pods, pod),
-                Some(Ok(watcher::Event::Delete(pod))) => _ = pods.remove(&pod.uid().unwrap_or_default()),
-                // It is tried again.
-                Some(Err(_)) => {}
-                None => return,
-            },
-            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                let now = Instant::now();
-                let due = pods.iter().filter_map(|(uid, known)| known.next().filter(|(at, _)| *at <= now).map(|(_, step)| (uid.clone(), step)));
-                let due: Vec<_> = due.collect();
-                choose(&mut pods, &due);
-                let (client, known) = (&client, &pods);
-                let act = |(uid, step): (String, Step)| async move {
-                    let outcome = match known.get(&uid) {
-                        Some(known) => act(client, known, step).await,
-                        None => Ok(()),
-                    };
-                    (uid, step, outcome)
-                };
-                let outcomes: Vec<_> = stream::iter(due).map(act).buffer_unordered(AT_ONCE).collect().await;
-                for (uid, step, outcome) in outcomes {
-                    if let Some(known) = pods.get_mut(&uid) {
-                        known.acted(step, outcome);
-                    }
+            event = events.next() => {
+                let mut event = event;
+                // All that have come, before all pods are looked through.
+                while let Some(heard) = event {
+                    hear(&mut pods, &mut listed, heard);
+                    event = events.next().now_or_never().flatten();
                 }
             }
+            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => act_on_due(&client, &mut pods).await,
         }
+    }
+}
+
+/// Does what is due for all pods.
+async fn act_on_due(client: &Client, pods: &mut Pods) {
+    let now = Instant::now();
+    let due = |(uid, known): (&String, &Known)| {
+        known.next().filter(|(at, _)| *at <= now).map(|(_, step)| (uid.clone(), step))
+    };
+    let due: Vec<_> = pods.iter().filter_map(due).collect();
+    choose(pods, &due);
+    let known = &*pods;
+    let act = |(uid, step): (String, Step)| async move {
+        let outcome = match known.get(&uid) {
+            Some(known) => act(client, known, step).await,
+            None => Ok(()),
+        };
+        (uid, step, outcome)
+    };
+    let outcomes: Vec<_> = stream::iter(due).map(act).buffer_unordered(AT_ONCE).collect().await;
+    for (uid, step, outcome) in outcomes {
+        if let Some(known) = pods.get_mut(&uid) {
+            known.acted(step, outcome);
+        }
+    }
+}
+
+/// Takes in what the watcher says.
+fn hear(pods: &mut Pods, listed: &mut BTreeSet<String>, event: watcher::Result<watcher::Event<Pod>>) {
+    match event {
+        Ok(watcher::Event::Init) => listed.clear(),
+        Ok(watcher::Event::InitApply(pod)) => {
+            listed.insert(pod.uid().unwrap_or_default());
+            see(pods, pod);
+        }
+        Ok(watcher::Event::InitDone) => pods.retain(|uid, _| listed.contains(uid)),
+        Ok(watcher::Event::Apply(pod)) => see(pods, pod),
+        Ok(watcher::Event::Delete(pod)) => _ = pods.remove(&pod.uid().unwrap_or_default()),
+        // It is tried again.
+        Err(_) => {}
     }
 }
 

@@ -34,7 +34,9 @@ pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, forc
             })
             .cloned()
             .collect();
-        conflicts.extend(lost.iter().map(|path| (manager.name.clone(), shown(path))));
+        let using = if manager.applies { String::new() } else { format!(" using {}", kind.api_version()) };
+        let who = format!("{:?}{using}", manager.name);
+        conflicts.extend(lost.iter().map(|path| (who.clone(), shown(path))));
         manager.fields.retain(|path| !lost.contains(path));
     }
     if !conflicts.is_empty() && !force {

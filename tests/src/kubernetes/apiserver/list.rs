@@ -21,9 +21,7 @@ pub(super) fn list(
 ) -> Result<Value, Refusal> {
     let limit = query.number("limit")?.and_then(|limit| usize::try_from(limit).ok()).filter(|limit| *limit > 0);
     let asked = query.number("resourceVersion")?.unwrap_or_default();
-    if asked > store.revision() {
-        return Err(Refusal::too_large(asked, store.revision()));
-    }
+    store.check_reached(asked)?;
     let (revision, after) = match query.get("continue") {
         "" if query.get("resourceVersionMatch") == "Exact" => (asked, None),
         "" => (store.revision(), None),

@@ -38,6 +38,11 @@ impl Refusal {
         Self::new(400, "BadRequest", message)
     }
 
+    /// Real servers have no word for this one.
+    pub(super) fn versioned_before_it_is_there() -> Self {
+        Self::new(500, "", "resourceVersion should not be set on objects to be created")
+    }
+
     pub(super) fn unauthorized() -> Self {
         Self::new(401, "Unauthorized", "Unauthorized")
     }
@@ -78,11 +83,10 @@ impl Refusal {
     /// Server-side apply: `owned` are the managers and the fields of theirs that would change.
     pub(super) fn owned_by_others(owned: &[(String, String)]) -> Self {
         let cause = |(manager, field): &(String, String)| {
-            let message = format!("conflict with {manager:?}");
+            let message = format!("conflict with {manager}");
             json!({ "reason": "FieldManagerConflict", "message": message, "field": field })
         };
-        let named: Vec<_> =
-            owned.iter().map(|(manager, field)| format!("conflict with {manager:?}: {field}")).collect();
+        let named: Vec<_> = owned.iter().map(|(manager, field)| format!("conflict with {manager}: {field}")).collect();
         let s = if owned.len() == 1 { "" } else { "s" };
         let message = format!("Apply failed with {} conflict{s}: {}", owned.len(), named.join("; "));
         let mut refusal = Self::new(409, "Conflict", message);

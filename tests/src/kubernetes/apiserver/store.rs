@@ -125,20 +125,19 @@ impl Store {
         }
     }
 
-    /// Refuses a revision from which nothing can be resumed any more, or not yet.
-    pub(super) fn check(&self, revision: u64) -> Result<(), Refusal> {
-        if revision < self.compacted {
-            return Err(Refusal::expired(revision, self.compacted));
-        }
-        if revision > self.revision {
-            return Err(Refusal::too_large(revision, self.revision));
-        }
-        Ok(())
+    /// Refuses a revision that has been compacted away.
+    pub(super) fn check_kept(&self, revision: u64) -> Result<(), Refusal> {
+        if revision < self.compacted { Err(Refusal::expired(revision, self.compacted)) } else { Ok(()) }
+    }
+
+    /// Refuses a revision that is yet to come.
+    pub(super) fn check_reached(&self, revision: u64) -> Result<(), Refusal> {
+        if revision > self.revision { Err(Refusal::too_large(revision, self.revision)) } else { Ok(()) }
     }
 
     /// The objects of a kind as they were at a revision.
     pub(super) fn objects_at(&self, kind: &Kind, revision: u64) -> Result<Objects, Refusal> {
-        self.check(revision)?;
+        self.check_kept(revision)?;
         let mut objects = self.objects(kind);
         let changes: Vec<_> = self.changes_after(kind, revision).collect();
         for change in changes.into_iter().rev() {

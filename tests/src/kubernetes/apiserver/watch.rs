@@ -88,8 +88,9 @@ impl Watch {
             return Ok(watch);
         }
         watch.cursor = since;
-        // As from real servers, it is the watch's first event that says so, and not the answer's status.
-        if let Err(refusal) = store.check(since) {
+        // As from real servers, it is the watch's first event that says so, and not the answer's status; and of what is
+        // yet to come nothing is said until it has.
+        if let Err(refusal) = store.check_kept(since) {
             watch.cursor = store.revision();
             watch.end = now;
             watch.queue.push_back((now, json!({ "type": "ERROR", "object": refusal.to_status() })));

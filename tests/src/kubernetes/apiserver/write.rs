@@ -92,7 +92,7 @@ impl Store {
         let name = text(&object["metadata"]["name"]).to_owned();
         expect(kind, namespace, &name, &mut object)?;
         if !text(&object["metadata"]["resourceVersion"]).is_empty() {
-            return Err(Refusal::bad_request("resourceVersion should not be set on objects to be created"));
+            return Err(Refusal::versioned_before_it_is_there());
         }
         let namespaces = self.kind("namespaces").filter(|_| self.strict_namespaces && kind.namespaced);
         if let Some(namespaces) = namespaces
