@@ -87,10 +87,13 @@ impl Idle {
         changed
     }
 
-    /// Since when a version is given nothing, and when it had drained, or its deadline had passed.
-    pub(super) fn ended(&self, key: &VersionKey) -> Option<(Millis, Millis)> {
+    /// Since when a version is given nothing, and when it had drained, or its deadline had passed: by the word of proxies
+    /// that are there. Where there are none, nobody can say that traffic has left.
+    pub(super) fn left(&self, key: &VersionKey, seen: &[Seen<'_>]) -> Option<(Millis, Millis)> {
         let since = self.0.get(key)?;
-        Some((since.time, since.ended.as_ref()?.time))
+        let ended = since.ended.as_ref()?;
+        let at_rest = ended.state == DrainState::DeadlineExceeded || waits_for(seen, since.revision).is_none();
+        (at_rest && !seen.is_empty()).then_some((since.time, ended.time))
     }
 
     /// How a version stands.
@@ -164,6 +167,7 @@ mod tests {
         idle.publish(&policy(7, 0, 1), 1_000);
         let seen = |revision, in_flight| Seen { proxy: "edge", revision, in_flight };
         let ready = seen(Some(7), 0);
+        assert_eq!(idle.left(&v1(), &[ready]), None, "nobody has looked yet");
         for waits in [seen(None, 0), seen(Some(6), 0), seen(Some(7), 1)] {
             idle.look(2_000, |_| DEADLINE, |_| vec![ready, waits]);
             assert_eq!(state(&idle), DrainState::Draining, "{waits:?}");
@@ -172,6 +176,9 @@ mod tests {
         idle.look(21_300, |_| DEADLINE, |_| vec![ready, seen(Some(9), 0)]);
         assert_eq!(state(&idle), DrainState::Drained);
         assert!(idle.status(&v1(), &[]).message.contains("after 20.3 s"));
+        assert_eq!(idle.left(&v1(), &[ready]), Some((1_000, 21_300)));
+        assert_eq!(idle.left(&v1(), &[]), None, "without proxies nobody can say so");
+        assert_eq!(idle.left(&v1(), &[ready, seen(Some(6), 0)]), None, "a proxy has come that still gives it requests");
         // It stays so with the next policies, until it is given something.
         idle.publish(&policy(8, 0, 1), 30_000);
         assert_eq!(state(&idle), DrainState::Drained);

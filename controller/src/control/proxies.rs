@@ -71,6 +71,11 @@ impl Proxies {
         live.map(|((id, _), proxy)| (id, proxy))
     }
 
+    /// Whether there is one that is not silent.
+    pub(super) fn are_there(&self, now: Millis) -> bool {
+        self.live(now).next().is_some()
+    }
+
     /// The vetoes of the live proxies' guards, each with its service.
     pub(super) fn vetoes(&self, now: Millis) -> Vec<(&str, &Veto)> {
         let vetoes = self.live(now).flat_map(|(_, proxy)| &proxy.vetoes);

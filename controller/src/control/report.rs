@@ -48,8 +48,16 @@ impl Control {
     pub fn scale(&self, name: &str, picture: &Picture, now: Millis) -> Vec<Want> {
         let shift = self.shifts.iter().find(|shift| shift.name == name).filter(|shift| self.is_known(shift));
         let Some((shift, rollout)) = shift.zip(self.kept.rollouts.get(name)) else { return Vec::new() };
-        let drained = |service: &str, version: &str| self.kept.idle.ended(&(service.to_owned(), version.to_owned()));
+        let drained = |service: &str, version: &str| {
+            let key = (service.to_owned(), version.to_owned());
+            self.kept.idle.left(&key, &self.proxies.seen(&key, &self.counted.ledger, now))
+        };
         Facts { shift, rollout, picture, drained: &drained, now }.plan()
+    }
+
+    /// Whether any proxy is there.
+    pub fn has_proxies(&self, now: Millis) -> bool {
+        self.proxies.are_there(now)
     }
 
     /// Whether the readiness of all endpoints of a rollout is known; if not, why, where that can be said.

@@ -144,6 +144,10 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
         Ok(()) => {
             let serves = |service: &ServiceStatus| service.versions.iter().any(|version| version.weight > 0.0);
             match services.iter().all(serves) {
+                true if !control.has_proxies(now) => {
+                    let why = "no proxy has asked for its policy; nothing is scaled down before one has";
+                    condition("Available", ConditionStatus::Unknown, "NoProxy", why, timestamp(now))
+                }
                 true => condition(
                     "Available",
                     is(true),

@@ -16,7 +16,8 @@ const CONTROLLER: &str = "tideshift.tideshift-system.svc.cluster.local:7460";
 /// Where the filter is, and the controller.
 #[derive(Debug, Args)]
 struct FilterArguments {
-    /// Where the proxies find the filter's module: oci:// and an image in a registry, http:// or https:// and a file.
+    /// Where the proxies find the filter's module: oci:// and an image in a registry, http:// or https:// and a file,
+    /// or for Istio file:/// and a path on every proxy.
     #[arg(long, value_name = "URL", default_value = MODULE, value_parser = module_url)]
     module_url: String,
     /// The SHA-256 of the module's image or file, in hexadecimal; `make image` prints both.
@@ -235,9 +236,14 @@ impl Istio {
 
 impl EnvoyGateway {
     pub(super) fn objects(&self) -> Result<String, Failure> {
+        let filter = self.filter.filter()?;
+        if filter.module_url.starts_with("file:") {
+            let why = "Envoy Gateway takes no files of its proxies; expected oci://, http:// or https://";
+            return Err(Failure::Usage(format!("--module-url {}: {why}", filter.module_url)));
+        }
         let options = envoy_gateway::Options {
             routes: httproute::Options { gateway: self.gateway.clone(), service_port: self.service_port },
-            filter: self.filter.filter()?,
+            filter,
             fail_closed: self.fail_closed,
         };
         envoy_gateway::objects(&documents::load(&self.files)?, &options).map_err(unfit)
@@ -256,9 +262,9 @@ fn unfit(why: Unfit) -> Failure {
 }
 
 fn module_url(text: &str) -> Result<String, String> {
-    let rest = ["oci://", "http://", "https://"].into_iter().find_map(|scheme| text.strip_prefix(scheme));
+    let rest = ["oci://", "http://", "https://", "file:///"].into_iter().find_map(|scheme| text.strip_prefix(scheme));
     let is_one = rest.is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_graphic()));
-    let allowed = "expected oci://REGISTRY/IMAGE:TAG, or http:// or https:// and where the file is";
+    let allowed = "expected oci://REGISTRY/IMAGE:TAG, http:// or https:// and where the file is, or file:///PATH";
     if is_one { Ok(text.to_owned()) } else { Err(allowed.to_owned()) }
 }
 
