@@ -14,6 +14,7 @@ pub mod apiserver;
 pub mod chart;
 pub mod controllers;
 pub mod kubelet;
+pub mod rig;
 
 /// A client by a kubeconfig file.
 pub async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
