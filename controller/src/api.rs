@@ -35,6 +35,7 @@ mod rollouts;
 mod shifts;
 mod status;
 mod turns;
+mod twin;
 
 pub use auth::{TokenError, TokenFiles, Tokens};
 pub use events::{Events, keep_telling};

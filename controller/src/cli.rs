@@ -6,6 +6,7 @@ mod crd;
 mod explain;
 mod history;
 mod install;
+mod plugin;
 mod render;
 mod serve;
 mod server;
@@ -17,7 +18,7 @@ mod wait_drained;
 
 use crate::documents::DocumentErrors;
 use crate::net::io_reason;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::error::Error;
 use std::fs;
 use std::io::{self, Write};
@@ -89,6 +90,13 @@ enum Output {
 }
 
 impl Cli {
+    /// Reads the command line of this process, as `tideshift` or as the plugin of kubectl. Ends it if there is nothing to do
+    /// but to tell the user something.
+    pub fn of_this_process() -> Self {
+        let command = if plugin::has_called() { plugin::named(Self::command()) } else { Self::command() };
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
+
     /// Does what the command line says.
     pub async fn run(self) -> Result<(), Failure> {
         crate::net::install_crypto_provider();

@@ -1,13 +1,12 @@
 //! What a replica that does not lead does with requests that only the leader can answer: it hands them on.
 
-use super::{MAX_SHIFT_BYTES, Problem, Shared};
+use super::{MAX_SHIFT_BYTES, Problem, Shared, twin};
 use crate::kubernetes::Role;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -22,7 +21,7 @@ const CONNECT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Leader {
     role: watch::Receiver<Role>,
-    /// What the leader's certificate must be, or lead to.
+    /// What the leader's certificate must be.
     certificate: Option<PathBuf>,
     client: OnceLock<Result<reqwest::Client, String>>,
 }
@@ -45,13 +44,11 @@ impl Leader {
 }
 
 fn build(certificate: Option<&Path>) -> Result<reqwest::Client, String> {
-    let mut builder = reqwest::Client::builder().no_proxy().connect_timeout(CONNECT);
-    if let Some(path) = certificate {
-        let pem = fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| error.to_string())?;
-        builder = builder.tls_certs_only(certificates);
-    }
-    builder.build().map_err(|error| error.to_string())
+    let builder = match certificate {
+        Some(path) => twin::client(path.to_owned())?,
+        None => reqwest::Client::builder(),
+    };
+    builder.no_proxy().connect_timeout(CONNECT).build().map_err(|error| error.to_string())
 }
 
 /// Answers a request here if this replica leads, and hands it on to the one that does if not.

@@ -1,6 +1,6 @@
 //! `tideshift explain`: which version would a request get, and why?
 
-use super::server::Server;
+use super::server::{Controller, Server};
 use super::{Failure, Output, print};
 use crate::compile;
 use crate::documents::{self, Document};
@@ -49,9 +49,13 @@ pub(super) struct Arguments {
     server: Server,
 }
 
-pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub(super) async fn run(mut arguments: Arguments) -> Result<(), Failure> {
     let mut policy = match arguments.files.is_empty() {
-        true => policy_in_force(&arguments.server).await?,
+        true => {
+            let controller = arguments.server.open().await?;
+            arguments.service = arguments.service.map(|name| controller.whole_name(&name));
+            policy_in_force(&controller).await?
+        }
         false => policy_of(&arguments.files)?,
     };
     if let Some(name) = &arguments.service {
@@ -105,10 +109,9 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
     Ok(Policy { services, ..Policy::default() })
 }
 
-async fn policy_in_force(server: &Server) -> Result<Policy, Failure> {
+async fn policy_in_force(controller: &Controller) -> Result<Policy, Failure> {
     // As a proxy that has nothing yet.
     let path = "/v1/policy?after=0&epoch=";
-    let controller = server.open()?;
     let policy: serde_json::Value = controller.get(path).await?;
     let no_policy = |errors| Failure::Other(format!("{}: no policy: {errors}", controller.url(path)).into());
     Policy::read(&policy).map_err(no_policy)

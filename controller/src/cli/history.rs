@@ -60,7 +60,7 @@ struct Transitions {
 
 impl History {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        let controller = self.server.open()?;
+        let controller = self.server.open().await?;
         let name = the_rollout(&controller, self.rollout).await?;
         let history: Transitions = controller.get(&format!("/v1/rollouts/{name}/history")).await?;
         match self.output {
@@ -93,7 +93,10 @@ fn table(transitions: &[TransitionStatus]) -> Table {
 impl Watch {
     pub(super) async fn run(self) -> Result<(), Failure> {
         const EVERY: Duration = Duration::from_millis(500);
-        let controller = self.server.open()?;
+        let controller = self.server.open().await?;
+        let wanted = self.rollout.as_ref().map(|name| controller.whole_name(name));
+        let is_wanted =
+            |name: &String| wanted.as_ref().map_or_else(|| controller.is_meant(name), |wanted| wanted == name);
         let redraws = self.output == Output::Table && stdout().is_terminal();
         // How much of each rollout's history has been shown.
         let mut shown: BTreeMap<String, TransitionStatus> = BTreeMap::new();
@@ -109,11 +112,10 @@ impl Watch {
                     continue;
                 }
             };
-            let is_wanted = |name: &String| self.rollout.as_ref().is_none_or(|wanted| wanted == name);
             let mut names: Vec<String> = status.services.iter().map(|service| service.rollout.clone()).collect();
             names.dedup();
             names.retain(is_wanted);
-            if let Some(wanted) = self.rollout.as_ref().filter(|_| names.is_empty() && first) {
+            if let Some(wanted) = wanted.as_ref().filter(|_| names.is_empty() && first) {
                 return Err(Failure::Usage(format!("there is no rollout {wanted}")));
             }
             let mut text = String::new();

@@ -57,6 +57,9 @@ struct EnvoyArguments {
     /// The certificates by which to verify a controller that speaks TLS; a path as Envoy will see it.
     #[arg(long, value_name = "PATH")]
     controller_ca_file: Option<String>,
+    /// The port of the versions' Services, where documents name those; of headless ones their pods' port.
+    #[arg(long, value_name = "PORT", default_value = "80", value_parser = clap::value_parser!(u16).range(1..))]
+    service_port: u16,
     /// The filter's module; a path as Envoy will see it.
     #[arg(long, value_name = "PATH", default_value = "target/tideshift.wasm")]
     module: String,
@@ -79,7 +82,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 impl EnvoyArguments {
     fn bootstrap(&self) -> Result<String, Failure> {
-        let shifts = documents::load(&self.files)?;
+        let shifts = envoy::in_cluster(documents::load(&self.files)?, self.service_port);
+        let shifts = shifts.map_err(|why| Failure::Usage(why.to_string()))?;
         let token = self.controller_token_file.as_ref().map(|path| token_in("--controller-token-file", path));
         let options = envoy::Options {
             listen: self.listen,

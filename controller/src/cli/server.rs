@@ -1,5 +1,6 @@
 //! Asking a running controller, for the subcommands that do.
 
+use super::plugin::{Place, Way};
 use super::{Failure, token_in};
 use crate::net::{self, io_reason};
 use reqwest::{Certificate, Method, StatusCode, header, redirect};
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Where the controller is if nobody says.
+const NEAR: &str = "http://127.0.0.1:7460";
 /// The token itself, for those who have it in no file. There is no flag for it: everybody can see command lines.
 const TOKEN: &str = "TIDESHIFT_TOKEN";
 
@@ -18,9 +21,9 @@ const TOKEN: &str = "TIDESHIFT_TOKEN";
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The controller")]
 pub(super) struct Server {
-    /// Where it listens.
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7460", env = "TIDESHIFT_SERVER")]
-    server: String,
+    /// Where it listens. Without it: http://127.0.0.1:7460, or as kubectl's plugin through the API server.
+    #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER")]
+    server: Option<String>,
 
     /// A file whose first line is the bearer token, if it wants one. TIDESHIFT_TOKEN may hold the token itself.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TOKEN_FILE")]
@@ -29,6 +32,9 @@ pub(super) struct Server {
     /// Certificates in PEM to trust instead of the system's, if it speaks TLS.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_CA_FILE")]
     ca_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    place: Place,
 }
 
 /// A controller to talk to.
@@ -36,13 +42,25 @@ pub(super) struct Server {
 pub(super) struct Controller {
     base: String,
     client: reqwest::Client,
+    /// The namespace of rollouts that are asked about without one.
+    namespace: Option<String>,
 }
 
 impl Server {
-    /// Gets ready to ask. Nothing is sent yet.
-    pub(super) fn open(&self) -> Result<Controller, Failure> {
+    /// Gets ready to ask. Nothing is sent to the controller yet.
+    pub(super) async fn open(&self) -> Result<Controller, Failure> {
         let mut client = reqwest::Client::builder().no_proxy().redirect(redirect::Policy::none());
-        if let Some(token) = self.token()? {
+        let way = if self.server.is_some() { None } else { self.place.way().await? };
+        let base = match (&self.server, &way) {
+            (Some(server), _) => server.trim_end_matches('/').to_owned(),
+            (None, Some(Way { address, host: Some(host), .. })) => {
+                client = client.resolve(host, *address);
+                format!("https://{host}:{}", address.port())
+            }
+            (None, Some(Way { address, host: None, .. })) => format!("http://{address}"),
+            (None, None) => NEAR.to_owned(),
+        };
+        if let Some(token) = self.token()?.or_else(|| way.and_then(|way| way.token)) {
             let mut value = header::HeaderValue::try_from(format!("Bearer {token}"))
                 .map_err(|_| Failure::Usage("the token is not one that can be sent: visible ASCII only".to_owned()))?;
             value.set_sensitive(true);
@@ -56,12 +74,12 @@ impl Server {
                 return Err(usage("no certificate in it; expected PEM".to_owned()));
             }
             client = client.tls_certs_only(certificates);
-        } else if !self.server.starts_with("https:") {
+        } else if !base.starts_with("https:") {
             // Without TLS none are needed; to look for the system's would fail in a container that has none.
             client = client.tls_certs_only([]);
         }
         let client = client.build().map_err(|error| Failure::Other(net::reason(&error).into()))?;
-        Ok(Controller { base: self.server.trim_end_matches('/').to_owned(), client })
+        Ok(Controller { base, client, namespace: self.place.namespace().await? })
     }
 
     fn token(&self) -> Result<Option<String>, Failure> {
@@ -76,6 +94,25 @@ impl Controller {
     /// The JSON document at a path, such as `/v1/status`.
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         self.send(Method::GET, path, None::<&()>).await
+    }
+
+    /// Whether a rollout is one that is asked about: where there is a namespace, it is of that one.
+    pub(super) fn is_meant(&self, rollout: &str) -> bool {
+        let of = |namespace: &String| rollout.strip_suffix(namespace).is_some_and(|rest| rest.ends_with('.'));
+        self.namespace.as_ref().is_none_or(of)
+    }
+
+    /// Where those are, for messages.
+    pub(super) fn place(&self) -> String {
+        self.namespace.as_ref().map_or_else(String::new, |namespace| format!(" in namespace {namespace}"))
+    }
+
+    /// The whole name of a rollout or service. Where there is a namespace, a name with a dot has one already.
+    pub(super) fn whole_name(&self, name: &str) -> String {
+        match &self.namespace {
+            Some(namespace) if !name.contains('.') => format!("{name}.{namespace}"),
+            _ => name.to_owned(),
+        }
     }
 
     /// Where the path is, for messages.

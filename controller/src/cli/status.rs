@@ -37,9 +37,10 @@ enum Output {
 
 pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     const EVERY: Duration = Duration::from_secs(1);
-    let controller = arguments.server.open()?;
+    let controller = arguments.server.open().await?;
     loop {
-        let status: Status = controller.get("/v1/status").await?;
+        let mut status: Status = controller.get("/v1/status").await?;
+        status.services.retain(|service| controller.is_meant(&service.rollout));
         let mut text = match (arguments.output, arguments.watch) {
             (Output::Table, _) => status.to_table(),
             (Output::Json, false) => {

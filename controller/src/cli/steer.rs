@@ -203,7 +203,7 @@ impl SetWeight {
 impl Apply {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let documents = documents::load_as_written(&self.files)?;
-        let controller = self.common.server.open()?;
+        let controller = self.common.server.open().await?;
         for (shift, document) in &documents {
             let path = format!("/v1/shifts/{}", shift.name);
             let _: Value = controller.send(Method::PUT, &path, Some(document)).await?;
@@ -225,21 +225,22 @@ fn last_of(mut words: Vec<String>) -> (Option<String>, String) {
 /// The rollout that is meant: the one of that name, or the only one.
 pub(super) async fn the_rollout(controller: &Controller, named: Option<String>) -> Result<String, Failure> {
     if let Some(named) = named {
-        return Ok(named);
+        return Ok(controller.whole_name(&named));
     }
     let status: Status = controller.get("/v1/status").await?;
     let mut names: Vec<String> = status.services.into_iter().map(|service| service.rollout).collect();
     names.dedup();
+    names.retain(|name| controller.is_meant(name));
     match &names[..] {
         [only] => Ok(only.clone()),
-        [] => Err(Failure::Usage("the controller has no rollout".to_owned())),
+        [] => Err(Failure::Usage(format!("the controller has no rollout{}", controller.place()))),
         several => Err(Failure::Usage(format!("which rollout? Expected one of {}", several.join(", ")))),
     }
 }
 
 impl Common {
     async fn say(self, rollout: Option<String>, command: &Command, goal: &Goal) -> Result<(), Failure> {
-        let controller = self.server.open()?;
+        let controller = self.server.open().await?;
         let name = the_rollout(&controller, rollout).await?;
         let mut body = serde_json::to_value(command).map_err(|error| Failure::Other(error.into()))?;
         let verb = body.as_object_mut().and_then(|body| body.remove("command"));

@@ -45,8 +45,9 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) async fn run(self) -> Result<(), Failure> {
         const EVERY: Duration = Duration::from_millis(200);
-        let controller = self.server.open()?;
-        let path = format!("/v1/services/{}/versions/{}/drain", self.service, self.version);
+        let controller = self.server.open().await?;
+        let service = controller.whole_name(&self.service);
+        let path = format!("/v1/services/{service}/versions/{}/drain", self.version);
         let begun = Instant::now();
         let mut last: Option<DrainStatus> = None;
         loop {

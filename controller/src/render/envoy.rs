@@ -4,11 +4,12 @@
 //!
 //! It is put together as text, from the outside in, because people read it, keep it and change it.
 
+use super::kubernetes::{Unfit, namespace};
 use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
 use tideshift_core::policy::{ControllerRef, Policy};
-use tideshift_core::shift::{Check, Endpoint, HttpGet, Probe, ShiftService, ShiftVersion, TrafficShift};
+use tideshift_core::shift::{Check, Discovery, Endpoint, HttpGet, Probe, ShiftService, ShiftVersion, TrafficShift};
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 
 /// What the documents do not say.
@@ -39,6 +40,42 @@ pub struct NameTaken {
     cluster: String,
     service: String,
     version: String,
+}
+
+/// Documents for an Envoy in the cluster that they are of: with the names that the controller gives them there, and each
+/// version's Service as its endpoint, which Envoy finds by DNS. Those that speak of no cluster stay as they are.
+///
+/// # Errors
+///
+/// If DNS has no name for a version.
+pub fn in_cluster(shifts: Vec<TrafficShift>, service_port: u16) -> Result<Vec<TrafficShift>, Unfit> {
+    let in_cluster = |mut shift: TrafficShift| {
+        let mut versions = shift.services.iter().flat_map(|service| &service.versions);
+        if versions.all(|version| version.discovery.is_none()) {
+            return Ok(shift);
+        }
+        let namespace = namespace(&shift).to_owned();
+        for service in &mut shift.services {
+            let hosts: Vec<_> =
+                service.versions.iter().map(|version| host(service, version, &namespace)).collect::<Result<_, _>>()?;
+            for (version, host) in service.versions.iter_mut().zip(hosts) {
+                version.endpoints = vec![Endpoint { host, port: service_port }];
+            }
+        }
+        Ok(TrafficShift { namespace: Some(namespace), ..shift }.qualified())
+    };
+    shifts.into_iter().map(in_cluster).collect()
+}
+
+fn host(service: &ShiftService, version: &ShiftVersion, namespace: &str) -> Result<String, Unfit> {
+    let unfit = |why: &str| Err(Unfit::version(service, version, why));
+    match &version.discovery {
+        _ if version.cluster.is_some() => unfit("is in another cluster; Envoy finds Services of its own alone"),
+        Some(Discovery { service: Some(name), selector: None, .. }) => {
+            Ok(format!("{name}.{namespace}.svc.cluster.local"))
+        }
+        _ => unfit("expected a service and no selector; Envoy finds whole Services, by DNS"),
+    }
 }
 
 /// The whole bootstrap as YAML.
@@ -588,6 +625,27 @@ spec:
         );
         let address = bootstrap("::1");
         assert_eq!((&address["sni"], &address["common_tls_context"]), (&Value::Null, &trusted("IP_ADDRESS", "::1")));
+    }
+
+    #[test]
+    fn in_a_cluster_envoy_finds_services_and_calls_them_as_the_controller_does() {
+        let document = |v1: &str| {
+            let versions = format!("[{{name: v1, {v1}}}, {{name: v2, service: pay-v2, port: 8080}}]");
+            format!(
+                "apiVersion: tideshift.dev/v1alpha1\nkind: TrafficShift\nmetadata: {{name: pay, namespace: shop}}\n\
+                 spec: {{versions: {versions}, stable: v1}}\n"
+            )
+        };
+        let read = |v1: &str| in_cluster(vec![shift(&document(v1))], 80);
+        let shifts = read("service: pay-v1").unwrap();
+        assert_eq!(shifts[0].services[0].name, "pay.shop");
+        let endpoints: Vec<_> = versions(&shifts).map(|(_, version)| version.endpoints[0].to_string()).collect();
+        assert_eq!(endpoints, ["pay-v1.shop.svc.cluster.local:80", "pay-v2.shop.svc.cluster.local:80"]);
+        let error = read("selector: {matchLabels: {app: pay}}").unwrap_err().to_string();
+        assert_eq!(error, "version v1 of pay: expected a service and no selector; Envoy finds whole Services, by DNS");
+        assert!(read("service: pay-v1, cluster: west").unwrap_err().to_string().contains("another cluster"));
+        let outside = vec![shift(CHECKOUT)];
+        assert_eq!(in_cluster(outside.clone(), 80), Ok(outside));
     }
 
     #[test]

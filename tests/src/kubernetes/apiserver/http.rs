@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 
 use super::{
-    Attempt, Seen, Shared, discovery,
+    Attempt, Seen, Shared, discovery, forward,
     kinds::{Kind, ScalePaths},
     list, lock,
     patch::{self, Type},
@@ -41,7 +41,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>, mut stoppe
                 let _ = stream.set_nodelay(true);
                 let shared = Arc::clone(&shared);
                 let service = service_fn(move |request| respond(Arc::clone(&shared), request));
-                connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+                connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades());
             }
             Some(_) = connections.join_next() => {}
             _ = &mut stopped => break,
@@ -76,13 +76,17 @@ fn header<'a>(headers: &'a HeaderMap, name: &hyper::header::HeaderName) -> &'a s
 }
 
 async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
-    let (parts, body) = request.into_parts();
-    let authorization = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let authorization = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     let user = lock(&shared.access).user(authorization).ok_or_else(Refusal::unauthorized)?;
-    let about = About::of(&parts.method, &parts.uri);
+    let about = About::of(request.method(), request.uri());
     if let About::Resource(resource) = &about {
         lock(&shared.seen).push(Seen { attempt: attempt(&user, resource, resource.verb), at: Instant::now() });
+        if (resource.plural.as_str(), resource.subresource.as_deref()) == ("pods", Some("portforward")) {
+            permit(shared, &user, resource, resource.verb)?;
+            return forward::answer(shared, resource, request).map(|response| response.map(|()| Body::default()));
+        }
     }
+    let (parts, body) = request.into_parts();
     let body = body.collect().await.map_err(|error| Refusal::bad_request(error.to_string()))?.to_bytes();
     // The sender lives as long as `shared`.
     let _ = shared.faults.subscribe().wait_for(|faults| !faults.holds(&user)).await;

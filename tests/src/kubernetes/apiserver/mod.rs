@@ -4,8 +4,8 @@
 //! What it honours: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
 //! JSON, strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and pods'
 //! `binding`; lists in pages, watches with bookmarks, initial events and 410 Gone; selectors; metadata alone; CRDs with
-//! their defaults and plain rules; tokens and 403. What it leaves out: CEL rules, quotas, garbage collection, webhooks,
-//! tables, more than one version of a kind. What real servers leave to other programs is in
+//! their defaults and plain rules; tokens and 403; port-forwards. What it leaves out: CEL rules, quotas, garbage
+//! collection, webhooks, tables, more than one version of a kind. What real servers leave to other programs is in
 //! [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
 
 mod access;
@@ -14,6 +14,7 @@ mod apply;
 mod discovery;
 mod faults;
 mod fields;
+mod forward;
 mod http;
 mod kinds;
 mod list;

@@ -122,7 +122,7 @@ impl Chart {
     pub fn plain(&self) -> anyhow::Result<String> {
         let mut text = String::from(
             "# Tideshift's controller, as the Helm chart beside this folder installs it in namespace tideshift-system, rendered by\n\
-             # `make manifests`. It reads its tokens from a Secret that is yours to make; docs/kubernetes.md says how.\n\
+             # `make manifests`. Its image is yours to push, and the Secret with its tokens yours to make; docs/kubernetes.md says how.\n\
              apiVersion: v1\n\
              kind: Namespace\n\
              metadata:\n\
