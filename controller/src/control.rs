@@ -404,7 +404,11 @@ impl Control {
             let rollout = shift.and_then(|shift| self.kept.rollouts.get(&shift.name));
             session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
         }
-        let nothing_known = !self.shifts.is_empty() && !self.shifts.iter().any(|shift| self.is_known(shift));
+        // Nothing to go on by is no reason to take from proxies what they have begun with.
+        let nothing_known = match self.shifts.is_empty() {
+            true => services.is_empty() && !self.hidden.is_empty(),
+            false => !self.shifts.iter().any(|shift| self.is_known(shift)),
+        };
         if nothing_known || self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             return;
         }

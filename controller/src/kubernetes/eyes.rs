@@ -26,10 +26,13 @@ use std::time::Duration;
 use tideshift_core::shift::TrafficShift;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{interval, timeout};
+use tokio::time::{Instant, interval, timeout, timeout_at};
 
 /// How often each cluster is asked whether it is there, and how long it may take to say so.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// How long a TrafficShift that is gone stays in force. If they all go because the CRD goes, that is known by then.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What follows from everything that is seen.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -345,19 +348,19 @@ fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
     let task = match need {
         Need::Slices => {
             let api: Api<EndpointSlice> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.slices), views::slice))
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.slices), views::slice, None))
         }
         Need::Pods => {
             let api: Api<PartialObjectMeta<Pod>> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.pods), views::labels))
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.pods), views::labels, None))
         }
         Need::Autoscalers => {
             let api: Api<HorizontalPodAutoscaler> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.autoscalers), views::autoscaler))
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.autoscalers), views::autoscaler, None))
         }
         Need::Budgets => {
             let api: Api<PodDisruptionBudget> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.budgets), views::budget))
+            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.budgets), views::budget, None))
         }
         Need::Workloads { api_version, kind } => tokio::spawn(see_workloads(client, place, (api_version, kind), notes)),
     };
@@ -381,7 +384,7 @@ async fn see_workloads(client: Client, place: Place, of: (String, String), notes
         tokio::time::sleep(retry.pause()).await;
     };
     let api: Api<DynamicObject> = Api::namespaced_with(client, &namespace, &resource);
-    follow(api, notes, table, views::workload).await;
+    follow(api, notes, table, views::workload, None).await;
 }
 
 /// Where a table is.
@@ -402,15 +405,17 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
     let table = move |sight: &mut Sight, change: &mut dyn FnMut(&mut Table<Written>)| {
         change(sight.shifts.entry(scope.clone()).or_default());
     };
-    follow(api, notes, table, views::written).await;
+    follow(api, notes, table, views::written, Some(FAREWELL)).await;
 }
 
-/// Keeps a table as the cluster has it, for as long as nobody ends it.
+/// Keeps a table as the cluster has it, for as long as nobody ends it. Where there is a farewell, what is deleted stays for
+/// so long, and goes only if the cluster then says what there is without it.
 async fn follow<K, T>(
     api: Api<K>,
     notes: Notes,
     table: impl Fn(&mut Sight, &mut dyn FnMut(&mut Table<T>)),
     view: impl Fn(&K) -> Option<T>,
+    farewell: Option<Duration>,
 ) where
     K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     T: Clone,
@@ -423,7 +428,16 @@ async fn follow<K, T>(
     loop {
         let mut events = pin!(watcher(api.clone(), watcher::Config::default()).backoff(Retry::default()));
         let mut coming: BTreeMap<String, T> = BTreeMap::new();
-        while let Some(event) = events.next().await {
+        let mut ask_again: Option<Instant> = None;
+        loop {
+            let event = match ask_again {
+                None => events.next().await,
+                Some(at) => match timeout_at(at, events.next()).await {
+                    Ok(event) => event,
+                    Err(_) => break,
+                },
+            };
+            let Some(event) = event else { break };
             match event {
                 Ok(watcher::Event::Init) => coming.clear(),
                 Ok(watcher::Event::InitApply(object)) => coming.extend(view(&object).map(|view| (key(&object), view))),
@@ -439,6 +453,9 @@ async fn follow<K, T>(
                         None => _ = table.objects.remove(&key(&object)),
                     });
                 }),
+                Ok(watcher::Event::Delete(_)) if farewell.is_some() => {
+                    ask_again = ask_again.or(farewell.map(|farewell| Instant::now() + farewell));
+                }
                 Ok(watcher::Event::Delete(object)) => notes.write(|sight| {
                     table(sight, &mut |table| _ = table.objects.remove(&key(&object)));
                 }),

@@ -50,9 +50,10 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let reader =
         tokio::spawn(read_policies(client.clone(), namespace.clone(), cluster.lease.clone(), service.publish.clone()));
     let signals = signals()?;
+    let asked = asked_to_end.clone();
     tokio::spawn(async move {
         signals.await;
-        asked_to_end.send_replace(true);
+        asked.send_replace(true);
     });
 
     let clusters = Clusters::new(client.clone(), &namespace);
@@ -61,6 +62,8 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let mut replica = Replica { cluster, client, namespace, clusters, eyes, service, role, shown, ending };
     let result = replica.run().await;
     tracing::info!("ending");
+    // Also where nobody has asked: it gives the lease back to those who can do more with it.
+    asked_to_end.send_replace(true);
     ended.send_replace(true);
     let _ = contest.await;
     reader.abort();
@@ -126,6 +129,9 @@ impl Replica {
         let shown = scene.borrow_and_update().clone();
         let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
         let mut control = Control::with_hidden(shown.documents.clone(), shown.hidden.clone(), kept, counted);
+        for error in &shown.errors {
+            tracing::error!("{error}");
+        }
         control.set_document_errors(shown.errors.clone());
         *self.service.shared.control() = control;
         self.shown.send_replace(Role::Leads);
