@@ -104,6 +104,17 @@ e2e: build envoy chromium axe schemas ## The module in a wasm host, then real En
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # errors that are only waited out need no backtraces
 
+.PHONY: test-kubernetes
+test-kubernetes: build envoy ## The controller in the cluster of KUBECONFIG, which may be a bare control plane
+	$(heading) 'In the cluster of KUBECONFIG'
+	cargo test -p tideshift-tests --test kubernetes_cluster --no-run
+	@skip() { printf '\n\033[1;33m== SKIPPED, nothing was tested in a real cluster: %s\033[0m\n' "$$*"; exit 0; }; \
+	test -n "$${KUBECONFIG:-}" || skip 'KUBECONFIG is not set'; \
+	export TIDESHIFT_TEST_KUBECONFIG=$$(realpath "$$KUBECONFIG"); \
+	cargo test -q -p tideshift-tests --test kubernetes_cluster -- --ignored --exact the_cluster_answers || \
+		skip "the cluster of $$KUBECONFIG does not answer"; \
+	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --test kubernetes_cluster -- --nocapture
+
 .PHONY: simulation
 simulation: rust ## The picture in docs/simulate.md, anew
 	$(heading) 'A simulation of the example'

@@ -2,6 +2,8 @@
 //! `make test-kubernetes`.
 
 use std::{
+    env,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,12 +17,14 @@ use tideshift_tests::{
     client::{Request, get},
     controller::Controller,
     kubernetes::{
+        client,
         kubelet::READY,
-        rig::{Cluster, Front, HOST, View, hold_at, policy, shift, until, until_in_force, until_weights},
+        rig::{Cluster, Front, HOST, KUBECONFIG, View, hold_at, policy, shift, until, until_in_force, until_weights},
     },
     rig::{DEADLINE, FOR_EVER, next_answers, revisions},
     wait::eventually,
 };
+use tokio::time::timeout;
 
 const RATE: f64 = 200.0;
 
@@ -57,6 +61,16 @@ async fn until_leads(cluster: &Cluster, name: &str) -> anyhow::Result<Value> {
             Ok(())
         })
         .await
+}
+
+/// What `make test-kubernetes` asks first.
+#[tokio::test]
+#[ignore = "no test of the controller"]
+async fn the_cluster_answers() -> anyhow::Result<()> {
+    let path = env::var_os(KUBECONFIG).with_context(|| format!("{KUBECONFIG} is not set"))?;
+    let client = client(Path::new(&path)).await?;
+    timeout(Duration::from_secs(10), client.apiserver_version()).await??;
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

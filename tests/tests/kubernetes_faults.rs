@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -15,8 +16,9 @@ use tideshift_tests::{
     controller::Controller,
     kubernetes::{
         apiserver::{ApiServer, Whom},
-        rig::{Cluster, Front, View, hold_at, policy, shift, slice, until, until_in_force, until_weights, weights_of},
+        rig::{Cluster, Front, View, hold_at, policy, shift, slice, until_in_force, until_weights, weights_of},
     },
+    ports::Port,
     rig::{DEADLINE, next_answers, revisions},
     wait::eventually,
 };
@@ -231,30 +233,73 @@ async fn a_leader_that_was_held_up_and_still_believes_to_lead_cannot_publish() -
     Ok(())
 }
 
+/// Waits until a replica says this of the documents.
+async fn until_complained(address: SocketAddr, words: &str) -> anyhow::Result<()> {
+    eventually(&format!("it to say {words:?}"), DEADLINE, async || {
+        let status = get(address, "/v1/status").send().await?.json()?;
+        ensure!(status["documentErrors"].to_string().contains(words), "{status}");
+        Ok(())
+    })
+    .await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_the_crd_it_waits_for_it_and_says_so() -> anyhow::Result<()> {
     let cluster = Cluster::stand_in_without_crd().await?;
-    let starting = cluster.replica("a", &[]);
+    let port = Port::reserve()?;
+    let address = port.address();
     let installed = async {
-        let first = cluster.server().until(
-            "an attempt to see TrafficShifts",
-            "leases",
-            &cluster.namespace,
-            "tideshift",
-            |_| {
-                ensure!(cluster.server().count("list", "trafficshifts") > 1);
-                Ok(())
-            },
-        );
-        first.await?;
+        until_complained(address, "cannot be seen").await?;
+        // A policy without services would take away what proxies have begun with.
+        assert_eq!(get(address, "/readyz").send().await?.status, 503);
         cluster.install().await?;
         payment(&cluster).await
     };
-    let (controller, service) = tokio::join!(starting, installed);
+    let (controller, service) = tokio::join!(cluster.replica_on(port, "a", &[]), installed);
     let (controller, service) = (controller?, service?);
     until_weights(&controller, &service, &[70.0, 30.0]).await?;
-    assert!(controller.log().contains("TrafficShifts"), "{}", controller.tail());
-    assert_eq!(controller.status().await?["documentErrors"], Value::Null);
+    assert!(controller.log().contains("TrafficShifts in namespace"), "{}", controller.tail());
+    assert_eq!(controller.status().await?.get("documentErrors"), None);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crd_that_goes_takes_no_service_with_it() -> anyhow::Result<()> {
+    let cluster = Cluster::stand_in().await?;
+    let service = payment(&cluster).await?;
+    let mut audit = shift("audit", json!({}));
+    audit["spec"]["hostnames"] = json!(["audit.example.com"]);
+    cluster.apply(audit).await?;
+    cluster.slice("audit-v1", 1, 1).await?;
+    let controller = cluster.replica("a", &[]).await?;
+    until_weights(&controller, &service, &[70.0, 30.0]).await?;
+    eventually("both services", DEADLINE, async || {
+        let policy = policy(&controller).await?;
+        ensure!(weights_of(&policy, &cluster.full_name("audit")).len() == 2, "{policy}");
+        Ok(())
+    })
+    .await?;
+    // What somebody deletes on purpose goes.
+    cluster.delete("TrafficShift", "audit").await?;
+    eventually("a policy without it", DEADLINE, async || {
+        let policy = policy(&controller).await?;
+        ensure!(weights_of(&policy, &cluster.full_name("audit")).is_empty(), "{policy}");
+        Ok(())
+    })
+    .await?;
+    let before = policy(&controller).await?;
+
+    cluster.server().delete("customresourcedefinitions", "", "trafficshifts.tideshift.dev")?;
+    assert!(cluster.server().list("trafficshifts", "").unwrap_or_default().is_empty(), "they all go with it");
+    until_complained(controller.address(), "cannot be seen").await.with_context(|| controller.tail())?;
+    assert_eq!(policy(&controller).await?, before);
+    assert_eq!(View::of(&controller, &service).await?.weights(), [70.0, 30.0]);
+    cluster.slice("payment-v2", 2, 0).await?;
+    until_weights(&controller, &service, &[100.0, 0.0]).await?;
+    cluster.slice("payment-v2", 2, 2).await?;
+    cluster.install().await?;
+    cluster.apply(shift("payment", hold_at(60))).await?;
+    until_weights(&controller, &service, &[40.0, 60.0]).await?;
     Ok(())
 }
 
@@ -282,18 +327,12 @@ async fn a_namespace_without_permission_stays_as_it_is_and_the_others_go_on() ->
     until_weights(&controller, "audit.other", &[50.0, 50.0]).await?;
 
     forbid("trafficshifts", "other".to_owned());
-    let refused = until(&controller, "audit.other", "the errors to say so", |_| Ok(())).await?;
-    eventually("the errors to say so", DEADLINE, async || {
-        let errors = controller.status().await?["documentErrors"].to_string();
-        ensure!(errors.contains("TrafficShifts in namespace other cannot be seen"), "{errors}");
-        Ok(())
-    })
-    .await?;
+    until_complained(controller.address(), "TrafficShifts in namespace other cannot be seen").await?;
     other["spec"]["strategy"]["steps"] = json!([{ "weight": 90, "holdSeconds": 3600 }]);
     cluster.apply(other).await?;
     cluster.apply(shift("payment", hold_at(60))).await?;
     until_weights(&controller, &service, &[40.0, 60.0]).await?;
-    assert_eq!(View::of(&controller, "audit.other").await?.weights(), refused.weights());
+    assert_eq!(View::of(&controller, "audit.other").await?.weights(), [50.0, 50.0]);
 
     // Also for one that has never seen it.
     controller.terminate().await?;
@@ -419,6 +458,8 @@ async fn state_that_nobody_can_read_is_left_as_it_is() -> anyhow::Result<()> {
     let error = format!("{error:#}");
     assert!(error.contains("Secret tideshift-state: state.json.gz: ") && error.contains("left as it is"), "{error}");
     assert_eq!(cluster.get("Secret", "tideshift-state").await?["data"], state);
+    let lease = cluster.get("Lease", "tideshift").await?;
+    assert_eq!(lease["spec"].get("holderIdentity"), None, "others may lead, who can read it");
     Ok(())
 }
 
@@ -465,15 +506,13 @@ async fn many_services_at_rest_are_watched_and_not_asked_for() -> anyhow::Result
         for version in ["v1", "v2", "v3"] {
             cluster.server().apply(slice_in(&cluster, &format!("{name}-{version}"), 20, 20))?;
         }
-        let mut fields = hold_at(25);
-        fields["versions"] = json!(versions);
-        fields["hostnames"] = json!([format!("{name}.example.com")]);
+        let fields = json!({ "versions": versions, "hostnames": [format!("{name}.example.com")] });
         cluster.apply(shift(&name, fields)).await?;
     }
     let controller = cluster.replica("a", &[]).await?;
     for n in 0..SHIFTS {
-        until_weights(&controller, &cluster.full_name(&format!("s{n}")), &[75.0, 25.0, 0.0]).await?;
-        until_said(&cluster, &format!("s{n}"), "v2 25 %").await?;
+        until_weights(&controller, &cluster.full_name(&format!("s{n}")), &[100.0, 0.0, 0.0]).await?;
+        until_said(&cluster, &format!("s{n}"), "v1 100 %").await?;
     }
     for resource in ["trafficshifts", "endpointslices"] {
         let of_controller = cluster.server().requests().into_iter().filter(|seen| {

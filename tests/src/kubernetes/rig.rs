@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     process,
     sync::{
-        OnceLock,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
@@ -29,7 +29,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::runtime;
+use tokio::{runtime, sync::oneshot};
 
 use super::{
     apiserver::ApiServer,
@@ -93,7 +93,7 @@ impl Cluster {
         let Some(path) = env::var_os(KUBECONFIG) else { return Self::stand_in().await };
         let kubeconfig = PathBuf::from(path);
         let client = client(&kubeconfig).await?;
-        keep_kubelet(&client, &kubeconfig).await?;
+        take_kubelet(&client, &kubeconfig).await?;
         let cluster = Self { client, namespace: unique_name(), kubeconfig, own: None };
         cluster.apply(json!({ "kind": "Namespace", "metadata": { "name": cluster.namespace } })).await?;
         cluster.install().await?;
@@ -133,12 +133,17 @@ impl Cluster {
 
     /// Whether pods do what their annotations say.
     pub fn obeys_annotations(&self) -> bool {
-        self.own.is_some() || KUBELET.get() == Some(&true)
+        self.own.is_some() || kubelet().running.is_some()
     }
 
     /// Starts a replica of the controller that looks at this namespace; where the cluster stands in, as the user of its
     /// name.
     pub async fn replica(&self, name: &str, further: &[&str]) -> anyhow::Result<Controller> {
+        self.replica_on(Port::reserve()?, name, further).await
+    }
+
+    /// The same on a port that was reserved before.
+    pub async fn replica_on(&self, port: Port, name: &str, further: &[&str]) -> anyhow::Result<Controller> {
         let kubeconfig = match &self.own {
             Some(own) => own.server.kubeconfig_of(name)?,
             None => self.kubeconfig.clone(),
@@ -147,7 +152,7 @@ impl Cluster {
         let kubeconfig = kubeconfig.to_str().context("a path that is not UTF-8")?;
         let arguments = ["--kubernetes", "--kubeconfig", kubeconfig, "--pod-name", name, "--pod-namespace", namespace];
         let arguments = [&arguments[..], &["--watch-namespace", namespace], further].concat();
-        Controller::start_with(&[], &arguments).await
+        Controller::start_on(port, &[], &arguments).await
     }
 
     /// What a rollout and its service are called in policies and in the API.
@@ -207,6 +212,12 @@ impl Cluster {
     /// Changes an object by a merge patch.
     pub async fn patch(&self, kind: &str, name: &str, patch: Value) -> anyhow::Result<()> {
         self.api(kind).patch(name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+        Ok(())
+    }
+
+    /// Deletes an object.
+    pub async fn delete(&self, kind: &str, name: &str) -> anyhow::Result<()> {
+        self.api(kind).delete(name, &DeleteParams::default()).await?;
         Ok(())
     }
 
@@ -276,11 +287,6 @@ impl Cluster {
         answer.status.and_then(|status| status.token).context("no token")
     }
 
-    /// The status of a TrafficShift.
-    pub async fn status(&self, name: &str) -> anyhow::Result<Value> {
-        Ok(self.get("TrafficShift", name).await?["status"].take())
-    }
-
     /// The reasons of the Events about a TrafficShift.
     pub async fn events(&self, name: &str) -> anyhow::Result<Vec<String>> {
         let events = self.list("Event").await?;
@@ -299,13 +305,14 @@ impl Drop for Cluster {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
                 let client = client(&kubeconfig).await?;
-                let namespaces: Api<Namespace> = Api::all(client);
+                let namespaces: Api<Namespace> = Api::all(client.clone());
                 namespaces.delete(&namespace, &DeleteParams::default()).await?;
-                eventually("the namespace to be gone", DEADLINE, async || {
+                let gone = eventually("the namespace to be gone", DEADLINE, async || {
                     ensure!(namespaces.get_opt(&namespace).await?.is_none(), "it is still there");
                     Ok(())
-                })
-                .await
+                });
+                let gone = gone.await;
+                give_kubelet_back(client).await.and(gone)
             })
         });
         if let Ok(Err(error)) = cleaned.join() {
@@ -325,34 +332,60 @@ pub fn crd() -> anyhow::Result<Value> {
     serde_saphyr::from_str(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())
 }
 
-/// Whether the stand-in for kubelet was started for the real cluster.
-static KUBELET: OnceLock<bool> = OnceLock::new();
+/// The stand-in for kubelet of the real cluster, which all tests of this process share.
+#[derive(Default)]
+struct SharedKubelet {
+    users: usize,
+    /// What ends it when dropped; none where nodes of the cluster's own run pods.
+    running: Option<oneshot::Sender<()>>,
+}
 
-/// Starts the stand-in for kubelet, for as long as this process runs, where no node is ready to run pods.
-async fn keep_kubelet(client: &Client, kubeconfig: &Path) -> anyhow::Result<()> {
+static KUBELET: Mutex<SharedKubelet> = Mutex::new(SharedKubelet { users: 0, running: None });
+
+fn kubelet() -> MutexGuard<'static, SharedKubelet> {
+    KUBELET.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts the stand-in for kubelet where no node is ready to run pods.
+async fn take_kubelet(client: &Client, kubeconfig: &Path) -> anyhow::Result<()> {
     let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?;
     let is_ready = |node: &Node| {
         let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
         node.name_any() != NODE && conditions.into_iter().any(|one| one.type_ == "Ready" && one.status == "True")
     };
     let is_needed = !nodes.items.iter().any(is_ready);
-    let kubeconfig = kubeconfig.to_owned();
-    // All tests of this process share it, and it must outlive the runtime of each.
-    KUBELET.get_or_init(|| {
-        if is_needed {
-            let (started, has_started) = mpsc::channel();
-            thread::spawn(move || -> anyhow::Result<()> {
-                let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(async {
-                    let _kubelet = Kubelet::start(super::client(&kubeconfig).await?).await?;
-                    let _ = started.send(());
-                    std::future::pending().await
-                })
-            });
-            let _ = has_started.recv();
-        }
-        is_needed
-    });
+    let mut shared = kubelet();
+    if is_needed && shared.users == 0 {
+        let (stop, stopped) = oneshot::channel();
+        let (started, has_started) = mpsc::channel();
+        let kubeconfig = kubeconfig.to_owned();
+        // It must outlive the runtime of each test.
+        thread::spawn(move || -> anyhow::Result<()> {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let _kubelet = Kubelet::start(super::client(&kubeconfig).await?).await?;
+                let _ = started.send(());
+                let _ = stopped.await;
+                Ok(())
+            })
+        });
+        has_started.recv().context("the stand-in for kubelet does not start")?;
+        shared.running = Some(stop);
+    }
+    shared.users += 1;
+    Ok(())
+}
+
+/// Ends it, with its node, if nobody else needs it.
+async fn give_kubelet_back(client: Client) -> anyhow::Result<()> {
+    let is_last = {
+        let mut shared = kubelet();
+        shared.users -= 1;
+        shared.users == 0 && shared.running.take().is_some()
+    };
+    if is_last {
+        Api::<Node>::all(client).delete(NODE, &DeleteParams::default()).await?;
+    }
     Ok(())
 }
 
