@@ -65,5 +65,5 @@ app.kubernetes.io/instance: {{ include "tideshift.name" . }}
   verbs: [list, watch]
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end }}
