@@ -433,10 +433,6 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
         server.until(phase, "trafficshifts.tideshift.dev", "shop", "payment", is).await
     };
     until("Paused").await?;
-    // The same said twice is one event with a series.
-    for verb in ["resume", "pause", "resume", "pause"] {
-        say(verb).await?;
-    }
     if grants.iter().any(|grant| grant[2] == "tokenreviews") {
         let policy =
             get(port.address(), "/v1/policy?proxy=a&epoch=&after=0").header("authorization", "Bearer of-the-cluster");
@@ -483,4 +479,30 @@ async fn the_same_in_one_namespace_without_a_cluster_role() -> anyhow::Result<()
     let values = deployments_alone(json!({"watchNamespaces": ["shop"]}));
     ensure!(grants(&render(&values)?).iter().all(|[namespace, ..]| namespace != "*"));
     goes_through_a_rollout(values).await
+}
+
+#[test]
+fn the_examples_are_valid_and_call_the_binary_as_it_is() -> anyhow::Result<()> {
+    let folder = artifacts::workspace().join("envoy-configs/kubernetes");
+    for name in ["payment.yaml", "payment-plain-envoy.yaml", "new-cluster.yaml"] {
+        let valid = controller::cli(["validate".as_ref(), "-f".as_ref(), folder.join(name).as_os_str()])?;
+        ensure!(valid.code == Some(0), "{}", valid.stderr);
+    }
+    let read = |name: &str| -> anyhow::Result<Vec<Value>> {
+        serde_saphyr::from_multiple(&fs::read_to_string(folder.join(name))?).with_context(|| name.to_owned())
+    };
+    let patch = &read("prestop.yaml")?[0]["spec"]["template"]["spec"];
+    let hook = &patch["containers"][0]["lifecycle"]["preStop"]["exec"]["command"];
+    let mut arguments: Vec<_> =
+        hook.as_array().context("no command")?.iter().skip(1).filter_map(Value::as_str).collect();
+    arguments.push("--help");
+    let taken = controller::cli(&arguments)?;
+    ensure!(taken.code == Some(0), "{arguments:?}: {}", taken.stderr);
+    assert_eq!(patch["initContainers"][0]["args"][0], "install");
+
+    // In other clusters there are no TrafficShifts, and nothing is told.
+    let own = |grant: &Grant| grant[0] == "*" && !["tideshift.dev", "events.k8s.io"].contains(&grant[1].as_str());
+    let here: BTreeSet<_> = grants(&render(&json!({}))?).into_iter().filter(own).collect();
+    assert_eq!(grants(&read("remote-cluster.yaml")?), here);
+    Ok(())
 }
