@@ -20,11 +20,14 @@ pub use lease::{Candidate, Role};
 pub use memory::{Memory, MemoryError};
 pub use review::Reviewer;
 
-use kube::api::{ApiResource, GroupVersionKind};
+use futures_util::{Stream, TryStreamExt, future};
+use kube::api::{Api, ApiResource, GroupVersionKind};
 use kube::runtime::utils::Backoff;
-use kube::runtime::watcher;
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, discovery};
+use serde::de::DeserializeOwned;
 use std::error::Error;
+use std::fmt::Debug;
 use std::time::Duration;
 
 /// What a TrafficShift is asked for by.
@@ -75,6 +78,16 @@ impl Backoff for Retry {
     fn reset(&mut self) {
         self.0 = 0;
     }
+}
+
+/// What happens to objects. As long as nothing comes of it, it is begun anew ever more slowly: an answer that is only about
+/// to come ([`watcher::Event::Init`], left out here) is none. After an error everything is listed anew, or goes on where it was.
+pub fn watch<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>
+where
+    K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let says_something = |event: &watcher::Event<K>| future::ready(!matches!(event, watcher::Event::Init));
+    watcher(api, config).try_filter(says_something).backoff(Retry::default())
 }
 
 /// Why the API server did not do something, in a few words.

@@ -538,3 +538,34 @@ async fn many_services_at_rest_are_watched_and_not_asked_for() -> anyhow::Result
     assert!(total <= 50, "{total} requests in {REST:?}: {asked:?}");
     Ok(())
 }
+
+#[tokio::test]
+async fn what_is_refused_is_asked_for_ever_more_slowly() -> anyhow::Result<()> {
+    let server = ApiServer::start().await?;
+    server.forbid(|attempt| attempt.resource == "trafficshifts");
+    let cluster_folder = tempfile::tempdir()?;
+    let mut command = std::process::Command::new(tideshift_tests::artifacts::tideshift()?);
+    command.args([
+        "serve",
+        "--kubernetes",
+        "--pod-namespace",
+        "tideshift-system",
+        "--pod-name",
+        "a",
+        "--listen",
+        "127.0.0.1:0",
+    ]);
+    command.env("KUBECONFIG", server.kubeconfig()?);
+    let log = cluster_folder.path().join("log");
+    let _controller = tideshift_tests::process::Process::start("the controller", command, &log)?;
+    let times = eventually("six attempts", DEADLINE, async || {
+        let seen = server.requests().into_iter().filter(|seen| seen.attempt.resource == "trafficshifts");
+        let times: Vec<Instant> = seen.map(|seen| seen.at).collect();
+        ensure!(times.len() >= 6, "{} attempts", times.len());
+        Ok(times)
+    })
+    .await?;
+    let pause = times[5] - times[4];
+    ensure!(pause >= Duration::from_secs(1), "the sixth came {pause:?} after the fifth");
+    Ok(())
+}

@@ -1,11 +1,11 @@
 //! The clusters: the controller's own, and those that Secrets of its namespace lead to.
 
-use super::{Retry, reason};
+use super::reason;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::Api;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Client, Config, ResourceExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -114,17 +114,14 @@ impl Clusters {
 
     async fn follow(self, send: watch::Sender<u64>) {
         let api: Api<Secret> = Api::namespaced(self.home(), &self.namespace);
-        let events = watcher(api, watcher::Config::default().labels(CLUSTER_LABEL)).backoff(Retry::default());
+        let events = super::watch(api, watcher::Config::default().labels(CLUSTER_LABEL));
         let mut events = pin!(events);
         let mut coming = BTreeMap::new();
         while let Some(event) = events.next().await {
             let mut secrets = self.lock().secrets.clone();
             let mut lost = None;
             match event {
-                Ok(watcher::Event::Init) => {
-                    coming.clear();
-                    continue;
-                }
+                Ok(watcher::Event::Init) => continue,
                 Ok(watcher::Event::InitApply(secret)) => {
                     coming.insert(secret.name_any(), kubeconfig(&secret));
                     continue;
@@ -132,7 +129,10 @@ impl Clusters {
                 Ok(watcher::Event::InitDone) => secrets = std::mem::take(&mut coming),
                 Ok(watcher::Event::Apply(secret)) => _ = secrets.insert(secret.name_any(), kubeconfig(&secret)),
                 Ok(watcher::Event::Delete(secret)) => _ = secrets.remove(&secret.name_any()),
-                Err(error) => lost = Some(super::watch_reason(&error)),
+                Err(error) => {
+                    coming.clear();
+                    lost = Some(super::watch_reason(&error));
+                }
             }
             self.take_in(secrets, lost).await;
             send.send_modify(|times| *times += 1);

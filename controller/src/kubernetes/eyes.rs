@@ -14,7 +14,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, DynamicObject};
 use kube::core::PartialObjectMeta;
 use kube::runtime::utils::Backoff;
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Client, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -426,7 +426,7 @@ async fn follow<K, T>(
     let key = |object: &K| if is_all { key(object) } else { object.name_any() };
     let mut retry = Retry::default();
     loop {
-        let mut events = pin!(watcher(api.clone(), watcher::Config::default()).backoff(Retry::default()));
+        let mut events = pin!(super::watch(api.clone(), watcher::Config::default()));
         let mut coming: BTreeMap<String, T> = BTreeMap::new();
         let mut ask_again: Option<Instant> = None;
         loop {
@@ -439,7 +439,7 @@ async fn follow<K, T>(
             };
             let Some(event) = event else { break };
             match event {
-                Ok(watcher::Event::Init) => coming.clear(),
+                Ok(watcher::Event::Init) => {}
                 Ok(watcher::Event::InitApply(object)) => coming.extend(view(&object).map(|view| (key(&object), view))),
                 Ok(watcher::Event::InitDone) => {
                     retry.reset();
@@ -462,6 +462,7 @@ async fn follow<K, T>(
                 // A watch that has become too old: everything is listed anew, at once; nothing is missed by that.
                 Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
                 Err(error) => {
+                    coming.clear();
                     let why = super::watch_reason(&error);
                     tracing::debug!(url = api.resource_url(), "watch: {why}");
                     notes.write(|sight| table(sight, &mut |table| table.lost = Some(why.clone())));

@@ -9,6 +9,7 @@ use crate::api::Published;
 use crate::control::{Control, Counted};
 use crate::kubernetes::{
     Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
+    watch as watch_objects,
 };
 use crate::readiness::Prober;
 use crate::store::Kept;
@@ -17,7 +18,7 @@ use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
 use kube::Client;
 use kube::api::Api;
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use std::pin::pin;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -174,7 +175,7 @@ impl Replica {
 async fn read_policies(client: Client, namespace: String, lease: String, publish: watch::Sender<Option<Published>>) {
     let name = memory::state_name(&lease);
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    let mut events = pin!(watcher(Api::<Secret>::namespaced(client, &namespace), config).backoff(Retry::default()));
+    let mut events = pin!(watch_objects(Api::<Secret>::namespaced(client, &namespace), config));
     while let Some(event) = events.next().await {
         let (Ok(watcher::Event::Apply(secret)) | Ok(watcher::Event::InitApply(secret))) = event else { continue };
         let kept = match memory::unpack::<Kept>(&secret) {
