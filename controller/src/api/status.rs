@@ -38,6 +38,7 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
 
 pub(super) async fn openmetrics(State(shared): State<Arc<Shared>>) -> Response {
     let status = shared.control().status(now());
+    shared.done.leads(shared.leader.role().decides());
     let text = metrics::text(status, &shared.done);
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
 }

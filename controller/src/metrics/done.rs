@@ -12,6 +12,7 @@ pub struct Done {
     last_report: Gauge<f64, AtomicU64>,
     transitions: Family<Labels, Counter>,
     policies: Counter,
+    leads: Gauge<i64>,
     writes: Counter,
     write_errors: Counter,
 }
@@ -22,6 +23,11 @@ impl Done {
     /// A request was answered. `path` is the route's, not the client's, who may make up any number of them.
     pub fn answered(&self, path: &str, status: u16) {
         self.answers.get_or_create(&vec![("path", path.to_owned()), ("code", status.to_string())]).inc();
+    }
+
+    /// Whether this replica decides.
+    pub fn leads(&self, leads: bool) {
+        self.leads.set(leads.into());
     }
 
     /// A proxy's report was taken.
@@ -52,6 +58,8 @@ impl Done {
         registry.register("http_requests", "Requests answered, by route and status", self.answers.clone());
         let help = "When a report was last taken; 0: not since the start";
         registry.register("last_report_timestamp_seconds", help, self.last_report.clone());
+        let help = "Whether this replica decides; always 1 where there is only one";
+        registry.register("leader", help, self.leads.clone());
         registry.register("rollout_transitions", "Changes of a rollout's phase or reason", self.transitions.clone());
         registry.register("policies_published", "Policies given to proxies", self.policies.clone());
         registry.register("state_writes", "Times that state was to be made safe", self.writes.clone());

@@ -81,6 +81,7 @@ fn what_was_done_is_counted() {
     done.answered("/v1/reports", 204);
     done.took_report(1_700_000_000_500);
     done.published();
+    done.leads(true);
     done.wrote(true);
     done.wrote(false);
     let after = text(status(), &done);
@@ -89,6 +90,7 @@ fn what_was_done_is_counted() {
         "http_requests_total{path=\"/v1/reports\",code=\"204\"} 2",
         "last_report_timestamp_seconds 1700000000.5",
         "policies_published_total 1",
+        "leader 1",
         "state_writes_total 2",
         "state_write_errors_total 1",
     ] {
