@@ -52,6 +52,13 @@ While it runs:
   tideshift watch                                  Each transition as it happens
   tideshift wait-drained checkout v1               Until nothing of v1 is in flight any more
 
+In Kubernetes:
+  tideshift crd | kubectl apply --server-side -f -
+                                                   Documents become resources
+  tideshift serve --kubernetes                     The controller; several replicas may run
+  tideshift render istio -f shift.yaml | kubectl apply -f -
+                                                   The filter and the routes; also envoy-gateway, httproute
+
 Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
 how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed; 1 anything else.";
 
