@@ -50,8 +50,8 @@ async fn command(controller: &Controller, rollout: &str, command: &str, body: Va
 }
 
 fn condition<'a>(object: &'a Value, kind: &str) -> &'a Value {
-    let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
-    conditions.filter(|one| one["type"] == kind).last().unwrap_or(&Value::Null)
+    let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.find(|one| one["type"] == kind).unwrap_or(&Value::Null)
 }
 
 async fn until_leads(cluster: &Cluster, name: &str) -> anyhow::Result<Value> {
@@ -377,7 +377,10 @@ async fn an_autoscaler_is_told_the_least_and_a_disruption_budget_is_kept() -> an
             Ok(())
         }
     };
-    cluster.until("60 % of 3", "HorizontalPodAutoscaler", "v2", least(2, json!("1"))).await?;
+    cluster
+        .until("60 % of 3", "HorizontalPodAutoscaler", "v2", least(2, json!("1")))
+        .await
+        .with_context(|| controller.log())?;
     assert_eq!(replicas(&cluster, "payment-service-v2").await?, 1, "its replicas are the autoscaler's");
     // Which is what an autoscaler does then.
     cluster.patch("Deployment", "payment-service-v2", json!({ "spec": { "replicas": 2 } })).await?;
@@ -385,7 +388,10 @@ async fn an_autoscaler_is_told_the_least_and_a_disruption_budget_is_kept() -> an
 
     document["spec"]["strategy"]["steps"] = json!([{ "weight": 100 }]);
     cluster.apply(document).await?;
-    cluster.until("all of 3", "HorizontalPodAutoscaler", "v2", least(3, json!("1"))).await?;
+    cluster
+        .until("all of 3", "HorizontalPodAutoscaler", "v2", least(3, json!("1")))
+        .await
+        .with_context(|| controller.log())?;
     cluster.patch("Deployment", "payment-service-v2", json!({ "spec": { "replicas": 3 } })).await?;
     let load = front.load(RATE);
     until_in_force(&controller, &service, &[0.0, 100.0]).await?;

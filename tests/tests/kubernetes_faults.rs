@@ -56,7 +56,7 @@ impl Witness {
                     let policy = tokio::time::timeout(Duration::from_millis(200), look(address)).await;
                     let Ok(Some(policy)) = policy else { continue };
                     let Some(revision) = policy["revision"].as_u64() else { continue };
-                    let mut notes = notes.lock().unwrap();
+                    let mut notes = notes.lock().expect("nobody else panics with it");
                     let (of, before) = notes.entry(revision).or_insert_with(|| (n, policy.clone()));
                     if *before != policy {
                         // `seen` is poisoned by this, which is how the test hears of it.
@@ -412,8 +412,8 @@ async fn what_is_wrong_is_refused_and_what_it_said_before_stays() -> anyhow::Res
     let refused = async |name: &str, words: &str| {
         let object = cluster
             .until("the condition", "TrafficShift", name, |object| {
-                let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
-                let accepted = conditions.filter(|one| one["type"] == "Accepted").last().context("none")?;
+                let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+                let accepted = conditions.find(|one| one["type"] == "Accepted").context("none")?;
                 ensure!(accepted["status"] == "False" && accepted["reason"] == "Invalid", "{accepted}");
                 ensure!(accepted["message"].as_str().unwrap_or_default().contains(words), "{accepted}");
                 Ok(())

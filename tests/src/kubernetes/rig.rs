@@ -238,26 +238,33 @@ impl Cluster {
         .await
     }
 
-    /// A Deployment of a version with pods `app: APP`, `version: VERSION`, called `APP-VERSION`.
+    /// A Deployment of a version with pods `app: APP`, `version: VERSION`, called `APP-VERSION`, once they are ready.
     pub async fn deploy(&self, app: &str, version: &str, replicas: u32) -> anyhow::Result<()> {
         let labels = json!({ "app": app, "version": version });
-        let probe = json!({ "httpGet": { "path": "/health", "port": "http" }, "periodSeconds": 1 });
+        let probe = json!({ "httpGet": { "path": "/", "port": "http" }, "periodSeconds": 1 });
         let container = json!({
             "name": "main",
             "image": env::var("TIDESHIFT_TEST_IMAGE").unwrap_or_else(|_| "nginx:stable".to_owned()),
-            "ports": [{ "name": "http", "containerPort": 8080 }],
+            "ports": [{ "name": "http", "containerPort": 80 }],
             "readinessProbe": probe,
         });
+        let name = format!("{app}-{version}");
         self.apply(json!({
             "kind": "Deployment",
-            "metadata": { "name": format!("{app}-{version}") },
+            "metadata": { "name": name },
             "spec": {
                 "replicas": replicas,
                 "selector": { "matchLabels": labels },
                 "template": { "metadata": { "labels": labels }, "spec": { "containers": [container] } },
             },
         }))
-        .await
+        .await?;
+        let ready = |deployment: &Value| {
+            let ready = deployment["status"]["readyReplicas"].as_u64().unwrap_or_default();
+            ensure!(ready == u64::from(replicas), "{ready} are ready");
+            Ok(())
+        };
+        self.until(&format!("{replicas} ready pods"), "Deployment", &name, ready).await.map(drop)
     }
 
     /// A Service of all pods `app: APP`.
