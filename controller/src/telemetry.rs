@@ -22,7 +22,10 @@ pub enum LogFormat {
 ///
 /// In words, if `level` is neither.
 pub fn start(format: LogFormat, level: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(level).map_err(|error| {
+    // What a cluster's client has to say is said in our words; its own are for those who ask for more.
+    let quiet = matches!(level, "error" | "warn" | "info");
+    let directives = if quiet { format!("{level},kube_client=off,kube_runtime=off") } else { level.to_owned() };
+    let filter = EnvFilter::try_new(directives).map_err(|error| {
         format!("--log-level {level}: {error}; expected error, warn, info, debug, trace or a filter of them")
     })?;
     let terminal = io::stderr().is_terminal();

@@ -142,12 +142,14 @@ impl Drop for Running {
     }
 }
 
+/// A cluster, and what is watched there; nothing: the cluster itself.
+type Watched = (Option<String>, Option<(Place, Need)>);
+
 /// The watches that documents need.
 struct Watches {
     clusters: Clusters,
     notes: Notes,
-    /// By place and kind; a cluster is looked at as a whole by the key without a kind.
-    running: BTreeMap<(Option<String>, Option<(Place, Need)>), Running>,
+    running: BTreeMap<Watched, Running>,
     /// The documents that were right last, by rollout.
     good: BTreeMap<String, (TrafficShift, Value, i64)>,
 }
@@ -269,7 +271,7 @@ impl Watches {
     fn watch(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {
         let clusters: BTreeSet<Option<String>> =
             needs.keys().map(|place| place.cluster.clone()).chain([None]).collect();
-        let wanted = |key: &(Option<String>, Option<(Place, Need)>)| match key {
+        let wanted = |key: &Watched| match key {
             (cluster, None) => clusters.contains(cluster),
             (_, Some((place, need))) => needs.get(place).is_some_and(|needs| needs.contains(need)),
         };
@@ -371,7 +373,7 @@ fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
 async fn see_workloads(client: Client, place: Place, of: (String, String), notes: Notes) {
     let namespace = place.namespace.clone();
     let key = of.clone();
-    let table = move |sight: &mut Sight, change: &mut dyn FnMut(&mut Table<Workload>)| {
+    let table = move |sight: &mut Sight, change: Change<'_, Workload>| {
         let view = sight.picture.views.entry(place.clone()).or_default();
         change(view.workloads.entry(key.clone()).or_default());
     };
@@ -387,11 +389,11 @@ async fn see_workloads(client: Client, place: Place, of: (String, String), notes
     follow(api, notes, table, views::workload, None).await;
 }
 
+/// A change of a table, wherever that is.
+type Change<'a, T> = &'a mut dyn FnMut(&mut Table<T>);
+
 /// Where a table is.
-fn in_view<T>(
-    place: Place,
-    get: impl Fn(&mut View) -> &mut Table<T>,
-) -> impl Fn(&mut Sight, &mut dyn FnMut(&mut Table<T>)) {
+fn in_view<T>(place: Place, get: impl Fn(&mut View) -> &mut Table<T>) -> impl Fn(&mut Sight, Change<'_, T>) {
     move |sight, change| change(get(sight.picture.views.entry(place.clone()).or_default()))
 }
 
@@ -402,7 +404,7 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
         Some(namespace) => Api::namespaced_with(client, namespace, &resource),
         None => Api::all_with(client, &resource),
     };
-    let table = move |sight: &mut Sight, change: &mut dyn FnMut(&mut Table<Written>)| {
+    let table = move |sight: &mut Sight, change: Change<'_, Written>| {
         change(sight.shifts.entry(scope.clone()).or_default());
     };
     follow(api, notes, table, views::written, Some(FAREWELL)).await;
@@ -413,7 +415,7 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
 async fn follow<K, T>(
     api: Api<K>,
     notes: Notes,
-    table: impl Fn(&mut Sight, &mut dyn FnMut(&mut Table<T>)),
+    table: impl Fn(&mut Sight, Change<'_, T>),
     view: impl Fn(&K) -> Option<T>,
     farewell: Option<Duration>,
 ) where

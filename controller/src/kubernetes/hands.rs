@@ -269,7 +269,7 @@ async fn write_events(clusters: Clusters, identity: String, mut happened: mpsc::
             uid: Some(object.uid.clone()),
             ..ObjectReference::default()
         };
-        let end = note.words.floor_char_boundary(MAX_NOTE);
+        let end = (0..=MAX_NOTE.min(note.words.len())).rev().find(|end| note.words.is_char_boundary(*end)).unwrap_or(0);
         let event = Event {
             type_: if note.is_warning { EventType::Warning } else { EventType::Normal },
             reason: note.reason,

@@ -41,6 +41,9 @@ pub enum Change {
     },
 }
 
+/// Since when a version is given nothing and when it had drained, if it has; by service and version.
+pub type Drained<'a> = dyn Fn(&str, &str) -> Option<(Millis, Millis)> + 'a;
+
 /// What a rollout looks like to whoever scales.
 pub struct Facts<'a> {
     /// The document, with its endpoints.
@@ -49,8 +52,8 @@ pub struct Facts<'a> {
     pub rollout: &'a Rollout,
     /// What is known of the clusters.
     pub picture: &'a Picture,
-    /// Since when a version is given nothing and when it had drained, if it has; by service and version.
-    pub drained: &'a dyn Fn(&str, &str) -> Option<(Millis, Millis)>,
+    /// What proxies say of versions that are given nothing.
+    pub drained: &'a Drained<'a>,
     /// The time.
     pub now: Millis,
 }
