@@ -139,7 +139,7 @@ impl Replica {
         let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);
         let keeper = Keeper::new(memory, self.service.shared.done.clone());
         let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());
-        let source = Source::Cluster { scene, hands };
+        let source = Source::Cluster { scene, shown, hands };
         let mut mind = Mind::new(shared, publish, keeper, prober, source).map_err(ServeError::Tls)?;
         mind.run(stop).await;
         mind.end().await;

@@ -34,6 +34,8 @@ pub(super) enum Source {
     Cluster {
         /// What is seen of it.
         scene: watch::Receiver<Arc<Scene>>,
+        /// What of that the mind has taken in: documents and what is known beyond them go together.
+        shown: Arc<Scene>,
         /// What is done in it.
         hands: Hands,
     },
@@ -118,10 +120,7 @@ impl<D: Disk> Mind<D> {
             if let Some(shifts) = control.changed_shifts() {
                 match &self.source {
                     Source::Files(_) => self.prober.set(shifts),
-                    Source::Cluster { scene, .. } => {
-                        let outlook = scene.borrow().outlook.clone();
-                        self.prober.set_with(shifts, outlook);
-                    }
+                    Source::Cluster { shown, .. } => self.prober.set_with(shifts, shown.outlook.clone()),
                 }
                 self.hooks.set(shifts);
                 // With the readiness of the endpoints that they have now, not of those that they had.
@@ -172,24 +171,24 @@ impl<D: Disk> Mind<D> {
         let status = |rollout: &str| control.rollout_status(rollout, now());
         self.hooks.ask(control.questions(), status);
         self.hooks.tell(&outcome.transitions, status);
-        if let Source::Cluster { scene, hands } = &mut self.source {
-            hands.take(&control, &scene.borrow(), &outcome.transitions, now());
+        if let Source::Cluster { shown, hands, .. } = &mut self.source {
+            hands.take(&control, shown, &outcome.transitions, now());
         }
         drop(control);
         self.shared.events.tell(&outcome.transitions);
     }
 
     fn look_at_scene(&mut self) {
-        let Source::Cluster { scene, .. } = &mut self.source else { return };
-        let scene = scene.borrow_and_update().clone();
+        let Source::Cluster { scene, shown, .. } = &mut self.source else { return };
+        shown.clone_from(&scene.borrow_and_update());
         let mut control = self.shared.control();
-        for error in &scene.errors {
+        for error in &shown.errors {
             if !control.document_errors().contains(error) {
                 tracing::error!("{error}");
             }
         }
-        control.set_documents_but(scene.documents.clone(), scene.hidden.clone());
-        control.set_document_errors(scene.errors.clone());
+        control.set_documents_but(shown.documents.clone(), shown.hidden.clone());
+        control.set_document_errors(shown.errors.clone());
     }
 
     fn look_at_files(&mut self) {
