@@ -51,14 +51,21 @@ fn build(certificate: Option<&Path>) -> Result<reqwest::Client, String> {
     builder.no_proxy().connect_timeout(CONNECT).build().map_err(|error| error.to_string())
 }
 
-/// Answers a request here if this replica leads, and hands it on to the one that does if not.
+/// Answers a request here if this replica leads, and hands it on to the one that does if not. One that leads no longer is
+/// not waited for.
 pub(super) async fn hand_on(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let Role::Follows(leader) = shared.leader.role() else { return next.run(request).await };
-    let Some(leader) = leader.filter(|_| !request.headers().contains_key(HANDED_ON)) else {
+    let role = shared.leader.role();
+    let Role::Follows(leader) = &role else { return next.run(request).await };
+    let nobody = || {
         let why = "no replica leads at the moment; try again in a few seconds";
-        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, why).into_response()
     };
-    ask(&shared, &leader, request).await.unwrap_or_else(IntoResponse::into_response)
+    let Some(leader) = leader.as_ref().filter(|_| !request.headers().contains_key(HANDED_ON)) else { return nobody() };
+    let mut changes = shared.leader.role.clone();
+    tokio::select! {
+        answer = ask(&shared, leader, request) => answer.unwrap_or_else(IntoResponse::into_response),
+        _ = changes.wait_for(|now| *now != role) => nobody(),
+    }
 }
 
 async fn ask(shared: &Shared, leader: &str, request: Request) -> Result<Response, Problem> {

@@ -9,7 +9,7 @@ use super::views::MIN_BEFORE;
 use super::{Clusters, reason, traffic_shifts};
 use crate::control::Control;
 use crate::rollout::{Millis, Phase, Reason, Transition};
-use crate::status::{ServiceStatus, timestamp};
+use crate::status::{ServiceStatus, StepStatus, timestamp};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
@@ -121,8 +121,10 @@ fn is_trouble(reason: Reason) -> bool {
 /// The status of one resource.
 fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> TrafficShiftStatus {
     let mut services = control.rollout_status(rollout, now).unwrap_or_default();
-    for version in services.iter_mut().flat_map(|service| &mut service.versions) {
-        version.endpoints.not_ready.truncate(MAX_NOT_READY);
+    for service in &mut services {
+        // A clock in it would be written again and again.
+        service.step = service.step.take().map(|step| StepStatus { held_seconds: None, ..step });
+        service.versions.iter_mut().for_each(|version| version.endpoints.not_ready.truncate(MAX_NOT_READY));
     }
     let condition = |kind: &str, status, reason: &str, message: &str, since| Condition {
         kind: kind.to_owned(),
