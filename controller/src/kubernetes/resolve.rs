@@ -115,6 +115,8 @@ fn absentees(view: &View, version: &ShiftVersion, found: Option<&Vec<Found>>) ->
         absent.push(HeldBack { endpoint: named.to_string(), reason: "there is no such workload".to_owned() });
     }
     let discovery = discovery(view, &ShiftVersion { endpoints: Vec::new(), ..version.clone() });
+    // Where a Service is named as well, pods that it does not select are none of the version's.
+    let discovery = discovery.filter(|discovery| discovery.service.is_none());
     let Some(selector) = discovery.and_then(|discovery| discovery.selector) else { return absent };
     let listed = |pod: &String| found.into_iter().flatten().any(|found| found.state.pod.as_ref() == Some(pod));
     let pods = view.pods.objects.iter().filter(|(pod, labels)| selector.selects(labels) && !listed(pod));
