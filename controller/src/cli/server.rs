@@ -21,7 +21,9 @@ const TOKEN: &str = "TIDESHIFT_TOKEN";
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The controller")]
 pub(super) struct Server {
-    /// Where it listens. Without it: http://127.0.0.1:7460, or as kubectl's plugin through the API server.
+    /// Where it listens. Without it, kubectl's plugin goes through the API server.
+    ///
+    /// [default: http://127.0.0.1:7460]
     #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER")]
     server: Option<String>,
 
