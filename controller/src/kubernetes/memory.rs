@@ -173,6 +173,11 @@ impl Slot {
                 self.version = now.and_then(|secret| secret.resource_version());
                 Err(MemoryError::Refused(self.name.clone(), "it has changed meanwhile".to_owned()))
             }
+            Err(Refusal::Gone) => {
+                // Somebody has deleted it. It is made anew by the next write, unless another replica is faster.
+                self.version = None;
+                Err(MemoryError::Refused(self.name.clone(), "it is gone, and will be written anew".to_owned()))
+            }
             Err(refusal) => Err(refusal.into()),
         }
     }
@@ -181,6 +186,7 @@ impl Slot {
         match timeout(PATIENCE, call).await {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Refusal::Conflict),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 && self.version.is_some() => Err(Refusal::Gone),
             Ok(Err(error)) => Err(Refusal::Other(self.name.clone(), reason(&error))),
             Err(_) => Err(Refusal::Other(self.name.clone(), format!("no answer within {} s", PATIENCE.as_secs()))),
         }
@@ -194,13 +200,14 @@ impl Slot {
 /// Why a call came to nothing.
 enum Refusal {
     Conflict,
+    Gone,
     Other(String, String),
 }
 
 impl From<Refusal> for MemoryError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::Conflict => Self::Deposed,
+            Refusal::Conflict | Refusal::Gone => Self::Deposed,
             Refusal::Other(name, why) => Self::Refused(name, why),
         }
     }
