@@ -246,8 +246,10 @@ impl Common {
         let verb = body.as_object_mut().and_then(|body| body.remove("command"));
         let verb = verb.as_ref().and_then(Value::as_str).unwrap_or_default();
         let path = format!("/v1/rollouts/{name}/{verb}");
-        let _: Value = controller.send(Method::POST, &path, Some(&body)).await?;
-        self.finish(&controller, &name, goal).await
+        let told: Value = controller.send(Method::POST, &path, Some(&body)).await?;
+        // Where namespaces are part of names, the controller also takes a name without one, and answers with the whole.
+        let whole = told.pointer("/services/0/rollout").and_then(Value::as_str).unwrap_or(&name);
+        self.finish(&controller, whole, goal).await
     }
 
     /// Waits if that is wanted, then says how things stand.
