@@ -61,6 +61,11 @@ bench-safety: build envoy ## How long a target that fails everything keeps its s
 	$(heading) 'Time to safety'
 	cargo run --release -p tideshift-tests --no-default-features --bin safety
 
+.PHONY: bench-fleet
+bench-fleet: build ## How one controller does with thousands of proxies (PROXIES=10000, CHANGES=20)
+	$(heading) 'One controller, many proxies'
+	cargo run --release -p tideshift-tests --no-default-features --bin fleet
+
 ## Check it
 
 .PHONY: test
