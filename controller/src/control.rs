@@ -38,6 +38,8 @@ pub struct Control {
     /// Whether what is in force has changed since this was last asked.
     shifts_changed: bool,
     document_errors: Vec<String>,
+    /// Why what is decided cannot be kept, if so.
+    state_error: Option<String>,
     /// The namespaces whose documents cannot be seen, and which thus stay as proxies have them; `None` is all.
     hidden: Vec<Option<String>>,
     readiness: Arc<Readiness>,
@@ -141,6 +143,7 @@ impl Control {
             files: Vec::new(),
             shifts_changed: false,
             document_errors: Vec::new(),
+            state_error: None,
             hidden: Vec::new(),
             readiness: Arc::default(),
             availability: Availability::new(&kept.ready),
@@ -213,6 +216,13 @@ impl Control {
     /// What is wrong with the documents.
     pub fn document_errors(&self) -> &[String] {
         &self.document_errors
+    }
+
+    /// Why what is decided cannot be kept; none if it can.
+    pub fn set_state_error(&mut self, error: Option<&str>) {
+        if self.state_error.as_deref() != error {
+            self.state_error = error.map(str::to_owned);
+        }
     }
 
     /// A document from the API takes the place of the file's until that one changes. Returns whether it is a new one.

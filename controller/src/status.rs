@@ -17,6 +17,9 @@ pub struct Status {
     /// What is wrong with the documents as they are now; what they said before stays in force.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub document_errors: Vec<String>,
+    /// Why what was decided last is not kept, if it is not: a restart would go on from what was kept before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_error: Option<String>,
     /// The services, by name.
     pub services: Vec<ServiceStatus>,
     /// The proxies, by id.

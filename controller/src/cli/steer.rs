@@ -268,6 +268,9 @@ impl Common {
                 tokio::time::sleep(EVERY).await;
                 continue;
             }
+            if let Some(error) = &status.state_error {
+                eprintln!("warning: it is done, but not safe from a restart of the controller: {error}");
+            }
             match self.output {
                 Output::Text => print(&format!("{name}: {} - {}\n", first.phase.name(), first.message))?,
                 Output::Json => print(&format!("{:#}\n", json!({ "services": services })))?,

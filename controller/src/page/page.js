@@ -165,6 +165,7 @@ function renderConnection() {
 
 function renderProblems() {
   const problems = (app.status?.documentErrors ?? []).map((error) => `Not in force: ${error}`);
+  if (app.status?.stateError) problems.unshift(`Not safe from a restart: ${app.status.stateError}`);
   show(at("problems"), problems.length);
   each(at("problems"), problems.slice(0, 20), (text) => text, (text) => ({ element: make("p", {}, text), update: () => {} }));
 }

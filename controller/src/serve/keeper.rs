@@ -70,13 +70,13 @@ pub(super) struct Keeper<D> {
     done: Done,
     kept: Option<Kept>,
     counted: Option<Counted>,
-    /// Whether it has been said that nothing can be kept.
-    complained: bool,
+    /// Why the last write failed, if it did.
+    trouble: Option<String>,
 }
 
 impl<D: Disk> Keeper<D> {
     pub(super) fn new(disk: D, done: Done) -> Self {
-        Self { disk, done, kept: None, counted: None, complained: false }
+        Self { disk, done, kept: None, counted: None, trouble: None }
     }
 
     /// Takes what came of looking at everything anew.
@@ -121,18 +121,25 @@ impl<D: Disk> Keeper<D> {
         self.kept.is_some()
     }
 
+    /// Why what was decided last is not kept, if so.
+    pub(super) fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
+    }
+
     fn judge(&mut self, result: Result<(), KeepError>) -> Safety {
         self.done.wrote(result.is_ok());
         match result {
             Ok(()) => {
-                self.complained = false;
+                self.trouble = None;
                 Safety::Safe
             }
             Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
             Err(error) => {
-                if !std::mem::replace(&mut self.complained, true) || !D::IS_CONTENDED {
+                let error = error.to_string();
+                if self.trouble.as_ref() != Some(&error) {
                     tracing::error!("{error}");
                 }
+                self.trouble = Some(error);
                 Safety::Pending
             }
         }

@@ -46,8 +46,8 @@ pub(super) struct Mind<D> {
     shared: Arc<Shared>,
     keeper: Keeper<D>,
     publish: watch::Sender<Option<Published>>,
-    /// What is to be published once it is safe.
-    unpublished: Option<Policy>,
+    /// What nobody may know before it is safe.
+    secret: Outcome,
     /// Whether somebody else decides now.
     deposed: bool,
     prober: Prober,
@@ -66,8 +66,8 @@ impl<D: Disk> Mind<D> {
         source: Source,
     ) -> Result<Self, reqwest::Error> {
         let (hooks, answers) = Hooks::start()?;
-        let (unpublished, deposed) = (None, false);
-        Ok(Self { shared, keeper, publish, unpublished, deposed, prober, source, hooks, answers })
+        let (secret, deposed) = (Outcome::default(), false);
+        Ok(Self { shared, keeper, publish, secret, deposed, prober, source, hooks, answers })
     }
 
     /// Decides until `stop`, or until somebody else does.
@@ -142,40 +142,48 @@ impl<D: Disk> Mind<D> {
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where this is
         // the only process, traffic goes on being moved also where nothing can be kept (a full disk).
         let is_due = outcome.keep || (D::IS_CONTENDED && self.keeper.has_pending());
-        let safety = if is_due { self.keeper.write().await } else { Safety::Safe };
-        self.unpublished = outcome.policy.clone().or(self.unpublished.take());
-        match safety {
-            Safety::Safe => self.publish(),
-            Safety::Pending => {}
+        self.secret.policy = outcome.policy.or(self.secret.policy.take());
+        self.secret.transitions.extend(outcome.transitions);
+        match if is_due { self.write().await } else { Safety::Safe } {
+            Safety::Safe => {}
+            // Nobody hears of it: another replica may have decided something else.
+            Safety::Pending => return,
             Safety::Deposed => {
                 tracing::warn!("another replica has taken over; what was decided last is not published");
-                self.deposed = true;
                 return;
             }
         }
-        self.tell(&outcome);
+        let outcome = std::mem::take(&mut self.secret);
+        outcome.policy.map(|policy| self.publish(&policy));
+        self.tell(&outcome.transitions);
         self.shared.turns.end(turn);
     }
 
-    fn publish(&mut self) {
-        let Some(policy) = self.unpublished.take() else { return };
+    async fn write(&mut self) -> Safety {
+        let safety = self.keeper.write().await;
+        self.deposed |= safety == Safety::Deposed;
+        self.shared.control().set_state_error(self.keeper.trouble());
+        safety
+    }
+
+    fn publish(&self, policy: &Policy) {
         let epoch = self.shared.control().kept().epoch.clone();
-        let json = Bytes::from(serde_json::to_vec(&policy).unwrap_or_default());
+        let json = Bytes::from(serde_json::to_vec(policy).unwrap_or_default());
         tracing::info!(revision = policy.revision, "policy published");
         self.shared.done.published();
         self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
     }
 
-    fn tell(&mut self, outcome: &Outcome) {
+    fn tell(&mut self, transitions: &[(String, Transition)]) {
         let control = self.shared.control();
         let status = |rollout: &str| control.rollout_status(rollout, now());
         self.hooks.ask(control.questions(), status);
-        self.hooks.tell(&outcome.transitions, status);
+        self.hooks.tell(transitions, status);
         if let Source::Cluster { shown, hands, .. } = &mut self.source {
-            hands.take(&control, shown, &outcome.transitions, now());
+            hands.take(&control, shown, transitions, now());
         }
         drop(control);
-        self.shared.events.tell(&outcome.transitions);
+        self.shared.events.tell(transitions);
     }
 
     fn look_at_scene(&mut self) {
@@ -213,7 +221,7 @@ impl<D: Disk> Mind<D> {
 
     async fn keep_counts(&mut self) {
         self.keeper.take_counts(&mut self.shared.control());
-        self.deposed |= self.keeper.write().await == Safety::Deposed;
+        self.write().await;
     }
 }
 

@@ -11,6 +11,9 @@ impl Status {
         for error in &self.document_errors {
             let _ = writeln!(text, "not in force: {error}");
         }
+        if let Some(error) = &self.state_error {
+            let _ = writeln!(text, "not safe from a restart: {error}");
+        }
         for service in &self.services {
             let _ = writeln!(text, "{}\n{}", service.heading(), service.table());
             if let Some(verdict) = &service.verdict {
