@@ -2,10 +2,11 @@
 //!
 //! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
+use crate::clock::now;
 use crate::control::{CommandError, Control};
 use crate::kubernetes::Reviewer;
 use crate::metrics::Done;
-use crate::rollout::{Command, Millis};
+use crate::rollout::Command;
 use crate::status::ServiceStatus;
 use auth::{Guard, Scope};
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
@@ -23,7 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
 mod auth;
@@ -120,12 +121,6 @@ type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
 /// The same for the log.
 fn shown(peer: &Peer) -> String {
     peer.as_ref().map_or_else(|| "unknown".to_owned(), |Extension(ConnectInfo(peer))| peer.to_string())
-}
-
-/// The time, for a mind that has no clock.
-pub fn now() -> Millis {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as Millis)
 }
 
 /// One path and one method.

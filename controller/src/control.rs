@@ -63,6 +63,9 @@ pub struct Control {
 /// What was counted, and what was made of it: these two are kept together, so that nothing is judged twice.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Counted {
+    /// Up to when.
+    #[serde(default)]
+    pub time: Millis,
     /// All counts.
     #[serde(flatten)]
     pub ledger: Ledger,
@@ -370,6 +373,10 @@ impl Control {
         }
         self.publish(services, &mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
+        self.counted.time = now;
+        if outcome.keep {
+            self.kept.time = now;
+        }
         outcome
     }
 

@@ -1,7 +1,8 @@
 //! `tideshift serve`: probes, documents, proxies and the clock feed the controller's mind; what it decides is first
 //! made safe, then published.
 
-use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns, now};
+use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns};
+use crate::clock::{self, now};
 use crate::control::{Control, Counted};
 use crate::documents::{self, DocumentErrors};
 use crate::kubernetes::{MemoryError, Role};
@@ -140,6 +141,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let watched = Files::new(&files);
     let documents = documents::load_to_serve(&files)?;
     let (store, kept, counted) = open_store(&files, state_dir.as_deref())?;
+    clock::not_before(kept.time.max(counted.time));
     let listener = listen(&options).await?;
     let address = listener.local_addr()?;
 

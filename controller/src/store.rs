@@ -4,10 +4,12 @@
 
 use crate::control::{Applied, Counted, Idle, Judges};
 use crate::readiness::RememberedReadiness;
-use crate::rollout::{Rollout, Transition};
+use crate::rollout::{Millis, Rollout, Transition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
@@ -15,14 +17,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tideshift_core::policy::Policy;
 
-/// The format that this build writes, and the only one that it reads.
-const FORMAT: u32 = 2;
+/// The format that this build writes; it reads the one before, too.
+const FORMAT: u64 = 3;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
 
 /// Everything but the counts, which change all the time and are kept apart.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Kept {
+    /// When this was decided.
+    #[serde(default)]
+    pub time: Millis,
     /// Names this state; a new one is made when the state is lost, so that proxies do not compare its revisions.
     pub epoch: String,
     /// The revision of the last policy.
@@ -92,22 +97,25 @@ pub enum StoreError {
     InUse(PathBuf),
     /// The file is not one that this build wrote.
     #[error(
-        "state in {}: {why}; it is left as it is. Move it away to start afresh (traffic then starts at the stable \
-         version)", path.display()
+        "state in {}: {why}; it is left as it is. Move it away to start afresh ({lost})", path.display()
     )]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
+        /// What that costs.
+        lost: &'static str,
     },
 }
 
-#[derive(Serialize, Deserialize)]
-struct Versioned<T> {
-    format: u32,
-    #[serde(flatten)]
-    content: T,
+/// What is around the content.
+#[derive(Deserialize)]
+struct Envelope<'a> {
+    /// SHA-256 of the content as it is written.
+    checksum: String,
+    #[serde(borrow)]
+    content: &'a RawValue,
 }
 
 /// What was written is not something that this build wrote.
@@ -115,27 +123,45 @@ struct Versioned<T> {
 #[error("{0}")]
 pub struct Unreadable(pub String);
 
-/// State as it is written, wherever that is.
+/// State as it is written, wherever that is: `{"format": 3, "checksum": "...", "content": {...}}`.
 pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
-    serde_json::to_vec(&Versioned { format: FORMAT, content }).unwrap_or_default()
+    let content = serde_json::to_string(content).unwrap_or_default();
+    format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(&content)).into_bytes()
 }
 
 /// State from what was written.
 ///
 /// # Errors
 ///
-/// If it is not of this build's format.
+/// If it is not of this build's format or the one before, or not what was written.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
-    let format = serde_json::from_slice::<serde_json::Value>(bytes).map(|value| value["format"].as_u64());
-    Err(Unreadable(match format {
-        Ok(Some(format)) if format == u64::from(FORMAT) => match serde_json::from_slice::<Versioned<T>>(bytes) {
-            Ok(versioned) => return Ok(versioned.content),
-            Err(error) => error.to_string(),
-        },
-        Ok(Some(format)) => format!("format {format}, of another version of tideshift (this one has {FORMAT})"),
-        Ok(None) => "no format in it".to_owned(),
-        Err(error) => error.to_string(),
-    }))
+    read(bytes).map_err(Unreadable)
+}
+
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        #[serde(default)]
+        format: Option<u64>,
+    }
+    let said = |error: serde_json::Error| error.to_string();
+    match serde_json::from_slice::<Versioned>(bytes).map_err(said)?.format {
+        Some(FORMAT) => {
+            let Envelope { checksum: written, content } = serde_json::from_slice(bytes).map_err(said)?;
+            if checksum(content.get()) != written {
+                return Err("damaged: its content is not that of its checksum".to_owned());
+            }
+            serde_json::from_str(content.get()).map_err(said)
+        }
+        // Its fields were beside the format, without a checksum.
+        Some(2) => serde_json::from_slice(bytes).map_err(said),
+        Some(format) => Err(format!("format {format}, of another version of tideshift (this one has {FORMAT})")),
+        None => Err("no format in it".to_owned()),
+    }
+}
+
+fn checksum(content: &str) -> String {
+    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Store {
@@ -177,12 +203,16 @@ impl Store {
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
         let path = self.dir.join(name);
+        let lost = match name {
+            COUNTS => "what was counted and judged so far is lost",
+            _ => "traffic then starts at the stable version",
+        };
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::Unreadable { path, why: format!("cannot be read: {error}") }),
+            Err(error) => return Err(StoreError::Unreadable { path, why: format!("cannot be read: {error}"), lost }),
         };
-        decode(&bytes).map(Some).map_err(|Unreadable(why)| StoreError::Unreadable { path, why })
+        decode(&bytes).map(Some).map_err(|Unreadable(why)| StoreError::Unreadable { path, why, lost })
     }
 
     fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StoreError> {
@@ -195,7 +225,9 @@ impl Store {
             let mut file = options.open(&new)?;
             file.write_all(&encode(content))?;
             file.sync_data()?;
-            fs::rename(&new, &path)
+            fs::rename(&new, &path)?;
+            // The new name must be as safe as what it names.
+            File::open(&self.dir)?.sync_all()
         };
         replace().map_err(|error| StoreError::Io { path: path.clone(), error })
     }
@@ -231,8 +263,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rollouts.json");
         for (text, why) in [
-            ("{\"format\": 3}", "format 3, of another version"),
-            ("{\"format\": 2, \"epo", "EOF while parsing"),
+            ("{\"format\": 4}", "format 4, of another version"),
+            ("{\"format\": 3, \"chec", "EOF while parsing"),
+            ("{\"format\": 3}", "missing field `checksum`"),
+            ("{\"format\": 3, \"checksum\": \"\", \"content\": {}}", "damaged"),
             ("{\"format\": 2}", "missing field `epoch`"),
             ("[]", "no format"),
         ] {
@@ -241,5 +275,26 @@ mod tests {
             assert!(error.contains(why) && error.contains("rollouts.json"), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn no_bit_of_it_may_change_unnoticed() {
+        let kept = Kept { revision: 7, ..Kept::fresh("e".to_owned()).unwrap() };
+        let written = encode(&kept);
+        assert_eq!(decode::<Kept>(&written), Ok(kept.clone()));
+        for bit in 0..written.len() * 8 {
+            let mut flipped = written.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            // What means the same all the same does no harm: a hex digit in upper case is refused, too.
+            assert!(decode::<Kept>(&flipped).is_err(), "bit {bit}: {}", String::from_utf8_lossy(&flipped));
+        }
+    }
+
+    #[test]
+    fn the_format_before_is_still_read() {
+        let kept = Kept { revision: 7, ..Kept::fresh("e".to_owned()).unwrap() };
+        let mut before = serde_json::to_value(&kept).unwrap();
+        before["format"] = 2.into();
+        assert_eq!(decode::<Kept>(before.to_string().as_bytes()), Ok(kept));
     }
 }

@@ -70,7 +70,8 @@ impl Looks {
 
 /// What the controller would go on from.
 fn kept(rig: &Rig) -> anyhow::Result<Value> {
-    Ok(serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?)
+    let mut file: Value = serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?;
+    Ok(file["content"].take())
 }
 
 /// How far the rollout is: whether it has ended, and the index of its step.

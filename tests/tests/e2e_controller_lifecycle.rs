@@ -152,13 +152,19 @@ async fn state_that_cannot_be_read_is_refused_and_left_alone() -> anyhow::Result
             assert!(output.stderr.contains("it is left as it is. Move it away to start afresh"), "{}", output.stderr);
             anyhow::Ok(())
         };
-        let newer = String::from_utf8(good.clone())?.replacen("\"format\":2", "\"format\":7", 1);
+        let newer = String::from_utf8(good.clone())?.replacen("\"format\":3", "\"format\":7", 1);
+        let mut flipped = good.clone();
+        *flipped.last_mut().context("nothing")? ^= 1;
+        let mut elsewhere = good.clone();
+        elsewhere[good.len() / 2] ^= 4;
         for (bytes, why) in [
             (&good[..good.len() / 2], "EOF while parsing"),
             (&[], "EOF while parsing"),
             (&[0; 64], "expected value"),
             (b"[]", "no format in it"),
-            (b"{\"format\": 2}", "missing field"),
+            (b"{\"format\": 3}", "missing field"),
+            (&elsewhere, ""),
+            (&flipped, "expected"),
             (newer.as_bytes(), "format 7, of another version of tideshift"),
         ] {
             fs::write(&file, bytes)?;

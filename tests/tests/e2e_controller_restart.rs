@@ -24,7 +24,8 @@ fn steps(steps: &[(u32, u64)]) -> Value {
 
 /// The revision, and the step of the rollout counted from 0, that the controller would go on from.
 fn kept(rig: &Rig) -> anyhow::Result<(u64, u64)> {
-    let kept: Value = serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?;
+    let file: Value = serde_json::from_slice(&fs::read(rig.state_dir().join("rollouts.json"))?)?;
+    let kept = &file["content"];
     let step = kept["rollouts"][SERVICE]["step"].as_u64().context("no step")?;
     Ok((kept["revision"].as_u64().context("no revision")?, step))
 }

@@ -3,7 +3,8 @@
 //! The status is made once for all who listen, and each of them is sent the newest that there is when the one before has
 //! left: whoever is slow misses statuses but holds up nobody and costs no memory.
 
-use super::{Problem, Shared, now};
+use super::{Problem, Shared};
+use crate::clock::now;
 use crate::rollout::Transition;
 use crate::status::{Status, TransitionStatus};
 use axum::extract::State;

@@ -1,6 +1,7 @@
 //! What proxies ask for and tell: `GET /v1/policy` and `POST /v1/reports`.
 
-use super::{Part, Problem, Published, Shared, now, parse};
+use super::{Part, Problem, Published, Shared, parse};
+use crate::clock::now;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderValue, StatusCode, header};

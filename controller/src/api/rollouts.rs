@@ -1,6 +1,7 @@
 //! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
 
-use super::{Part, Peer, Problem, Shared, now, parse};
+use super::{Part, Peer, Problem, Shared, parse};
+use crate::clock::now;
 use crate::rollout::Command;
 use crate::status::TransitionStatus;
 use axum::Json;

@@ -1,6 +1,7 @@
 //! How things stand: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
-use super::{Part, Problem, Shared, now};
+use super::{Part, Problem, Shared};
+use crate::clock::now;
 use crate::kubernetes::Role;
 use crate::metrics;
 use crate::status::{DrainStatus, Status};

@@ -6,6 +6,7 @@ use super::mind::{Mind, Source};
 use super::secrets::Secrets;
 use super::{Cluster, Options, ServeError, Service, fresh, listen, signals};
 use crate::api::Published;
+use crate::clock;
 use crate::control::{Control, Counted};
 use crate::kubernetes::{
     Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
@@ -127,6 +128,8 @@ impl Replica {
             taken = self.take(&mut scene) => taken?,
         };
         let (memory, kept, counted) = taken;
+        // The leader before may have had another clock.
+        clock::not_before(kept.time.max(counted.time));
         let shown = scene.borrow_and_update().clone();
         let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
         let mut control = Control::with_hidden(shown.documents.clone(), shown.hidden.clone(), kept, counted);

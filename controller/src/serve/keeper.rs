@@ -96,9 +96,10 @@ impl<D: Disk> Keeper<D> {
 
     /// Writes what was taken, and what could not be written before.
     pub(super) async fn write(&mut self) -> Safety {
+        let before = self.trouble.take();
         if let Some(counted) = &self.counted {
             let result = self.disk.keep_counts(counted).await;
-            match self.judge(result) {
+            match self.judge(result, &before) {
                 Safety::Safe => self.counted = None,
                 // What was decided from counts that are not safe is not safe either.
                 unsafe_ if D::IS_CONTENDED => return unsafe_,
@@ -107,7 +108,7 @@ impl<D: Disk> Keeper<D> {
         }
         if let Some(kept) = &self.kept {
             let result = self.disk.keep(kept).await;
-            match self.judge(result) {
+            match self.judge(result, &before) {
                 Safety::Safe => self.kept = None,
                 unsafe_ if D::IS_CONTENDED => return unsafe_,
                 _ => {}
@@ -126,20 +127,17 @@ impl<D: Disk> Keeper<D> {
         self.trouble.as_deref()
     }
 
-    fn judge(&mut self, result: Result<(), KeepError>) -> Safety {
+    fn judge(&mut self, result: Result<(), KeepError>, before: &Option<String>) -> Safety {
         self.done.wrote(result.is_ok());
         match result {
-            Ok(()) => {
-                self.trouble = None;
-                Safety::Safe
-            }
+            Ok(()) => Safety::Safe,
             Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
             Err(error) => {
-                let error = error.to_string();
-                if self.trouble.as_ref() != Some(&error) {
+                // Said once, not at each try.
+                if before.is_none() && self.trouble.is_none() {
                     tracing::error!("{error}");
                 }
-                self.trouble = Some(error);
+                self.trouble = Some(error.to_string());
                 Safety::Pending
             }
         }

@@ -3,7 +3,8 @@
 use super::LOOK;
 use super::files::Files;
 use super::keeper::{Disk, Keeper, Safety};
-use crate::api::{Published, Shared, now};
+use crate::api::{Published, Shared};
+use crate::clock::now;
 use crate::control::Outcome;
 use crate::documents;
 use crate::hooks::{Answer, Hooks};
