@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -53,43 +53,51 @@ pub(super) async fn serve(
     let slots = Arc::new(Semaphore::new(connections));
     let graceful = GracefulShutdown::new();
     loop {
-        let next = async { (slots.clone().acquire_owned().await, accept(&listener).await) };
+        // The semaphore is never closed.
+        let next = async { (slots.clone().acquire_owned().await.ok(), accept(&listener).await) };
         let (slot, (stream, peer)) = tokio::select! {
             next = next => next,
             _ = ending.wait_for(|ending| *ending) => break,
         };
-        let (api, watcher) = (api.clone(), graceful.watcher());
-        let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.borrow().clone()));
-        tokio::spawn(async move {
-            let _slot = slot;
-            match acceptor {
-                None => connection(stream, peer, api, watcher).await,
-                Some(acceptor) => match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => connection(stream, peer, api, watcher).await,
-                    Ok(Err(error)) => tracing::debug!(%peer, "no TLS: {error}"),
-                    Err(_) => tracing::debug!(%peer, "no TLS within {} s", HANDSHAKE.as_secs()),
-                },
-            }
-        });
+        let connection = Connection { peer, api: api.clone(), watcher: graceful.watcher(), _slot: slot };
+        // Each in a task of its own kind: thousands that speak no TLS need not have the room for it.
+        match tls.as_ref().map(|tls| TlsAcceptor::from(tls.borrow().clone())) {
+            None => tokio::spawn(connection.serve(stream)),
+            Some(acceptor) => tokio::spawn(connection.serve_tls(stream, acceptor)),
+        };
     }
     drop(listener);
     graceful.shutdown().await;
 }
 
-async fn connection(
-    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+/// One of a client's connections.
+struct Connection {
     peer: SocketAddr,
     api: Router,
     watcher: Watcher,
-) {
-    let service = service_fn(|mut request: hyper::Request<Incoming>| {
-        request.extensions_mut().insert(ConnectInfo(peer));
-        api.clone().oneshot(request.map(Body::new))
-    });
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_header_size(MAX_HEAD);
-    // What fails now is the client's: it went away, or it does not speak HTTP.
-    let _ = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await;
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Connection {
+    async fn serve_tls(self, stream: TcpStream, acceptor: TlsAcceptor) {
+        match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => self.serve(stream).await,
+            Ok(Err(error)) => tracing::debug!(peer = %self.peer, "no TLS: {error}"),
+            Err(_) => tracing::debug!(peer = %self.peer, "no TLS within {} s", HANDSHAKE.as_secs()),
+        }
+    }
+
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
+        let Self { peer, api, watcher, _slot } = self;
+        let service = service_fn(|mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(ConnectInfo(peer));
+            api.clone().oneshot(request.map(Body::new))
+        });
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_header_size(MAX_HEAD);
+        // What fails now is the client's: it went away, or it does not speak HTTP.
+        let _ = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await;
+    }
 }
 
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {

@@ -131,7 +131,7 @@ async fn main() -> anyhow::Result<()> {
 /// What all proxies share.
 #[derive(Default)]
 struct Fleet {
-    /// Proxies that have reported at least once.
+    /// Proxies that have reported at least once, and go on.
     reporting: AtomicU64,
     /// Requests in reports that were answered.
     reported: AtomicU64,
@@ -227,6 +227,7 @@ impl Fleet {
             };
             let outcome: anyhow::Result<()> = reported.await;
             if outcome.is_ok() {
+                self.reporting.fetch_sub(1, Relaxed);
                 return;
             }
             self.failed_of(outcome, id);
@@ -267,7 +268,9 @@ impl Fleet {
     /// Lets no more be reported. The controller must have counted what was; how much that is.
     async fn agree(&self, controller: SocketAddr) -> anyhow::Result<u64> {
         self.ended.store(true, Relaxed);
-        sleep(PERIOD * 3).await;
+        while self.reporting.load(Relaxed) > 0 {
+            sleep(Duration::from_millis(100)).await;
+        }
         let status = get(controller, "/v1/status").send().await?.json()?;
         let versions = status["services"][0]["versions"].as_array().context("no versions")?;
         let counted: u64 = versions.iter().filter_map(|version| version["requests"]["ok"].as_u64()).sum();
