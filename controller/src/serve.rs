@@ -142,6 +142,12 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let documents = documents::load_to_serve(&files)?;
     let (store, kept, counted) = open_store(&files, state_dir.as_deref())?;
     clock::not_before(kept.time.max(counted.time));
+    let is_known = |name: &String| documents.iter().any(|(shift, _)| shift.name == *name);
+    for name in kept.rollouts.keys().filter(|name| !is_known(name) && !kept.applied.contains_key(*name)) {
+        tracing::warn!(
+            "the state is of a rollout {name}, which no document names any longer; what is known of it goes"
+        );
+    }
     let listener = listen(&options).await?;
     let address = listener.local_addr()?;
 
