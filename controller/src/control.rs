@@ -15,12 +15,11 @@ pub use judge::Judges;
 use crate::compile;
 use crate::ledger::Ledger;
 use crate::readiness::Readiness;
-use crate::rollout::{Command, Millis, Refused, Rollout, Transition};
+use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::status::timestamp;
 use crate::store::Kept;
 use proxies::Proxies;
 use serde_json::Value;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use tideshift_core::policy::{Policy, Service};
 use tideshift_core::report::Report;
@@ -125,8 +124,6 @@ impl From<Refused> for CommandError {
 const CATCH_UP: Millis = 2_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
 const MAX_REVISION: u64 = u64::MAX / 2;
-/// The most transitions of a rollout that are kept.
-const MAX_HISTORY: usize = 200;
 
 impl Control {
     /// Goes on from what was kept.
@@ -361,10 +358,7 @@ impl Control {
             outcome.keep |= keep;
         }
         for (name, transition) in &outcome.transitions {
-            let history: &mut VecDeque<_> = self.kept.history.entry(name.clone()).or_default();
-            history.push_back(transition.clone());
-            let too_many = history.len().saturating_sub(MAX_HISTORY);
-            history.drain(..too_many);
+            remember(self.kept.history.entry(name.clone()).or_default(), transition.clone());
         }
         let ready = self.readiness.remember();
         if self.kept.ready != ready && !self.readiness.services.is_empty() {

@@ -3,16 +3,24 @@
 //! over hours in milliseconds. One rollout may move several services; they go forward together and back together.
 
 mod command;
+mod document;
+mod history;
 mod parts;
+mod progress;
+mod words;
 
 pub use command::{Command, Refused};
-pub use parts::Part;
+pub use history::{Transition, remember};
+pub use parts::{Part, percent};
+
+use document::{Listed, Planned, Said, desired};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
-use tideshift_core::shift::{ShiftService, ShiftVersion, Step, TrafficShift};
+use tideshift_core::shift::{ShiftService, Step, TrafficShift};
+use words::{Shortfall, Strain};
 
 /// Milliseconds since 1970.
 pub type Millis = u64;
@@ -59,46 +67,48 @@ pub struct Rollout {
     pub taken_back: u64,
     /// Somebody has said that the present step need be neither held nor judged any longer.
     waived: bool,
-    /// When it last got further, and the most endpoints that the target has had ready.
+    /// When it last got further, moved on by all the time since then in which it waited for no endpoint.
     progressed: Millis,
+    /// Since when it has not waited for endpoints, if it does not.
+    #[serde(default)]
+    content: Option<Millis>,
+    /// The most endpoints that the target has had in this step.
     most_ready: u32,
     warming: Warming,
-    /// What the target may have while it ramps up, in 1/100,000, and since when.
+    /// What the target may have while it ramps up, in 1/100,000 as all shares that are kept, and since when.
     level: u32,
     level_since: Millis,
+    /// The share that it was paused at, beyond which it does not grow.
+    #[serde(default)]
+    frozen: Option<u32>,
+    /// The share that the target had when the present step began.
+    #[serde(default)]
+    before: Option<u32>,
+    /// The most that it has had in this step, as far as that was meant.
+    #[serde(default)]
+    reached: u32,
     /// The target's counts when the rollout started, by service.
     counted_before: BTreeMap<String, Counts>,
     /// What the document said when it was last looked at, so that a change is noticed.
     said: Said,
-    /// Whether the target failed so badly that it gets nothing while anybody else is ready.
+    /// The steps when they were last looked at; none: not yet.
+    #[serde(default)]
+    plan: Vec<Planned>,
+    /// What the document listed of the stable version when nothing was being moved.
+    #[serde(default)]
+    listed: Option<Listed>,
+    /// Whether the target gets nothing while anybody else is ready: it failed most requests, or the stable version has
+    /// been able to carry everything since it was taken back.
     shunned: bool,
+    /// What came of the last rollout, in words.
+    #[serde(default)]
+    outcome: String,
+    /// Who carries what because somebody cannot; `None` before anybody has carried anything.
+    #[serde(default)]
+    strains: Option<Vec<Strain>>,
     /// What has happened and nobody has been told of yet.
     #[serde(skip)]
     news: Vec<Transition>,
-}
-
-/// A change of a rollout's state that people want to know of.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Transition {
-    /// When.
-    pub time: Millis,
-    /// The number of the rollout.
-    pub rollout: u64,
-    /// What phase it is in since then.
-    pub phase: Phase,
-    /// Why, in a word.
-    pub reason: Reason,
-    /// Why, in words.
-    pub message: String,
-    /// The index of the present step, if it is under way.
-    pub step: Option<usize>,
-}
-
-/// What of a document starts or ends rollouts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Said {
-    stable: String,
-    target: Option<String>,
 }
 
 /// Copies of requests that reach the target before users do.
@@ -108,6 +118,8 @@ enum Warming {
     Due,
     /// Since then.
     Since(Millis),
+    /// For so long, and no longer while the rollout is paused.
+    Stopped(Millis),
     /// It is warm.
     Over,
 }
@@ -158,13 +170,16 @@ impl Phase {
 pub enum Reason {
     Serving,
     TargetWithdrawn,
+    StableChanged,
     Started,
     Superseded,
+    StepsChanged,
     GateClosed,
     WarmingUp,
     WaitingForCapacity,
     ProgressDeadlineExceeded,
     EndpointsLost,
+    EndpointsBack,
     Ramping,
     Holding,
     CatchingUp,
@@ -184,6 +199,14 @@ pub enum Reason {
     RolledBack,
 }
 
+impl Reason {
+    /// Whether it says no more than that endpoints have come or gone.
+    fn is_to_and_fro(self) -> bool {
+        use Reason::{EndpointsBack, EndpointsLost, Holding, Ramping, WaitingForCapacity};
+        matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity)
+    }
+}
+
 /// What the engine may know of the world.
 pub trait Observed {
     /// A version's endpoints that can take traffic now.
@@ -198,14 +221,6 @@ pub trait Observed {
     fn is_up_to_date(&self) -> bool;
     /// What the counts say of the target.
     fn verdict(&self) -> Opinion;
-}
-
-/// Why a target is taken back, and what it failed.
-struct Failure {
-    reason: Reason,
-    why: String,
-    errors: u64,
-    requests: u64,
 }
 
 /// What the counts say of the target.
@@ -249,13 +264,21 @@ impl Rollout {
             taken_back: 0,
             waived: false,
             progressed: now,
+            content: None,
             most_ready: 0,
             warming: Warming::Due,
             level: 0,
             level_since: now,
+            frozen: None,
+            before: None,
+            reached: 0,
             counted_before: BTreeMap::new(),
             said: Said { stable: shift.stable.clone(), target: None },
+            plan: Vec::new(),
+            listed: None,
             shunned: false,
+            outcome: String::new(),
+            strains: None,
             news: Vec::new(),
         }
     }
@@ -273,14 +296,11 @@ impl Rollout {
             // What the counts say is not of this rollout yet.
             return self;
         }
-        match self.phase {
-            Phase::Waiting | Phase::Progressing | Phase::Paused => self.progress(shift, world, now),
-            Phase::Initialized | Phase::Succeeded => {
-                self.follow_workload(shift);
-                self.message = self.at_rest(shift, world);
-            }
-            // What the target did stays to be read.
-            Phase::Failed => {}
+        if self.phase.is_under_way() {
+            self.progress(shift, world, now);
+        }
+        if !self.phase.is_under_way() {
+            self.look_at_rest(shift, world, now);
         }
         self
     }
@@ -305,14 +325,22 @@ impl Rollout {
 
     /// The step that the rollout is at; `None` if none is under way.
     pub fn current_step(&self, shift: &TrafficShift) -> Option<Step> {
-        self.phase.is_under_way().then(|| self.steps(shift).get(self.step).cloned()).flatten()
+        self.phase.is_under_way().then(|| self.present(shift))
+    }
+
+    /// The present step. One that the document no longer has is not done: until [`Self::advance`] has found the place
+    /// to go on from, it is the last one.
+    fn present(&self, shift: &TrafficShift) -> Step {
+        let steps = self.steps(shift);
+        steps.get(self.step).or(steps.last()).cloned().unwrap_or(Step::all())
     }
 
     /// The steps of this rollout. The last one is always everything.
-    pub fn steps(&self, shift: &TrafficShift) -> Vec<Step> {
+    pub fn steps<'a>(&self, shift: &'a TrafficShift) -> &'a [Step] {
+        static BACK: [Step; 1] = [Step::all()];
         match self.goes_back(shift) {
-            true => vec![Step::all()],
-            false => shift.strategy.steps.clone(),
+            true => &BACK,
+            false => &shift.strategy.steps,
         }
     }
 
@@ -324,35 +352,14 @@ impl Rollout {
 
     /// When the rollout will be said to be stuck, if it gets no further; `None` while it waits for nothing.
     pub fn deadline(&self, shift: &TrafficShift) -> Option<Millis> {
-        let waits = matches!(self.reason, Reason::WaitingForCapacity | Reason::ProgressDeadlineExceeded);
-        waits.then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
+        use Reason::{EndpointsLost, ProgressDeadlineExceeded, WaitingForCapacity};
+        let may_wait = matches!(self.reason, WaitingForCapacity | EndpointsLost | ProgressDeadlineExceeded);
+        (may_wait && self.content.is_none())
+            .then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
     }
 
     fn needs_gate(&self, shift: &TrafficShift) -> bool {
         !self.goes_back(shift) && shift.gates_of(self.step).next().is_some()
-    }
-
-    /// How it is while nothing is being moved: the stable version serves everything, as far as it can.
-    fn at_rest(&self, shift: &TrafficShift, world: &impl Observed) -> String {
-        let stable = &self.stable;
-        let lacks = shift.services.iter().find_map(|service| {
-            let (ready, needed) = (world.ready(&service.name, stable), self.full_load(service));
-            let of = if shift.services.len() > 1 { format!(" of {}", service.name) } else { String::new() };
-            (ready < needed)
-                .then(|| format!("{stable}{of} has {ready} of {needed} endpoints ready that the load needs"))
-        });
-        lacks.unwrap_or_else(|| match self.phase {
-            Phase::Succeeded => format!("{stable} serves everything"),
-            _ => format!("{stable} serves"),
-        })
-    }
-
-    /// What scales the stable version while nothing is being moved knows what the load needs.
-    fn follow_workload(&mut self, shift: &TrafficShift) {
-        for service in &shift.services {
-            let replicas = service.version(&self.stable).and_then(|version| version.replicas).filter(|n| *n > 0);
-            replicas.map(|replicas| self.endpoints_for_full_load.insert(service.name.clone(), replicas));
-        }
     }
 
     /// How many endpoints carry the whole load of a service.
@@ -361,341 +368,63 @@ impl Rollout {
         service.endpoints_for_full_load.or(counted).unwrap_or(1).max(1)
     }
 
-    /// Starts and ends rollouts where the document has changed.
-    fn heed(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let said = Said { stable: shift.stable.clone(), target: shift.target.clone() };
-        if self.said.stable != said.stable || !shift.has(&self.stable) {
-            // The user says anew what is stable, or what was is gone.
-            if self.stable != said.stable {
-                self.leaving = Some(std::mem::replace(&mut self.stable, said.stable.clone()));
-            }
-            if self.target.as_ref() == Some(&self.stable) || !self.phase.is_under_way() {
-                self.rest(shift, Reason::Serving, now);
-            }
+    /// Nothing is being moved: the stable version serves everything, as far as it can.
+    fn look_at_rest(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        self.follow_document(shift);
+        match self.phase {
+            Phase::Failed => self.shunned |= self.capacity(&self.stable, shift, world) + parts::EPSILON >= 1.0,
+            _ => self.follow_workload(shift),
         }
-        let is_gone = self.target.as_ref().is_some_and(|target| !shift.has(target));
-        if self.said.target != said.target || is_gone {
-            match said.target.as_ref().filter(|target| **target != self.stable) {
-                // What ended before it begins is not its own, and proxies may still have to say that.
-                Some(_) if !is_gone && !world.is_up_to_date() => return,
-                Some(target) => self.start(target.clone(), shift, world, now),
-                None => self.withdraw(shift, now),
-            }
-        }
-        self.said = said;
+        let shortfall = self.shortfall(shift, world);
+        let message = self.at_rest(&shortfall);
+        self.enter(self.phase, self.reason, message, shortfall, now);
     }
 
-    fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let superseded = if self.phase.is_under_way() { self.target.take() } else { None };
-        self.leaving = superseded.filter(|old| *old != target);
-        self.endpoints_for_full_load = desired(shift, &self.stable);
-        let counts = |service: &ShiftService| (service.name.clone(), world.counts(&service.name, &target));
-        self.counted_before = shift.services.iter().map(counts).collect();
-        self.number += 1;
-        self.started = now;
-        self.is_return = false;
-        (self.level, self.level_since) = (0, now);
-        self.shunned = false;
-        let (reason, instead) = match &self.leaving {
-            Some(old) => (Reason::Superseded, format!(" instead of {old}")),
-            None => (Reason::Started, String::new()),
-        };
-        let message = format!("moving from {} to {target}{instead}", self.stable);
-        self.target = Some(target);
-        let is_mirrored = shift.strategy.warm_up.mirror_percent.is_some() && !self.goes_back(shift);
-        self.warming = if is_mirrored { Warming::Due } else { Warming::Over };
-        self.begin_step(0, shift, now);
-        self.since = now;
-        self.enter(Phase::Progressing, reason, message, now);
-    }
-
-    /// Ends a rollout that nobody wants any longer.
-    fn withdraw(&mut self, shift: &TrafficShift, now: Millis) {
-        let under_way = self.phase.is_under_way();
-        if under_way {
-            self.taken_back += 1;
-            self.leaving = self.target.take();
-        }
-        self.rest(shift, if under_way { Reason::TargetWithdrawn } else { Reason::Serving }, now);
-    }
-
-    fn rest(&mut self, shift: &TrafficShift, reason: Reason, now: Millis) {
-        self.target = None;
-        self.shunned = false;
-        self.begin_step(0, shift, now);
-        self.endpoints_for_full_load = desired(shift, &self.stable);
-        self.enter(Phase::Initialized, reason, format!("{} serves", self.stable), now);
-    }
-
-    fn begin_step(&mut self, step: usize, shift: &TrafficShift, now: Millis) {
-        self.step = step;
-        self.allowed = !self.needs_gate(shift);
-        self.gate_says = None;
-        self.held_since = None;
-        self.waived = false;
-        self.paused = false;
-        self.weight_by_hand = None;
-        self.progressed = now;
-        self.most_ready = 0;
-    }
-
-    fn progress(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let Some(target) = self.target.clone() else { return };
-        let ready = shift.services.iter().map(|service| world.available(&service.name, &target)).sum();
-        if ready > self.most_ready {
-            (self.most_ready, self.progressed) = (ready, now);
-        }
-        if let Some(failure) = self.failure(&target, shift, world, now) {
-            // More than half of its requests: anything is better, even a stable version that is too small.
-            self.shunned = failure.errors.saturating_mul(2) > failure.requests;
-            return self.take_back(failure.reason, &format!("{target}: {}", failure.why), now);
-        }
-        if !self.allowed && !self.needs_gate(shift) {
-            self.allowed = true;
-        }
-        self.warm_up(&target, shift, world, now);
-        let number = self.step + 1;
-        let (phase, reason, message) = match self.obstacle(&target, shift, world, now) {
-            Some((phase, reason, why)) => (phase, reason, format!("step {number}: {why}")),
-            None if self.step + 1 >= self.steps(shift).len() => {
-                self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
-                self.begin_step(0, shift, now);
-                (Phase::Succeeded, Reason::Completed, format!("{target} serves everything"))
-            }
-            None => {
-                self.begin_step(self.step + 1, shift, now);
-                let weight = self.steps(shift).get(self.step).map_or(100, |step| step.weight);
-                (Phase::Progressing, Reason::StepStarted, format!("step {}: {target} is to get {weight} %", number + 1))
-            }
-        };
-        self.enter(phase, reason, message, now);
-    }
-
-    /// Why the target must be taken back, if it must.
-    fn failure(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<Failure> {
-        if self.goes_back(shift) {
-            return None;
-        }
-        for service in &shift.services {
-            let began = |veto: &Veto| veto.until.saturating_sub(service.guard.cool_down_for(veto.strikes)) / 1_000_000;
-            // One from before speaks of an earlier attempt.
-            let veto = world.vetoes(&service.name, target).find(|veto| began(veto) >= self.started);
-            if let Some(Veto { requests, errors, others_requests, others_errors, .. }) = veto {
-                let why = format!(
-                    "a proxy's guard stopped it: {errors} of {requests} requests failed there, of the others' \
-                     {others_errors} of {others_requests}"
-                );
-                return Some(Failure { reason: Reason::GuardVeto, why, errors: *errors, requests: *requests });
-            }
-        }
-        let verdict = world.verdict();
-        if verdict.fails {
-            let Opinion { words, errors, requests, .. } = verdict;
-            return Some(Failure { reason: Reason::VerdictFail, why: words, errors, requests });
-        }
-        let (errors, requests) = self.counted(target, shift, world);
-        if let Some(limit) = shift.analysis.max_errors.filter(|limit| errors > *limit) {
-            let why = format!("{errors} of {requests} requests failed, more than the {limit} allowed");
-            return Some(Failure { reason: Reason::TooManyErrors, why, errors, requests });
-        }
-        let waits = self.allowed && !self.paused && shift.strategy.abort_at_deadline && self.is_stuck(shift, now);
-        let (_, why) = self.shortage(target, shift, world).filter(|(of_target, _)| waits && *of_target)?;
-        let why = format!("{why}; no progress for {} s", shift.strategy.progress_deadline.as_secs());
-        Some(Failure { reason: Reason::ProgressDeadlineExceeded, why, errors: 0, requests: 0 })
-    }
-
-    /// Whether it has got no further for longer than it may.
-    fn is_stuck(&self, shift: &TrafficShift, now: Millis) -> bool {
-        now.saturating_sub(self.progressed) >= shift.strategy.progress_deadline.as_millis() as u64
-    }
-
-    /// The target's errors and answers since the rollout began.
-    fn counted(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> (u64, u64) {
-        let of = |service: &ShiftService| {
-            let before = self.counted_before.get(&service.name).copied().unwrap_or_default();
-            world.counts(&service.name, target).since(&before)
-        };
-        let counts = shift.services.iter().map(of).fold(Counts::default(), |sum, counts| sum + counts);
-        (counts.error, counts.answered())
-    }
-
-    /// Gives the stable version its traffic back.
-    fn take_back(&mut self, reason: Reason, why: &str, now: Millis) {
-        let back = match self.shunned {
-            true => "all at once",
-            false => "as far as it can carry the load",
-        };
-        self.taken_back += 1;
-        self.enter(Phase::Failed, reason, format!("{why}; back to {} {back}", self.stable), now);
-    }
-
-    /// Lets copies of requests, then a growing share of them reach the target.
-    fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        let ramp = shift.strategy.warm_up.seconds.as_millis() as u64;
-        let capacity = self.capacity(target, shift, world);
-        self.warming = match self.warming {
-            Warming::Due if self.allowed && capacity > 0.0 => Warming::Since(now),
-            Warming::Since(since) if now.saturating_sub(since) >= ramp => Warming::Over,
-            as_it_is => as_it_is,
-        };
-        let passed = now.saturating_sub(self.level_since);
-        if ramp == 0 || self.goes_back(shift) || passed < 1_000 {
-            return;
-        }
-        let share = (self.share(target, shift, world) * f64::from(LEVELS)) as u64;
-        let more = u64::from(LEVELS) * passed / ramp;
-        self.level = (share + more).min(u64::from(LEVELS)) as u32;
-        self.level_since = now;
-    }
-
-    /// What stands in the way of the next step.
-    fn obstacle(
-        &mut self,
-        target: &str,
-        shift: &TrafficShift,
-        world: &impl Observed,
-        now: Millis,
-    ) -> Option<(Phase, Reason, String)> {
-        let progressing = |reason, why| Some((Phase::Progressing, reason, why));
-        if !self.allowed {
-            let says = self.gate_says.as_deref().unwrap_or("its gate has not answered yet");
-            return Some((Phase::Waiting, Reason::GateClosed, says.to_owned()));
-        }
-        let step = self.current_step(shift)?;
-        let (share, had_it) = (self.share(target, shift, world), self.held_since.is_some());
-        let goal = self.weight_by_hand.unwrap_or(step.weight);
-        let has_it = share + 1e-9 >= f64::from(goal) / 100.0;
-        if !has_it {
-            self.held_since = None;
-        }
-        if self.paused {
-            let reason = if self.weight_by_hand.is_some() { Reason::WeightSet } else { Reason::PausedByUser };
-            let why = match has_it {
-                true => format!("paused by hand; {target} has {} %", percent(share)),
-                false => format!("paused by hand; {target} has {} % of the {goal} % wanted", percent(share)),
-            };
-            return Some((Phase::Paused, reason, why));
-        }
-        if let Warming::Since(since) = self.warming {
-            let left = shift.strategy.warm_up.seconds.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
-            return progressing(Reason::WarmingUp, format!("{target} gets copies of requests for {left} s more"));
-        }
-        if let Some((_, why)) = self.shortage(target, shift, world) {
-            // What it had, it has lost; what was never there is waited for.
-            let lost = had_it || self.reason == Reason::EndpointsLost;
-            if had_it {
-                self.progressed = now;
-            }
-            self.held_since = None;
-            return match (self.is_stuck(shift, now), lost) {
-                (true, _) => {
-                    let seconds = shift.strategy.progress_deadline.as_secs();
-                    progressing(Reason::ProgressDeadlineExceeded, format!("{why}; no progress for {seconds} s"))
+    /// Says how it is; a transition if that is another phase or reason than before, or if others than before carry
+    /// what somebody cannot.
+    fn enter(&mut self, phase: Phase, reason: Reason, message: String, shortfall: Shortfall, now: Millis) {
+        let is_other = (self.phase, self.reason) != (phase, reason);
+        let is_strained = !shortfall.strains.is_empty();
+        // What has never served has not been lost.
+        let known = self.strains.is_some();
+        let strains = (known || !shortfall.nobody_serves).then_some(shortfall.strains);
+        let is_shifted = known && self.strains != strains;
+        self.strains = strains;
+        self.turn_to(phase, reason, message, now);
+        let message = self.message.clone();
+        match (is_shifted, is_strained) {
+            (true, true) if !is_other => self.record(Reason::EndpointsLost, message, now),
+            (true, false) => {
+                let words = format!("{message}; each version can carry its share again");
+                self.record(Reason::EndpointsBack, words, now);
+                // What goes on as before need not be said besides.
+                if is_other && !matches!(reason, Reason::Holding | Reason::Ramping) {
+                    self.record(reason, message, now);
                 }
-                (false, true) => progressing(
-                    Reason::EndpointsLost,
-                    format!("{why}; {target} has {} %, {} takes over the rest", percent(share), self.stable),
-                ),
-                (false, false) => progressing(Reason::WaitingForCapacity, why),
-            };
+            }
+            _ if is_other => self.record(reason, message, now),
+            _ => {}
         }
-        if !has_it {
-            return progressing(Reason::Ramping, format!("{target} has {} % on its way to {goal} %", percent(share)));
-        }
-        let since = *self.held_since.get_or_insert(now);
-        if self.waived {
-            return None;
-        }
-        if now.saturating_sub(since) < step.hold.as_millis() as u64 {
-            return match share > f64::from(goal) / 100.0 + 1e-6 {
-                true => progressing(
-                    Reason::EndpointsLost,
-                    format!(
-                        "{} cannot carry the rest; {target} has {} % instead of {goal} %",
-                        self.stable,
-                        percent(share)
-                    ),
-                ),
-                false => progressing(Reason::Holding, format!("{target} has {} %", percent(share))),
-            };
-        }
-        if !world.is_up_to_date() {
-            return progressing(Reason::CatchingUp, format!("{target} has {} %", percent(share)));
-        }
-        let verdict = world.verdict();
-        if verdict.both_fail && !self.goes_back(shift) {
-            return progressing(Reason::BothFailing, verdict.words);
-        }
-        if step.pause {
-            let why = format!("{target} has {} %; paused until it is promoted", percent(share));
-            return Some((Phase::Paused, Reason::PauseStep, why));
-        }
-        if !verdict.passes && !self.goes_back(shift) {
-            return progressing(Reason::Undecided, verdict.words);
-        }
-        None
     }
 
-    /// What endpoints are missing for the target's share, and whether they are the target's.
-    fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<(bool, String)> {
-        let step = self.steps(shift).get(self.step).map_or(0, |step| step.weight);
-        let goal = self.weight_by_hand.unwrap_or(step);
-        let several = shift.services.len() > 1;
-        for service in &shift.services {
-            let full = self.full_load(service);
-            let of = if several { format!(" of {}", service.name) } else { String::new() };
-            let ready = world.available(&service.name, target);
-            if f64::from(ready) + 1e-9 < f64::from(full) * f64::from(goal) / 100.0 {
-                let needed = (f64::from(full) * f64::from(goal) / 100.0).ceil();
-                let why =
-                    format!("{target}{of} has {ready} of {needed} endpoints ready that {goal} % of the load need");
-                return Some((true, why));
-            }
-            let missing = parts::max_unavailable(&shift.strategy, full);
-            let together = ready + world.available(&service.name, &self.stable);
-            if together < full.saturating_sub(missing) {
-                let why = format!(
-                    "{} and {target}{of} have {together} of {full} endpoints ready together, and no more than {missing} \
-                     may be missing",
-                    self.stable
-                );
-                return Some((false, why));
-            }
-        }
-        None
+    /// Something has been decided: a transition, whatever was said before.
+    fn announce(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
+        self.turn_to(phase, reason, message, now);
+        self.record(reason, self.message.clone(), now);
     }
 
-    fn enter(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
+    fn turn_to(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
         if self.phase != phase {
             self.since = now;
         }
-        let is_news = self.phase != phase || self.reason != reason;
         (self.phase, self.reason, self.message) = (phase, reason, message);
-        if is_news {
-            self.news.push(Transition {
-                time: now,
-                rollout: self.number,
-                phase,
-                reason,
-                message: self.message.clone(),
-                step: phase.is_under_way().then_some(self.step),
-            });
-        }
     }
-}
 
-/// What [`Rollout::level`] is a part of.
-const LEVELS: u32 = 100_000;
-
-/// A share in percent, with as many digits as it needs, three at most.
-pub fn percent(share: f64) -> f64 {
-    (share * 100_000.0).round() / 1_000.0
-}
-
-/// How many endpoints each service is meant to have of a version.
-fn desired(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
-    let of = |service: &ShiftService| service.version(version).map_or(0, ShiftVersion::desired);
-    shift.services.iter().map(|service| (service.name.clone(), of(service))).collect()
+    fn record(&mut self, reason: Reason, message: String, now: Millis) {
+        let (rollout, phase) = (self.number, self.phase);
+        let step = phase.is_under_way().then_some(self.step);
+        self.news.push(Transition { time: now, rollout, phase, reason, message, step, left_out: 0 });
+    }
 }
 
 #[cfg(test)]

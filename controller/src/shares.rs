@@ -1,6 +1,8 @@
 //! From what is wanted and what can be carried to each version's share. Pure arithmetic; [`rollout`](crate::rollout)
 //! says what is wanted, readiness what can be carried.
 
+use std::collections::BTreeSet;
+
 /// The sum that weights have where whole percents do not say it exactly: thousandths of a percent.
 const FINE_TOTAL: u32 = 100_000;
 
@@ -13,13 +15,15 @@ pub struct Claim {
     pub capacity: f64,
     /// Versions of a higher number get something only if no version of a lower one has a ready endpoint.
     pub reserve: u8,
+    /// What others cannot carry is given first to those of a low number.
+    pub turn: u8,
 }
 
 /// Each version's share of the traffic, 0 to 1, summing to 1 unless nothing is ready.
 ///
-/// Nobody gets more than it can carry while the versions together can carry the load: what one cannot take goes to
-/// the others that are wanted, then to those that merely have room. If they cannot carry it together, the load is
-/// shared by capacity; none of it is dropped here.
+/// Nobody gets more than it can carry while the versions together can carry the load: each gets what it should have as
+/// far as it can carry that, and what is left goes to those that have room, in their turn. If they cannot carry it
+/// together, the load is shared by capacity; none of it is dropped here.
 pub fn shares(claims: &[Claim]) -> Vec<f64> {
     let in_use = claims.iter().filter(|claim| claim.capacity > 0.0).map(|claim| claim.reserve).min();
     let claims: Vec<Claim> = claims
@@ -34,27 +38,25 @@ pub fn shares(claims: &[Claim]) -> Vec<f64> {
         let part = |claim: &Claim| if capacity > 0.0 { claim.capacity / capacity } else { 0.0 };
         return claims.iter().map(part).collect();
     }
-    let mut shares = vec![0.0; claims.len()];
-    fill(&mut shares, &claims, |claim| claim.wanted);
-    fill(&mut shares, &claims, |claim| claim.capacity);
+    let wanted = claims.iter().map(|claim| claim.wanted).sum::<f64>().max(1.0);
+    let mut shares: Vec<f64> = claims.iter().map(|claim| (claim.wanted / wanted).min(claim.capacity)).collect();
+    let turns: BTreeSet<u8> = claims.iter().map(|claim| claim.turn).collect();
+    for turn in turns {
+        fill(&mut shares, &claims, turn);
+    }
     shares
 }
 
-/// Gives what is left of the whole to versions in proportion to `by`, none more than it can carry.
-fn fill(shares: &mut [f64], claims: &[Claim], by: impl Fn(&Claim) -> f64) {
-    const NOTHING: f64 = 1e-12;
-    // Each round fills at least one version to its brim or ends.
-    for _ in 0..=claims.len() {
-        let left = 1.0 - shares.iter().sum::<f64>();
-        let open = |share: f64, claim: &Claim| if claim.capacity - share > NOTHING { by(claim) } else { 0.0 };
-        let sum: f64 = shares.iter().zip(claims).map(|(share, claim)| open(*share, claim)).sum();
-        if left <= NOTHING || sum <= 0.0 {
-            return;
-        }
-        for (share, claim) in shares.iter_mut().zip(claims) {
-            let more = left * open(*share, claim) / sum;
-            *share = (*share + more).min(claim.capacity);
-        }
+/// Gives what is left of the whole to the versions whose turn it is, in proportion to the room that they have.
+fn fill(shares: &mut [f64], claims: &[Claim], turn: u8) {
+    let room = |share: f64, claim: &Claim| if claim.turn == turn { (claim.capacity - share).max(0.0) } else { 0.0 };
+    let left = 1.0 - shares.iter().sum::<f64>();
+    let sum: f64 = shares.iter().zip(claims).map(|(share, claim)| room(*share, claim)).sum();
+    if left <= 0.0 || sum <= 0.0 {
+        return;
+    }
+    for (share, claim) in shares.iter_mut().zip(claims) {
+        *share += room(*share, claim) * (left / sum).min(1.0);
     }
 }
 
@@ -81,7 +83,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn claim(wanted: f64, capacity: f64) -> Claim {
-        Claim { wanted, capacity, reserve: 0 }
+        Claim { wanted, capacity, reserve: 0, turn: 0 }
     }
 
     fn close(a: &[f64], b: &[f64]) -> bool {
@@ -111,10 +113,19 @@ mod tests {
 
     #[test]
     fn a_reserve_serves_only_when_nobody_else_can() {
-        let reserve = Claim { wanted: 0.0, capacity: 1.0, reserve: 1 };
+        let reserve = Claim { wanted: 0.0, capacity: 1.0, reserve: 1, turn: 0 };
         assert!(close(&shares(&[claim(1.0, 0.1), reserve]), &[1.0, 0.0]));
         assert!(close(&shares(&[claim(1.0, 0.0), reserve]), &[0.0, 1.0]));
         assert!(close(&shares(&[claim(1.0, 0.0), claim(0.0, 0.0)]), &[0.0, 0.0]));
+    }
+
+    #[test]
+    fn what_one_cannot_carry_goes_to_the_others_in_their_turn() {
+        let claim = |wanted, capacity, turn| Claim { turn, ..claim(wanted, capacity) };
+        // v1 is to have 99 % and has a quarter of its endpoints, v2 was superseded, v3 is at 1 %.
+        assert!(close(&shares(&[claim(0.99, 0.25, 0), claim(0.0, 1.0, 1), claim(0.01, 1.0, 2)]), &[0.25, 0.74, 0.01]));
+        assert!(close(&shares(&[claim(0.99, 0.25, 0), claim(0.0, 0.5, 1), claim(0.01, 1.0, 2)]), &[0.25, 0.5, 0.25]));
+        assert!(close(&shares(&[claim(1.0, 0.25, 0), claim(0.0, 1.0, 1), claim(0.0, 1.0, 2)]), &[0.25, 0.75, 0.0]));
     }
 
     #[test]
@@ -129,12 +140,12 @@ mod tests {
     proptest! {
         #[test]
         fn nobody_carries_too_much_and_nothing_is_dropped(
-            claims in prop::collection::vec((0.0..1.0, 0u32..8, 1u32..8, 0u8..3), 1..6)
+            claims in prop::collection::vec((0.0..1.0, 0u32..8, 1u32..8, 0u8..3, 0u8..3), 1..6)
         ) {
             let claims: Vec<Claim> = claims
                 .into_iter()
-                .map(|(wanted, ready, of, reserve)| {
-                    Claim { wanted, capacity: f64::from(ready) / f64::from(of), reserve }
+                .map(|(wanted, ready, of, reserve, turn)| {
+                    Claim { wanted, capacity: f64::from(ready) / f64::from(of), reserve, turn }
                 })
                 .collect();
             let shares = shares(&claims);
@@ -147,6 +158,17 @@ mod tests {
                 prop_assert!(*share >= 0.0);
                 prop_assert!(*share == 0.0 || (claim.capacity > 0.0 && in_use(claim)));
                 prop_assert!(capacity < 1.0 || *share <= claim.capacity + 1e-6, "{:?} {:?}", shares, claims);
+            }
+            // Nobody goes short while it could carry more, and nobody gets more than it should while somebody whose turn
+            // is earlier could take it.
+            let wanted: f64 = claims.iter().filter(|c| in_use(c)).map(|c| c.wanted).sum();
+            for (share, claim) in shares.iter().zip(&claims).filter(|(_, c)| in_use(c) && capacity > 1.0) {
+                let should = claim.wanted / wanted.max(1.0);
+                prop_assert!(*share >= should.min(claim.capacity) - 1e-6, "{:?} {:?}", shares, claims);
+                for (other, earlier) in shares.iter().zip(&claims).filter(|(_, c)| in_use(c) && c.turn < claim.turn) {
+                    let is_full = *other >= earlier.capacity - 1e-6;
+                    prop_assert!(*share <= should + 1e-6 || is_full, "{:?} {:?}", shares, claims);
+                }
             }
             let weights = weights(&shares);
             for (weight, share) in weights.iter().zip(&shares) {

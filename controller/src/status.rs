@@ -158,6 +158,15 @@ pub struct TransitionStatus {
     /// The number of the step, counted from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<usize>,
+    /// How many transitions just before this one are left out, because endpoints came and went again and again; 0 where
+    /// it is left out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_out: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl From<&Transition> for TransitionStatus {
@@ -169,6 +178,7 @@ impl From<&Transition> for TransitionStatus {
             reason: transition.reason,
             message: transition.message.clone(),
             step: transition.step.map(|step| step + 1),
+            left_out: transition.left_out,
         }
     }
 }

@@ -173,6 +173,13 @@ schemas! {
         "maximum": 1_000_000,
         "pattern": "^0*(1000|[0-9]{1,3})%$",
     };
+    /// [`shift::Quantity`], no more than everything
+    PartText = {
+        "type": ["integer", "string"],
+        "minimum": 0,
+        "maximum": 1_000_000,
+        "pattern": "^0*(100|[0-9]{1,2})%$",
+    };
     /// [`shift::PortRef`]
     NameOrPort = {
         "type": ["integer", "string"],

@@ -84,10 +84,18 @@ fn table(transitions: &[TransitionStatus]) -> Table {
             transition.step.map_or(String::new(), |step| step.to_string()),
             transition.phase.name().to_owned(),
             format!("{:?}", transition.reason),
-            transition.message.clone(),
+            message(transition),
         ]);
     }
     table
+}
+
+/// What is said, and that not everything is listed if so.
+fn message(transition: &TransitionStatus) -> String {
+    match transition.left_out {
+        0 => transition.message.clone(),
+        left_out => format!("{} ({left_out} like it before are left out)", transition.message),
+    }
 }
 
 impl Watch {

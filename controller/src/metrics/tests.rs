@@ -69,6 +69,7 @@ fn what_was_done_is_counted() {
         "{before}"
     );
     let transition = Transition {
+        left_out: 0,
         time: 1,
         rollout: 1,
         phase: Phase::Failed,

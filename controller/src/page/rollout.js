@@ -382,11 +382,11 @@ function historyCard() {
   return { element, update, know: (value) => (known = value) };
 }
 
-function pastRow({ time, phase, reason, step, message }) {
+function pastRow({ time, phase, reason, step, message, leftOut }) {
   const mark = chip();
   mark.update(phase);
   const when = make("time", { datetime: time, title: words.date(time) });
   const what = [reason, step ? `step ${step}` : ""].filter(Boolean).join(", ");
-  const element = make("li", {}, when, mark.element, make("b", {}, what), make("span", {}, message));
+  const element = make("li", {}, when, mark.element, make("b", {}, what), make("span", {}, leftOut ? `${message} (${leftOut} like it before are left out)` : message));
   return { element, update: (_, now) => say(when, words.ago(time, now)) };
 }

@@ -61,9 +61,9 @@ impl Rollout {
         now: Millis,
     ) -> Result<Self, Refused> {
         match command {
-            Command::Promote { full } => self.promote(*full, shift, now)?,
-            Command::Pause => self.pause(now)?,
-            Command::Resume => self.resume(shift, now)?,
+            Command::Promote { full } => self.promote(*full, shift, world, now)?,
+            Command::Pause => self.pause(shift, world, now)?,
+            Command::Resume => self.resume(shift, world, now)?,
             Command::Abort => {
                 let target = self.target_under_way()?;
                 self.take_back(Reason::Aborted, &format!("{target}: aborted by hand"), now);
@@ -80,8 +80,9 @@ impl Rollout {
                 if !self.allowed {
                     return Err(self.conflict("its gate has not allowed the present step"));
                 }
+                self.unpause(now);
                 (self.paused, self.weight_by_hand, self.held_since) = (true, Some(*weight), None);
-                self.enter(Phase::Paused, Reason::WeightSet, format!("{target} is to get {weight} % by hand"), now);
+                self.announce(Phase::Paused, Reason::WeightSet, format!("{target} is to get {weight} % by hand"), now);
             }
         }
         Ok(self)
@@ -96,56 +97,69 @@ impl Rollout {
         target.ok_or_else(|| self.conflict("no rollout is under way"))
     }
 
-    fn promote(&mut self, full: bool, shift: &TrafficShift, now: Millis) -> Result<(), Refused> {
+    fn promote(&mut self, full: bool, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
+        let share = self.wanted(shift, world);
+        let last = self.steps(shift).len().saturating_sub(1);
         if full {
-            let last = self.steps(shift).len().saturating_sub(1);
             if self.step != last || self.paused {
                 let was_allowed = self.allowed && self.step == last;
-                self.begin_step(last, shift, now);
+                self.unpause(now);
+                self.begin_step(last, share, shift, now);
                 self.allowed |= was_allowed;
             }
             self.waived = true;
-            self.enter(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
+            self.announce(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
             return Ok(());
         }
         if !self.allowed {
             return Err(self.conflict("its gate has not allowed the present step"));
         }
-        (self.paused, self.weight_by_hand, self.waived) = (false, None, true);
-        self.progressed = now;
-        self.enter(Phase::Progressing, Reason::Promoted, format!("{target}: on to the next step, by hand"), now);
+        let by_hand = self.weight_by_hand;
+        self.unpause(now);
+        match by_hand {
+            // The next step is one above what it has.
+            Some(weight) if self.step < last => {
+                let steps = self.steps(shift);
+                let mut above = (self.step + 1..last).filter(|index| steps[*index].weight > weight);
+                self.begin_step(above.next().unwrap_or(last), share, shift, now);
+            }
+            _ => self.waived = true,
+        }
+        self.get_further(now);
+        self.announce(Phase::Progressing, Reason::Promoted, format!("{target}: on to the next step, by hand"), now);
         Ok(())
     }
 
-    fn pause(&mut self, now: Millis) -> Result<(), Refused> {
+    fn pause(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if self.paused {
             return Err(self.conflict("it is paused already"));
         }
-        self.paused = true;
-        self.enter(Phase::Paused, Reason::PausedByUser, format!("{target}: paused by hand"), now);
+        self.freeze(shift, world, now);
+        self.announce(Phase::Paused, Reason::PausedByUser, format!("{target}: paused by hand"), now);
         Ok(())
     }
 
-    fn resume(&mut self, shift: &TrafficShift, now: Millis) -> Result<(), Refused> {
+    fn resume(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if !self.paused && self.reason == Reason::PauseStep {
-            return self.promote(false, shift, now);
+            return self.promote(false, shift, world, now);
         }
         if !self.paused {
             return Err(self.conflict("it is not paused"));
         }
-        if let Some(weight) = self.weight_by_hand {
+        let (by_hand, share) = (self.weight_by_hand, self.wanted(shift, world));
+        self.unpause(now);
+        if let Some(weight) = by_hand {
             // On from the first step that is no step back.
-            let steps = self.steps(shift);
-            let next = steps.iter().position(|step| step.weight >= weight).unwrap_or(steps.len().saturating_sub(1));
+            let next = self.step_from(f64::from(weight) / 100.0, shift);
             let same = next == self.step;
-            self.begin_step(next, shift, now);
+            self.begin_step(next, share, shift, now);
             self.allowed |= same;
         }
-        (self.paused, self.weight_by_hand, self.progressed) = (false, None, now);
-        self.enter(Phase::Progressing, Reason::Resumed, format!("{target}: resumed by hand"), now);
+        self.get_further(now);
+        self.announce(Phase::Progressing, Reason::Resumed, format!("{target}: resumed by hand"), now);
         Ok(())
     }
 
@@ -159,13 +173,13 @@ impl Rollout {
             self.take_back(Reason::RolledBack, &format!("{target}: rolled back by hand"), now);
             return Ok(());
         }
-        let from = self.target.clone().filter(|_| under_way);
+        let from = self.target.clone().filter(|from| under_way && from != to).unwrap_or(self.stable.clone());
         self.start(to.to_owned(), shift, world, now);
         (self.is_return, self.allowed, self.warming) = (true, true, Warming::Over);
+        self.plan = self.planned(shift);
         self.taken_back += 1;
-        self.leaving = from.filter(|from| from != to);
-        let message = format!("rolling back from {} to {to} by hand", self.leaving.as_ref().unwrap_or(&self.stable));
-        self.enter(Phase::Progressing, Reason::RolledBack, message, now);
+        let message = format!("rolling back from {from} to {to} by hand");
+        self.announce(Phase::Progressing, Reason::RolledBack, message, now);
         Ok(())
     }
 
@@ -184,7 +198,7 @@ impl Rollout {
         if target != self.stable {
             self.start(target.to_owned(), shift, world, now);
         } else if under_way {
-            self.withdraw(shift, now);
+            self.withdraw(shift, world, now);
         } else {
             return Err(self.conflict(&format!("{target} serves already")));
         }

@@ -1,5 +1,10 @@
 //! Rollouts played through, in no time at all.
 
+mod edits;
+mod endpoints;
+mod pauses;
+mod waiting;
+
 use super::*;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -11,6 +16,8 @@ struct World {
     ready: BTreeMap<String, u32>,
     /// Where it is not what is ready: by service and version.
     available: BTreeMap<(String, String), u32>,
+    /// Versions of a service of which nothing is ready.
+    unready: std::collections::BTreeSet<(String, String)>,
     opinion: Opinion,
     counts: BTreeMap<String, Counts>,
     vetoes: Vec<Veto>,
@@ -18,8 +25,9 @@ struct World {
 }
 
 impl Observed for World {
-    fn ready(&self, _: &str, version: &str) -> u32 {
-        self.ready.get(version).copied().unwrap_or_default()
+    fn ready(&self, service: &str, version: &str) -> u32 {
+        let is_ready = !self.unready.contains(&(service.to_owned(), version.to_owned()));
+        self.ready.get(version).copied().filter(|_| is_ready).unwrap_or_default()
     }
 
     fn available(&self, service: &str, version: &str) -> u32 {
@@ -555,10 +563,10 @@ fn a_rollout_that_is_stuck_can_be_aborted_by_itself() {
 fn blue_green_moves_everything_at_once_when_all_of_it_can_be_carried() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 100}]));
     play.set("strategy", json!({"blueGreen": {"autoPromotionEnabled": false, "holdSeconds": 30}}));
-    play.ready("v2", 3);
-    assert_eq!(play.pass(5).shares(), [100.0, 0.0, 0.0]);
-    assert_eq!(play.stands(), (Phase::Paused, Reason::PauseStep));
+    assert_eq!(play.pass(5).stands(), (Phase::Paused, Reason::PauseStep));
+    assert_eq!(play.shares(), [100.0, 0.0, 0.0]);
     play.command(PROMOTE).unwrap();
+    play.ready("v2", 3);
     assert_eq!(play.pass(60).shares(), [100.0, 0.0, 0.0], "three of four are not enough");
     assert_eq!(play.stands(), (Phase::Progressing, Reason::WaitingForCapacity));
     play.ready("v2", 4);
@@ -627,8 +635,9 @@ fn no_step_is_taken_while_more_is_missing_than_may_be() {
         Play::new("v1", Some("v2"), json!([{"weight": 25, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}]));
     play.ready("v2", 2);
     play.ready("v1", 0);
-    assert_eq!(play.pass(60).stands(), (Phase::Progressing, Reason::WaitingForCapacity));
-    let message = "step 1: v1 and v2 have 2 of 4 endpoints ready together, and no more than 1 may be missing";
+    assert_eq!(play.pass(60).stands(), (Phase::Progressing, Reason::EndpointsLost));
+    let message = "step 1: v1 and v2 have 2 of 4 endpoints ready together, and no more than 1 may be missing; v1 has 0 \
+                   of 3 endpoints ready that 75 % of the load need; v2 has 100 %";
     assert_eq!(play.rollout.message, message);
     play.set(
         "strategy",
@@ -661,15 +670,14 @@ fn endpoints_lost_in_the_middle_of_a_step_move_traffic_at_once_and_it_is_said() 
     play.ready("v2", 1);
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
     assert_eq!(play.news(), [(Phase::Progressing, Reason::EndpointsLost, Some(1))]);
-    let message =
-        "step 1: v2 has 1 of 2 endpoints ready that 50 % of the load need; v2 has 25 %, v1 takes over the rest";
+    let message = "step 1: v2 has 1 of 2 endpoints ready that 50 % of the load need; v1 has 75 %, v2 25 %";
     assert_eq!(play.rollout.message, message);
     play.ready("v2", 0);
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     play.ready("v2", 4);
     play.ready("v1", 1);
     assert_eq!(play.pass(1).shares(), [25.0, 75.0, 0.0]);
-    let message = "step 1: v1 cannot carry the rest; v2 has 75 % instead of 50 %";
+    let message = "step 1: v1 has 1 of 2 endpoints ready that 50 % of the load need; v1 has 25 %, v2 75 %";
     assert_eq!((play.rollout.reason, play.rollout.message.as_str()), (Reason::EndpointsLost, message));
 }
 
@@ -695,7 +703,11 @@ fn a_verdict_takes_the_target_back_and_both_failing_does_not() {
     play.ready("v1", 2);
     assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
     assert_eq!(play.shares(), [50.0, 50.0, 0.0], "no more than v1 can carry");
-    assert_eq!(play.rollout.message, "v2: 7 of 41 failed; back to v1 as far as it can carry the load");
+    assert_eq!(
+        play.rollout.message,
+        "v2: 7 of 41 failed; back to v1 as far as it can carry the load; v1 has 2 of 4 endpoints ready that the load \
+         needs; v1 has 50 %, v2, which was taken back, has 50 %"
+    );
 }
 
 /// Two services that move from one cluster to another.
@@ -732,7 +744,7 @@ fn services_of_one_shift_move_together_and_go_back_together() {
     assert_eq!(both(play.pass(1)), [back.clone(), back.clone()]);
     assert_eq!(
         play.rollout.message,
-        "step 1: v2 of search has 0 of 1 endpoints ready that 50 % of the load need; v2 has 0 %, v1 takes over the rest"
+        "step 1: v2 of search has 0 of 1 endpoints ready that 50 % of the load need; v1 has 100 %"
     );
     play.world.available.clear();
     assert_eq!(both(play.pass(1)), [half.clone(), half]);
@@ -753,6 +765,7 @@ mod properties {
         Opinion(bool, bool, bool),
         Behind(bool),
         Document(Option<usize>, usize),
+        Strategy(serde_json::Value),
         Said(Command),
         Restart,
         Pass(u64),
@@ -778,6 +791,7 @@ mod properties {
             2 => any::<(bool, bool, bool)>().prop_map(|(fails, passes, both)| Happening::Opinion(fails, passes, both)),
             1 => any::<bool>().prop_map(Happening::Behind),
             1 => (prop::option::of(0usize..3), 0usize..3).prop_map(|(target, stable)| Happening::Document(target, stable)),
+            1 => strategies().prop_map(Happening::Strategy),
             3 => command.prop_map(Happening::Said),
             1 => Just(Happening::Restart),
             4 => (0u64..40_000).prop_map(Happening::Pass),
@@ -818,6 +832,10 @@ mod properties {
                         play.set("target", json!(target.map(version)));
                         play.set("stable", json!(version(stable)));
                     }
+                    Happening::Strategy(strategy) => {
+                        play.set("strategy", strategy);
+                        said = true;
+                    }
                     Happening::Said(command) => said = play.command(command).is_ok(),
                     Happening::Restart => {
                         let text = serde_json::to_string(&play.rollout).unwrap();
@@ -837,6 +855,13 @@ mod properties {
                     prop_assert!(rollout.step == before.step || rollout.step == before.step + 1, "{:?}", rollout);
                 }
                 prop_assert!(!rollout.phase.is_under_way() || rollout.step < steps.len());
+                // Nothing is over but by the last step.
+                let is_over = rollout.phase == Phase::Succeeded && before.phase != Phase::Succeeded;
+                prop_assert!(!is_over || (!before.paused && before.phase.is_under_way()) || said, "{:?}", before);
+                // What is left to somebody grows no further while it is paused.
+                if rollout.frozen.is_some() && before.frozen == rollout.frozen && rollout.number == before.number {
+                    prop_assert!(rollout.wanted(&shift, &play.world) <= parts::share_of(before.frozen.unwrap()) + 1e-9);
+                }
                 prop_assert_eq!(rollout.phase.is_under_way(), rollout.current_step(&shift).is_some());
                 prop_assert!(rollout.target.is_some() || !rollout.phase.is_under_way());
                 prop_assert!(rollout.phase.is_under_way() || (rollout.testers(&shift).is_none() && rollout.mirror(&shift).is_none()));

@@ -648,7 +648,7 @@ impl Kind {
             | Reason::EndpointsLost
             | Reason::Undecided
             | Reason::BothFailing => Self::Trouble,
-            Reason::Started | Reason::StepStarted | Reason::Superseded => Self::Step,
+            Reason::Started | Reason::StepStarted | Reason::Superseded | Reason::StepsChanged => Self::Step,
             _ => Self::Other,
         }
     }
@@ -676,6 +676,9 @@ fn word(reason: Reason) -> Option<&'static str> {
         Reason::WaitingForCapacity => "waits for endpoints",
         Reason::ProgressDeadlineExceeded => "stuck",
         Reason::EndpointsLost => "endpoints lost",
+        Reason::EndpointsBack => "endpoints back",
+        Reason::StepsChanged => "steps changed",
+        Reason::StableChanged => "another stable version",
         Reason::Undecided => "undecided",
         Reason::BothFailing => "both fail",
         Reason::PauseStep => "pause",

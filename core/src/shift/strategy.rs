@@ -23,8 +23,8 @@ pub struct Strategy {
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
     pub max_surge: Quantity,
     /// How many of the endpoints that the load needs may be missing while the rollout goes on; default 25 %, rounded
-    /// down.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
+    /// down; no more than 100 %.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::PartText>", extend("default" = "25%")))]
     pub max_unavailable: Quantity,
     /// How long an endpoint must have been ready before traffic is moved to it; default 0.
     #[cfg_attr(feature = "schema", schemars(rename = "minReadySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
@@ -115,7 +115,7 @@ fn part(whole: u32, percent: u32) -> u64 {
 
 impl Step {
     /// Everything, and no waiting.
-    pub fn all() -> Self {
+    pub const fn all() -> Self {
         Self { weight: 100, hold: Duration::ZERO, pause: false, matches: Vec::new() }
     }
 
@@ -170,7 +170,14 @@ impl Strategy {
         }
         let whole_steps = f.has("blueGreen");
         let max_surge = f.optional(d, "maxSurge", Quantity::read).unwrap_or(default.max_surge);
-        let max_unavailable = f.optional(d, "maxUnavailable", Quantity::read).unwrap_or(default.max_unavailable);
+        let max_unavailable = f.optional(d, "maxUnavailable", |d, value| {
+            let read = Quantity::read(d, value)?;
+            if matches!(read, Quantity::Percent(101..)) {
+                d.invalid(value, "no more than 100%, as in Kubernetes");
+            }
+            Some(read)
+        });
+        let max_unavailable = max_unavailable.unwrap_or(default.max_unavailable);
         if max_surge.is_zero() && max_unavailable.is_zero() {
             d.within("maxUnavailable", |d| d.invalid(&Value::from(0), "above 0 where maxSurge is 0"));
         }

@@ -122,6 +122,7 @@ pub(crate) fn taken() -> Vec<Value> {
             "/strategy",
             json!({"maxSurge": 1, "maxUnavailable": 0, "progressDeadlineAbort": true, "scaleDownDelaySeconds": 0}),
         ),
+        ("/strategy", json!({"maxSurge": "1000%", "maxUnavailable": "100%"})),
         ("/strategy", json!({"blueGreen": {}})),
         (
             "/strategy",
@@ -412,6 +413,11 @@ pub(crate) fn refused() -> Vec<Refused> {
         ("/strategy", json!({"maxSurge": "+25%"}), "spec.strategy.maxSurge: \"+25%\" is not allowed"),
         ("/strategy", json!({"maxSurge": "1001%"}), "spec.strategy.maxSurge: \"1001%\" is not allowed"),
         ("/strategy", json!({"maxSurge": true}), "spec.strategy.maxSurge: true is not allowed"),
+        (
+            "/strategy",
+            json!({"maxUnavailable": "101%"}),
+            "spec.strategy.maxUnavailable: \"101%\" is not allowed; expected no more than 100%",
+        ),
         ("/strategy", json!({"maxUnavailable": -1}), "spec.strategy.maxUnavailable: -1 is not allowed"),
         (
             "/strategy",

@@ -1,0 +1,252 @@
+//! What follows from a change of the document: rollouts start and end, and one under way finds its place again.
+
+use super::parts::{level_of, percent, share_of};
+use super::{Millis, Observed, Phase, Reason, Rollout, Warming};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use tideshift_core::shift::{ShiftService, ShiftVersion, TrafficShift};
+
+/// What of a document starts or ends rollouts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Said {
+    pub stable: String,
+    pub target: Option<String>,
+}
+
+/// What of a step makes it another one when it changes. Its hold and its testers are heeded as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Planned {
+    weight: u32,
+    pause: bool,
+    /// Whether its share moves as a whole or not at all.
+    whole: bool,
+}
+
+/// How many endpoints of a version the document lists for each service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Listed {
+    version: String,
+    endpoints: BTreeMap<String, u32>,
+}
+
+impl Rollout {
+    /// Starts and ends rollouts where the document has changed.
+    pub(super) fn heed(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        if self.phase == Phase::Failed && self.outcome.is_empty() {
+            // A state of an older build.
+            self.outcome.clone_from(&self.message);
+        }
+        self.know_services(shift, world);
+        if self.said.stable != shift.stable || !shift.has(&self.stable) {
+            self.heed_stable(shift, now);
+        }
+        let is_gone = self.target.as_ref().is_some_and(|target| !shift.has(target));
+        let target = shift.target.clone().filter(|target| *target != self.stable);
+        let is_news = self.said.target != shift.target || is_gone;
+        // What ended before it begins is not its own, and proxies may still have to say that.
+        let is_early = is_news && target.is_some() && !is_gone && !world.is_up_to_date();
+        match target {
+            _ if is_early || !is_news => {}
+            Some(target) => self.start(target, shift, world, now),
+            None => self.withdraw(shift, world, now),
+        }
+        self.said.stable.clone_from(&shift.stable);
+        if !is_early {
+            self.said.target.clone_from(&shift.target);
+        }
+        self.heed_steps(shift, world, now);
+    }
+
+    /// The user says anew what is stable, or what was is gone.
+    fn heed_stable(&mut self, shift: &TrafficShift, now: Millis) {
+        let is_gone = !shift.has(&self.stable);
+        if is_gone {
+            // What the document says is heeded again: somebody had set another target by hand.
+            self.said.target = None;
+        }
+        let old = (self.stable != shift.stable).then(|| std::mem::replace(&mut self.stable, shift.stable.clone()));
+        self.leaving = old.clone().or(self.leaving.take());
+        let stable = self.stable.clone();
+        let why = if is_gone { "which is gone from the document" } else { "as the document says" };
+        let ends = self.target.as_ref() == Some(&stable) || !self.phase.is_under_way();
+        match old {
+            Some(old) if ends => {
+                self.rest(shift, Reason::StableChanged, format!("{stable} serves instead of {old}, {why}"), now)
+            }
+            Some(old) => {
+                let message = format!("step {}: {stable} is the stable version instead of {old}, {why}", self.step + 1);
+                self.announce(self.phase, Reason::StableChanged, message, now);
+            }
+            None if ends => self.rest(shift, Reason::Serving, format!("{stable} serves"), now),
+            None => {}
+        }
+    }
+
+    /// A service that is new to the document needs what the stable version is meant to have of it, and has no past.
+    fn know_services(&mut self, shift: &TrafficShift, world: &impl Observed) {
+        for service in &shift.services {
+            if self.endpoints_for_full_load.contains_key(&service.name) {
+                continue;
+            }
+            self.endpoints_for_full_load.insert(service.name.clone(), desired_of(service, &self.stable));
+            if let Some(target) = self.target.as_ref().filter(|_| self.phase.is_under_way()) {
+                self.counted_before.insert(service.name.clone(), world.counts(&service.name, target));
+            }
+        }
+    }
+
+    pub(super) fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        let superseded = self.target.clone().filter(|old| self.phase.is_under_way() && *old != target);
+        self.leaving = self.helper(Some(&target), shift, world);
+        self.endpoints_for_full_load = desired(shift, &self.stable);
+        let counts = |service: &ShiftService| (service.name.clone(), world.counts(&service.name, &target));
+        self.counted_before = shift.services.iter().map(counts).collect();
+        self.number += 1;
+        self.started = now;
+        self.is_return = false;
+        (self.level, self.level_since) = (0, now);
+        self.shunned = false;
+        let (reason, instead) = match superseded {
+            Some(old) => (Reason::Superseded, format!(" instead of {old}")),
+            None => (Reason::Started, String::new()),
+        };
+        let message = format!("moving from {} to {target}{instead}", self.stable);
+        self.target = Some(target);
+        let is_mirrored = shift.strategy.warm_up.mirror_percent.is_some() && !self.goes_back(shift);
+        self.warming = if is_mirrored { Warming::Due } else { Warming::Over };
+        self.unpause(now);
+        self.begin_step(0, 0.0, shift, now);
+        self.plan = self.planned(shift);
+        self.since = now;
+        self.announce(Phase::Progressing, reason, message, now);
+    }
+
+    /// Who carries what the stable version cannot, once the present target is not the target any longer: whoever of
+    /// it and the version that has done so until now has more of the traffic.
+    fn helper(&self, next: Option<&String>, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+        let share = |version: &String| -> f64 {
+            let parts = shift.services.iter().flat_map(|service| self.parts(shift, service, world));
+            parts.filter(|part| part.version == *version).map(|part| part.share).sum()
+        };
+        let target = self.target.as_ref().filter(|_| !self.shunned);
+        let candidates = [self.leaving.as_ref(), target].into_iter().flatten();
+        let fit = candidates.filter(|version| **version != self.stable && Some(*version) != next);
+        fit.max_by(|a, b| share(a).total_cmp(&share(b))).cloned()
+    }
+
+    /// Ends a rollout that nobody wants any longer.
+    pub(super) fn withdraw(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        let stable = self.stable.clone();
+        let Some(target) = self.target.clone().filter(|_| self.phase.is_under_way()) else {
+            return self.rest(shift, Reason::Serving, format!("{stable} serves"), now);
+        };
+        self.taken_back += 1;
+        self.leaving = self.helper(None, shift, world);
+        let why = if shift.has(&target) { "is no longer the target" } else { "is gone from the document" };
+        self.rest(shift, Reason::TargetWithdrawn, format!("{target} {why}; {stable} serves"), now);
+    }
+
+    fn rest(&mut self, shift: &TrafficShift, reason: Reason, outcome: String, now: Millis) {
+        self.target = None;
+        self.shunned = false;
+        self.unpause(now);
+        self.begin_step(0, 0.0, shift, now);
+        self.endpoints_for_full_load = desired(shift, &self.stable);
+        self.listed = None;
+        self.outcome.clone_from(&outcome);
+        match (self.phase, self.reason) == (Phase::Initialized, reason) && reason == Reason::Serving {
+            true => self.message = outcome,
+            false => self.announce(Phase::Initialized, reason, outcome, now),
+        }
+    }
+
+    /// A rollout under way whose steps have changed goes on from the first one that is no step back, and asks, holds
+    /// and judges there as ever. What has changed only later than the present step does not touch it yet.
+    fn heed_steps(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        let plan = self.planned(shift);
+        if plan == self.plan && (!self.phase.is_under_way() || self.step < plan.len()) {
+            return;
+        }
+        let old = std::mem::replace(&mut self.plan, plan);
+        let is_known = !old.is_empty() || self.step >= self.plan.len();
+        let Some(target) = self.target.clone().filter(|_| self.phase.is_under_way() && is_known) else { return };
+        let (of, words) = (self.plan.len(), "the document's steps have changed");
+        let until_now = old.get(..=self.step);
+        if until_now.is_some() && until_now == self.plan.get(..=self.step) {
+            let message = format!("step {}: {words}; {target} stays at step {0} of {of}", self.step + 1);
+            return self.announce(self.phase, Reason::StepsChanged, message, now);
+        }
+        let had = old.get(self.step).map_or(0.0, |step| f64::from(step.weight) / 100.0);
+        let goal = match self.weight_by_hand {
+            Some(weight) => f64::from(weight) / 100.0,
+            None if self.allowed => had,
+            None => self.goal(shift),
+        };
+        let goal = goal.min(self.frozen.map_or(1.0, share_of));
+        let share = self.wanted_of(goal, shift, world);
+        self.begin_step(self.step_from(share, shift), share, shift, now);
+        let message = format!(
+            "step {}: {words}; {target}, which has {} %, goes on at step {0} of {of}",
+            self.step + 1,
+            percent(share)
+        );
+        self.announce(self.phase, Reason::StepsChanged, message, now);
+    }
+
+    /// The first step that is no step back for a target that has this share; where a share moves as a whole or not at
+    /// all, the last one that it has already.
+    pub(super) fn step_from(&self, share: f64, shift: &TrafficShift) -> usize {
+        let steps = self.steps(shift);
+        let has = |weight: u32| level_of(share) >= weight * 1_000;
+        match shift.strategy.whole_steps {
+            true => steps.iter().rposition(|step| has(step.weight)).unwrap_or(0),
+            false => {
+                let no_step_back = |weight: u32| weight * 1_000 >= level_of(share);
+                steps.iter().position(|step| no_step_back(step.weight)).unwrap_or(steps.len().saturating_sub(1))
+            }
+        }
+    }
+
+    pub(super) fn planned(&self, shift: &TrafficShift) -> Vec<Planned> {
+        let whole = shift.strategy.whole_steps && !self.goes_back(shift);
+        self.steps(shift).iter().map(|step| Planned { weight: step.weight, pause: step.pause, whole }).collect()
+    }
+
+    /// What scales the stable version while nothing is being moved knows what the load needs.
+    pub(super) fn follow_workload(&mut self, shift: &TrafficShift) {
+        for service in &shift.services {
+            let replicas = service.version(&self.stable).and_then(|version| version.replicas).filter(|n| *n > 0);
+            replicas.map(|replicas| self.endpoints_for_full_load.insert(service.name.clone(), replicas));
+        }
+    }
+
+    /// The same of who lists the stable version's endpoints: another number of them, while nothing is being moved, is
+    /// what the load needs from then on.
+    pub(super) fn follow_document(&mut self, shift: &TrafficShift) {
+        let of = |service: &ShiftService| {
+            let version = service.version(&self.stable).filter(|version| version.discovery.is_none())?;
+            Some((service.name.clone(), version.endpoints.len() as u32))
+        };
+        let endpoints: BTreeMap<String, u32> = shift.services.iter().filter_map(of).collect();
+        let listed = Listed { version: self.stable.clone(), endpoints };
+        if self.listed.as_ref() == Some(&listed) {
+            return;
+        }
+        let before = self.listed.take().filter(|before| before.version == listed.version);
+        for (service, endpoints) in &listed.endpoints {
+            if before.as_ref().and_then(|before| before.endpoints.get(service)).is_some_and(|n| n != endpoints) {
+                self.endpoints_for_full_load.insert(service.clone(), *endpoints);
+            }
+        }
+        self.listed = Some(listed);
+    }
+}
+
+/// How many endpoints each service is meant to have of a version.
+pub(super) fn desired(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
+    shift.services.iter().map(|service| (service.name.clone(), desired_of(service, version))).collect()
+}
+
+fn desired_of(service: &ShiftService, version: &str) -> u32 {
+    service.version(version).map_or(0, ShiftVersion::desired)
+}

@@ -1,0 +1,294 @@
+//! A rollout under way: what takes the target back, what stands in the way of the next step, and what time does.
+
+use super::parts::{self, EPSILON, level_of, percent};
+use super::words::{Shortfall, of_service, sentences};
+use super::{Millis, Observed, Opinion, Phase, Reason, Rollout, Warming};
+use tideshift_core::guard::Veto;
+use tideshift_core::report::Counts;
+use tideshift_core::shift::{ShiftService, TrafficShift};
+
+/// Why a target is taken back, and what it failed.
+struct Failure {
+    reason: Reason,
+    why: String,
+    errors: u64,
+    requests: u64,
+}
+
+impl Rollout {
+    /// `share`: what the target has had until now.
+    pub(super) fn begin_step(&mut self, step: usize, share: f64, shift: &TrafficShift, now: Millis) {
+        self.step = step;
+        self.allowed = !self.needs_gate(shift);
+        self.gate_says = None;
+        self.held_since = None;
+        self.waived = false;
+        self.before = Some(level_of(share));
+        self.reached = level_of(share);
+        self.most_ready = 0;
+        self.get_further(now);
+    }
+
+    /// Time begins to count anew for whoever waits.
+    pub(super) fn get_further(&mut self, now: Millis) {
+        self.progressed = now;
+        self.content = self.content.map(|_| now);
+    }
+
+    pub(super) fn progress(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        let Some(target) = self.target.clone() else { return };
+        let counted = shift.services.iter().map(|service| self.counted_on(shift, service, &target, world)).sum();
+        if counted > self.most_ready {
+            self.most_ready = counted;
+            self.get_further(now);
+        }
+        if let Some(failure) = self.failure(&target, shift, world, now) {
+            // More than half of its requests: anything is better, even a stable version that is too small.
+            self.shunned = failure.errors.saturating_mul(2) > failure.requests;
+            return self.take_back(failure.reason, &failure.why, now);
+        }
+        if !self.allowed && !self.needs_gate(shift) {
+            self.allowed = true;
+        }
+        self.warm_up(&target, shift, world, now);
+        self.reached = self.reached.max(level_of(self.wanted(shift, world)));
+        let shortfall = self.shortfall(shift, world);
+        let steps = self.steps(shift);
+        if let Some((phase, reason, why)) = self.obstacle(&target, &shortfall, shift, world, now) {
+            let message = format!("step {}: {why}", self.step + 1);
+            self.enter(phase, reason, message, shortfall, now);
+        } else if let Some(next) = steps.get(self.step + 1) {
+            self.begin_step(self.step + 1, self.wanted(shift, world), shift, now);
+            let message = format!("step {}: {target} is to get {} %", self.step + 1, next.weight);
+            self.announce(Phase::Progressing, Reason::StepStarted, message, now);
+        } else {
+            self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
+            self.begin_step(0, 0.0, shift, now);
+            self.outcome = format!("{target} serves everything");
+            self.announce(Phase::Succeeded, Reason::Completed, self.outcome.clone(), now);
+        }
+    }
+
+    /// Why the target must be taken back, if it must.
+    fn failure(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<Failure> {
+        if self.goes_back(shift) {
+            return None;
+        }
+        for service in &shift.services {
+            let began = |veto: &Veto| veto.until.saturating_sub(service.guard.cool_down_for(veto.strikes)) / 1_000_000;
+            // One from before speaks of an earlier attempt.
+            let veto = world.vetoes(&service.name, target).find(|veto| began(veto) >= self.started);
+            if let Some(Veto { requests, errors, others_requests, others_errors, .. }) = veto {
+                let why = format!(
+                    "{target}: a proxy's guard stopped it: {errors} of {requests} requests failed there, of the \
+                     others' {others_errors} of {others_requests}"
+                );
+                return Some(Failure { reason: Reason::GuardVeto, why, errors: *errors, requests: *requests });
+            }
+        }
+        let verdict = world.verdict();
+        if verdict.fails {
+            let Opinion { words, errors, requests, .. } = verdict;
+            return Some(Failure { reason: Reason::VerdictFail, why: format!("{target}: {words}"), errors, requests });
+        }
+        let (errors, requests) = self.counted(target, shift, world);
+        if let Some(limit) = shift.analysis.max_errors.filter(|limit| errors > *limit) {
+            let why = format!("{target}: {errors} of {requests} requests failed, more than the {limit} allowed");
+            return Some(Failure { reason: Reason::TooManyErrors, why, errors, requests });
+        }
+        let waits = self.allowed && !self.paused && shift.strategy.abort_at_deadline && self.is_stuck(shift, now);
+        let missing = shift.services.iter().find_map(|service| self.missing_of_target(shift, service, world));
+        let why =
+            format!("{}; no progress for {} s", missing.filter(|_| waits)?, shift.strategy.progress_deadline.as_secs());
+        Some(Failure { reason: Reason::ProgressDeadlineExceeded, why, errors: 0, requests: 0 })
+    }
+
+    /// Whether it has waited for endpoints for longer than it may.
+    fn is_stuck(&self, shift: &TrafficShift, now: Millis) -> bool {
+        let longest = shift.strategy.progress_deadline.as_millis() as u64;
+        self.content.is_none() && now.saturating_sub(self.progressed) >= longest
+    }
+
+    /// The time in which it waits for no endpoint does not count, and a hold that it has come through is progress.
+    fn count_waiting(&mut self, waits: bool, hold: Millis, now: Millis) {
+        match (waits, self.content) {
+            (true, Some(since)) => {
+                let is_held = self.held_since.is_some_and(|held| now.saturating_sub(held) >= hold);
+                self.progressed = if is_held { now } else { self.progressed + now.saturating_sub(since) };
+                self.content = None;
+            }
+            (false, None) => self.content = Some(now),
+            _ => {}
+        }
+    }
+
+    /// The target's errors and answers since the rollout began.
+    fn counted(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> (u64, u64) {
+        let of = |service: &ShiftService| {
+            let before = self.counted_before.get(&service.name).copied().unwrap_or_default();
+            world.counts(&service.name, target).since(&before)
+        };
+        let counts = shift.services.iter().map(of).fold(Counts::default(), |sum, counts| sum + counts);
+        (counts.error, counts.answered())
+    }
+
+    /// Gives the stable version its traffic back.
+    pub(super) fn take_back(&mut self, reason: Reason, why: &str, now: Millis) {
+        let back = match self.shunned {
+            true => "all at once",
+            false => "as far as it can carry the load",
+        };
+        self.taken_back += 1;
+        self.outcome = format!("{why}; back to {} {back}", self.stable);
+        self.announce(Phase::Failed, reason, self.outcome.clone(), now);
+    }
+
+    /// Lets copies of requests, then a growing share of them reach the target. While it is paused, this stands still.
+    fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        if self.frozen.is_some() {
+            return;
+        }
+        let ramp = shift.strategy.warm_up.seconds.as_millis() as u64;
+        let capacity = self.capacity(target, shift, world);
+        self.warming = match self.warming {
+            Warming::Due if self.allowed && capacity > 0.0 => Warming::Since(now),
+            Warming::Since(since) if now.saturating_sub(since) >= ramp => Warming::Over,
+            as_it_is => as_it_is,
+        };
+        if ramp == 0 || self.goes_back(shift) {
+            self.level = level_of(1.0);
+            return;
+        }
+        let passed = now.saturating_sub(self.level_since);
+        if passed < 1_000 {
+            return;
+        }
+        self.level = level_of(self.share(target, shift, world) + passed as f64 / ramp as f64);
+        self.level_since = now;
+    }
+
+    /// Stays at the present share.
+    pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        self.frozen = Some(level_of(self.wanted(shift, world)));
+        self.paused = true;
+        if let Warming::Since(since) = self.warming {
+            self.warming = Warming::Stopped(now.saturating_sub(since));
+        }
+    }
+
+    /// Goes on where it stopped.
+    pub(super) fn unpause(&mut self, now: Millis) {
+        (self.paused, self.weight_by_hand, self.level_since) = (false, None, now);
+        self.frozen = None;
+        if let Warming::Stopped(passed) = self.warming {
+            self.warming = Warming::Since(now.saturating_sub(passed));
+        }
+    }
+
+    /// What stands in the way of the next step.
+    fn obstacle(
+        &mut self,
+        target: &str,
+        shortfall: &Shortfall,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Option<(Phase, Reason, String)> {
+        let progressing = |reason, why| Some((Phase::Progressing, reason, why));
+        let step = self.present(shift);
+        let hold = step.hold.as_millis() as u64;
+        let (share, goal) = (self.share(target, shift, world), self.goal(shift));
+        let has_it = share + EPSILON >= goal;
+        let shortage = self.shortage(target, shift, world);
+        let is_warm = !matches!(self.warming, Warming::Since(_) | Warming::Stopped(_));
+        self.count_waiting(self.allowed && !self.paused && is_warm && shortage.is_some(), hold, now);
+        if !has_it {
+            self.held_since = None;
+        }
+        let has = || shortfall.words().unwrap_or_else(|| format!("{target} has {} %", percent(share)));
+        if self.paused {
+            let reason = if self.weight_by_hand.is_some() { Reason::WeightSet } else { Reason::PausedByUser };
+            let missing = sentences(&shortfall.missing);
+            let why = match has_it || !shortfall.strains.is_empty() {
+                true => format!("paused by hand; {}", has()),
+                false if missing.is_empty() => format!("paused by hand; {} of the {} % wanted", has(), percent(goal)),
+                false => format!("paused by hand; {} of the {} % wanted: {missing}", has(), percent(goal)),
+            };
+            return Some((Phase::Paused, reason, why));
+        }
+        if !self.allowed {
+            let says = self.gate_says.as_deref().unwrap_or("its gate has not answered yet");
+            return Some((Phase::Waiting, Reason::GateClosed, shortfall.beside(says.to_owned())));
+        }
+        if let Warming::Since(since) = self.warming {
+            let left = shift.strategy.warm_up.seconds.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
+            let why = format!("{target} gets copies of requests for {left} s more");
+            return progressing(Reason::WarmingUp, shortfall.beside(why));
+        }
+        if let Some(why) = shortage {
+            self.held_since = None;
+            let of_stable = shortfall.missing.iter().filter(|missing| **missing != why);
+            let all = [&why].into_iter().chain(of_stable);
+            let is_stuck = self.is_stuck(shift, now);
+            let stuck = format!("no progress for {} s", shift.strategy.progress_deadline.as_secs());
+            let all = all.chain(is_stuck.then_some(&stuck));
+            return match (is_stuck, shortfall.strains.is_empty()) {
+                (true, true) => progressing(Reason::ProgressDeadlineExceeded, sentences(all)),
+                (true, false) => {
+                    progressing(Reason::ProgressDeadlineExceeded, sentences(all.chain([&shortfall.holders])))
+                }
+                (false, false) => progressing(Reason::EndpointsLost, sentences(all.chain([&shortfall.holders]))),
+                (false, true) => progressing(Reason::WaitingForCapacity, sentences(all)),
+            };
+        }
+        if !has_it {
+            let why = format!("{target} has {} % on its way to {} %", percent(share), percent(goal));
+            return match shortfall.words() {
+                Some(words) => progressing(Reason::EndpointsLost, words),
+                None => progressing(Reason::Ramping, why),
+            };
+        }
+        let since = *self.held_since.get_or_insert(now);
+        if self.waived {
+            return None;
+        }
+        if now.saturating_sub(since) < hold {
+            let reason = if shortfall.strains.is_empty() { Reason::Holding } else { Reason::EndpointsLost };
+            return progressing(reason, has());
+        }
+        if !world.is_up_to_date() {
+            return progressing(Reason::CatchingUp, has());
+        }
+        let verdict = world.verdict();
+        if verdict.both_fail && !self.goes_back(shift) {
+            return progressing(Reason::BothFailing, shortfall.beside(verdict.words));
+        }
+        if step.pause {
+            return Some((Phase::Paused, Reason::PauseStep, format!("{}; paused until it is promoted", has())));
+        }
+        if !verdict.passes && !self.goes_back(shift) {
+            return progressing(Reason::Undecided, shortfall.beside(verdict.words));
+        }
+        None
+    }
+
+    /// What endpoints are missing for the next step: of the target, or of it and the stable version together.
+    fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+        shift.services.iter().find_map(|service| {
+            self.missing_of_target(shift, service, world).or_else(|| {
+                let full = self.full_load(service);
+                let missing = parts::max_unavailable(&shift.strategy, full);
+                let counted = |version: &str| self.counted_on(shift, service, version, world);
+                let together = counted(target) + counted(&self.stable);
+                (together < full.saturating_sub(missing)).then(|| {
+                    format!(
+                        "{} and {target}{} have {together} of {full} endpoints ready together, and no more than \
+                         {missing} may be missing",
+                        self.stable,
+                        of_service(shift, service),
+                    )
+                })
+            })
+        })
+    }
+}
