@@ -180,7 +180,7 @@ fn routes() -> Vec<Route> {
         // A document may hold secrets.
         get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
         Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),
-        get_by("/metrics", READERS, get(status::openmetrics)).by_all(),
+        get_by("/metrics", READERS, get(status::metrics)).by_all(),
         get_by("/healthz", EVERYBODY, get(status::healthy)).by_all(),
         get_by("/readyz", EVERYBODY, get(status::ready)).by_all(),
         get_by("/v1/openapi.json", EVERYBODY, get(openapi::document)).by_all(),

@@ -2,6 +2,7 @@
 //! what was done is counted in [`done`]. Names start with `tideshift_controller`, so that a sum over proxies and
 //! controller counts no request twice; those of the process are the ones that every Prometheus client has.
 
+pub mod classic;
 mod done;
 mod process;
 
@@ -22,6 +23,9 @@ use tideshift_core::outcome::Outcome;
 
 /// The metrics of a status, of what was done and of the process, in the OpenMetrics text format.
 pub fn text(status: Status, done: &Done) -> String {
+    for service in &status.services {
+        done.knows(&service.rollout);
+    }
     let mut registry = Registry::default();
     registry.register_collector(Box::new(process::Process));
     let own = registry.sub_registry_with_prefix("tideshift_controller");

@@ -2,6 +2,7 @@
 //! no client can bring it down.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::TcpListener,
     path::Path,
@@ -11,8 +12,9 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
-    client::{Connection, Request, get},
+    client::{Connection, Request, Response, get},
     controller::{Controller, Output, cli},
+    metrics::Metrics,
     openmetrics,
     rig::{DEADLINE, FOR_EVER, Rig, SERVICE, Seen, answers_polls, until},
     wait::eventually,
@@ -233,11 +235,49 @@ async fn it_is_ready_once_it_knows_what_is_ready() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A scrape as Prometheus asks for it.
+async fn in_openmetrics(controller: &Controller) -> anyhow::Result<Response> {
+    let accept = "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,\
+                  text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+    get(controller.address(), "/metrics").header("accept", accept).send().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_metrics_are_prometheus_older_text_for_whoever_does_not_ask_for_more() -> anyhow::Result<()> {
+    let (_rig, controller) = start().await?;
+    post(&controller, report("p", "1", 5).to_string()).send().await?;
+    for accept in [None, Some("*/*"), Some("text/plain;version=0.0.4")] {
+        let mut request = get(controller.address(), "/metrics");
+        if let Some(accept) = accept {
+            request = request.header("accept", accept);
+        }
+        let scrape = request.send().await?;
+        assert_eq!(scrape.header("content-type").as_deref(), Some("text/plain; version=0.0.4; charset=utf-8"));
+        let text = scrape.text();
+        let mut family = "";
+        for line in text.lines() {
+            match line.split(' ').collect::<Vec<_>>()[..] {
+                ["#", "HELP", name, ..] => family = name,
+                ["#", "TYPE", name, kind] => ensure!(name == family && ["counter", "gauge"].contains(&kind), "{line}"),
+                ["#", ..] => anyhow::bail!("{line}"),
+                _ => ensure!(line.split(['{', ' ']).next() == Some(family), "{line} is not of {family}"),
+            }
+        }
+        // Both say the same.
+        let names = |text: &str| -> anyhow::Result<BTreeSet<String>> {
+            Ok(Metrics::parse(text)?.0.into_keys().map(|series| series.name).collect())
+        };
+        assert_eq!(names(&text)?, names(&in_openmetrics(&controller).await?.text())?);
+        assert_eq!(Metrics::parse(&text)?.sum("tideshift_controller_leader", &[]), Some(1.0));
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn its_metrics_are_openmetrics_to_the_letter() -> anyhow::Result<()> {
     let (_rig, controller) = start().await?;
     post(&controller, report("p", "1", 5).to_string()).send().await?;
-    let scrape = get(controller.address(), "/metrics").send().await?;
+    let scrape = in_openmetrics(&controller).await?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     assert_eq!(scrape.header("content-type").as_deref(), Some(kind));
     let families = openmetrics::read(&scrape.text()).with_context(|| scrape.text())?;
@@ -323,7 +363,7 @@ async fn hostile_clients_get_an_answer_and_everybody_else_still_does() -> anyhow
         assert_eq!(post(&controller, huge.to_string()).send().await?.status, 204);
     }
     assert_eq!(Seen::now(&controller).await?.count("v1", "ok"), u64::MAX);
-    openmetrics::read(&controller.get("/metrics").await?)?;
+    openmetrics::read(&in_openmetrics(&controller).await?.text())?;
 
     // Requests that never end, and bytes that are none.
     let mut open = Vec::new();

@@ -3,11 +3,11 @@
 use super::{Part, Problem, Shared};
 use crate::clock::now;
 use crate::kubernetes::Role;
-use crate::metrics;
+use crate::metrics::{self, classic};
 use crate::status::{DrainStatus, Status};
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
 
@@ -37,9 +37,14 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     }
 }
 
-pub(super) async fn openmetrics(State(shared): State<Arc<Shared>>) -> Response {
+/// In OpenMetrics for whoever asks for it, as every newer Prometheus does.
+pub(super) async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
     let status = shared.control().status(now());
     shared.done.leads(shared.leader.role().decides());
     let text = metrics::text(status, &shared.done);
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+    let (kind, text) = match classic::asks_for_openmetrics(&headers) {
+        true => (classic::OPEN_METRICS, text),
+        false => (classic::KIND, classic::from_openmetrics(&text)),
+    };
+    ([(header::CONTENT_TYPE, kind), (header::VARY, "accept")], text).into_response()
 }

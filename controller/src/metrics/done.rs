@@ -11,6 +11,7 @@ pub struct Done {
     answers: Family<Labels, Counter>,
     last_report: Gauge<f64, AtomicU64>,
     transitions: Family<Labels, Counter>,
+    changes: Family<Labels, Counter>,
     policies: Counter,
     leads: Gauge<i64>,
     writes: Counter,
@@ -41,6 +42,12 @@ impl Done {
         self.transitions
             .get_or_create(&vec![("rollout", rollout.to_owned()), ("phase", phase), ("reason", reason)])
             .inc();
+        self.knows(rollout).inc();
+    }
+
+    /// There is such a rollout. It is counted from 0, since what appears at 1 has not increased for Prometheus.
+    pub(super) fn knows(&self, rollout: &str) -> Counter {
+        self.changes.get_or_create_owned(&vec![("rollout", rollout.to_owned())])
     }
 
     /// A policy was published.
@@ -60,7 +67,9 @@ impl Done {
         registry.register("last_report_timestamp_seconds", help, self.last_report.clone());
         let help = "Whether this replica decides; always 1 where there is only one";
         registry.register("leader", help, self.leads.clone());
-        registry.register("rollout_transitions", "Changes of a rollout's phase or reason", self.transitions.clone());
+        let help = "Changes of a rollout's phase or reason, by what it changed to; left out before the first";
+        registry.register("rollout_transitions", help, self.transitions.clone());
+        registry.register("rollout_changes", "Changes of a rollout's phase or reason", self.changes.clone());
         registry.register("policies_published", "Policies given to proxies", self.policies.clone());
         registry.register("state_writes", "Times that state was to be made safe", self.writes.clone());
         let help = "Times that it could not be: a restart would go on from what was kept before";

@@ -68,6 +68,7 @@ fn what_was_done_is_counted() {
         has(&before, "last_report_timestamp_seconds 0.0") && has(&before, "state_write_errors_total 0"),
         "{before}"
     );
+    assert!(has(&before, "rollout_changes_total{rollout=\"checkout\"} 0"), "{before}");
     let transition = Transition {
         left_out: 0,
         time: 1,
@@ -88,6 +89,8 @@ fn what_was_done_is_counted() {
     let after = text(status(), &done);
     for line in [
         "rollout_transitions_total{rollout=\"checkout\",phase=\"Failed\",reason=\"GuardVeto\"} 1",
+        "rollout_changes_total{rollout=\"checkout\"} 1",
+        "rollout_changes_total{rollout=\"search\"} 0",
         "http_requests_total{path=\"/v1/reports\",code=\"204\"} 2",
         "last_report_timestamp_seconds 1700000000.5",
         "policies_published_total 1",

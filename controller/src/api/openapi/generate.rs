@@ -26,7 +26,8 @@ struct Operation {
 enum Content {
     Nothing,
     Json(Schema),
-    Text(&'static str),
+    /// One of these kinds of text, as the client likes it.
+    Text(&'static [&'static str]),
     Problem,
 }
 
@@ -88,8 +89,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             // So that it is among the types.
             types.answer::<TransitionEvent<'_>>();
             let answers = vec![
-                (200, "Server-sent events, until the controller ends.", Content::Text("text/event-stream")),
-                (503, "As many listen as may.", Content::Problem),
+                (200, "Server-sent events, until the controller ends.", Content::Text(&["text/event-stream"])),
+                (503, "As many listen as may, or no replica leads at the moment.", Content::Problem),
             ];
             let description = "`event: status` with a Status at once, when it changes (at most four times a second), and at \
                                least once a second; `event: transition` with a TransitionEvent whenever a rollout's phase \
@@ -179,16 +180,18 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             answers: vec![(204, "Taken in.", Content::Nothing)],
         },
         ("GET", "/metrics") => {
-            let answers = vec![(200, "OpenMetrics 1.0.", Content::Text("application/openmetrics-text"))];
+            let kinds = Content::Text(&["text/plain", "application/openmetrics-text"]);
+            let answers =
+                vec![(200, "Prometheus' text format 0.0.4, or OpenMetrics 1.0 where `accept` asks for it.", kinds)];
             get("getMetrics", "machines", "The controller's metrics", "", answers)
         }
         ("GET", "/healthz") => {
-            get("getHealth", "machines", "Whether it runs", "", vec![(200, "It does.", Content::Text("text/plain"))])
+            get("getHealth", "machines", "Whether it runs", "", vec![(200, "It does.", Content::Text(&["text/plain"]))])
         }
         ("GET", "/readyz") => {
             let answers = vec![
-                (200, "It is.", Content::Text("text/plain")),
-                (503, "It waits for the first probes.", Content::Text("text/plain")),
+                (200, "It is.", Content::Text(&["text/plain"])),
+                (503, "It waits for the first probes.", Content::Text(&["text/plain"])),
             ];
             get("getReadiness", "machines", "Whether proxies can be given a policy", "", answers)
         }
@@ -328,13 +331,15 @@ impl Operation {
     fn responses(&self, route: &Route) -> Map<String, Value> {
         let problem = |what: &str| json!({"$ref": "#/components/responses/Problem", "description": what});
         let mut responses = Map::new();
+        let text = |kind: &str| (kind.to_owned(), json!({"schema": {"type": "string"}}));
+        let texts = |kinds: &[&str]| Value::Object(kinds.iter().map(|kind| text(kind)).collect());
         for (status, what, content) in &self.answers {
             let response = match content {
                 Content::Nothing => json!({"description": what}),
                 Content::Json(schema) => {
                     json!({"description": what, "content": {"application/json": {"schema": schema}}})
                 }
-                Content::Text(kind) => json!({"description": what, "content": {*kind: {"schema": {"type": "string"}}}}),
+                Content::Text(kinds) => json!({"description": what, "content": texts(kinds)}),
                 Content::Problem => problem(what),
             };
             responses.insert(status.to_string(), response);
