@@ -47,15 +47,22 @@ impl Secrets {
                 continue;
             }
             match options.tokens.load() {
-                Ok(tokens) => _ = self.tokens.send_replace(tokens),
+                Ok(tokens) => {
+                    if tokens.are_needed() {
+                        tracing::info!("tokens were read again");
+                    }
+                    self.tokens.send_replace(tokens);
+                }
                 Err(error) => tracing::error!("{error}; the tokens from before stay"),
             }
             match (&self.tls, options.tls.as_ref().map(TlsFiles::load)) {
-                (Some(tls), Some(Ok(config))) => _ = tls.send_replace(config),
+                (Some(tls), Some(Ok(config))) => {
+                    tls.send_replace(config);
+                    tracing::info!("the certificate was read again");
+                }
                 (_, Some(Err(error))) => tracing::error!("{error}; the certificate from before stays"),
                 _ => {}
             }
-            tracing::info!("tokens and certificate were read again");
         }
     }
 }
