@@ -423,7 +423,13 @@ impl Rollout {
     fn record(&mut self, reason: Reason, message: String, now: Millis) {
         let (rollout, phase) = (self.number, self.phase);
         let step = phase.is_under_way().then_some(self.step);
-        self.news.push(Transition { time: now, rollout, phase, reason, message, step, left_out: 0 });
+        let from = match phase {
+            // The target is the stable version by now.
+            Phase::Succeeded => self.leaving.clone(),
+            _ => Some(self.stable.clone()),
+        };
+        let target = self.target.clone();
+        self.news.push(Transition { time: now, rollout, phase, reason, message, step, from, target, left_out: 0 });
     }
 }
 

@@ -162,6 +162,12 @@ pub struct TransitionStatus {
     /// it is left out.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out: u64,
+    /// The version that served before the rollout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// The version to move to, or that was moved to, or that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
@@ -179,6 +185,8 @@ impl From<&Transition> for TransitionStatus {
             message: transition.message.clone(),
             step: transition.step.map(|step| step + 1),
             left_out: transition.left_out,
+            from: transition.from.clone(),
+            target: transition.target.clone(),
         }
     }
 }

@@ -249,6 +249,29 @@ async fn what_happens_is_told_in_order_and_again_until_it_is_heard() -> anyhow::
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_succeeded_is_told_with_where_it_came_from() -> anyhow::Result<()> {
+    let (json_hook, chat) = (Receiver::start(YES).await?, Receiver::start(YES).await?);
+    let webhooks = json!([
+        notification("all", &json_hook.url(), json!({ "phases": ["Succeeded"] })),
+        notification("chat", &chat.url(), json!({ "format": "Slack", "phases": ["Succeeded"] })),
+    ]);
+    let (_rig, controller) = start(webhooks).await?;
+    until_weights(&controller, [90.0, 10.0]).await?;
+    assert_eq!(tell(&controller, "promote", json!({ "full": true })).await?.status, 200);
+    until_weights(&controller, [0.0, 100.0]).await?;
+    until(&controller, "the end", |seen| Ok(ensure!(seen.phase() == "Succeeded", "{}", seen.message()))).await?;
+    assert_eq!(tell(&controller, "rollback", json!({ "to": "v1" })).await?.status, 200);
+    let (got, got_chat) = (json_hook.until(2).await?, chat.until(2).await?);
+    for (index, (from, to)) in [("v1", "v2"), ("v2", "v1")].into_iter().enumerate() {
+        let (said, text) = (got[index].json()?, got_chat[index].json()?);
+        assert_eq!((&said["from"], &said["target"], &said["stable"]), (&json!(from), &json!(to), &json!(to)), "{said}");
+        let text = text["text"].as_str().context("no text")?;
+        assert!(text.starts_with(&format!("shop ({from} → {to}): Succeeded, Completed")), "{text}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_does_not_listen_holds_up_nobody() -> anyhow::Result<()> {
     let (deaf, gone, well) = (
         Receiver::start(Answer::Silence).await?,

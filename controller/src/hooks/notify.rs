@@ -40,7 +40,7 @@ impl Teller {
         let id = format!("{rollout}/{}/{}/{:?}", transition.rollout, transition.time, transition.reason);
         let body = match format {
             NotificationFormat::Json => json_body(rollout, &id, &transition, services),
-            NotificationFormat::Slack => slack_body(rollout, &transition, services),
+            NotificationFormat::Slack => slack_body(rollout, &transition),
         };
         let note = Note { id, body: body.to_string().into_bytes() };
         if self.queue.try_send(note).is_err() {
@@ -85,14 +85,13 @@ fn json_body(rollout: &str, id: &str, transition: &TransitionStatus, services: &
     body["name"] = json!(rollout);
     body["services"] = services.iter().map(|service| json!(service.name)).collect();
     body["stable"] = json!(services.first().map(|service| &service.stable));
-    body["target"] = json!(services.first().and_then(|service| service.target.as_ref()));
+    body["target"] = json!(transition.target);
     body
 }
 
-fn slack_body(rollout: &str, transition: &TransitionStatus, services: &[ServiceStatus]) -> Value {
-    let service = services.first();
-    let way = service.and_then(|service| Some(format!(" ({} → {})", service.stable, service.target.as_ref()?)));
-    let TransitionStatus { phase, reason, message, .. } = transition;
+fn slack_body(rollout: &str, transition: &TransitionStatus) -> Value {
+    let TransitionStatus { phase, reason, message, from, target, .. } = transition;
+    let way = from.as_ref().zip(target.as_ref()).map(|(from, target)| format!(" ({from} → {target})"));
     let text = format!("{rollout}{}: {}, {reason:?}: {message}", way.unwrap_or_default(), phase.name());
     // What Slack would take for links and mentions.
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");

@@ -77,6 +77,8 @@ fn what_was_done_is_counted() {
         reason: Reason::GuardVeto,
         message: String::new(),
         step: None,
+        from: None,
+        target: None,
     };
     done.changed("checkout", &transition);
     done.answered("/v1/reports", 204);

@@ -19,6 +19,12 @@ pub struct Transition {
     pub message: String,
     /// The index of the present step, if it is under way.
     pub step: Option<usize>,
+    /// The version that served before the rollout.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// The version to move to, or that was moved to, or that failed.
+    #[serde(default)]
+    pub target: Option<String>,
     /// How many transitions just before this one are left out, because endpoints came and went again and again.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out: u64,
