@@ -20,8 +20,8 @@ use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use rollouts::{Nothing, Promote, Rollback, SetTarget, SetWeight, command};
 use schemars::JsonSchema;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -104,15 +104,25 @@ impl Shared {
                 return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down; it may not have been done"));
             }
         }
-        let services = self.control().rollout_status(rollout, now());
-        services.map(|services| Services { services }).ok_or_else(|| Problem::not_found("it is gone already"))
+        let control = self.control();
+        let services =
+            control.rollout_status(rollout, now()).ok_or_else(|| Problem::not_found("it is gone already"))?;
+        Ok(Services { services, unchanged: false, state_error: control.state_error().map(str::to_owned) })
     }
 }
 
 /// The services that a rollout moves, as they stand.
-#[derive(Debug, Serialize, JsonSchema)]
-struct Services {
-    services: Vec<ServiceStatus>,
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Services {
+    /// Each of them.
+    pub services: Vec<ServiceStatus>,
+    /// What was asked for was so already.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unchanged: bool,
+    /// Why what was asked for is done but not kept, if so: a restart would go on from what was kept before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_error: Option<String>,
 }
 
 /// The caller's address, where it is known.
@@ -314,5 +324,10 @@ where
 
 /// The body as JSON; `what` it should be is for the message if it is not.
 fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, what: &str) -> Result<T, Problem> {
-    serde_json::from_slice(&body?).map_err(|error| Problem::bad_request(format!("not {what}: {error}")))
+    let body = body?;
+    // A list of an object's values would do for serde.
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err(Problem::bad_request(format!("not {what}: expected a JSON object")));
+    }
+    serde_json::from_slice(&body).map_err(|error| Problem::bad_request(format!("not {what}: {error}")))
 }

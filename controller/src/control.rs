@@ -272,12 +272,17 @@ impl Control {
         changed | self.proxies.reported(report, epoch, knows, now)
     }
 
-    /// Somebody wants something of a rollout.
+    /// Why what is decided cannot be kept, if so.
+    pub fn state_error(&self) -> Option<&str> {
+        self.state_error.as_deref()
+    }
+
+    /// Somebody wants something of a rollout. Returns whether it was not so already.
     ///
     /// # Errors
     ///
     /// If there is no such rollout, or the command does not fit it.
-    pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<(), CommandError> {
+    pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<bool, CommandError> {
         let Some(shift) = self.shift(name) else {
             let known: Vec<_> = self.shifts.iter().map(|shift| shift.name.as_str()).collect();
             let known = known.join(", ");
@@ -289,12 +294,15 @@ impl Control {
         }
         let world = self.world(shift, now);
         let name = shift.name.clone();
-        let rollout = self.kept.rollouts.get(&name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
-        let mut rollout = rollout.command(command, shift, &world, now)?;
+        let before = self.kept.rollouts.get(&name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
+        let mut rollout = before.clone().command(command, shift, &world, now)?;
+        if rollout == before {
+            return Ok(false);
+        }
         self.news.extend(rollout.take_news().into_iter().map(|news| (name.clone(), news)));
         self.kept.rollouts.insert(name, rollout);
         self.dirty = true;
-        Ok(())
+        Ok(true)
     }
 
     /// The steps that wait for a gate.

@@ -34,6 +34,9 @@ pub struct ServiceStatus {
     pub name: String,
     /// The rollout that moves it; services of one document share one.
     pub rollout: String,
+    /// Counts the rollouts of its document, the first is 1; 0 before it.
+    #[serde(default)]
+    pub number: u64,
     /// Where its rollout stands.
     pub phase: Phase,
     /// Why it is in this phase, in a word.

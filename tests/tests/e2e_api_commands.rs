@@ -85,7 +85,6 @@ async fn what_makes_no_sense_or_does_not_fit_is_said() -> anyhow::Result<()> {
     let (_rig, controller) = start(10).await?;
     for (command, body, status, why) in [
         ("resume", json!({}), 409, "it is not paused"),
-        ("set-target", json!({ "target": "v2" }), 409, "v2 is the target already"),
         ("set-target", json!({ "target": "v9" }), 400, "expected one of the versions v1, v2"),
         ("set-target", json!({}), 400, "missing field `target`"),
         ("rollback", json!({ "to": 7 }), 400, "invalid type"),
@@ -94,7 +93,9 @@ async fn what_makes_no_sense_or_does_not_fit_is_said() -> anyhow::Result<()> {
         ("set-weight", json!({ "weight": 12.5 }), 400, "invalid type: floating point"),
         ("promote", json!({ "ful": true }), 400, "unknown field `ful`, expected `full`"),
         ("pause", json!({ "for": "ever" }), 400, "unknown field `for`"),
-        ("promote", json!("full"), 400, "not what this command needs"),
+        ("promote", json!("full"), 400, "not what this command needs: expected a JSON object"),
+        ("set-weight", json!([33]), 400, "not what this command needs: expected a JSON object"),
+        ("pause", json!([]), 400, "not what this command needs: expected a JSON object"),
         ("launch", json!({}), 404, "no such path"),
     ] {
         let (got, said) = tell(&controller, command, body).await?;
@@ -116,6 +117,31 @@ async fn what_makes_no_sense_or_does_not_fit_is_said() -> anyhow::Result<()> {
     // No body is as good as an empty one.
     let pause = Request::new(controller.address(), "POST", &path).header("content-type", "application/json");
     assert_eq!(pause.send().await?.status, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_so_already_may_be_said_again() -> anyhow::Result<()> {
+    let (_rig, controller) = start(10).await?;
+    let revision = Seen::now(&controller).await?.revision();
+    for (command, body, already, phase) in [
+        ("set-target", json!({ "target": "v2" }), true, "Progressing"),
+        ("pause", json!({}), false, "Paused"),
+        ("pause", json!({}), true, "Paused"),
+        ("set-target", json!({ "target": "v2" }), true, "Paused"),
+    ] {
+        let (status, said) = tell(&controller, command, body).await?;
+        ensure!(status == 200 && said["services"][0]["phase"] == phase, "{command}: {status} {said}");
+        ensure!(said["unchanged"] == if already { json!(true) } else { Value::Null }, "{command}: {said}");
+        ensure!(said["services"][0]["number"] == 1, "{command}: {said}");
+    }
+    assert_eq!(Seen::now(&controller).await?.revision(), revision);
+    // What has failed is tried again; the version that serves is not.
+    assert_eq!(tell(&controller, "abort", json!({})).await?.0, 200);
+    let (_, serves) = tell(&controller, "set-target", json!({ "target": "v1" })).await?;
+    assert_eq!((&serves["unchanged"], &serves["services"][0]["phase"]), (&json!(true), &json!("Failed")));
+    let (_, again) = tell(&controller, "set-target", json!({ "target": "v2" })).await?;
+    assert_eq!((&again["unchanged"], &again["services"][0]["number"]), (&Value::Null, &json!(2)));
     Ok(())
 }
 

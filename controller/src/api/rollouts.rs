@@ -1,6 +1,6 @@
 //! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
 
-use super::{Part, Peer, Problem, Shared, parse};
+use super::{Part, Peer, Problem, Services, Shared, parse};
 use crate::clock::now;
 use crate::rollout::Command;
 use crate::status::TransitionStatus;
@@ -62,12 +62,12 @@ pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) 
         let body = body.map(|body| if body.is_empty() { Bytes::from_static(b"{}") } else { body });
         let command = command(parse(body, "what this command needs")?);
         tracing::info!(rollout = name, ?command, peer = super::shown(&peer), "asked for through the API");
-        let turn = {
+        let (changed, turn) = {
             let mut control = shared.control();
-            control.command(&name, &command, now())?;
-            shared.turns.ask()
+            (control.command(&name, &command, now())?, shared.turns.ask())
         };
-        shared.after(turn, &name).await.map(Json)
+        let services = shared.after(turn, &name).await?;
+        Ok::<_, Problem>(Json(Services { unchanged: !changed, ..services }))
     };
     post(handler)
 }

@@ -117,6 +117,7 @@ impl Control {
         ServiceStatus {
             name: service.name.clone(),
             rollout: shift.name.clone(),
+            number: rollout.number,
             phase: rollout.phase,
             reason: rollout.reason,
             paused: rollout.paused,

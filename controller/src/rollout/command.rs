@@ -48,7 +48,7 @@ pub enum Refused {
 }
 
 impl Rollout {
-    /// The state after somebody has said something.
+    /// The state after somebody has said something. What is so already stays as it is, so that it may be said twice.
     ///
     /// # Errors
     ///
@@ -134,7 +134,7 @@ impl Rollout {
     fn pause(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if self.paused {
-            return Err(self.conflict("it is paused already"));
+            return Ok(());
         }
         self.freeze(shift, world, now);
         self.announce(Phase::Paused, Reason::PausedByUser, format!("{target}: paused by hand"), now);
@@ -193,14 +193,12 @@ impl Rollout {
         must_have(shift, "target", target)?;
         let under_way = self.phase.is_under_way();
         if under_way && self.target.as_deref() == Some(target) && !self.is_return {
-            return Err(self.conflict(&format!("{target} is the target already")));
+            return Ok(());
         }
         if target != self.stable {
             self.start(target.to_owned(), shift, world, now);
         } else if under_way {
             self.withdraw(shift, world, now);
-        } else {
-            return Err(self.conflict(&format!("{target} serves already")));
         }
         Ok(())
     }

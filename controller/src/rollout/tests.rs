@@ -446,7 +446,9 @@ fn somebody_can_pause_and_resume_at_any_time() {
     play.pass(5).command(Command::Pause).unwrap();
     assert_eq!(play.pass(3_600).shares(), [90.0, 10.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::PausedByUser));
-    assert!(play.command(Command::Pause).is_err());
+    let paused = play.rollout.clone();
+    play.command(Command::Pause).unwrap();
+    assert_eq!(play.rollout, paused, "it is so already");
     // Paused or not, a target that fails is taken back.
     let mut failing = Play {
         document: play.document.clone(),
@@ -538,12 +540,17 @@ fn a_target_by_hand_is_as_one_of_the_document() {
     let mut play = Play::new("v1", None, json!([{"weight": 50, "holdSeconds": 600}]));
     play.pass(1).command(Command::SetTarget { target: "v2".to_owned() }).unwrap();
     assert_eq!(play.pass(60).shares(), [50.0, 50.0, 0.0], "the document, which names none, does not undo it");
-    assert!(play.command(Command::SetTarget { target: "v2".to_owned() }).is_err());
+    let under_way = play.rollout.clone();
+    play.command(Command::SetTarget { target: "v2".to_owned() }).unwrap();
+    assert_eq!(play.rollout, under_way, "it is so already");
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
     assert_eq!(play.pass(1).shares(), [50.0, 0.0, 50.0]);
     play.command(Command::SetTarget { target: "v1".to_owned() }).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Initialized, Reason::TargetWithdrawn));
+    let withdrawn = play.rollout.clone();
+    play.command(Command::SetTarget { target: "v1".to_owned() }).unwrap();
+    assert_eq!(play.rollout, withdrawn, "it serves already");
 }
 
 #[test]

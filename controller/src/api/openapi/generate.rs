@@ -112,7 +112,10 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end.";
             command("promote", "On to the next step", description, types.body::<Promote>(), types)
         }
-        ("POST", "/v1/rollouts/{name}/pause") => command("pause", "Stay as it is", "", types.body::<Nothing>(), types),
+        ("POST", "/v1/rollouts/{name}/pause") => {
+            let description = "What is paused already stays so (`unchanged`).";
+            command("pause", "Stay as it is", description, types.body::<Nothing>(), types)
+        }
         ("POST", "/v1/rollouts/{name}/resume") => {
             command("resume", "Go on after a pause", "", types.body::<Nothing>(), types)
         }
@@ -124,7 +127,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             command("rollback", "Back to a version", description, types.body::<Rollback>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-target") => {
-            let description = "As if the document said so. A rollout under way is superseded.";
+            let description = "As if the document said so. A rollout under way is superseded. If that version is the \
+                               target already or serves everything, nothing changes (`unchanged`).";
             command("setTarget", "A rollout to a version", description, types.body::<SetTarget>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-weight") => {
@@ -146,6 +150,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             answers: vec![
                 (200, "It took the place of another; its services as they stand now.", types.answer::<Services>()),
                 (201, "It is the first of its name.", types.answer::<Services>()),
+                (409, "In Kubernetes, where documents are resources of the cluster.", Content::Problem),
             ],
         },
         ("GET", "/v1/policy") => Operation {
@@ -350,14 +355,19 @@ impl Operation {
             }
         };
         let (body, guarded) = (self.body.is_some(), !route.allowed.is_empty());
-        also(body || !self.query.is_empty(), 400, "What was sent makes no sense.");
+        let named = names(route.path).next().is_some();
+        also(body || named || !self.query.is_empty(), 400, "What was sent makes no sense.");
         also(guarded, 401, "No token, or none that is known.");
         also(guarded, 403, "The token is for something else, or, where there are no tokens, a web page asks.");
-        also(names(route.path).next().is_some(), 404, "There is nothing of that name.");
+        also(named, 404, "There is nothing of that name.");
         also(body, 408, "The body took too long.");
         also(body, 413, "The body is too large.");
         also(body, 415, "The body is not said to be JSON.");
-        also(body && guarded && self.tag != "proxies", 503, "The controller ends; it may not have been done.");
+        // Of several replicas only one answers these.
+        also(!route.by_all, 502, "This replica does not lead, and the one that does cannot be reached.");
+        let done = body && guarded && self.tag != "proxies";
+        also(done, 503, "The controller ends; it may not have been done. Or no replica leads at the moment.");
+        also(!route.by_all, 503, "No replica leads at the moment.");
         responses
     }
 }

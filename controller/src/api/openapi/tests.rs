@@ -76,6 +76,12 @@ fn shift(name: &str, weight: u32) -> Value {
 
 /// The API of a controller whose endpoints are ready, without tokens.
 async fn start() -> (Router, Arc<Shared>) {
+    start_as(Role::Alone).await
+}
+
+/// The same of a replica in this role.
+async fn start_as(role: Role) -> (Router, Arc<Shared>) {
+    let role = watch::Sender::new(role);
     crate::net::install_crypto_provider();
     let document = shift("shop", 10);
     let read = TrafficShift::read(&document).unwrap();
@@ -84,7 +90,7 @@ async fn start() -> (Router, Arc<Shared>) {
     let ((publish, published), (_, tokens)) = (watch::channel(None), watch::channel(Tokens::default()));
     let (control, (end, ending)) = (Mutex::new(control), watch::channel(false));
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-    let (reviewer, leader) = (None, Leader::new(watch::channel(Role::Alone).1, None));
+    let (reviewer, leader) = (None, Leader::new(role.subscribe(), None));
     let done = Done::default();
     let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
     let shared = Arc::new(shared);
@@ -107,7 +113,7 @@ async fn start() -> (Router, Arc<Shared>) {
             };
             mind.turns.end(turn);
             mind.counted.notified().await;
-            let _ = &end;
+            let _ = (&end, &role);
         }
     });
     shared.published.clone().wait_for(Option::is_some).await.unwrap();
@@ -145,9 +151,10 @@ async fn every_route_answers_as_documented() {
         ("GET", "/v1/policy", "/v1/policy?after=x".to_owned(), None, 400),
         ("GET", "/v1/status", "/v1/status".to_owned(), None, 200),
         ("POST", "/v1/rollouts/{name}/pause", rollout("pause"), Some(nothing.clone()), 200),
-        ("POST", "/v1/rollouts/{name}/pause", rollout("pause"), Some(nothing.clone()), 409),
+        ("POST", "/v1/rollouts/{name}/pause", rollout("pause"), Some(nothing.clone()), 200),
         ("POST", "/v1/rollouts/{name}/pause", "/v1/rollouts/nobody/pause".to_owned(), Some(nothing.clone()), 404),
         ("POST", "/v1/rollouts/{name}/resume", rollout("resume"), Some(nothing.clone()), 200),
+        ("POST", "/v1/rollouts/{name}/resume", rollout("resume"), Some(nothing.clone()), 409),
         ("POST", "/v1/rollouts/{name}/set-weight", rollout("set-weight"), Some(json!({"weight": 50})), 200),
         ("POST", "/v1/rollouts/{name}/abort", rollout("abort"), Some(nothing.clone()), 200),
         ("POST", "/v1/rollouts/{name}/set-target", rollout("set-target"), Some(json!({"target": "v2"})), 200),
@@ -155,6 +162,7 @@ async fn every_route_answers_as_documented() {
         ("POST", "/v1/rollouts/{name}/set-target", rollout("set-target"), Some(json!({"target": "v2"})), 200),
         ("POST", "/v1/rollouts/{name}/promote", rollout("promote"), Some(json!({"full": true})), 200),
         ("GET", "/v1/rollouts/{name}/history", rollout("history"), None, 200),
+        ("GET", "/v1/rollouts/{name}/history", "/v1/rollouts/%ff/history".to_owned(), None, 400),
         ("GET", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 200),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), Some(shift("shop", 20)), 200),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), Some(shift("till", 20)), 201),
@@ -208,12 +216,37 @@ async fn every_route_answers_as_documented() {
     assert_eq!(all, asked, "every operation is asked for what it promises");
 }
 
+#[tokio::test]
+async fn replicas_answer_as_documented() {
+    let document: Value = serde_json::from_str(DOCUMENT).unwrap();
+    let nobody = Role::Follows(Some("http://127.0.0.1:1".to_owned()));
+    for (role, status) in [(Role::Follows(None), 503), (nobody, 502)] {
+        let (api, _) = start_as(role).await;
+        for (method, path, operation) in operations(&document) {
+            let by_all = ["/v1/policy", "/metrics", "/healthz", "/readyz", "/v1/openapi.json"].contains(&path.as_str());
+            if by_all {
+                continue;
+            }
+            let uri = path.replace("{name}", "shop").replace("{service}", "shop").replace("{version}", "v1");
+            let answer = send(&api, &method, &uri, Some(&json!({}))).await;
+            assert_eq!(answer.status(), status, "{method} {path}");
+            assert!(operation["responses"][status.to_string()].is_object(), "{method} {path} does not say {status}");
+        }
+    }
+    let (api, _) = start_as(Role::Leads).await;
+    let answer = send(&api, "PUT", "/v1/shifts/shop", Some(&shift("shop", 20))).await;
+    assert_eq!(answer.status(), 409);
+    assert!(document["paths"]["/v1/shifts/{name}"]["put"]["responses"]["409"].is_object());
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_a_schema_forbids_is_refused() {
     let (api, _) = start().await;
     let document: Value = serde_json::from_str(DOCUMENT).unwrap();
     for (path, body) in [
         ("/v1/rollouts/{name}/pause", json!({"for": "ever"})),
+        ("/v1/rollouts/{name}/pause", json!([])),
+        ("/v1/rollouts/{name}/set-weight", json!([33])),
         ("/v1/rollouts/{name}/promote", json!({"full": "yes"})),
         ("/v1/rollouts/{name}/rollback", json!({})),
         ("/v1/rollouts/{name}/set-target", json!({"target": 7})),

@@ -227,7 +227,7 @@ const STATUS: &str = r#"{
     "verdict": {"outcome": "undecided", "message": "too early", "target": {"requests": 9, "errors": 0},
         "stable": {"requests": 27, "errors": 1}, "evidence": 0.5, "bound": 1000.0, "passEvidence": 1.5, "passBound": 20.0,
         "latency": {"message": "too early", "evidence": 0.1, "bound": 2000.0}},
-    "services": [{"name": "checkout.shop", "rollout": "checkout.shop", "phase": "Progressing", "reason": "Holding",
+    "services": [{"name": "checkout.shop", "rollout": "checkout.shop", "number": 3, "phase": "Progressing", "reason": "Holding",
         "paused": false, "stable": "v1", "target": "v2", "steps": [{"weight": 25, "holdSeconds": 60, "pause": false,
             "matches": 0}], "step": {"number": 2, "of": 3, "weight": 25, "holdSeconds": 60}, "deadline": "2026-11-22T15:13:54Z",
         "message": "step 2 of 3", "since": "2026-11-22T15:13:54Z", "unrouted": 0, "versions": [{"name": "v2", "weight": 25.5,
