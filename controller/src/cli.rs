@@ -14,6 +14,7 @@ mod simulate;
 mod status;
 mod steer;
 mod validate;
+mod wait;
 mod wait_drained;
 
 use crate::documents::DocumentErrors;
@@ -60,7 +61,8 @@ In Kubernetes:
                                                    The filter and the routes; also envoy-gateway, httproute
 
 Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
-how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed; 1 anything else.";
+how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed, or something else took its
+place; 7 done, but not safe from a restart of the controller, which cannot keep it; 1 anything else.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -144,9 +146,12 @@ pub enum Failure {
     /// What was waited for has not come in time.
     #[error("error: {0}")]
     TooLate(String),
-    /// The rollout that was waited for has failed.
+    /// The rollout that was waited for has failed, or something else took its place.
     #[error("error: {0}")]
     RolloutFailed(String),
+    /// It is done, but the controller could not keep it.
+    #[error("error: {0}")]
+    NotSafe(String),
     /// The controller wants another token, or one at all.
     #[error("error: {0}")]
     NotAllowed(String),
@@ -167,6 +172,7 @@ impl Failure {
             Self::Conflict(_) => ExitCode::from(4),
             Self::NotAllowed(_) => ExitCode::from(5),
             Self::RolloutFailed(_) => ExitCode::from(6),
+            Self::NotSafe(_) => ExitCode::from(7),
             Self::Other(_) => ExitCode::FAILURE,
         }
     }

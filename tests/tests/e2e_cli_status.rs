@@ -71,6 +71,41 @@ async fn a_table_for_people_and_json_for_programs() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watching_goes_on_over_a_restart_of_the_controller() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1)]).await?;
+    rig.write(&rig.document(json!({})))?;
+    let mut controller = rig.start_controller().await?;
+    let server = format!("http://{}", controller.address());
+    let errors = rig.path("errors");
+    let mut watch = Command::new(artifacts::tideshift()?)
+        .args(["status", "--watch", "-o", "json", "--server", &server])
+        .stdout(Stdio::piped())
+        .stderr(std::fs::File::create(&errors)?)
+        .spawn()?;
+    let mut lines = BufReader::new(watch.stdout.take().context("no output")?).lines();
+    let mut shows = || -> anyhow::Result<Value> { Ok(serde_json::from_str(&lines.next().context("it ended")??)?) };
+    let outcome = async {
+        assert_eq!(shows()?["services"][0]["stable"], "v1");
+        controller.kill()?;
+        eventually("words on that", DEADLINE, async || {
+            let said = std::fs::read_to_string(&errors)?;
+            ensure!(said.contains("is `tideshift serve` running there?"), "{said}");
+            Ok(())
+        })
+        .await?;
+        controller.start_again().await?;
+        let epoch = controller.status().await?["epoch"].clone();
+        assert_eq!(shows()?["epoch"], epoch);
+        assert_eq!(std::fs::read_to_string(&errors)?.lines().count(), 1, "once");
+        anyhow::Ok(())
+    };
+    let outcome = outcome.await;
+    watch.kill()?;
+    watch.wait()?;
+    outcome
+}
+
 /// The status that the API gave, with the one field that time moves as it is in `other`.
 fn controller_status(status: &Value, other: &Value) -> Value {
     let mut status = status.clone();
@@ -82,6 +117,7 @@ fn controller_status(status: &Value, other: &Value) -> Value {
 fn every_command_helps_and_says_its_defaults() -> anyhow::Result<()> {
     let no_command = cli::<&str>([])?;
     let help = cli(["--help"])?;
+    assert!(help.stdout.contains("7 done, but not safe from a restart"), "{}", help.stdout);
     assert_eq!((no_command.code, help.code), (Some(2), Some(0)));
     for command in ["serve", "status", "validate", "explain", "render"] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{command}");

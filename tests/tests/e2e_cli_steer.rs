@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
@@ -115,6 +116,154 @@ async fn waiting_ends_as_the_rollout_does() -> anyhow::Result<()> {
     let failed = run(&controller, &["set-target", "v2", "--wait"]).await?;
     assert_eq!(failed.code, Some(6), "{failed:?}");
     assert!(failed.stdout.starts_with("shop: Failed - v2: "), "{failed:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiting_for_a_version_does_not_end_well_with_another_one() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1), ("v3", 1)]).await?;
+    rig.write(&rig.document(hold_at(20)))?;
+    let controller = rig.start_controller().await?;
+    let file = rig.file().to_string_lossy().into_owned();
+    // What is wanted serves already.
+    done(&controller, &["apply", "-f", &file, "--wait", "--timeout", "20s"]).await?;
+    let mut serves_already = rig.document(hold_at(20));
+    serves_already["spec"]["target"] = json!("v1");
+    let other = rig.path("other.yaml");
+    std::fs::write(&other, serves_already.to_string())?;
+    done(&controller, &["apply", "-f", &other.to_string_lossy(), "--wait", "--timeout", "20s"]).await?;
+
+    // Each of these takes the place of the rollout that somebody waits for.
+    let another: [&[&[&str]]; 3] =
+        [&[&["set-target", "v3"], &["promote", "--full"]], &[&["rollback", "--to", "v1"]], &[&["set-target", "v3"]]];
+    for (number, (wanted, instead)) in [("v2", another[0]), ("v2", another[1]), ("v2", another[2])].iter().enumerate() {
+        let begun = done(&controller, &["set-target", wanted]).await?;
+        assert!(begun.starts_with("shop: Progressing"), "{begun}");
+        let waiting = run(&controller, &["set-target", wanted, "--wait"]);
+        let taking_its_place = async {
+            // The one that waits has said so, and changes nothing by that.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            for words in *instead {
+                done(&controller, words).await?;
+            }
+            anyhow::Ok(())
+        };
+        let (waiting, taken) = tokio::join!(waiting, taking_its_place);
+        taken?;
+        let waiting = waiting?;
+        assert_eq!(waiting.code, Some(6), "{number}: {waiting:?}");
+        assert!(waiting.stderr.contains(&format!("to {wanted} has not come to its end: rollout ")), "{waiting:?}");
+        assert!(waiting.stderr.contains("took its place"), "{waiting:?}");
+    }
+    // What is withdrawn is no success, either.
+    let waiting = run(&controller, &["set-target", "v3", "--wait"]);
+    let withdrawing = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let stable = Seen::now(&controller).await?.service()["stable"].as_str().unwrap_or_default().to_owned();
+        done(&controller, &["set-target", &stable, "--wait"]).await
+    };
+    let (waiting, withdrawn) = tokio::join!(waiting, withdrawing);
+    let (waiting, withdrawn) = (waiting?, withdrawn?);
+    assert!(withdrawn.starts_with("shop: Initialized"), "{withdrawn}");
+    assert_eq!(waiting.code, Some(6), "{waiting:?}");
+    assert!(waiting.stderr.contains("the target was withdrawn"), "{waiting:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_share_by_hand_is_waited_for_downwards_too_and_what_is_missing_is_said() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    let mut document = rig.document(hold_at(100));
+    document["spec"]["target"] = json!("v2");
+    rig.write(&document)?;
+    let controller = rig.start_controller().await?;
+    until(&controller, "v2 with everything", |seen| {
+        Ok(ensure!(seen.weights() == [0.0, 100.0], "{:?}", seen.weights()))
+    })
+    .await?;
+    rig.set_ready("v1", false);
+    until(&controller, "v1 out", |seen| Ok(ensure!(seen.ready("v1") == 0))).await?;
+    let late = run(&controller, &["set-weight", "10", "--wait", "--timeout", "4s"]).await?;
+    assert_eq!(late.code, Some(3), "{late:?}");
+    let why = "v2 of shop to have 10 % instead of 100 % (v1 has 0 of 1 endpoints ready, v2 has 1 of 1 endpoints ready)";
+    assert_eq!(late.stderr.matches(&format!("waiting for {why}\n")).count(), 1, "{late:?}");
+    assert!(late.stderr.ends_with(&format!("not where it should be after 4s: {why}\n")), "{late:?}");
+    rig.set_ready("v1", true);
+    done(&controller, &["set-weight", "10", "--wait", "--timeout", "20s"]).await?;
+    assert_eq!(Seen::now(&controller).await?.weights(), [90.0, 10.0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_a_proxy_that_is_gone() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(hold_at(20)))?;
+    let controller = rig.start_controller().await?;
+    let mut envoy = rig.start_envoy(WORKERS).await?;
+    done(&controller, &["set-target", "v2"]).await?;
+    until_shares(&controller, "the first step", &[80.0, 20.0]).await?;
+    let id = Seen::now(&controller).await?.0["proxies"][0]["id"].as_str().context("no proxy")?.to_owned();
+    envoy.kill()?;
+    let begun = Instant::now();
+    let back = run(&controller, &["rollback", "--to", "v1", "--wait", "--timeout", "25s"]).await?;
+    println!("waited for {:.1} s", begun.elapsed().as_secs_f64());
+    assert_eq!(back.code, Some(0), "{back:?}");
+    let lines: Vec<_> = back.stderr.lines().collect();
+    let [waiting, left_out] = lines[..] else { anyhow::bail!("{back:?}") };
+    assert!(waiting.starts_with(&format!("waiting for proxy {id} (runs ")), "{waiting}");
+    assert!(left_out.starts_with("not waited for") && left_out.ends_with(&id), "{left_out}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_so_already_is_no_failure_of_a_pipeline() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(hold_at(20)))?;
+    let controller = rig.start_controller().await?;
+    for (words, phase, already) in [
+        (&["set-target", "v1"][..], "Initialized", true),
+        (&["set-target", "v1", "--wait"], "Initialized", true),
+        (&["set-target", "v2"], "Progressing", false),
+        (&["set-target", "v2"], "Progressing", true),
+        (&["pause"], "Paused", false),
+        (&["pause", "--wait"], "Paused", true),
+        (&["promote", "--full", "--wait"], "Succeeded", false),
+        (&["set-target", "v2", "--wait"], "Succeeded", true),
+    ] {
+        let said = done(&controller, words).await?;
+        assert!(said.starts_with(&format!("shop: {phase} - ")), "{words:?}: {said}");
+        assert_eq!(said.ends_with(" (already so)\n"), already, "{words:?}: {said}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_kept_is_done_and_said() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(hold_at(20)))?;
+    let controller = rig.start_controller().await?;
+    done(&controller, &["set-target", "v2"]).await?;
+    let (folder, aside) = (rig.state_dir(), rig.path("aside"));
+    std::fs::rename(&folder, &aside)?;
+    std::fs::write(&folder, "not a folder")?;
+    let words = "done, but not safe from a restart of the controller: ";
+    let paused = run(&controller, &["pause"]).await?;
+    assert_eq!(paused.code, Some(7), "{paused:?}");
+    assert!(paused.stdout.starts_with("shop: Paused - "), "{paused:?}");
+    assert!(paused.stderr.starts_with(&format!("error: shop: {words}")), "{paused:?}");
+    let again = run(&controller, &["pause", "--wait", "-o", "json"]).await?;
+    assert_eq!(again.code, Some(7), "{again:?}");
+    let said: Value = serde_json::from_str(&again.stdout)?;
+    assert!(said["stateError"].is_string() && said["unchanged"] == true, "{said}");
+    let file = rig.file().to_string_lossy().into_owned();
+    assert_eq!(run(&controller, &["apply", "-f", &file]).await?.code, Some(7));
+
+    std::fs::remove_file(&folder)?;
+    std::fs::rename(&aside, &folder)?;
+    let begun = Instant::now();
+    until(&controller, "what was decided to be kept", |seen| Ok(ensure!(seen.0.get("stateError").is_none()))).await?;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    done(&controller, &["resume"]).await?;
     Ok(())
 }
 

@@ -34,7 +34,8 @@ to get and create pods/portforward, and to get that Secret, in the controller's 
 what token to use; with --server or TIDESHIFT_SERVER, the API server is not asked at all.
 
 Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
-how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed; 1 anything else.";
+how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed, or something else took its
+place; 7 done, but not safe from a restart of the controller, which cannot keep it; 1 anything else.";
 
 /// Whether kubectl has called.
 pub(super) fn has_called() -> bool {

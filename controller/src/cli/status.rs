@@ -9,7 +9,8 @@ use std::time::Duration;
 
 /// Show weights, readiness, requests by version, rollouts and proxies
 ///
-/// Asks a running controller. With --watch it goes on until Ctrl-C, redrawing on a terminal.
+/// Asks a running controller. With --watch it goes on until Ctrl-C, also while the controller is away, redrawing on a
+/// terminal.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -38,23 +39,43 @@ enum Output {
 pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     const EVERY: Duration = Duration::from_secs(1);
     let controller = arguments.server.open().await?;
+    let redraws = arguments.watch && arguments.output == Output::Table && stdout().is_terminal();
+    // Home, and clear what is below: less flicker than clearing first.
+    let drawn = |text: String| if redraws { format!("\x1b[H\x1b[J{text}") } else { text };
+    let (mut first, mut trouble) = (true, None);
     loop {
-        let mut status: Status = controller.get("/v1/status").await?;
-        status.services.retain(|service| controller.is_meant(&service.rollout));
-        let mut text = match (arguments.output, arguments.watch) {
-            (Output::Table, _) => status.to_table(),
-            (Output::Json, false) => {
-                serde_json::to_string_pretty(&status).map_err(|e| Failure::Other(e.into()))? + "\n"
+        let text = match controller.get::<Status>("/v1/status").await {
+            Ok(mut status) => {
+                status.services.retain(|service| controller.is_meant(&service.rollout));
+                (first, trouble) = (false, None);
+                drawn(arguments.text(&status)?)
             }
-            (Output::Json, true) => serde_json::to_string(&status).map_err(|e| Failure::Other(e.into()))? + "\n",
+            // A controller that was never there is a mistake; one that goes away comes back.
+            Err(error) if first => return Err(error),
+            Err(error) if redraws => drawn(format!("{error}\n")),
+            Err(error) => {
+                let error = error.to_string();
+                if trouble.as_ref() != Some(&error) {
+                    eprintln!("{error}");
+                }
+                trouble = Some(error);
+                String::new()
+            }
         };
-        if arguments.watch && arguments.output == Output::Table && stdout().is_terminal() {
-            // Home, and clear what is below: less flicker than clearing first.
-            text = format!("\x1b[H\x1b[J{text}");
-        }
         if !print_on(&text)? || !arguments.watch {
             return Ok(());
         }
         tokio::time::sleep(EVERY).await;
+    }
+}
+
+impl Arguments {
+    fn text(&self, status: &Status) -> Result<String, Failure> {
+        let json = match (self.output, self.watch) {
+            (Output::Table, _) => return Ok(status.to_table()),
+            (Output::Json, false) => serde_json::to_string_pretty(status),
+            (Output::Json, true) => serde_json::to_string(status),
+        };
+        Ok(json.map_err(|error| Failure::Other(error.into()))? + "\n")
     }
 }

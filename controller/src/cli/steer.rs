@@ -2,12 +2,15 @@
 //! a rollout, and waiting for what comes of it.
 
 use super::server::{Controller, Server};
+use super::wait::{Goal, Progress, Wait};
 use super::{Failure, Output, print};
+use crate::api::Services;
 use crate::documents;
-use crate::rollout::{Command, Phase};
+use crate::rollout::Command;
 use crate::status::{ServiceStatus, Status};
 use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::Value;
+use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -18,7 +21,8 @@ Examples:
   tideshift set-target v2                       The only rollout there is
   tideshift set-target checkout v2 --wait       Ends when it has succeeded (0) or failed (6)
 
-The document stays as it is; another target in it supersedes this one.")]
+The document stays as it is; another target in it supersedes this one. If the version is the target already or serves
+everything, nothing changes and the exit code is 0; after a rollout to it has failed, this is how to try again.")]
 pub(super) struct SetTarget {
     /// The rollout, unless there is only one, and the version.
     #[arg(value_names = ["ROLLOUT", "VERSION"], num_args = 1..=2, required = true)]
@@ -42,7 +46,8 @@ pub(super) struct Promote {
 
 /// Stay at the present share until resumed
 #[derive(Debug, clap::Args)]
-#[command(after_help = "A target that fails is taken back all the same.")]
+#[command(after_help = "\
+A target that fails is taken back all the same. What is paused already stays so, and the exit code is 0.")]
 pub(super) struct Pause {
     #[command(flatten)]
     rollout: OptionalRollout,
@@ -121,7 +126,7 @@ struct OptionalRollout {
 #[derive(Debug, clap::Args)]
 struct Common {
     /// Wait until it is done: the rollout has succeeded (exit code 0) or failed (6), or what was asked for is in force
-    /// on every proxy.
+    /// on every proxy. If somebody has something else done meanwhile (another target, a rollback), that ends it, too (6).
     #[arg(long, short)]
     wait: bool,
 
@@ -137,56 +142,41 @@ struct Common {
     server: Server,
 }
 
-/// What somebody waits for.
-#[derive(Debug, Clone, PartialEq)]
-enum Goal {
-    /// The end of the rollout, whichever it is.
-    End,
-    /// The stable version has everything again.
-    Back,
-    /// This version has everything.
-    At(String),
-    /// Nothing moves any more.
-    Paused,
-    /// The target has the share that was set.
-    Set,
-}
-
 impl SetTarget {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let (rollout, target) = last_of(self.words);
-        self.common.say(rollout, &Command::SetTarget { target }, &Goal::End).await
+        self.common.say(rollout, &Command::SetTarget { target: target.clone() }, Goal::To(target)).await
     }
 }
 
 impl Promote {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        self.common.say(self.rollout.rollout, &Command::Promote { full: self.full }, &Goal::End).await
+        self.common.say(self.rollout.rollout, &Command::Promote { full: self.full }, Goal::End).await
     }
 }
 
 impl Pause {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        self.common.say(self.rollout.rollout, &Command::Pause, &Goal::Paused).await
+        self.common.say(self.rollout.rollout, &Command::Pause, Goal::Paused).await
     }
 }
 
 impl Resume {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        self.common.say(self.rollout.rollout, &Command::Resume, &Goal::End).await
+        self.common.say(self.rollout.rollout, &Command::Resume, Goal::End).await
     }
 }
 
 impl Abort {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        self.common.say(self.rollout.rollout, &Command::Abort, &Goal::Back).await
+        self.common.say(self.rollout.rollout, &Command::Abort, Goal::Back).await
     }
 }
 
 impl Rollback {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let goal = Goal::At(self.to.clone());
-        self.common.say(self.rollout.rollout, &Command::Rollback { to: self.to }, &goal).await
+        self.common.say(self.rollout.rollout, &Command::Rollback { to: self.to }, goal).await
     }
 }
 
@@ -196,7 +186,7 @@ impl SetWeight {
         let weight = percent.trim_end_matches('%').parse().map_err(|_| {
             Failure::Usage(format!("PERCENT: \"{percent}\" is not allowed; expected an integer from 0 to 100"))
         })?;
-        self.common.say(rollout, &Command::SetWeight { weight }, &Goal::Set).await
+        self.common.say(rollout, &Command::SetWeight { weight }, Goal::Set(weight)).await
     }
 }
 
@@ -204,13 +194,14 @@ impl Apply {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let documents = documents::load_as_written(&self.files)?;
         let controller = self.common.server.open().await?;
+        let mut answers = Vec::with_capacity(documents.len());
         for (shift, document) in &documents {
             let path = format!("/v1/shifts/{}", shift.name);
-            let _: Value = controller.send(Method::PUT, &path, Some(document)).await?;
+            let answer: Services = controller.send(Method::PUT, &path, Some(document)).await?;
+            answers.push((Goal::Document(shift.target.clone()), answer));
         }
-        for (shift, _) in &documents {
-            let goal = if shift.target.is_some() { Goal::End } else { Goal::Back };
-            self.common.finish(&controller, &shift.name, &goal).await?;
+        for (goal, answer) in answers {
+            self.common.finish(&controller, goal, answer).await?;
         }
         Ok(())
     }
@@ -239,74 +230,126 @@ pub(super) async fn the_rollout(controller: &Controller, named: Option<String>) 
 }
 
 impl Common {
-    async fn say(self, rollout: Option<String>, command: &Command, goal: &Goal) -> Result<(), Failure> {
+    async fn say(self, rollout: Option<String>, command: &Command, goal: Goal) -> Result<(), Failure> {
         let controller = self.server.open().await?;
         let name = the_rollout(&controller, rollout).await?;
         let mut body = serde_json::to_value(command).map_err(|error| Failure::Other(error.into()))?;
         let verb = body.as_object_mut().and_then(|body| body.remove("command"));
         let verb = verb.as_ref().and_then(Value::as_str).unwrap_or_default();
         let path = format!("/v1/rollouts/{name}/{verb}");
-        let told: Value = controller.send(Method::POST, &path, Some(&body)).await?;
-        // Where namespaces are part of names, the controller also takes a name without one, and answers with the whole.
-        let whole = told.pointer("/services/0/rollout").and_then(Value::as_str).unwrap_or(&name);
-        self.finish(&controller, whole, goal).await
+        let answer = controller.send(Method::POST, &path, Some(&body)).await?;
+        self.finish(&controller, goal, answer).await
     }
 
-    /// Waits if that is wanted, then says how things stand.
-    async fn finish(&self, controller: &Controller, name: &str, goal: &Goal) -> Result<(), Failure> {
+    /// Says how things stand; waits before that if it is wanted.
+    async fn finish(&self, controller: &Controller, goal: Goal, answer: Services) -> Result<(), Failure> {
+        let (stand, progress) = match self.wait {
+            true => self.wait_for(controller, goal, answer).await?,
+            false => (answer, Progress::Reached),
+        };
+        let Some(first) = stand.services.first() else { return Ok(()) };
+        let name = &first.rollout;
+        match self.output {
+            Output::Text => {
+                let already = if stand.unchanged { " (already so)" } else { "" };
+                print(&format!("{name}: {} - {}{already}\n", first.phase.name(), first.message))?;
+            }
+            Output::Json => {
+                let json = serde_json::to_value(&stand).map_err(|error| Failure::Other(error.into()))?;
+                print(&format!("{json:#}\n"))?;
+            }
+        }
+        let unsafe_ =
+            stand.state_error.map(|error| format!("done, but not safe from a restart of the controller: {error}"));
+        match (progress, unsafe_) {
+            (Progress::Reached, None) => Ok(()),
+            (Progress::Reached, Some(why)) => Err(Failure::NotSafe(format!("{name}: {why}"))),
+            (progress, unsafe_) => {
+                unsafe_.iter().for_each(|why| eprintln!("warning: {why}"));
+                Err(match progress {
+                    Progress::Lost(why) => Failure::RolloutFailed(format!("{name}: {why}")),
+                    Progress::Goes(why) | Progress::Lacks(why) => {
+                        Failure::TooLate(format!("{name} is not where it should be after {:?}: {why}", self.timeout))
+                    }
+                    Progress::Reached => return Ok(()),
+                })
+            }
+        }
+    }
+
+    /// How things stand once it has come, cannot come any more, or takes too long; the last that was seen of that.
+    async fn wait_for(
+        &self,
+        controller: &Controller,
+        goal: Goal,
+        answer: Services,
+    ) -> Result<(Services, Progress), Failure> {
         const EVERY: Duration = Duration::from_millis(200);
-        let begun = Instant::now();
+        let (begun, mut murmur) = (Instant::now(), Murmur::default());
+        let mut wait = Wait::new(goal, &answer.services);
+        let Some(name) = answer.services.first().map(|first| first.rollout.clone()) else {
+            return Ok((answer, Progress::Reached));
+        };
+        let (mut stand, mut first_look) = (answer, true);
         loop {
-            let status: Status = controller.get("/v1/status").await?;
-            let services: Vec<&ServiceStatus> = status.services.iter().filter(|of| of.rollout == name).collect();
-            let Some(first) = services.first() else {
-                return Err(Failure::Other(format!("{name} is not there any longer").into()));
+            let progress = match controller.get::<Status>("/v1/status").await {
+                Ok(status) => {
+                    let services: Vec<&ServiceStatus> =
+                        status.services.iter().filter(|of| of.rollout == name).collect();
+                    let Some(first) = services.first() else {
+                        return Err(Failure::Other(format!("{name} is not there any longer").into()));
+                    };
+                    let progress = wait.look(&status, first, &services, Instant::now());
+                    if progress == Progress::Reached {
+                        murmur.leave_out(&wait.silent(&status, Instant::now()));
+                    }
+                    let services = services.into_iter().cloned().collect();
+                    // What has come meanwhile was not so already.
+                    let unchanged = stand.unchanged && first_look;
+                    stand = Services { services, unchanged, state_error: status.state_error.clone() };
+                    progress
+                }
+                // It may be starting again.
+                Err(error @ Failure::Other(_)) => Progress::Lacks(format!("the controller ({error})")),
+                Err(error) => return Err(error),
             };
-            let ended = !self.wait || goal.is_reached(&status, &services);
             let too_late = begun.elapsed() >= self.timeout;
-            if !ended && !too_late {
-                tokio::time::sleep(EVERY).await;
-                continue;
+            if too_late || matches!(progress, Progress::Reached | Progress::Lost(_)) {
+                return Ok((stand, progress));
             }
-            if let Some(error) = &status.state_error {
-                eprintln!("warning: it is done, but not safe from a restart of the controller: {error}");
-            }
-            match self.output {
-                Output::Text => print(&format!("{name}: {} - {}\n", first.phase.name(), first.message))?,
-                Output::Json => print(&format!("{:#}\n", json!({ "services": services })))?,
-            }
-            return match (ended, first.phase) {
-                (false, _) => {
-                    Err(Failure::TooLate(format!("{name} is not where it should be after {:?}", self.timeout)))
-                }
-                (true, Phase::Failed) if self.wait && *goal == Goal::End => {
-                    Err(Failure::RolloutFailed(format!("{name}: {}", first.message)))
-                }
-                _ => Ok(()),
-            };
+            murmur.look(&progress);
+            first_look = false;
+            tokio::time::sleep(EVERY).await;
         }
     }
 }
 
-impl Goal {
-    fn is_reached(&self, status: &Status, services: &[&ServiceStatus]) -> bool {
-        let in_force = status.proxies.iter().all(|proxy| proxy.revision == Some(status.revision));
-        let has = |service: &ServiceStatus, version: &str| {
-            let version = service.versions.iter().find(|known| known.name == version);
-            version.is_some_and(|version| version.weight >= 100.0)
+/// Says on standard error what is waited for, if that takes a while: on a terminal whenever it changes, otherwise once.
+#[derive(Debug, Default)]
+struct Murmur {
+    since: Option<Instant>,
+    said: Option<String>,
+}
+
+impl Murmur {
+    fn look(&mut self, progress: &Progress) {
+        /// Proxies report every second.
+        const A_WHILE: Duration = Duration::from_secs(2);
+        let Progress::Lacks(what) = progress else {
+            self.since = None;
+            return;
         };
-        let all = |is_so: &dyn Fn(&ServiceStatus) -> bool| services.iter().all(|service| is_so(service));
-        in_force
-            && match self {
-                Self::End => all(&|service| matches!(service.phase, Phase::Succeeded | Phase::Failed)),
-                Self::Back => all(&|service| !service.phase.is_under_way() && has(service, &service.stable)),
-                Self::At(version) => all(&|service| !service.phase.is_under_way() && has(service, version)),
-                Self::Paused => all(&|service| service.phase == Phase::Paused),
-                Self::Set => all(&|service| {
-                    let target = service.versions.iter().find(|version| Some(&version.name) == service.target.as_ref());
-                    let (weight, step) = (target.map(|target| target.weight), service.step.as_ref());
-                    weight.zip(step).is_some_and(|(weight, step)| weight >= f64::from(step.weight))
-                }),
-            }
+        let is_late = self.since.get_or_insert_with(Instant::now).elapsed() >= A_WHILE;
+        let is_new = self.said.as_ref().is_none_or(|said| said != what && stderr().is_terminal());
+        if is_late && is_new {
+            eprintln!("waiting for {what}");
+            self.said = Some(what.clone());
+        }
+    }
+
+    fn leave_out(&self, silent: &[&str]) {
+        if !silent.is_empty() {
+            eprintln!("not waited for, since nothing was heard of them for some seconds: {}", silent.join(", "));
+        }
     }
 }
