@@ -219,6 +219,7 @@ impl Guard {
             return had_vetoes;
         }
         let left = self.drop_those_that_left(observed);
+        self.end_vetoes_of_the_last(now, observed);
         let ended = self.end_vetoes(now);
         // All counts of a batch must be of the same time, or they could not be compared. So whoever is new, or comes
         // back, or has counters that were reset, starts a new batch for all; what it counted before is no news.
@@ -240,6 +241,15 @@ impl Guard {
         self.vetoes.retain(|veto| is_there(&veto.version));
         self.past.retain(|veto| is_there(&veto.version));
         self.vetoes.len() != before
+    }
+
+    /// Where no other version with weight is in service any more, a veto would leave the service's users with nobody:
+    /// its time is up.
+    fn end_vetoes_of_the_last(&mut self, now: u64, observed: &[Observed<'_>]) {
+        let is_left = |version: &Observed<'_>| version.serving && version.weight > 0 && !self.is_vetoed(version.name);
+        if !observed.iter().any(is_left) {
+            self.vetoes.iter_mut().for_each(|veto| veto.until = now);
+        }
     }
 
     fn end_vetoes(&mut self, now: u64) -> bool {
@@ -526,6 +536,29 @@ mod tests {
     }
 
     #[test]
+    fn a_veto_ends_when_nobody_else_is_left() {
+        // Out of service, or without weight.
+        for (weight, serving) in [(90, false), (0, true), (0, false)] {
+            let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
+            proxy.fail_v2();
+            assert!(proxy.serve(20, &[("v1", 9, 0), ("v3", 0, 1)]).is_some());
+            (proxy.versions[0].1, proxy.versions[0].2) = (weight, serving);
+            assert!(proxy.look(), "at the next look");
+            assert!(proxy.vetoed().is_empty(), "of v2 and v3, that fail alike, both");
+            // They are judged anew by what they do then, and their strikes are remembered.
+            assert_eq!(proxy.serve(100, &[("v2", 0, 10), ("v3", 0, 10)]), None);
+            (proxy.versions[0].1, proxy.versions[0].2) = (80, true);
+            assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v3", 1, 0)]), None);
+            assert_eq!(proxy.fail_v2(), 20);
+        }
+        // Somebody else is.
+        let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
+        proxy.fail_v2();
+        proxy.versions[0].2 = false;
+        assert!(!proxy.look() && proxy.vetoed() == ["v2"]);
+    }
+
+    #[test]
     fn of_several_that_fail_the_worst_goes_first_and_one_stays() {
         // v1 has no weight, but a rule's requests. Both are accused at the same look.
         let mut proxy = Proxy::new(&[("v1", 0), ("v2", 50), ("v3", 50)]);
@@ -633,10 +666,11 @@ mod tests {
         #[test]
         fn one_with_weight_stays_whatever_is_counted(
             looks in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<[u64; 4]>(), 3)), 1..40),
-            weights in prop::collection::vec(0u32..4, 3), serving in prop::collection::vec(any::<bool>(), 3),
+            weights in prop::collection::vec(0u32..4, 120), serving in prop::collection::vec(any::<bool>(), 120),
         ) {
             let mut guard = Guard::new(GuardPolicy { false_veto_rate: 0.01, ..GuardPolicy::default() });
-            for (now, counts) in looks {
+            for (look, (now, counts)) in looks.into_iter().enumerate() {
+                let (weights, serving) = (&weights[3 * look..], &serving[3 * look..]);
                 let observed: Vec<_> = counts.iter().enumerate().map(|(i, [ok, error, client_error, cancelled])| {
                     let (ok, error, client_error, cancelled) = (*ok, *error, *client_error, *cancelled);
                     let ended = Counts { ok, error, client_error, cancelled };

@@ -113,7 +113,7 @@ impl Reason {
 
 impl Plan {
     /// Compiles a policy. `is_vetoed` tells, by service and version, which versions are out of service whatever the
-    /// policy says.
+    /// policy says; not where no other version with weight is in service.
     pub fn new(policy: &Policy, is_vetoed: impl Fn(&str, &str) -> bool) -> Self {
         let mut hostnames = Hostnames::default();
         let mut services = Vec::with_capacity(policy.services.len());
@@ -125,7 +125,10 @@ impl Plan {
             for hostname in &service.hostnames {
                 hostnames.insert(Some(hostname), i);
             }
-            let serves = |version: &Version| version.serving && !is_vetoed(&service.name, &version.name);
+            let is_out = |version: &Version| !version.serving || is_vetoed(&service.name, &version.name);
+            // Vetoes that leave users with nobody are no help to them; the guard ends these with its next look.
+            let is_heeded = service.versions.iter().any(|version| version.weight > 0 && !is_out(version));
+            let serves = |version: &Version| version.serving && !(is_heeded && is_out(version));
             services.push(ServicePlan::new(service, slots, serves));
             slots += SLOTS * (1 + service.rules.len());
         }

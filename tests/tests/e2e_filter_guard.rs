@@ -210,6 +210,48 @@ async fn a_veto_is_reported_outlives_new_policies_and_ends_rules_too() -> anyhow
     setup.no_trap().await
 }
 
+/// v1, which is what the guard measures v2 by, is stopped while v2 is vetoed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_get_a_vetoed_version_at_once_when_no_other_one_is_left() -> anyhow::Result<()> {
+    let server = PolicyServer::start().await?;
+    let setup = with_controller(&server).await?;
+    let mut policy = json!({ "revision": 101, "services": [service("shop", &[("v1", 90), ("v2", 10)])] });
+    policy["services"][0]["guard"] = json!({ "coolDownSeconds": 60 });
+    server.publish(&policy);
+    held_after(&server, 101).await?;
+    let load = hundred_a_second(&setup);
+    fails(&setup, "v2", ALL);
+    logged(&setup, "guard: v2 of shop is out of service for 60 s").await?;
+    fails(&setup, "v2", NONE);
+    let tally = next(&load, 100).await?;
+    assert_eq!((tally.of("v2"), tally.bad()), (0, 0), "{tally:?}");
+
+    policy["revision"] = json!(102);
+    policy["services"][0]["versions"] = json!([{ "name": "v1", "weight": 0, "serving": false }, { "name": "v2" }]);
+    server.publish(&policy);
+    held_after(&server, 102).await?;
+    // Where nothing is in service, Envoy's default route is v1's: none of these may go there.
+    let tally = next(&load, 300).await?;
+    println!("{} of {} for v2", tally.of("v2"), tally.answered);
+    assert!(tally.of("v2") + 2 * WORKERS as u64 >= tally.answered && tally.bad() == 0, "{tally:?}");
+    logged(&setup, "guard: v2 of shop is back in service").await?;
+    eventually("no veto in the report", DEADLINE, async || {
+        ensure!(told(&server)?.is_empty());
+        Ok(())
+    })
+    .await?;
+
+    // It is judged anew as soon as there is another one.
+    policy["revision"] = json!(103);
+    policy["services"][0]["versions"] = json!([{ "name": "v1", "weight": 90 }, { "name": "v2", "weight": 10 }]);
+    server.publish(&policy);
+    held_after(&server, 103).await?;
+    fails(&setup, "v2", ALL);
+    logged(&setup, "guard: v2 of shop is out of service for 120 s").await?;
+    load.stop().await?;
+    setup.no_trap().await
+}
+
 /// A version that only testers reach by a rule, with no weight of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn testers_of_a_version_that_fails_fall_through_to_the_users_version() -> anyhow::Result<()> {

@@ -56,6 +56,23 @@ fn a_veto_ends_when_its_time_is_up() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Nothing waits for the guard's next look.
+#[test]
+fn a_veto_is_heeded_no_more_as_soon_as_nobody_else_is_in_service() -> anyhow::Result<()> {
+    let mut host = host_with_veto()?;
+    let alone = json!({"revision": 2, "services": [{
+        "name": "checkout",
+        "versions": [{"name": "v1", "weight": 0, "serving": false}, {"name": "v2", "weight": 10}],
+        "guard": {"coolDownSeconds": 1},
+    }]});
+    ensure!(host.configure(&alone.to_string())?);
+    ensure!(tenth_to_v2(&mut host, 500)? == 30 * WORKERS, "all of them");
+    ensure!(!host.log().iter().any(|line| format!("{line:?}").contains("back in service")), "not looked yet");
+    host.advance(Duration::from_millis(300))?;
+    ensure!(host.log().iter().any(|line| format!("{line:?}").contains("v2 of checkout is back in service")));
+    Ok(())
+}
+
 /// A veto whose time is up while nobody leads, because the VM that did is gone and its lease has not run out yet.
 #[test]
 fn a_veto_ends_although_the_vm_that_made_it_is_gone() -> anyhow::Result<()> {
