@@ -14,8 +14,13 @@ use std::ops::{Add, AddAssign};
 pub struct Report {
     /// The proxy: Envoy's node id.
     pub proxy: String,
-    /// This run of the proxy; counts start from 0 with each.
+    /// This run of the proxy; counts start from 0 with each. When it began, as a hexadecimal number: of two runs of one
+    /// proxy, the greater one is the newer.
     pub start: String,
+    /// Grows with every report of this run, so that one that was held up on its way is not taken for news. 0 or left out
+    /// by proxies that do not count their reports.
+    #[serde(default)]
+    pub sequence: u64,
     /// The controller state that the revision belongs to; empty for the plugin configuration's own policy.
     #[serde(default)]
     pub epoch: String,
@@ -103,6 +108,43 @@ pub struct Counts {
     pub cancelled: u64,
 }
 
+/// The most that a report may say of anything that is counted: sums over all proxies stay far below what fits.
+pub const MAX_COUNT: u64 = 1 << 48;
+
+impl Report {
+    /// Fails with the field that counts more than can be.
+    pub fn check(&self) -> Result<(), String> {
+        for (i, service) in self.services.iter().enumerate() {
+            within(&format_args!("services[{i}].unrouted"), service.unrouted)?;
+            for (j, version) in service.versions.iter().enumerate() {
+                let VersionReport { ended, in_flight, durations, .. } = version;
+                let Counts { ok, error, client_error, cancelled } = *ended;
+                let counts = [
+                    ("ok", ok),
+                    ("error", error),
+                    ("clientError", client_error),
+                    ("cancelled", cancelled),
+                    ("inFlight", *in_flight),
+                ];
+                for (name, count) in counts {
+                    within(&format_args!("services[{i}].versions[{j}].{name}"), count)?;
+                }
+                for (k, count) in durations.iter().enumerate() {
+                    within(&format_args!("services[{i}].versions[{j}].durations[{k}]"), *count)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn within(field: &std::fmt::Arguments<'_>, count: u64) -> Result<(), String> {
+    match count {
+        0..=MAX_COUNT => Ok(()),
+        _ => Err(format!("{field}: {count} is not allowed; expected at most {MAX_COUNT}")),
+    }
+}
+
 impl Counts {
     /// All of them.
     pub fn total(&self) -> u64 {
@@ -155,5 +197,38 @@ impl Add for Counts {
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
         *self = *self + other;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    #[test]
+    fn what_nobody_can_have_counted_is_named() {
+        let with = |place: &str, count: u64| {
+            let mut report = json!({"proxy": "p", "start": "1", "revision": 1, "services": [
+                {"name": "a", "versions": []},
+                {"name": "b", "unrouted": 1, "versions": [{"name": "v1", "ok": 1, "error": 1, "clientError": 1,
+                    "cancelled": 1, "inFlight": 1, "durations": [1, 1]}]}]});
+            *report.pointer_mut(place).unwrap() = json!(count);
+            serde_json::from_value::<Report>(report).unwrap().check()
+        };
+        for (place, named) in [
+            ("/services/1/unrouted", "services[1].unrouted"),
+            ("/services/1/versions/0/ok", "services[1].versions[0].ok"),
+            ("/services/1/versions/0/error", "services[1].versions[0].error"),
+            ("/services/1/versions/0/clientError", "services[1].versions[0].clientError"),
+            ("/services/1/versions/0/cancelled", "services[1].versions[0].cancelled"),
+            ("/services/1/versions/0/inFlight", "services[1].versions[0].inFlight"),
+            ("/services/1/versions/0/durations/1", "services[1].versions[0].durations[1]"),
+        ] {
+            assert_eq!(with(place, MAX_COUNT), Ok(()));
+            let error = format!("{named}: {} is not allowed; expected at most {MAX_COUNT}", MAX_COUNT + 1);
+            assert_eq!(with(place, MAX_COUNT + 1), Err(error));
+        }
     }
 }

@@ -104,11 +104,17 @@ impl Link {
         now: u64,
         (workers, applied): (u32, Option<Place>),
         pulse: Pulse,
+        shared: &Shared,
         services: impl FnOnce() -> Vec<ServiceReport>,
     ) {
         let state = (pulse, applied);
         let is_time = is_due(self.report_at, now) || (state != self.reported && is_due(self.news_at, now));
         if self.report.is_some() || !is_time {
+            return;
+        }
+        let Some(number) = shared.next_number() else { return };
+        let services = services();
+        if !shared.take_number(&number) {
             return;
         }
         self.report_at = now.saturating_add(REPORT_PERIOD.as_nanos() as u64);
@@ -118,11 +124,12 @@ impl Link {
         let report = Report {
             proxy: self.proxy.clone(),
             start: self.start.clone(),
+            sequence: number.sequence,
             epoch: applied.epoch,
             revision: applied.revision,
             workers,
             refused: self.refused.clone(),
-            services: services(),
+            services,
         };
         let Ok(body) = serde_json::to_vec(&report) else { return };
         self.report = self.call("POST", "/v1/reports", &body, REPORT_TIMEOUT);

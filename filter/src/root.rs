@@ -251,7 +251,7 @@ impl Root {
             }
             link.poll(now, &self.place, &mut self.random);
             let pulse = Pulse::feel(&self.policy, &in_force);
-            link.report(now, workers.applied_by_all(now), pulse, || self.counters.read(guards));
+            link.report(now, workers.applied_by_all(now), pulse, shared, || self.counters.read(guards));
         }
         if vetoes_changed {
             self.compile();

@@ -1,5 +1,5 @@
-//! What the VMs of one proxy share: the newest policy from the controller, the guard's vetoes, who leads, and this run's
-//! identity.
+//! What the VMs of one proxy share: the newest policy from the controller, the guard's vetoes, who leads, the number of
+//! the last report, and this run's identity.
 //!
 //! Envoy's shared data is one table for all plugins without a `vm_id` of their own, as all are in Istio, so keys have
 //! a prefix; it also names the controller, so that a plugin configured for another one starts afresh.
@@ -11,6 +11,8 @@ use tideshift_core::policy::ControllerRef;
 const START: &str = "start";
 const LEASE: &str = "lease";
 const VETOES: &str = "vetoes";
+/// The number of the last report.
+const REPORTS: &str = "reports";
 /// The number of the VM that joined last.
 pub const NEXT_WORKER: &str = "next-worker";
 /// The list of VMs that are there.
@@ -40,6 +42,14 @@ impl Place {
     }
 }
 
+/// A number for a report.
+pub struct Number {
+    /// Greater than those of all reports before it in this run of the proxy.
+    pub sequence: u64,
+    /// Of the shared value.
+    version: u32,
+}
+
 /// A policy that the controller sent.
 pub struct Delivered {
     /// Its place.
@@ -59,6 +69,7 @@ impl Shared {
         let shared = Self { prefix: format!("tideshift/{root}{}", corner.unwrap_or_default()) };
         shared.set_first(START, format!("{:x}", host::now()).as_bytes());
         shared.set_first(LEASE, &[0; 16]);
+        shared.set_first(REPORTS, &[0; 8]);
         shared.set_first(NEXT_WORKER, &[0; 8]);
         shared.set_first(WORKERS, &[0; 4]);
         shared
@@ -110,6 +121,18 @@ impl Shared {
     /// Stores the guard's vetoes for all VMs.
     pub fn set_vetoes(&self, text: &str) {
         host::shared_set(&self.key(VETOES), text.as_bytes());
+    }
+
+    /// The number for a report whose counts are read after this. Whoever then [takes](Self::take_number) it knows that
+    /// no VM has read any for another report meanwhile: a greater number never goes with lesser counts.
+    pub fn next_number(&self) -> Option<Number> {
+        let (last, version) = host::shared(&self.key(REPORTS))?;
+        Some(Number { sequence: integer(&last, 0).saturating_add(1), version })
+    }
+
+    /// Takes a number; not if another VM has taken it.
+    pub fn take_number(&self, number: &Number) -> bool {
+        host::shared_replace(&self.key(REPORTS), &number.sequence.to_le_bytes(), number.version)
     }
 
     /// Takes or renews the right to lead until `until`, in nanoseconds. One VM has it at a time;
