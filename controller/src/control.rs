@@ -13,7 +13,7 @@ pub use drain::Idle;
 pub use judge::Judges;
 
 use crate::compile;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Taken};
 use crate::readiness::Readiness;
 use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::status::timestamp;
@@ -21,6 +21,7 @@ use crate::store::Kept;
 use proxies::Proxies;
 use serde_json::Value;
 use std::sync::Arc;
+use std::time::Duration;
 use tideshift_core::policy::{Policy, Service};
 use tideshift_core::report::Report;
 use tideshift_core::session::Secret;
@@ -56,6 +57,8 @@ pub struct Control {
     /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
     /// before everything is looked at for the first time.
     catching_up: Option<Millis>,
+    /// When everything was looked at last.
+    looked: Option<Millis>,
     proxies: Proxies,
 }
 
@@ -147,6 +150,7 @@ impl Control {
             hidden: Vec::new(),
             readiness: Arc::default(),
             availability: Availability::new(&kept.ready),
+            proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
             counts_changed: false,
             dirty: false,
@@ -154,8 +158,8 @@ impl Control {
             policy: None,
             in_force: kept.policy().map(|policy| policy.services).unwrap_or_default(),
             catching_up: None,
+            looked: None,
             kept,
-            proxies: Proxies::default(),
         };
         control.set_documents_but(files, hidden);
         control
@@ -255,13 +259,19 @@ impl Control {
     /// A proxy reports. Returns whether anything changed that something may follow from.
     pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
         let services = || self.shifts.iter().flat_map(|shift| &shift.services);
+        let idle = &self.kept.idle;
         let knows = |service: &str, version: &str| {
-            services().any(|known| known.name == service && known.version(version).is_some())
+            let is_wanted = services().any(|known| known.name == service && known.version(version).is_some());
+            is_wanted || idle.has(service, version)
         };
-        let changed = self.counted.ledger.take(report, knows, now);
-        self.counts_changed |= changed;
-        let epoch = &self.kept.epoch;
-        if report.epoch == *epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
+        let run = (report.proxy.clone(), report.start.clone());
+        let taken = self.counted.ledger.take(&run, report, knows, now);
+        if taken == Taken::Old {
+            return false;
+        }
+        let decides = self.proxies.reported(&run, report, &self.kept.epoch, knows, now);
+        self.counts_changed |= taken == Taken::News;
+        if report.epoch == self.kept.epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
             // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
             // nothing before it is newer than that.
             self.kept.revision = report.revision;
@@ -269,7 +279,7 @@ impl Control {
             self.policy = None;
             self.dirty = true;
         }
-        changed | self.proxies.reported(report, epoch, knows, now)
+        decides || taken == Taken::News
     }
 
     /// Why what is decided cannot be kept, if so.
@@ -330,8 +340,7 @@ impl Control {
         let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
         outcome.transitions = std::mem::take(&mut self.news);
         self.availability.look(&self.readiness, now);
-        let restarted = !self.in_force.is_empty();
-        self.catching_up.get_or_insert(if restarted { now + CATCH_UP } else { now });
+        self.listen(now);
         self.judge(now);
         let mut services = Vec::with_capacity(self.shifts.len());
         let mut changed = Vec::new();
@@ -382,6 +391,17 @@ impl Control {
         outcome
     }
 
+    /// At the start, and whenever the process stood still, proxies were not listened to for a while.
+    fn listen(&mut self, now: Millis) {
+        let looked = self.looked.replace(now);
+        if looked.is_none_or(|looked| now.saturating_sub(looked) > CATCH_UP) {
+            let had_proxies = looked.is_some() || !self.in_force.is_empty();
+            self.catching_up = Some(if had_proxies { now + CATCH_UP } else { now });
+            self.proxies.listen(now);
+        }
+        self.proxies.forget_silent(now);
+    }
+
     /// Gathers evidence from what is new in the counts.
     fn judge(&mut self, now: Millis) {
         let mut judges = std::mem::take(&mut self.counted.judges);
@@ -411,7 +431,7 @@ impl Control {
         let up_to_date = self.catching_up.is_some_and(|until| now >= until);
         let opinion = self.counted.judges.opinion(shift);
         let availability = self.availability.of(shift, &self.readiness, now);
-        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
+        World::new(&self.counted.ledger, availability, self.proxies.vetoes(), opinion, up_to_date)
     }
 
     fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
@@ -438,20 +458,21 @@ impl Control {
             self.kept.services = json;
             outcome.keep = true;
         }
-        self.in_force.clone_from(&services);
         let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
-        outcome.keep |= self.kept.idle.publish(&policy, now);
+        let deadline = |service: &str| drain_deadline(&self.shifts, service);
+        outcome.keep |= self.kept.idle.publish(&policy, &self.in_force, deadline, now);
+        self.in_force.clone_from(&policy.services);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
     }
 
     fn look_at_drains(&mut self, now: Millis) -> bool {
-        let deadline = |service: &str| {
-            let shift = self.shifts.iter().find(|shift| shift.service(service).is_some());
-            shift.map_or(std::time::Duration::ZERO, |shift| shift.drain_timeout)
-        };
-        let (proxies, ledger) = (&self.proxies, &self.counted.ledger);
-        self.kept.idle.look(now, deadline, |key| proxies.seen(key, ledger, now))
+        // Before, not everybody can have said what he has.
+        if now.saturating_sub(self.proxies.listening_since()) < CATCH_UP {
+            return false;
+        }
+        let deadline = |service: &str| drain_deadline(&self.shifts, service);
+        self.kept.idle.look(now, deadline, &self.proxies, &self.in_force)
     }
 
     /// A service with the weights that proxies have for it; if they have none, with those that they start with.
@@ -476,6 +497,11 @@ impl Control {
     }
 }
 
+/// How long a service's versions may take to drain.
+fn drain_deadline(shifts: &[TrafficShift], service: &str) -> Option<Duration> {
+    shifts.iter().find(|shift| shift.service(service).is_some()).map(|shift| shift.drain_timeout)
+}
+
 /// Whether something of a cluster belongs to one of these namespaces.
 fn is_in(name: &str, namespaces: &[Option<String>]) -> bool {
     let of = |namespace: &String| name.strip_suffix(namespace.as_str()).is_some_and(|rest| rest.ends_with('.'));
@@ -493,3 +519,6 @@ fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, w
     compiled.mirror = compiled.mirror.or_else(|| rollout.mirror(shift));
     compiled
 }
+
+#[cfg(test)]
+mod tests;

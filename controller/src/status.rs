@@ -219,11 +219,11 @@ pub struct DrainStatus {
 pub enum DrainState {
     /// It is given requests.
     Serving,
-    /// It is given nothing more, and not at rest yet.
+    /// It is given nothing more, and not at rest yet; or no proxy says that it is.
     Draining,
     /// Every proxy gives it nothing, and nothing is in flight.
     Drained,
-    /// That was not so when its deadline had passed.
+    /// That was not so when its deadline had passed, and has not been since.
     DeadlineExceeded,
 }
 

@@ -89,6 +89,21 @@ impl Controller {
         self.process.terminate(END).await
     }
 
+    /// SIGSTOP: it stands still, as on a machine that is paused, until [`go_on`](Self::go_on).
+    pub fn stand_still(&self) -> anyhow::Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// SIGCONT.
+    pub fn go_on(&self) -> anyhow::Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let id = i32::try_from(self.id()).ok().and_then(Pid::from_raw).context("no process id")?;
+        kill_process(id, signal).context("cannot signal the controller")
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.process.id()

@@ -9,7 +9,7 @@ use tideshift_tests::{
     backend::Mode,
     client::get,
     controller::{Controller, Output, cli},
-    rig::{DEADLINE, HOST, Rig, SERVICE, until_shares},
+    rig::{DEADLINE, HOST, Rig, SERVICE, Seen, until, until_shares},
     wait::eventually,
     websocket,
 };
@@ -137,4 +137,58 @@ async fn who_serves_or_is_unknown_has_not_drained() -> anyhow::Result<()> {
     let (output, _) = wait_drained(&controller, "v2", "10s").await??;
     assert_eq!(output.code, Some(0), "{output:?}");
     Ok(())
+}
+
+/// A controller that has lost its state, an Envoy that came while it was away, a version that is in the document no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_has_drained_of_whom_a_proxy_has_something_in_flight() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    rig.write(&rig.document(json!({ "target": "v2" })))?;
+    let mut controller = rig.start_controller().await?;
+    until_shares_given(&controller, &[0.0, 100.0]).await?;
+    let v1 = drain(&controller, "v1").await?;
+    assert_eq!((&v1["state"], &v1["message"]), (&json!("Draining"), &json!("no proxy has reported")));
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    until_state(&controller, "v1", "Drained").await?;
+
+    // The state is lost, and traffic starts at v1 again.
+    rig.version("v2")[0].set(|behaviour| behaviour.mode = Mode::WebSocket);
+    let socket = websocket::Client::connect(rig.address(), HOST, &[]).await?;
+    until_in_flight(&controller, "v2", 1).await?;
+    controller.kill()?;
+    std::fs::remove_dir_all(rig.state_dir())?;
+    rig.write(&rig.document(json!({})))?;
+    controller.start_again().await?;
+    let waiting = wait_drained(&controller, "v2", "60s");
+    until_in_flight(&controller, "v2", 1).await?;
+    assert_eq!(drain(&controller, "v2").await?["state"], "Draining");
+
+    // Nobody wants v2 any more, and it is known all the same as long as it drains.
+    let mut without = rig.document(json!({}));
+    without["spec"]["versions"].as_array_mut().context("no versions")?.retain(|version| version["name"] == "v1");
+    rig.write(&without)?;
+    until_shares_given(&controller, &[100.0]).await?;
+    assert_eq!(drain(&controller, "v2").await?["message"], "1 in flight");
+    socket.close().await?;
+    let (output, _) = waiting.await??;
+    assert_eq!(output.code, Some(0), "{output:?}");
+    Ok(())
+}
+
+async fn until_state(controller: &Controller, version: &str, state: &str) -> anyhow::Result<()> {
+    eventually(&format!("{version} to be {state}"), DEADLINE, async || {
+        let drain = drain(controller, version).await?;
+        ensure!(drain["state"] == state, "{drain}");
+        Ok(())
+    })
+    .await
+}
+
+/// Waits until the controller gives these shares, whoever has them.
+async fn until_shares_given(controller: &Controller, shares: &[f64]) -> anyhow::Result<()> {
+    let holds = |seen: &Seen| {
+        ensure!(seen.weights() == shares, "{:?}", seen.weights());
+        Ok(())
+    };
+    until(controller, "the shares", holds).await.map(drop)
 }

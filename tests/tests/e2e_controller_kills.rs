@@ -214,6 +214,37 @@ async fn a_rollout_goes_on_where_it_was_however_often_the_controller_is_killed()
     Ok(())
 }
 
+/// The filter gives up a report that is not answered and sends the next one, so that a controller that has stood still
+/// reads several at once, in any order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_counted_twice_when_the_controller_stands_still_for_a_while() -> anyhow::Result<()> {
+    // Three reports are given up in each; which one is read first is a matter of luck.
+    const STOPS: [u64; 2] = [12, 17];
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    let steps = json!([{ "weight": 20, "holdSeconds": FOR_EVER }]);
+    rig.write(&rig.document(json!({ "target": "v2", "strategy": { "steps": steps } })))?;
+    let controller = rig.start_controller().await?;
+    let envoy = rig.start_envoy(WORKERS).await?;
+    let load = rig.load(100.0);
+    until_shares(&controller, "the first step", &[80.0, 20.0]).await?;
+    for stop in STOPS {
+        next_answers(&load, 100).await?;
+        controller.stand_still()?;
+        // A few more answers than there may be until then, as a clock.
+        let stood = next_answers(&load, 100 * stop).await;
+        controller.go_on()?;
+        let before = load.tally();
+        ensure!(stood?.bad() == 0, "users noticed");
+        let most = |seen: &Seen| seen.counts().values().sum::<u64>() <= load.tally().sent;
+        while load.tally().since(&before).answered < 200 {
+            ensure!(most(&Seen::now(&controller).await?), "more is counted than was asked");
+        }
+    }
+    let tally = load.stop().await?;
+    assert_eq!(tally.bad(), 0, "{tally:?}");
+    assert_counts_agree(&controller, &envoy, &tally).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_somebody_was_told_is_done_survives_a_kill_right_after_the_answer() -> anyhow::Result<()> {
     let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;

@@ -64,6 +64,7 @@ pub(super) async fn report(
     if report.proxy.is_empty() || report.proxy.len() > MAX_NAME || report.start.len() > MAX_NAME {
         return Err(Problem::bad_request("proxy, start: 1 to 512 bytes"));
     }
+    report.check().map_err(Problem::bad_request)?;
     shared.done.took_report(now());
     if shared.control().reported(&report, now()) {
         shared.counted.notify_one();

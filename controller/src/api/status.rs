@@ -20,7 +20,7 @@ pub(super) async fn drain(
     State(shared): State<Arc<Shared>>,
     Part(Path((service, version))): Part<Path<(String, String)>>,
 ) -> Result<Json<DrainStatus>, Problem> {
-    let drain = shared.control().drain(&service, &version, now());
+    let drain = shared.control().drain(&service, &version);
     drain.map(Json).ok_or_else(|| Problem::not_found(format!("there is no version {version} of a service {service}")))
 }
 

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 ///
 /// A version has drained when every live proxy has applied a policy that gives it nothing and reports nothing of it in
 /// flight: long answers, streams and WebSockets hold it until they end. Made for a preStop hook: it ends when traffic
-/// has stopped, not after a guessed sleep.
+/// has stopped, not after a guessed sleep. Where no proxy reports, it ends by the document's drain.timeoutSeconds, counted
+/// from when the version was last given something.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

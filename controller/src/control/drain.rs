@@ -1,6 +1,8 @@
 //! When a version has drained: every live proxy has applied a revision that gives it nothing, and reports nothing of it
-//! in flight. The deadline is the fallback; which of the two it was is said.
+//! in flight. The deadline is the fallback; which of the two it was is said. Where no proxy reports, nobody can say that
+//! traffic has left, and there is only the deadline.
 
+use super::proxies::Proxies;
 use crate::ledger::VersionKey;
 use crate::rollout::Millis;
 use crate::status::{DrainState, DrainStatus};
@@ -8,6 +10,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tideshift_core::policy::{Policy, Service};
+
+/// How long it is known how the drain of a version ended that is in no document any more.
+const REMEMBERED: Millis = 600_000;
+/// The deadline of a version that nobody knows a document of.
+const DEADLINE: Millis = 300_000;
 
 /// The versions that are given nothing. Kept across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +28,16 @@ struct Since {
     /// The first revision that gives it nothing.
     revision: u64,
     time: Millis,
+    /// When a proxy was found after it had drained that gives it requests all the same, or has some in flight. The
+    /// deadline counts from then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    again: Option<Millis>,
+    /// The deadline, in milliseconds, by the last document that named the version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    deadline: Option<Millis>,
+    /// Whether it is in no document any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    gone: bool,
     /// When it had drained, or its deadline had passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ended: Option<Ended>,
@@ -34,82 +51,154 @@ struct Ended {
     message: String,
 }
 
-/// What a live proxy says of a version.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Seen<'a> {
-    /// The proxy.
-    pub proxy: &'a str,
-    /// What all of its workers run; `None` if that is nothing of this controller's, or if it has not said yet.
-    pub revision: Option<u64>,
-    /// Its requests of the version under way.
-    pub in_flight: u64,
+/// What a version waits for that is given nothing: the first of these that holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// So many proxies have yet to apply the revision that gives it nothing.
+    Behind(usize),
+    /// So many requests are under way.
+    InFlight(u64),
+    /// The guards of so many proxies keep out what is given requests, so that these go to whoever else is in service.
+    SentBack(usize),
+    /// So many proxies were there under the controller before, and have yet to report to this one.
+    Unheard(usize),
+    /// There is no proxy that could say anything.
+    Nobody,
+}
+
+impl Waiting {
+    /// Whether proxies say so, rather than that they say nothing.
+    fn is_said(self) -> bool {
+        !matches!(self, Self::Unheard(_) | Self::Nobody)
+    }
+}
+
+impl Since {
+    fn new(revision: u64, time: Millis) -> Self {
+        Self { revision, time, again: None, deadline: None, gone: false, ended: None }
+    }
+
+    /// Since when it has been draining.
+    fn begun(&self) -> Millis {
+        self.again.unwrap_or(self.time)
+    }
 }
 
 impl Idle {
-    /// A policy is published. Returns whether anything has changed.
-    pub(super) fn publish(&mut self, policy: &Policy, now: Millis) -> bool {
-        let before = self.0.clone();
+    /// A policy is published, after one with other services. Returns whether anything has changed.
+    pub(super) fn publish(
+        &mut self,
+        policy: &Policy,
+        before: &[Service],
+        deadline: impl Fn(&str) -> Option<Duration>,
+        now: Millis,
+    ) -> bool {
         let mut versions = BTreeMap::new();
         for service in &policy.services {
             for version in service.versions.iter().filter(|version| !is_given(service, &version.name)) {
                 let key = (service.name.clone(), version.name.clone());
-                let since = before.get(&key).cloned();
-                let since = since.unwrap_or(Since { revision: policy.revision, time: now, ended: None });
-                versions.insert(key, since);
+                let since = self.0.get(&key).cloned().unwrap_or_else(|| Since::new(policy.revision, now));
+                versions.insert(key, Since { gone: false, ..since });
             }
         }
+        // Those that nobody wants any more drain all the same.
+        let is_in = |(service, version): &VersionKey| {
+            let service = policy.services.iter().find(|of| of.name == *service);
+            service.is_some_and(|service| service.versions.iter().any(|of| of.name == *version))
+        };
+        let left = before.iter().flat_map(|service| {
+            let given = service.versions.iter().filter(|version| is_given(service, &version.name));
+            given.map(|version| ((service.name.clone(), version.name.clone()), Since::new(policy.revision, now)))
+        });
+        let drain = self.0.iter().map(|(key, since)| (key.clone(), since.clone()));
+        for (key, since) in left.chain(drain).filter(|(key, _)| !is_in(key)) {
+            versions.insert(key, Since { gone: true, ..since });
+        }
+        for ((service, _), since) in &mut versions {
+            since.deadline = deadline(service).map(millis).or(since.deadline);
+        }
+        let changed = self.0 != versions;
         self.0 = versions;
-        self.0 != before
+        changed
     }
 
-    /// Looks at the versions that drain; `seen` says what the live proxies report of a version. Returns whether anything
-    /// has changed.
-    pub(super) fn look<'a>(
+    /// Looks at what the proxies say of the versions that are given nothing, by the services of the last policy. Returns
+    /// whether anything has changed.
+    pub(super) fn look(
         &mut self,
         now: Millis,
-        deadline: impl Fn(&str) -> Duration,
-        seen: impl Fn(&VersionKey) -> Vec<Seen<'a>>,
+        deadline: impl Fn(&str) -> Option<Duration>,
+        proxies: &Proxies,
+        services: &[Service],
     ) -> bool {
         let mut changed = false;
-        for (key, since) in self.0.iter_mut().filter(|(_, since)| since.ended.is_none()) {
-            let (deadline, waited) = (deadline(&key.0), now.saturating_sub(since.time));
-            let waits_for = waits_for(&seen(key), since.revision);
-            let (state, message) = match waits_for {
-                None => (DrainState::Drained, format!("nothing is in flight on any proxy, after {}", shown(waited))),
-                Some(what) if waited >= deadline.as_millis() as u64 => {
+        for (key, since) in &mut self.0 {
+            let waiting = proxies.waiting(key, since.revision, services);
+            let waited = now.saturating_sub(since.begun());
+            let state = since.ended.as_ref().map(|ended| ended.state);
+            let (state, message) = match waiting {
+                None if state != Some(DrainState::Drained) => {
+                    (DrainState::Drained, format!("nothing is in flight on any proxy, after {}", shown(waited)))
+                }
+                Some(waiting) if state == Some(DrainState::Drained) && waiting.is_said() => {
+                    (since.ended, since.again, changed) = (None, Some(now), true);
+                    continue;
+                }
+                Some(waiting) if state.is_none() => {
+                    if waited < deadline(&key.0).map(millis).or(since.deadline).unwrap_or(DEADLINE) {
+                        continue;
+                    }
+                    let what = proxies.in_words(waiting, key, since.revision, services);
                     (DrainState::DeadlineExceeded, format!("after {} still {what}", shown(waited)))
                 }
-                Some(_) => continue,
+                _ => continue,
             };
             since.ended = Some(Ended { time: now, state, message });
             changed = true;
         }
-        changed
+        let before = self.0.len();
+        let is_over = |since: &Since| {
+            since.gone && since.ended.as_ref().is_some_and(|ended| now.saturating_sub(ended.time) > REMEMBERED)
+        };
+        self.0.retain(|_, since| !is_over(since));
+        changed || self.0.len() != before
     }
 
     /// Since when a version is given nothing, and when it had drained, or its deadline had passed: by the word of proxies
     /// that are there. Where there are none, nobody can say that traffic has left.
-    pub(super) fn left(&self, key: &VersionKey, seen: &[Seen<'_>]) -> Option<(Millis, Millis)> {
+    pub(super) fn left(&self, key: &VersionKey, proxies: &Proxies, services: &[Service]) -> Option<(Millis, Millis)> {
         let since = self.0.get(key)?;
         let ended = since.ended.as_ref()?;
-        let at_rest = ended.state == DrainState::DeadlineExceeded || waits_for(seen, since.revision).is_none();
-        (at_rest && !seen.is_empty()).then_some((since.time, ended.time))
+        let waits = proxies.waiting(key, since.revision, services).is_some_and(Waiting::is_said);
+        let at_rest = ended.state == DrainState::DeadlineExceeded || !waits;
+        (at_rest && proxies.are_there()).then_some((since.time, ended.time))
+    }
+
+    /// Whether a version is known here: in a document or not, it is given nothing.
+    pub(super) fn has(&self, service: &str, version: &str) -> bool {
+        self.0.contains_key(&(service.to_owned(), version.to_owned()))
     }
 
     /// How a version stands.
-    pub(super) fn status(&self, key: &VersionKey, seen: &[Seen<'_>]) -> DrainStatus {
-        let in_flight = seen.iter().fold(0, |sum: u64, seen| sum.saturating_add(seen.in_flight));
+    pub(super) fn status(&self, key: &VersionKey, proxies: &Proxies, services: &[Service]) -> DrainStatus {
+        let in_flight = proxies.in_flight(key);
         let status = |state, since, message| DrainStatus { state, in_flight, since, message };
         let time = |millis| Some(super::timestamp(millis));
         match self.0.get(key) {
             None => status(DrainState::Serving, None, "it is given requests".to_owned()),
             Some(Since { ended: Some(ended), .. }) => status(ended.state, time(ended.time), ended.message.clone()),
             Some(since) => {
-                let what = waits_for(seen, since.revision).unwrap_or_else(|| "being looked at".to_owned());
-                status(DrainState::Draining, time(since.time), what)
+                let waiting = proxies.waiting(key, since.revision, services);
+                let what = waiting.map(|waiting| proxies.in_words(waiting, key, since.revision, services));
+                let what = what.unwrap_or_else(|| "being looked at".to_owned());
+                status(DrainState::Draining, time(since.begun()), what)
             }
         }
     }
+}
+
+fn millis(duration: Duration) -> Millis {
+    duration.as_millis() as Millis
 }
 
 /// Whether a policy gives a version any request.
@@ -123,101 +212,9 @@ fn is_given(service: &Service, name: &str) -> bool {
     version.serving && (version.weight > 0 || by_rule || by_mirror)
 }
 
-/// What a version still waits for, in words.
-fn waits_for(seen: &[Seen<'_>], revision: u64) -> Option<String> {
-    let behind: Vec<_> = seen.iter().filter(|seen| seen.revision.is_none_or(|has| has < revision)).collect();
-    if let Some(first) = behind.first() {
-        let more = if behind.len() > 1 { format!(" and {} more", behind.len() - 1) } else { String::new() };
-        return Some(format!("waiting for proxy {}{more} to apply revision {revision}", first.proxy));
-    }
-    let in_flight = seen.iter().fold(0, |sum: u64, seen| sum.saturating_add(seen.in_flight));
-    (in_flight > 0).then(|| format!("{in_flight} in flight"))
-}
-
 fn shown(millis: Millis) -> String {
     format!("{}.{} s", millis / 1_000, millis % 1_000 / 100)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn policy(revision: u64, v1: u32, v2: u32) -> Policy {
-        let document = serde_json::json!({"revision": revision, "services": [
-            {"name": "shop", "versions": [{"name": "v1", "weight": v1}, {"name": "v2", "weight": v2}]},
-        ]});
-        Policy::read(&document).unwrap()
-    }
-
-    fn v1() -> VersionKey {
-        ("shop".to_owned(), "v1".to_owned())
-    }
-
-    fn state(idle: &Idle) -> DrainState {
-        idle.status(&v1(), &[]).state
-    }
-
-    const DEADLINE: Duration = Duration::from_secs(300);
-
-    #[test]
-    fn a_version_has_drained_when_every_proxy_knows_and_nothing_is_in_flight() {
-        let mut idle = Idle::default();
-        idle.publish(&policy(6, 1, 1), 0);
-        assert_eq!(state(&idle), DrainState::Serving);
-        idle.publish(&policy(7, 0, 1), 1_000);
-        let seen = |revision, in_flight| Seen { proxy: "edge", revision, in_flight };
-        let ready = seen(Some(7), 0);
-        assert_eq!(idle.left(&v1(), &[ready]), None, "nobody has looked yet");
-        for waits in [seen(None, 0), seen(Some(6), 0), seen(Some(7), 1)] {
-            idle.look(2_000, |_| DEADLINE, |_| vec![ready, waits]);
-            assert_eq!(state(&idle), DrainState::Draining, "{waits:?}");
-        }
-        assert!(idle.status(&v1(), &[seen(Some(7), 1)]).message.contains("1 in flight"));
-        idle.look(21_300, |_| DEADLINE, |_| vec![ready, seen(Some(9), 0)]);
-        assert_eq!(state(&idle), DrainState::Drained);
-        assert!(idle.status(&v1(), &[]).message.contains("after 20.3 s"));
-        assert_eq!(idle.left(&v1(), &[ready]), Some((1_000, 21_300)));
-        assert_eq!(idle.left(&v1(), &[]), None, "without proxies nobody can say so");
-        assert_eq!(idle.left(&v1(), &[ready, seen(Some(6), 0)]), None, "a proxy has come that still gives it requests");
-        // It stays so with the next policies, until it is given something.
-        idle.publish(&policy(8, 0, 1), 30_000);
-        assert_eq!(state(&idle), DrainState::Drained);
-        idle.publish(&policy(9, 1, 1), 30_000);
-        assert_eq!(state(&idle), DrainState::Serving);
-    }
-
-    #[test]
-    fn the_deadline_is_the_fallback_and_says_what_was_missing() {
-        let mut idle = Idle::default();
-        idle.publish(&policy(7, 0, 1), 0);
-        let stuck = Seen { proxy: "edge", revision: Some(7), in_flight: 2 };
-        idle.look(299_999, |_| DEADLINE, |_| vec![stuck]);
-        assert_eq!(state(&idle), DrainState::Draining);
-        idle.look(300_000, |_| DEADLINE, |_| vec![stuck]);
-        let status = idle.status(&v1(), &[stuck]);
-        assert_eq!(
-            (status.state, status.message.as_str()),
-            (DrainState::DeadlineExceeded, "after 300.0 s still 2 in flight")
-        );
-    }
-
-    #[test]
-    fn a_rule_or_a_mirror_gives_a_version_requests_too() {
-        let mut document = serde_json::json!({"revision": 1, "services": [{"name": "shop",
-            "versions": [{"name": "v1", "weight": 0}, {"name": "v2", "weight": 1}]}]});
-        for (field, value) in [
-            ("rules", serde_json::json!([{"versions": [{"name": "v1"}]}])),
-            ("mirror", serde_json::json!({"version": "v1"})),
-        ] {
-            let mut with = document.clone();
-            with["services"][0][field] = value;
-            let mut idle = Idle::default();
-            idle.publish(&Policy::read(&with).unwrap(), 0);
-            assert_eq!(state(&idle), DrainState::Serving, "{field}");
-        }
-        document["services"][0]["versions"][0]["serving"] = serde_json::json!(false);
-        let mut idle = Idle::default();
-        idle.publish(&Policy::read(&document).unwrap(), 0);
-        assert_eq!(state(&idle), DrainState::Draining);
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! The evidence for and against the targets, gathered from the counts as they come in. What it amounts to is for
 //! [`tideshift_core::verdict`] to say, what follows from it for the rollout engine.
 
-use crate::ledger::{Ledger, newer};
+use crate::ledger::{Ledger, since};
 use crate::rollout::{Millis, Observed, Opinion, Rollout};
 use crate::status::{Judged, LatencyStatus, VerdictOutcome, VerdictStatus};
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,7 @@ impl Taken {
     fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Sample {
         let now = Self::now(ledger, service, version);
         let counts = now.counts.since(&self.counts);
-        let durations = newer(&now.durations, &self.durations);
+        let durations = since(&now.durations, &self.durations);
         *self = now;
         Sample { requests: counts.answered(), errors: counts.error, durations }
     }

@@ -1,111 +1,381 @@
 //! What the proxies said last: which policy they run, what they have in flight, whom their guards keep out.
 
-use super::drain::Seen;
-use crate::ledger::{Ledger, VersionKey};
+use super::drain::Waiting;
+use crate::ledger::{RunKey, VersionKey};
 use crate::rollout::Millis;
 use crate::status::{ProxyStatus, VetoStatus, timestamp};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::guard::Veto;
+use tideshift_core::policy::Service;
 use tideshift_core::report::{Refused, Report};
 
-/// A proxy that is silent for longer is shown no more, and nobody waits for it.
-const SILENT: Millis = 60_000;
+/// A proxy that is silent for longer is forgotten, and nobody waits for it.
+pub(super) const SILENT: Millis = 60_000;
+/// A run that is silent for longer is over, if a newer one of the same proxy has been heard of.
+const SUPERSEDED: Millis = 5_000;
 /// The most proxies that are shown.
 const MAX_PROXIES: usize = 20_000;
+/// The most that is shown of why a policy was refused: so many lines, of so many characters.
+const MAX_ERRORS: (usize, usize) = (20, 500);
 
-/// By proxy and start, since two proxies may share an id by mistake.
+/// All that are there, and those that were there under the controller before.
 #[derive(Debug, Default)]
-pub(super) struct Proxies(BTreeMap<(String, String), Proxy>);
+pub(super) struct Proxies {
+    runs: BTreeMap<RunKey, Proxy>,
+    /// Of all runs. Drains are looked at many times a second, and there may be thousands of proxies.
+    sums: Sums,
+    /// Those with vetoes.
+    vetoing: BTreeSet<RunKey>,
+    /// Since when reports have been listened to: nobody is silent who could not have been heard.
+    listening_since: Millis,
+    /// No run was heard of longer ago.
+    longest_ago: Millis,
+}
 
 /// What one proxy said last.
 #[derive(Debug, Default)]
 struct Proxy {
-    seen: Millis,
+    /// When it was heard of.
+    heard: Millis,
+    /// `None`: it has reported to the controller before, and not yet to this one.
+    said: Option<Said>,
+}
+
+#[derive(Debug, Default)]
+struct Said {
+    /// What all of its workers run; `None` if that is nothing of this controller's.
     revision: Option<u64>,
     workers: u32,
-    in_flight: BTreeMap<VersionKey, u64>,
+    /// Where there is any.
+    in_flight: Vec<(VersionKey, u64)>,
     refused: Option<Refused>,
     /// By service.
     vetoes: Vec<(String, Veto)>,
 }
 
+#[derive(Debug, Default, PartialEq)]
+struct Sums {
+    /// How many have yet to say something.
+    awaited: usize,
+    /// How many run each revision.
+    revisions: BTreeMap<Option<u64>, usize>,
+    in_flight: BTreeMap<VersionKey, u64>,
+}
+
+impl Sums {
+    fn add(&mut self, proxy: &Proxy) {
+        let Some(said) = &proxy.said else {
+            self.awaited += 1;
+            return;
+        };
+        *self.revisions.entry(said.revision).or_default() += 1;
+        for (key, number) in &said.in_flight {
+            match self.in_flight.get_mut(key) {
+                Some(sum) => *sum = sum.saturating_add(*number),
+                None => drop(self.in_flight.insert(key.clone(), *number)),
+            }
+        }
+    }
+
+    fn remove(&mut self, proxy: &Proxy) {
+        let Some(said) = &proxy.said else {
+            self.awaited -= 1;
+            return;
+        };
+        take_from(&mut self.revisions, &said.revision, 1);
+        for (key, number) in &said.in_flight {
+            take_from(&mut self.in_flight, key, *number);
+        }
+    }
+}
+
+/// Takes some of a sum; nothing is left where nothing is left of it.
+fn take_from<K: Ord, N: Copy + Default + Ord + std::ops::Sub<Output = N>>(
+    sums: &mut BTreeMap<K, N>,
+    key: &K,
+    number: N,
+) {
+    let Some(sum) = sums.get_mut(key) else { return };
+    match *sum > number {
+        true => *sum = *sum - number,
+        false => drop(sums.remove(key)),
+    }
+}
+
 impl Proxies {
-    /// A proxy reports. Returns whether a decision may follow: there is a new veto, it runs another revision, or it has
-    /// something else in flight.
+    /// Nobody has said anything yet; who was heard of by the controller before, and when.
+    pub(super) fn awaiting<'a>(before: impl Iterator<Item = (&'a RunKey, Millis)>) -> Self {
+        let mut proxies = Self::default();
+        for (run, heard) in before {
+            proxies.put(run, Proxy { heard, said: None });
+        }
+        proxies
+    }
+
+    /// Reports are listened to from now on, and were not before.
+    pub(super) fn listen(&mut self, now: Millis) {
+        self.listening_since = now;
+    }
+
+    /// Since when that is so.
+    pub(super) fn listening_since(&self) -> Millis {
+        self.listening_since
+    }
+
+    /// Forgets those that are silent.
+    pub(super) fn forget_silent(&mut self, now: Millis) {
+        if self.silence(self.longest_ago, now) <= SILENT {
+            return;
+        }
+        let silent = self.runs.iter().filter(|(_, proxy)| self.silence(proxy.heard, now) > SILENT);
+        let silent: Vec<_> = silent.map(|(run, _)| run.clone()).collect();
+        silent.iter().for_each(|run| self.remove(run));
+        self.longest_ago = self.runs.values().map(|proxy| proxy.heard).min().unwrap_or(now);
+    }
+
+    fn silence(&self, heard: Millis, now: Millis) -> Millis {
+        now.saturating_sub(heard.max(self.listening_since))
+    }
+
+    /// A proxy reports. Returns whether a decision may follow: it is there, there is a new veto, it runs another
+    /// revision, or it has something else in flight.
     pub(super) fn reported(
         &mut self,
+        run: &RunKey,
         report: &Report,
         epoch: &str,
         knows: impl Fn(&str, &str) -> bool,
         now: Millis,
     ) -> bool {
         let revision = (report.epoch == epoch).then_some(report.revision);
-        let services = report.services.iter();
-        let in_flight = services.flat_map(|service| {
-            service.versions.iter().map(|version| ((service.name.clone(), version.name.clone()), version.in_flight))
-        });
-        let in_flight = in_flight.filter(|((service, version), _)| knows(service, version)).collect();
-        let vetoes = report.services.iter().flat_map(|service| {
+        let mut in_flight = Vec::new();
+        let mut vetoes = Vec::new();
+        for service in &report.services {
+            for version in service.versions.iter().filter(|version| version.in_flight > 0) {
+                if knows(&service.name, &version.name) {
+                    in_flight.push(((service.name.clone(), version.name.clone()), version.in_flight));
+                }
+            }
             let known = service.vetoes.iter().filter(|veto| knows(&service.name, &veto.version));
-            known.map(|veto| (service.name.clone(), veto.clone()))
-        });
-        let vetoes: Vec<_> = vetoes.collect();
-        let proxy = self.proxy((report.proxy.clone(), report.start.clone()));
-        let vetoed = !vetoes.is_empty() && proxy.vetoes != vetoes;
-        let moved = proxy.revision != revision || proxy.in_flight != in_flight;
-        let (workers, refused) = (report.workers, report.refused.clone());
-        *proxy = Proxy { seen: now, revision, workers, in_flight, refused, vetoes };
-        vetoed || moved
-    }
-
-    fn proxy(&mut self, run: (String, String)) -> &mut Proxy {
-        if self.0.len() >= MAX_PROXIES && !self.0.contains_key(&run) {
-            let silent = self.0.iter().min_by_key(|(_, proxy)| proxy.seen).map(|(run, _)| run.clone());
-            silent.map(|run| self.0.remove(&run));
+            vetoes.extend(known.map(|veto| (service.name.clone(), veto.clone())));
         }
-        self.0.entry(run).or_default()
+        let before = self.runs.get(run).and_then(|proxy| proxy.said.as_ref());
+        let decides = before.is_none_or(|before| {
+            before.vetoes != vetoes || before.revision != revision || before.in_flight != in_flight
+        });
+        let refused = report.refused.as_ref().map(in_short);
+        let said = Said { revision, workers: report.workers, in_flight, refused, vetoes };
+        self.end_older(run, now);
+        self.put(run, Proxy { heard: now, said: Some(said) });
+        decides
     }
 
-    fn live(&self, now: Millis) -> impl Iterator<Item = (&String, &Proxy)> {
-        let live = self.0.iter().filter(move |(_, proxy)| now.saturating_sub(proxy.seen) <= SILENT);
-        live.map(|((id, _), proxy)| (id, proxy))
+    /// The runs of the same proxy that are over.
+    fn end_older(&mut self, run: &RunKey, now: Millis) {
+        // Hexadecimal numbers without zeros in front.
+        let order = |start: &str| (start.len(), start.to_owned());
+        let of_proxy = (run.0.clone(), String::new())..;
+        let of_proxy = self.runs.range(of_proxy).take_while(|((id, _), _)| *id == run.0);
+        let older = of_proxy.filter(|((_, start), proxy)| {
+            *start != run.1 && order(start) < order(&run.1) && self.silence(proxy.heard, now) > SUPERSEDED
+        });
+        let older: Vec<_> = older.map(|(run, _)| run.clone()).collect();
+        older.iter().for_each(|run| self.remove(run));
     }
 
-    /// Whether there is one that is not silent.
-    pub(super) fn are_there(&self, now: Millis) -> bool {
-        self.live(now).next().is_some()
+    fn put(&mut self, run: &RunKey, proxy: Proxy) {
+        if self.runs.is_empty() || proxy.heard < self.longest_ago {
+            self.longest_ago = proxy.heard;
+        }
+        let has_vetoes = proxy.said.as_ref().is_some_and(|said| !said.vetoes.is_empty());
+        match has_vetoes {
+            true => drop(self.vetoing.insert(run.clone())),
+            false => drop(self.vetoing.remove(run)),
+        }
+        self.sums.add(&proxy);
+        if let Some(before) = self.runs.get_mut(run) {
+            self.sums.remove(before);
+            *before = proxy;
+            return;
+        }
+        if self.runs.len() >= MAX_PROXIES {
+            let silent = self.runs.iter().min_by_key(|(_, proxy)| proxy.heard).map(|(run, _)| run.clone());
+            silent.iter().for_each(|run| self.remove(run));
+        }
+        self.runs.insert(run.clone(), proxy);
     }
 
-    /// The vetoes of the live proxies' guards, each with its service.
-    pub(super) fn vetoes(&self, now: Millis) -> Vec<(&str, &Veto)> {
-        let vetoes = self.live(now).flat_map(|(_, proxy)| &proxy.vetoes);
+    fn remove(&mut self, run: &RunKey) {
+        self.vetoing.remove(run);
+        let proxy = self.runs.remove(run);
+        proxy.iter().for_each(|proxy| self.sums.remove(proxy));
+    }
+
+    fn said(&self) -> impl Iterator<Item = (&RunKey, &Proxy, &Said)> {
+        self.runs.iter().filter_map(|(run, proxy)| Some((run, proxy, proxy.said.as_ref()?)))
+    }
+
+    /// Whether there is one.
+    pub(super) fn are_there(&self) -> bool {
+        self.runs.len() > self.sums.awaited
+    }
+
+    /// The vetoes of the proxies' guards, each with its service.
+    pub(super) fn vetoes(&self) -> Vec<(&str, &Veto)> {
+        let vetoes = self.vetoing().flat_map(|(_, vetoes)| vetoes);
         vetoes.map(|(service, veto)| (service.as_str(), veto)).collect()
     }
 
-    /// What the live proxies say of a version: also those that reported to the controller before a restart, and not yet
-    /// to this one.
-    pub(super) fn seen<'a>(&'a self, key: &VersionKey, ledger: &'a Ledger, now: Millis) -> Vec<Seen<'a>> {
-        let live = self.live(now).map(|(id, proxy)| Seen {
-            proxy: id,
-            revision: proxy.revision,
-            in_flight: proxy.in_flight.get(key).copied().unwrap_or_default(),
+    fn vetoing(&self) -> impl Iterator<Item = (&str, &[(String, Veto)])> {
+        let vetoing = self.vetoing.iter().filter_map(|run| Some((run, self.runs.get(run)?.said.as_ref()?)));
+        vetoing.map(|((id, _), said)| (id.as_str(), said.vetoes.as_slice()))
+    }
+
+    /// The requests of a version under way.
+    pub(super) fn in_flight(&self, key: &VersionKey) -> u64 {
+        self.sums.in_flight.get(key).copied().unwrap_or_default()
+    }
+
+    /// What a version waits for that is given nothing since a revision; `services` are those of the last policy.
+    pub(super) fn waiting(&self, key: &VersionKey, revision: u64, services: &[Service]) -> Option<Waiting> {
+        let behind: usize = self.sums.revisions.range(..Some(revision)).map(|(_, number)| number).sum();
+        let in_flight = self.in_flight(key);
+        let sent_back = || self.who_sends_back(key, services).count();
+        match (behind, in_flight) {
+            (1.., _) => Some(Waiting::Behind(behind)),
+            (0, 1..) => Some(Waiting::InFlight(in_flight)),
+            (0, 0) => match (sent_back(), self.sums.awaited) {
+                (number @ 1.., _) => Some(Waiting::SentBack(number)),
+                (0, awaited @ 1..) => Some(Waiting::Unheard(awaited)),
+                (0, 0) => (!self.are_there()).then_some(Waiting::Nobody),
+            },
+        }
+    }
+
+    /// The proxies whose guards keep out every version that is given something, so that requests go to this one, which
+    /// is in service and given nothing.
+    fn who_sends_back(&self, (name, version): &VersionKey, services: &[Service]) -> impl Iterator<Item = &str> {
+        let vetoes = || self.vetoing().filter(|(_, vetoes)| vetoes.iter().any(|(service, _)| service == name));
+        let service = vetoes().next().and_then(|_| services.iter().find(|service| service.name == *name));
+        let takes = |service: &&Service| service.versions.iter().any(|of| of.name == *version && of.serving);
+        let given = service.filter(takes).map_or(Vec::new(), |service| {
+            let given = service.versions.iter().filter(|of| of.serving && of.weight > 0);
+            given.map(|of| of.name.as_str()).collect::<Vec<_>>()
         });
-        let known = ledger.reported_since(now.saturating_sub(SILENT));
-        let not_yet = known.filter(|run| !self.0.contains_key(run));
-        let not_yet = not_yet.map(|(id, _)| Seen { proxy: id.as_str(), revision: None, in_flight: 0 });
-        live.chain(not_yet).collect()
+        let all_out = |vetoes: &[(String, Veto)]| {
+            given.iter().all(|given| vetoes.iter().any(|(service, veto)| service == name && veto.version == *given))
+        };
+        let sends_back = |(_, vetoes): &(&str, &[(String, Veto)])| !given.is_empty() && all_out(vetoes);
+        vetoes().filter(sends_back).map(|(id, _)| id).collect::<Vec<_>>().into_iter()
+    }
+
+    /// The same in words.
+    pub(super) fn in_words(&self, waiting: Waiting, key: &VersionKey, revision: u64, services: &[Service]) -> String {
+        let named = |first: Option<&str>, number: usize| {
+            let more = if number > 1 { format!(" and {} more", number - 1) } else { String::new() };
+            format!("{}{more}", first.unwrap_or_default())
+        };
+        match waiting {
+            Waiting::Behind(number) => {
+                let mut behind = self.said().filter(|(_, _, said)| said.revision < Some(revision));
+                let first = behind.next().map(|((id, _), ..)| id.as_str());
+                format!("waiting for proxy {} to apply revision {revision}", named(first, number))
+            }
+            Waiting::InFlight(number) => format!("{number} in flight"),
+            Waiting::SentBack(number) => {
+                let first = self.who_sends_back(key, services).next();
+                format!("given requests where guards keep out all others: proxy {}", named(first, number))
+            }
+            Waiting::Unheard(number) => {
+                let first = self.runs.iter().find(|(_, proxy)| proxy.said.is_none()).map(|((id, _), _)| id.as_str());
+                format!("waiting for proxy {} to report", named(first, number))
+            }
+            Waiting::Nobody => "no proxy has reported".to_owned(),
+        }
     }
 
     /// For people.
-    pub(super) fn status(&self, now: Millis) -> Vec<ProxyStatus> {
-        let status = |(id, proxy): (&String, &Proxy)| ProxyStatus {
+    pub(super) fn status(&self) -> Vec<ProxyStatus> {
+        let status = |((id, _), proxy, said): (&RunKey, &Proxy, &Said)| ProxyStatus {
             id: id.clone(),
-            revision: proxy.revision,
-            workers: proxy.workers,
-            last_seen: timestamp(proxy.seen),
-            refused: proxy.refused.clone(),
-            vetoes: proxy.vetoes.iter().map(|(service, veto)| VetoStatus::new(service, veto)).collect(),
+            revision: said.revision,
+            workers: said.workers,
+            last_seen: timestamp(proxy.heard),
+            refused: said.refused.clone(),
+            vetoes: said.vetoes.iter().map(|(service, veto)| VetoStatus::new(service, veto)).collect(),
         };
-        self.live(now).map(status).collect()
+        self.said().map(status).collect()
+    }
+}
+
+fn in_short(refused: &Refused) -> Refused {
+    let (lines, characters) = MAX_ERRORS;
+    let errors = refused.errors.iter().take(lines).map(|error| error.chars().take(characters).collect());
+    Refused { revision: refused.revision, errors: errors.collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tideshift_core::report::{ServiceReport, VersionReport};
+
+    fn report(revision: u64, in_flight: &[u64]) -> Report {
+        let version = |(i, in_flight): (usize, &u64)| VersionReport {
+            name: format!("v{i}"),
+            in_flight: *in_flight,
+            ..VersionReport::default()
+        };
+        let versions = in_flight.iter().enumerate().map(version).collect();
+        let service = ServiceReport { name: "shop".to_owned(), versions, ..ServiceReport::default() };
+        Report { revision, services: vec![service], ..Report::default() }
+    }
+
+    #[test]
+    fn why_a_policy_was_refused_is_kept_in_short() {
+        let mut proxies = Proxies::default();
+        let errors = vec!["é".repeat(100_000); 1_000];
+        let refused = Some(Refused { revision: None, errors });
+        let run = ("p".to_owned(), "1".to_owned());
+        proxies.reported(&run, &Report { refused, ..Report::default() }, "", |_, _| true, 0);
+        let refused = proxies.status().remove(0).refused.unwrap();
+        assert_eq!(refused.errors, vec!["é".repeat(500); 20]);
+    }
+
+    #[test]
+    fn nothing_is_left_of_the_silent() {
+        let mut proxies = Proxies::default();
+        for i in 0..100 {
+            let run = (format!("p{i}"), "1".to_owned());
+            proxies.reported(&run, &report(7, &[1, 2]), "", |_, _| true, 1_000 * i);
+        }
+        for (now, left) in [(60_000, 100), (60_001, 99), (100_500, 59), (1_000_000, 0)] {
+            proxies.forget_silent(now);
+            assert_eq!((proxies.runs.len(), proxies.status().len()), (left, left), "{now}");
+            assert_eq!(proxies.in_flight(&("shop".to_owned(), "v1".to_owned())), 2 * left as u64);
+        }
+        assert_eq!(proxies.sums, Sums::default());
+    }
+
+    proptest! {
+        #[test]
+        fn sums_are_those_of_all_that_are_there(
+            steps in prop::collection::vec((0u8..4, 0u8..3, 0u64..3, prop::collection::vec(0u64..3, 0..3), 0u64..40_000), 1..60)
+        ) {
+            let known: Vec<_> = (0..3).map(|i| ((format!("p{i}"), "1".to_owned()), i)).collect();
+            let mut proxies = Proxies::awaiting(known.iter().map(|(run, heard)| (run, *heard)));
+            let mut now = 0;
+            for (proxy, start, revision, in_flight, later) in steps {
+                now += later;
+                let run = (format!("p{proxy}"), start.to_string());
+                let is_known = |_: &str, version: &str| version != "v2";
+                proxies.reported(&run, &report(revision, &in_flight), "", is_known, now);
+                proxies.forget_silent(now);
+                let mut sums = Sums::default();
+                proxies.runs.values().for_each(|proxy| sums.add(proxy));
+                prop_assert_eq!(&proxies.sums, &sums);
+                prop_assert!(proxies.runs.values().all(|proxy| now - proxy.heard <= SILENT));
+            }
+        }
     }
 }

@@ -20,7 +20,7 @@ impl Control {
             document_errors: self.document_errors.clone(),
             state_error: self.state_error.clone(),
             services: self.shifts.iter().flat_map(|shift| self.shift_status(shift, now)).collect(),
-            proxies: self.proxies.status(now),
+            proxies: self.proxies.status(),
         }
     }
 
@@ -36,13 +36,15 @@ impl Control {
     }
 
     /// How far a version is from being at rest; `None` if there is no such version.
-    pub fn drain(&self, service: &str, version: &str, now: Millis) -> Option<DrainStatus> {
+    pub fn drain(&self, service: &str, version: &str) -> Option<DrainStatus> {
         let known = self.shifts.iter().find_map(|shift| shift.service(service));
         // A service that is alone in its document has the document's name, and may be called as that may be.
         let alone = || self.shift(service).filter(|shift| shift.services.len() == 1)?.services.first();
-        let service = known.or_else(alone)?;
-        service.version(version)?;
-        Some(self.drain_status(&(service.name.clone(), version.to_owned()), now))
+        let known = known.or_else(alone);
+        let key = (known.map_or(service, |service| &service.name).to_owned(), version.to_owned());
+        // Also one that no document names any more, until it has drained.
+        let is_known = known.is_some_and(|service| service.version(version).is_some());
+        (is_known || self.kept.idle.has(&key.0, &key.1)).then(|| self.drain_status(&key))
     }
 
     /// What the workloads of a rollout should be changed to; nothing while not everything of it can be seen.
@@ -51,14 +53,14 @@ impl Control {
         let Some((shift, rollout)) = shift.zip(self.kept.rollouts.get(name)) else { return Vec::new() };
         let drained = |service: &str, version: &str| {
             let key = (service.to_owned(), version.to_owned());
-            self.kept.idle.left(&key, &self.proxies.seen(&key, &self.counted.ledger, now))
+            self.kept.idle.left(&key, &self.proxies, &self.in_force)
         };
         Facts { shift, rollout, picture, drained: &drained, now }.plan()
     }
 
     /// Whether any proxy is there.
-    pub fn has_proxies(&self, now: Millis) -> bool {
-        self.proxies.are_there(now)
+    pub fn has_proxies(&self) -> bool {
+        self.proxies.are_there()
     }
 
     /// Whether the readiness of all endpoints of a rollout is known; if not, why, where that can be said.
@@ -70,8 +72,8 @@ impl Control {
         }
     }
 
-    fn drain_status(&self, key: &VersionKey, now: Millis) -> DrainStatus {
-        self.kept.idle.status(key, &self.proxies.seen(key, &self.counted.ledger, now))
+    fn drain_status(&self, key: &VersionKey) -> DrainStatus {
+        self.kept.idle.status(key, &self.proxies, &self.in_force)
     }
 
     fn shift_status(&self, shift: &TrafficShift, now: Millis) -> Vec<ServiceStatus> {
@@ -103,7 +105,7 @@ impl Control {
                 }))
                 .collect::<Vec<_>>();
             let listed = endpoints.len() + held_back.len();
-            let drain = self.drain_status(&(service.name.clone(), part.version.clone()), now);
+            let drain = self.drain_status(&(service.name.clone(), part.version.clone()));
             VersionStatus {
                 endpoints: EndpointsStatus { ready: listed - not_ready.len(), listed, not_ready },
                 requests: self.counted.ledger.total(&service.name, &part.version),

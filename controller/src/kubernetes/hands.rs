@@ -146,7 +146,7 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
         Ok(()) => {
             let serves = |service: &ServiceStatus| service.versions.iter().any(|version| version.weight > 0.0);
             match services.iter().all(serves) {
-                true if !control.has_proxies(now) => {
+                true if !control.has_proxies() => {
                     let why = "no proxy has asked for its policy; nothing is scaled down before one has";
                     condition("Available", ConditionStatus::Unknown, "NoProxy", why, timestamp(now))
                 }

@@ -31,6 +31,8 @@ pub(super) struct Proxy {
     news_at: Millis,
     /// What was last reported of what should not wait.
     reported: Pulse,
+    /// How many reports there were.
+    reports: u64,
 }
 
 /// What the controller should hear of at once: the filter's `Pulse`, and the policy that it has.
@@ -88,6 +90,7 @@ impl Proxy {
             report_at,
             news_at: 0,
             reported: Pulse::default(),
+            reports: 0,
         }
     }
 
@@ -165,9 +168,11 @@ impl Proxy {
         self.report_at = now + REPORT_PERIOD;
         self.news_at = now + SHORTEST_REPORT_PERIOD;
         self.reported = pulse;
+        self.reports += 1;
         Some(Report {
             proxy: self.id.clone(),
             start: "1".to_owned(),
+            sequence: self.reports,
             epoch: epoch.to_owned(),
             revision: self.policy.revision,
             workers: 1,

@@ -101,7 +101,9 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
         ("GET", "/v1/services/{service}/versions/{version}/drain") => {
             let answers = vec![(200, "How far it is.", types.answer::<DrainStatus>())];
             let description = "`Drained` once every proxy that is there gives it nothing and reports nothing of it in \
-                               flight.";
+                               flight, and not again while one does. Where no proxy reports, it is `Draining` until its \
+                               deadline. A version that is in no document any more is known until ten minutes after the \
+                               end of its drain.";
             get("getDrain", "status", "How far a version is from being at rest", description, answers)
         }
         ("GET", "/v1/rollouts/{name}/history") => {

@@ -1,0 +1,198 @@
+//! Drains over restarts of the controller, and reports that arrive in another order than they were sent.
+
+use super::*;
+use crate::readiness::EndpointState;
+use crate::status::{DrainState, DrainStatus};
+use serde_json::json;
+use std::collections::BTreeMap;
+use tideshift_core::report::{Counts, ServiceReport, VersionReport};
+use tideshift_core::shift::Endpoint;
+
+const VERSIONS: [&str; 2] = ["v1", "v2"];
+
+/// A controller with one document, and an hour's deadline for drains unless it says otherwise.
+struct Play {
+    control: Control,
+    now: Millis,
+    sequence: u64,
+}
+
+fn documents(spec: &Value) -> Vec<(TrafficShift, Value)> {
+    let version = |name: &&str| json!({"name": name, "endpoints": ["127.0.0.1:9001"]});
+    let mut all = json!({
+        "versions": VERSIONS.iter().map(version).collect::<Vec<_>>(),
+        "stable": "v1",
+        "target": "v2",
+        "strategy": {"steps": [{"weight": 100}]},
+        "drain": {"timeoutSeconds": 3_600},
+    });
+    all.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    let document = json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "shop"},
+        "spec": all});
+    vec![(TrafficShift::read(&document).unwrap(), document)]
+}
+
+fn readiness() -> Arc<Readiness> {
+    let endpoint = Endpoint { host: "127.0.0.1".to_owned(), port: 9001 };
+    let state = EndpointState { endpoint, ready: true, known: true, warming: false, reason: None };
+    let versions: BTreeMap<_, _> = VERSIONS.iter().map(|name| ((*name).to_owned(), vec![state.clone()])).collect();
+    Arc::new(Readiness { services: BTreeMap::from([("shop".to_owned(), versions)]), ..Readiness::default() })
+}
+
+impl Play {
+    fn new(spec: Value) -> Self {
+        let control = Control::new(documents(&spec), Kept::fresh("e".to_owned()).unwrap(), Counted::default());
+        Self { control, now: 1_000_000, sequence: 0 }.ready()
+    }
+
+    fn ready(mut self) -> Self {
+        self.control.set_readiness(readiness());
+        self
+    }
+
+    /// Another process, so much later.
+    fn restart(&mut self, spec: Value, later: Millis, keeps_state: bool) {
+        let (mut kept, counted) = (self.control.kept().clone(), self.control.counted.clone());
+        if !keeps_state {
+            kept = Kept::fresh("another".to_owned()).unwrap();
+        }
+        let control = Control::new(documents(&spec), kept, if keeps_state { counted } else { Counted::default() });
+        let (now, sequence) = (self.now + later, self.sequence);
+        *self = Self { control, now, sequence }.ready();
+    }
+
+    /// Lets so much time pass; the proxies report each second.
+    fn pass(&mut self, millis: Millis, proxies: &[(&str, u64)]) {
+        for passed in (0..millis).step_by(100) {
+            if passed % 1_000 == 0 {
+                for (proxy, in_flight) in proxies {
+                    self.says(proxy, *in_flight);
+                }
+            }
+            self.control.evaluate(self.now);
+            self.now += 100;
+        }
+    }
+
+    /// The report of a proxy that runs the newest policy and has so much in flight of v1.
+    fn report(&mut self, proxy: &str, in_flight: u64) -> Report {
+        self.sequence += 1;
+        let version = VersionReport { name: "v1".to_owned(), in_flight, ..VersionReport::default() };
+        let service = ServiceReport { name: "shop".to_owned(), versions: vec![version], ..ServiceReport::default() };
+        Report {
+            proxy: proxy.to_owned(),
+            start: "1".to_owned(),
+            sequence: self.sequence,
+            epoch: self.control.kept().epoch.clone(),
+            revision: self.control.kept().revision,
+            services: vec![service],
+            ..Report::default()
+        }
+    }
+
+    fn says(&mut self, proxy: &str, in_flight: u64) -> bool {
+        let report = self.report(proxy, in_flight);
+        self.control.reported(&report, self.now)
+    }
+
+    fn drain(&self) -> DrainStatus {
+        self.control.drain("shop", "v1").unwrap()
+    }
+
+    fn state(&self) -> DrainState {
+        self.drain().state
+    }
+}
+
+#[test]
+fn a_controller_that_was_away_for_long_waits_for_the_proxies_that_were_there() {
+    for (away, keeps_state) in [(66_000, true), (3_000_000, true), (66_000, false)] {
+        let mut play = Play::new(json!({"drain": {"timeoutSeconds": 10_000}}));
+        play.pass(10_000, &[("edge", 1), ("other", 0)]);
+        assert_eq!((play.state(), play.drain().message.as_str()), (DrainState::Draining, "1 in flight"));
+        play.restart(json!({"stable": "v2"}), away, keeps_state);
+        play.pass(1_000, &[]);
+        assert_eq!(play.state(), DrainState::Draining, "nobody has reported");
+        play.pass(1_000, &[("other", 0)]);
+        assert_eq!(play.state(), DrainState::Draining, "not everybody has reported");
+        play.pass(10_000, &[("other", 0), ("edge", 1)]);
+        assert_eq!(play.drain().message, "1 in flight");
+        play.pass(2_000, &[("other", 0), ("edge", 0)]);
+        assert_eq!(play.state(), DrainState::Drained);
+    }
+}
+
+#[test]
+fn a_proxy_that_never_comes_back_is_waited_for_a_minute_after_the_restart() {
+    let mut play = Play::new(json!({}));
+    play.pass(10_000, &[("edge", 1), ("other", 0)]);
+    play.restart(json!({}), 600_000, true);
+    play.pass(55_000, &[("other", 0)]);
+    assert_eq!(play.drain().message, "waiting for proxy edge to report");
+    play.pass(10_000, &[("other", 0)]);
+    assert_eq!(play.state(), DrainState::Drained);
+}
+
+#[test]
+fn nobody_is_silent_while_the_controller_stands_still() {
+    let mut play = Play::new(json!({}));
+    play.pass(10_000, &[("edge", 1), ("other", 0)]);
+    play.now += 90_000;
+    play.control.evaluate(play.now);
+    assert_eq!(play.drain().in_flight, 1);
+    assert_eq!(play.control.status(play.now).proxies.len(), 2);
+    play.pass(59_000, &[("other", 0)]);
+    assert_eq!(play.drain().message, "1 in flight");
+    play.pass(3_000, &[("other", 0)]);
+    assert_eq!((play.state(), play.control.status(play.now).proxies.len()), (DrainState::Drained, 1));
+}
+
+#[test]
+fn without_proxies_a_drain_ends_by_its_deadline() {
+    let mut play = Play::new(json!({"drain": {"timeoutSeconds": 20}}));
+    play.pass(15_000, &[]);
+    assert_eq!((play.state(), play.drain().message.as_str()), (DrainState::Draining, "no proxy has reported"));
+    play.pass(10_000, &[]);
+    assert_eq!(play.state(), DrainState::DeadlineExceeded);
+}
+
+#[test]
+fn reports_that_were_held_up_change_nothing() {
+    let mut play = Play::new(json!({"target": "v1"}));
+    play.pass(1_000, &[("edge", 7)]);
+    let mut sent: Vec<Report> = Vec::new();
+    for i in 1..=20 {
+        let mut report = play.report("edge", 20 - i);
+        report.services[0].versions[0].ended = Counts { ok: 10 * i, ..Counts::default() };
+        report.services[0].versions[0].durations = vec![10 * i];
+        sent.push(report);
+    }
+    sent.rotate_left(13);
+    sent.reverse();
+    for report in &sent {
+        play.control.reported(report, play.now);
+    }
+    let status = play.control.status(play.now);
+    let v1 = &status.services[0].versions[0];
+    assert_eq!((v1.requests.ok, v1.in_flight), (200, 0));
+    assert_eq!(play.control.counted.ledger.durations("shop", "v1"), [200]);
+}
+
+#[test]
+fn a_version_that_leaves_the_document_is_known_until_it_has_drained() {
+    let mut play = Play::new(json!({}));
+    play.pass(5_000, &[("edge", 1)]);
+    let alone = json!({"stable": "v2", "target": null, "versions": [{"name": "v2", "endpoints": ["127.0.0.1:9001"]}]});
+    play.control.set_documents(documents(&alone));
+    play.pass(5_000, &[("edge", 1)]);
+    assert_eq!((play.state(), play.drain().message.as_str()), (DrainState::Draining, "1 in flight"));
+    assert_eq!(play.control.status(play.now).services[0].versions.len(), 1);
+    play.restart(alone, 5_000, true);
+    play.pass(5_000, &[("edge", 1)]);
+    assert_eq!((play.state(), play.drain().message.as_str()), (DrainState::Draining, "1 in flight"));
+    play.pass(2_000, &[("edge", 0)]);
+    assert_eq!(play.state(), DrainState::Drained);
+    play.pass(700_000, &[("edge", 0)]);
+    assert_eq!(play.control.drain("shop", "v1"), None);
+    assert_eq!(play.control.drain("shop", "v9"), None);
+}
