@@ -180,6 +180,7 @@ fn routes() -> Vec<Route> {
         get_by("/v1/events", READERS, get(events::events)).that_waits(),
         get_by("/v1/services/{service}/versions/{version}/drain", READERS, get(status::drain)),
         get_by("/v1/rollouts/{name}/history", READERS, get(rollouts::history)),
+        get_by("/v1/rollouts/{name}/series", READERS, get(rollouts::series)),
         told("/v1/rollouts/{name}/promote", command(|Promote { full }| Command::Promote { full })),
         told("/v1/rollouts/{name}/pause", command(|Nothing {}| Command::Pause)),
         told("/v1/rollouts/{name}/resume", command(|Nothing {}| Command::Resume)),

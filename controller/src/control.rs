@@ -16,6 +16,7 @@ use crate::compile;
 use crate::ledger::{Ledger, Taken};
 use crate::readiness::Readiness;
 use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
+use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
 use proxies::Proxies;
@@ -60,6 +61,8 @@ pub struct Control {
     /// When everything was looked at last.
     looked: Option<Millis>,
     proxies: Proxies,
+    /// What the last minutes were like.
+    series: Series,
 }
 
 /// What was counted, and what was made of it: these two are kept together, so that nothing is judged twice.
@@ -160,6 +163,7 @@ impl Control {
             catching_up: None,
             looked: None,
             kept,
+            series: Series::default(),
         };
         control.set_documents_but(files, hidden);
         control
@@ -384,6 +388,7 @@ impl Control {
         }
         self.publish(services, &mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
+        self.note(now);
         self.counted.time = now;
         if outcome.keep {
             self.kept.time = now;
@@ -427,8 +432,13 @@ impl Control {
         why.map(String::as_str)
     }
 
+    /// Whether proxies have said what they counted while no controller was there.
+    fn is_up_to_date(&self, now: Millis) -> bool {
+        self.catching_up.is_some_and(|until| now >= until)
+    }
+
     fn world(&self, shift: &TrafficShift, now: Millis) -> World<'_> {
-        let up_to_date = self.catching_up.is_some_and(|until| now >= until);
+        let up_to_date = self.is_up_to_date(now);
         let opinion = self.counted.judges.opinion(shift);
         let availability = self.availability.of(shift, &self.readiness, now);
         World::new(&self.counted.ledger, availability, self.proxies.vetoes(), opinion, up_to_date)

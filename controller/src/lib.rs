@@ -17,6 +17,7 @@ pub mod probe;
 pub mod readiness;
 pub mod render;
 pub mod rollout;
+pub mod series;
 pub mod serve;
 pub mod shares;
 pub mod simulate;

@@ -294,6 +294,9 @@ pub struct NotReady {
 pub struct ProxyStatus {
     /// Envoy's node id.
     pub id: String,
+    /// Names this run of it: one that is started again has another, and so has a second one with the same id.
+    #[serde(default)]
+    pub start: String,
     /// The revision that all of its workers run; none: its plugin configuration's, or that of a lost state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<u64>,

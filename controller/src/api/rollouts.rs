@@ -3,6 +3,7 @@
 use super::{Part, Peer, Problem, Services, Shared, parse};
 use crate::clock::now;
 use crate::rollout::Command;
+use crate::series::RolloutSeries;
 use crate::status::TransitionStatus;
 use axum::Json;
 use axum::extract::rejection::BytesRejection;
@@ -86,4 +87,12 @@ pub(super) async fn history(
     let transitions = shared.control().history(&name);
     let transitions = transitions.ok_or_else(|| Problem::not_found(format!("there is no rollout {name}")))?;
     Ok(Json(History { transitions }))
+}
+
+pub(super) async fn series(
+    State(shared): State<Arc<Shared>>,
+    Part(Path(name)): Part<Path<String>>,
+) -> Result<Json<RolloutSeries>, Problem> {
+    let series = shared.control().series(&name, now());
+    series.map(Json).ok_or_else(|| Problem::not_found(format!("there is no rollout {name}")))
 }

@@ -296,8 +296,9 @@ impl Proxies {
 
     /// For people.
     pub(super) fn status(&self) -> Vec<ProxyStatus> {
-        let status = |((id, _), proxy, said): (&RunKey, &Proxy, &Said)| ProxyStatus {
+        let status = |((id, start), proxy, said): (&RunKey, &Proxy, &Said)| ProxyStatus {
             id: id.clone(),
+            start: start.clone(),
             revision: said.revision,
             workers: said.workers,
             last_seen: timestamp(proxy.heard),

@@ -5,6 +5,7 @@ use crate::kubernetes::picture::Picture;
 use crate::kubernetes::scale::{Facts, Want};
 use crate::ledger::VersionKey;
 use crate::rollout::{Millis, Rollout, percent};
+use crate::series::{RolloutSeries, Sample, VersionSample};
 use crate::status::{
     DrainStatus, EndpointsStatus, NotReady, ServiceStatus, Status, StepPlan, StepStatus, TransitionStatus,
     VersionStatus, timestamp,
@@ -33,6 +34,44 @@ impl Control {
     pub fn history(&self, name: &str) -> Option<Vec<TransitionStatus>> {
         let history = self.kept.history.get(&self.shift(name)?.name).into_iter().flatten();
         Some(history.map(TransitionStatus::from).collect())
+    }
+
+    /// What the last minutes of a rollout were like; `None` if there is no such rollout.
+    pub fn series(&self, name: &str, now: Millis) -> Option<RolloutSeries> {
+        let services = &self.shift(name)?.services;
+        Some(self.series.of(services.iter().map(|service| service.name.as_str()), now))
+    }
+
+    /// Notes how things stand, for those who come later. What was counted while no controller was there would look as if
+    /// it had been in the second in which proxies say it.
+    pub(super) fn note(&mut self, now: Millis) {
+        if !self.series.is_due(now) || !self.is_up_to_date(now) {
+            return;
+        }
+        let samples: Vec<_> = self.shifts.iter().flat_map(|shift| self.samples(shift, now)).collect();
+        self.series.take(now, samples);
+    }
+
+    fn samples(&self, shift: &TrafficShift, now: Millis) -> Vec<Sample> {
+        let world = self.world(shift, now);
+        let rollout = self.kept.rollouts.get(&shift.name).cloned();
+        let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
+        let verdict = self.counted.judges.status(shift);
+        let evidence = verdict.map(|verdict| [verdict.evidence, verdict.pass_evidence]);
+        let of = |service: &ShiftService| {
+            let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
+                let counts = self.counted.ledger.total(&service.name, &part.version);
+                let sample = VersionSample {
+                    weight: percent(part.share),
+                    requests: counts.ok + counts.error + counts.client_error,
+                    errors: counts.error,
+                    cancelled: counts.cancelled,
+                };
+                (part.version, sample)
+            });
+            Sample { service: service.name.clone(), evidence, versions: versions.collect() }
+        };
+        shift.services.iter().map(of).collect()
     }
 
     /// How far a version is from being at rest; `None` if there is no such version.

@@ -68,7 +68,8 @@ mod tests {
 
     fn transition(time: Millis, reason: Reason) -> Transition {
         let (message, phase) = (String::new(), Phase::Progressing);
-        Transition { time, rollout: 1, phase, reason, message, step: Some(0), left_out: 0 }
+        let (from, target) = (None, None);
+        Transition { time, rollout: 1, phase, reason, message, step: Some(0), from, target, left_out: 0 }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::api::events::TransitionEvent;
 use crate::api::rollouts::{History, Nothing, Promote, Rollback, SetTarget, SetWeight};
 use crate::api::{ProblemBody, Route, Services, routes};
+use crate::series::RolloutSeries;
 use crate::status::{DrainStatus, Status};
 use axum::http::Method;
 use schemars::generate::{SchemaGenerator, SchemaSettings};
@@ -109,6 +110,12 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
         ("GET", "/v1/rollouts/{name}/history") => {
             let answers = vec![(200, "The last 200 at most.", types.answer::<History>())];
             get("getHistory", "rollouts", "What has happened to a rollout", "", answers)
+        }
+        ("GET", "/v1/rollouts/{name}/series") => {
+            let answers = vec![(200, "One sample every two seconds.", types.answer::<RolloutSeries>())];
+            let description = "Counts are cumulative, as in the status. Kept in memory: after a restart, and on a replica \
+                               that has begun to lead, it begins anew.";
+            get("getSeries", "rollouts", "What the last 15 minutes were like", description, answers)
         }
         ("POST", "/v1/rollouts/{name}/promote") => {
             let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end.";

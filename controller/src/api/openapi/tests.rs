@@ -163,6 +163,7 @@ async fn every_route_answers_as_documented() {
         ("POST", "/v1/rollouts/{name}/promote", rollout("promote"), Some(json!({"full": true})), 200),
         ("GET", "/v1/rollouts/{name}/history", rollout("history"), None, 200),
         ("GET", "/v1/rollouts/{name}/history", "/v1/rollouts/%ff/history".to_owned(), None, 400),
+        ("GET", "/v1/rollouts/{name}/series", rollout("series"), None, 200),
         ("GET", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 200),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), Some(shift("shop", 20)), 200),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), Some(shift("till", 20)), 201),
