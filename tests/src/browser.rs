@@ -24,8 +24,8 @@ use crate::{artifacts, ports::Port, process::Process, wait::eventually};
 /// How long the browser may take for anything; on a busy machine a second is soon over.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Nothing that needs a display or a network, nothing of another run.
-const SWITCHES: [&str; 14] = [
+/// Nothing that needs a display or a network, nothing of another run. Names below `.example` are this machine.
+const SWITCHES: [&str; 15] = [
     "--headless=new",
     "--disable-gpu",
     "--disable-background-networking",
@@ -37,6 +37,7 @@ const SWITCHES: [&str; 14] = [
     "--disable-quic",
     "--disable-sync",
     "--hide-scrollbars",
+    "--host-resolver-rules=MAP *.example 127.0.0.1",
     "--no-default-browser-check",
     "--no-first-run",
     "--window-size=1280,900",

@@ -25,7 +25,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{client, controller::Controller, ports::Port};
+use crate::{client, controller::Controller, play, ports::Port};
 
 /// Something is said at least so often, as by the real one.
 const BEAT: Duration = Duration::from_secs(1);
@@ -64,6 +64,8 @@ struct State {
 #[derive(Debug, Default)]
 struct Kept {
     history: Vec<Value>,
+    /// What the last minutes were like; `null`: as of a controller that has begun just now.
+    series: Value,
     commands: Vec<Command>,
     refusal: Option<(u16, String)>,
     /// The tokens that may read and operate.
@@ -141,6 +143,11 @@ impl Stage {
         let _ = self.state.transitions.send(event);
     }
 
+    /// What the controller says of the last minutes; its `now` is when it is asked.
+    pub fn recall(&self, series: Value) {
+        self.kept().series = series;
+    }
+
     /// Only the first token may read, and only the second one command (and read).
     pub fn require_tokens(&self, read: &str, operate: &str) {
         self.kept().tokens = Some([read, operate].map(str::to_owned));
@@ -174,6 +181,17 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+impl Kept {
+    fn series(&self) -> Value {
+        let mut series = self.series.clone();
+        if series.is_null() {
+            series = json!({ "times": [], "services": [] });
+        }
+        series["now"] = play::now().into();
+        series
     }
 }
 
@@ -220,12 +238,12 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> anyhow::Result
         let mut kept = lock(&state.kept);
         kept.commands.push(Command { path, authorization, content_type: of(header::CONTENT_TYPE), body });
         return Ok(match denied.or_else(|| kept.refusal.clone()) {
-            Some((status, error)) => json_answer(status, &json!({ "error": error })),
+            Some((status, error)) => refusal(status, &error),
             None => json_answer(200, &json!({ "services": state.status.borrow()["services"] })),
         });
     }
     if let Some((status, error)) = denied {
-        return Ok(json_answer(status, &json!({ "error": error })));
+        return Ok(refusal(status, &error));
     }
     Ok(match path.as_str() {
         "/v1/status" => json_answer(200, &state.status.borrow()),
@@ -234,6 +252,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> anyhow::Result
             None => events(state),
         },
         _ if path.ends_with("/history") => json_answer(200, &json!({ "transitions": lock(&state.kept).history })),
+        _ if path.ends_with("/series") => json_answer(200, &lock(&state.kept).series()),
         _ => json_answer(404, &json!({ "error": "no such path" })),
     })
 }
@@ -291,6 +310,16 @@ async fn page(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
 fn json_answer(status: u16, body: &Value) -> Answer {
     let response = Response::builder().status(status).header(header::CONTENT_TYPE, "application/json");
     response.body(Full::new(body.to_string().into()).boxed_unsync()).unwrap_or_default()
+}
+
+/// As the real one refuses: it says so if another token would do.
+fn refusal(status: u16, error: &str) -> Answer {
+    let mut answer = json_answer(status, &json!({ "error": error }));
+    if matches!(status, 401 | 403) {
+        let challenge = header::HeaderValue::from_static(r#"Bearer realm="tideshift""#);
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+    }
+    answer
 }
 
 fn broken(error: &anyhow::Error) -> Answer {

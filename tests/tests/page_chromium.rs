@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, collections::HashMap, fs, io::Cursor, net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use tideshift_tests::{
@@ -137,6 +137,19 @@ async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
     stage.tell("other", past("StepStarted", "of another rollout"));
     browser.says(".history li:first-child", "StepStarted, step 1 step 2").await?;
     assert!(!browser.text(".history").await?.contains("another"));
+    // Of what happens within a millisecond the last is on top, whether it was heard or asked for later.
+    let mut next = past("StepStarted", "all at once");
+    next["step"] = 2.into();
+    for reason in ["StepStarted", "Ready", "Holding"] {
+        next["reason"] = reason.into();
+        stage.tell("checkout", next.clone());
+    }
+    let order = "return [...document.querySelectorAll('.history b')].slice(0, 3).map((one) => one.innerText).join() \
+                 === 'Holding, step 2,Ready, step 2,StepStarted, step 2'";
+    browser.until(order).await?;
+    browser.goto("about:blank").await?;
+    browser.goto(&stage.url()).await?;
+    browser.until(order).await?;
 
     stage.change(|status| {
         let service = &mut status["services"][0];
@@ -150,6 +163,9 @@ async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
     // Also said to those who do not see.
     browser.says("#live", "checkout: Failed. v2 failed: all traffic is back on v1").await?;
     browser.says(".title .chip", "Failed").await?;
+    browser.says(".track [data-state=failed]", "25 % failed here").await?;
+    let states = "return [...document.querySelectorAll('.track li')].map((step) => step.dataset.state)";
+    assert_eq!(browser.run(states, &[]).await?, json!(["done", "failed", "ahead", "ahead"]));
     browser.says(".verdict", "is worse 2,300, bound 1,000").await?;
     browser.says("tr:nth-child(2) [data-label=Drain]", "drained, ").await?;
     browser.until("return document.title === 'checkout: Failed, v2 25\\u00a0% – Tideshift'").await?;
@@ -341,6 +357,183 @@ async fn a_phone_needs_no_sideways_scrolling() -> anyhow::Result<()> {
     assert_quiet(&browser).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn numbers_stay_whole_however_narrow_it_is() -> anyhow::Result<()> {
+    let name = "release-2026-11-22-with-a-long-name-x86-64-build-4711";
+    let drain = |state: &str| json!({ "state": state, "inFlight": 0, "since": play::now(), "message": "" });
+    let mut status = play::half_way();
+    let mut versions = vec![
+        play::version("v1", 75.0, [4, 4], [1_204_113, 13_035, 22_871, 641]),
+        play::version("v2", 25.0, [3, 4], [13_035, 42, 3, 2]),
+    ];
+    for (name, ready, state) in
+        [("v3", 0, "Drained"), (name, 4, "DeadlineExceeded"), ("v5", 4, "Serving"), ("v6", 4, "Draining")]
+    {
+        let mut version = play::version(name, 0.0, [ready, 4], [130_350, 13_035, 1, 1]);
+        version["drain"] = drain(state);
+        versions.push(version);
+    }
+    status["services"][0]["versions"] = versions.into();
+    let (_stage, browser) = open(status).await?;
+    // Words of the cells, roles among them, that are on more than one line; cells that are beyond their card, which does
+    // not scroll; cards on top of each other; a page that has to be moved sideways.
+    let faults = "
+        const faults = [];
+        for (const cell of document.querySelectorAll('.versions td, .versions .role')) {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            while (texts.nextNode()) {
+                if (texts.currentNode.parentElement.closest('ul')) continue;
+                const whole = cell.matches('.role, :not([data-label=Drain])') ? /.+/g : /\\S+/g;
+                for (const { 0: word, index } of texts.currentNode.data.matchAll(whole)) {
+                    const range = document.createRange();
+                    range.setStart(texts.currentNode, index);
+                    range.setEnd(texts.currentNode, index + word.length);
+                    const lines = new Set([...range.getClientRects()].map((one) => one.top));
+                    if (lines.size > 1) faults.push(`${word} on ${lines.size} lines`);
+                }
+            }
+        }
+        const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+        const [card, verdict] = [box('.pair .scrolls'), box('.verdict')];
+        if (card.right > verdict.left && card.bottom > verdict.top) faults.push('the cards overlap');
+        const scrolls = document.querySelector('.scrolls');
+        const isWider = scrolls.scrollWidth > scrolls.clientWidth;
+        if (isWider && (getComputedStyle(scrolls).overflowX !== 'auto' || scrolls.tabIndex !== 0)) faults.push('cannot be scrolled');
+        if (document.documentElement.scrollWidth > innerWidth) faults.push('sideways');
+        return [faults, isWider];";
+    for (width, scrolls) in [(1920, false), (1280, false), (1230, true), (1024, false), (800, true), (375, false)] {
+        browser.screen(width, 900, width < 500).await?;
+        browser.until(&format!("return innerWidth === {width}")).await?;
+        eventually(&format!("numbers at {width} px"), DEADLINE, async || {
+            let found = browser.run(faults, &[]).await?;
+            ensure!(found == json!([[], scrolls]), "{found}");
+            Ok(())
+        })
+        .await?;
+    }
+    assert_quiet(&browser).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_was_started_again_is_there_once() -> anyhow::Result<()> {
+    let run = |id: &str, start: &str, revision: u64, silent: i64| {
+        let mut proxy = play::proxy(id, revision);
+        let seen = Timestamp::now() - jiff::SignedDuration::from_secs(silent);
+        (proxy["start"], proxy["lastSeen"]) = (start.into(), format!("{seen:.3}").into());
+        proxy
+    };
+    let mut status = play::half_way();
+    // The last two share their id by mistake: both are heard.
+    status["proxies"] = json!([
+        run("edge-1", "1", 11, 20),
+        run("edge-1", "2", 12, 0),
+        run("edge-2", "3", 12, 1),
+        run("edge-2", "4", 11, 0),
+    ]);
+    let (stage, browser) = open(status).await?;
+    assert_eq!(browser.text("#to-proxies").await?, "Proxies 3, 1 behind");
+    browser.click("#to-proxies").await?;
+    browser.says("main", "1 of 3 proxies behind").await?;
+    let rows = "return [...document.querySelectorAll('tbody tr')].map((row) => \
+                [...row.children].slice(0, 2).map((cell) => cell.innerText).join(' '))";
+    assert_eq!(browser.run(rows, &[]).await?, json!(["edge-2 11, behind", "edge-1 12", "edge-2 12"]));
+    // One that is alone stays until the controller has forgotten it.
+    stage.change(|status| status["proxies"] = json!([run("edge-1", "1", 11, 40)]));
+    browser.says("main", "1 of 1 proxy behind").await?;
+    assert_quiet(&browser).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_token_lifts_asks_for_none() -> anyhow::Result<()> {
+    let stage = Stage::start(play::half_way()).await?;
+    let browser = Browser::start().await?;
+    // By a name that anybody could have pointed here, to a controller without tokens.
+    browser.goto(&format!("http://tideshift.example:{}/", stage.page().port())).await?;
+    let why = "The controller refuses: host \"tideshift.example";
+    browser.says("main", why).await?;
+    browser.says("main", "--operate-token-file").await?;
+    browser.says("#heard", "refused by the controller").await?;
+    let enter = "return document.querySelector('main button').hidden";
+    assert_eq!(browser.run(enter, &[]).await?, true);
+    browser.goto(&format!("http://{}/", stage.page())).await?;
+    browser.says("#heard", "live").await
+}
+
+/// Samples of `checkout` every two seconds for so long until now: v2 with this share and a failure in ten, v1 without any.
+fn last_seconds(seconds: u64, share: u64) -> Value {
+    let ago: Vec<u64> = (1..=seconds / 2).rev().map(|sample| 2 * sample).collect();
+    let now = Timestamp::now();
+    let times = ago.iter().map(|ago| format!("{:.3}", now - Duration::from_secs(*ago)));
+    let all = |value: Value| vec![value; ago.len()];
+    let counts = |to: u64, rate: u64| ago.iter().map(|ago| Value::from(to - ago * rate)).collect::<Vec<_>>();
+    let version = |name: &str, weight: u64, [requests, errors]: [u64; 2], rate: u64| {
+        json!({
+            "name": name, "weight": all(weight.into()), "requests": counts(requests, 20), "errors": counts(errors, rate),
+            "cancelled": all(0.into()),
+        })
+    };
+    json!({
+        "times": times.collect::<Vec<_>>(),
+        "services": [{
+            "name": "checkout", "evidence": all(7.into()), "passEvidence": all(Value::Null),
+            "versions": [version("v1", 100 - share, [12_400, 21], 0), version("v2", share, [22_145, 2_042], 2)],
+        }],
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_late_sees_what_was_before() -> anyhow::Result<()> {
+    let stage = Stage::start(play::half_way()).await?;
+    stage.change(|status| {
+        let requests = &mut status["services"][0]["versions"][1]["requests"];
+        (requests["ok"], requests["error"]) = (20_100.into(), 2_042.into());
+    });
+    stage.recall(last_seconds(120, 50));
+    let began = json!({ "time": format!("{:.3}", Timestamp::now() - Duration::from_secs(60)), "rollout": 1,
+        "phase": "Progressing", "reason": "StepStarted", "message": "", "step": 2 });
+    stage.tell("checkout", began);
+    let browser = Browser::start().await?;
+    browser.goto(&stage.url()).await?;
+    browser.says("#heard", "live").await?;
+    // Forty seconds back.
+    let back = "if (!document.querySelector('[data-plot=evidence] canvas')) return; \
+                return ['shares', 'errors', 'requests', 'evidence'].map((name) => { \
+                    const plot = document.querySelector(`[data-plot=${name}] [role=img]`); \
+                    plot.dispatchEvent(new Event('blur')); \
+                    for (let times = 0; times < 4; times++) \
+                        plot.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft', shiftKey: true })); \
+                    return plot.ariaLabel.replace(/, at [0-9:]+:/, ':').replaceAll('\\u00a0', ' ') })";
+    let before = json!([
+        "Share of requests: v1 50 %, v2 50 %, v3 –",
+        "Errors: v1 0 %, v2 10 %, v3 –",
+        "Requests: v1 20/s, v2 20/s, v3 –",
+        "Evidence: worse 7, fine –",
+    ]);
+    eventually("the time before", DEADLINE, async || {
+        let said = browser.run(back, &[]).await?;
+        ensure!(said == before, "{said}");
+        Ok(())
+    })
+    .await?;
+    assert!(coloured(&browser, "requests").await? > 400, "two minutes of two lines");
+
+    // What was missed while the connection was lost comes with the next one.
+    stage.stop();
+    browser.until("return /last heard [4-9].s ago/.test(document.getElementById('heard').textContent)").await?;
+    stage.recall(last_seconds(4, 60));
+    stage.start_again().await?;
+    browser.says("#heard", "live").await?;
+    let missed = "const plot = document.querySelector('[data-plot=shares] [role=img]'); \
+                  plot.dispatchEvent(new Event('blur')); \
+                  return Array.from({ length: 60 }, () => { \
+                  plot.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft' })); return plot.ariaLabel }) \
+                  .some((said) => said.includes('v2 60'))";
+    browser.until(missed).await?;
+    let console = browser.console().await?;
+    assert!(console.iter().all(|line| line.contains("net::ERR_")), "{console:#?}");
+    Ok(())
+}
+
 /// A name that would do something if it were taken for markup.
 const HOSTILE: &str = r#"<img src=x onerror="window.pwned=1">'/..%2f?#&amp;${pwned=1}"#;
 const LONG: &str = "a-name-without-a-place-to-break-it-that-goes-on-and-on-and-on-and-on-and-on-and-on-and-on-and-on";
@@ -525,14 +718,36 @@ async fn one_rollout_of_several_services() -> anyhow::Result<()> {
     let (stage, browser) = open(status).await?;
     let counts = "return ['h1', '.toolbar', '.steps', '.service', '.versions', '.verdict', '.plot canvas'].map((one) => \
                   document.querySelectorAll(one).length)";
-    browser.until("return document.querySelectorAll('.plot canvas').length === 8").await?;
-    assert_eq!(browser.run(counts, &[]).await?, json!([1, 1, 1, 2, 2, 2, 8]));
+    browser.until("return document.querySelectorAll('.plot canvas').length === 7").await?;
+    // There is one verdict, of all services together.
+    assert_eq!(browser.run(counts, &[]).await?, json!([1, 1, 1, 2, 2, 1, 7]));
+    assert!(browser.text(".together").await?.starts_with("All services together Evidence"));
+    browser.says(".together .verdict", "42 of 2,145 failed").await?;
     assert_eq!(browser.text("[data-service=basket] h2").await?, "basket");
     browser.click("[data-command=promote-full]").await?;
     browser.says("dialog", "4 of 6 endpoints ready").await?;
     browser.keys(ESCAPE).await?;
-    stage.change(|status| drop(status["services"].as_array_mut().map(Vec::pop)));
+
+    // Among others, the worst of its services speaks for it.
+    stage.change(|status| {
+        let search = play::service("search", vec![play::version("v1", 100.0, [2, 2], [0; 4])]);
+        status["services"].as_array_mut().map(|services| services.push(search));
+    });
+    browser.run("location.hash = '#/'", &[]).await?;
+    browser.says(".rollouts li:first-child", "v1 75 % · v2 25 %").await?;
+    stage.change(|status| {
+        for (service, errors) in [(0, 42), (1, 52)] {
+            let requests = &mut status["services"][service]["versions"][1]["requests"];
+            (requests["ok"], requests["error"]) = (2_190.into(), errors.into());
+        }
+    });
+    browser.says(".rollouts li:first-child", "errors – · 10 %").await?;
+
+    stage.change(|status| drop(status["services"].as_array_mut().map(|services| services.drain(1..))));
     browser.until("return document.querySelectorAll('.service').length === 1").await?;
+    browser.says(".service .verdict", "42 of 2,145 failed").await?;
+    browser.until("return document.querySelectorAll('.plot canvas').length === 4").await?;
+    assert_eq!(browser.run(counts, &[]).await?, json!([1, 1, 1, 1, 1, 1, 4]));
     assert_quiet(&browser).await
 }
 
@@ -597,7 +812,7 @@ async fn shows_what_a_real_controller_and_envoy_do() -> anyhow::Result<()> {
     let steps = json!([{ "weight": 20, "holdSeconds": FOR_EVER }]);
     rig.write(&rig.document(json!({ "target": "v2", "strategy": { "steps": steps } })))?;
     let controller = rig.start_controller().await?;
-    let _envoy = rig.start_envoy(1).await?;
+    let envoy = rig.start_envoy(1).await?;
     let browser = Browser::start().await?;
     browser.goto(&format!("http://{}/", controller.address())).await?;
     until_shares(&controller, "v2 at its step", &[80.0, 20.0]).await?;
@@ -639,6 +854,42 @@ async fn shows_what_a_real_controller_and_envoy_do() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+
+    // Who comes only now sees what was before.
+    let series: Value = serde_json::from_str(&controller.get(&format!("/v1/rollouts/{SERVICE}/series")).await?)?;
+    let versions = &series["services"][0]["versions"];
+    let has = |version: &Value, list: &str, expected: f64| {
+        version[list].as_array().is_some_and(|list| list.iter().any(|value| value.as_f64() == Some(expected)))
+    };
+    assert!(has(&versions[0], "weight", 80.0) && has(&versions[1], "weight", 50.0), "{series}");
+    let last = |list: &str| versions[1][list].as_array().and_then(|list| list.last()?.as_u64());
+    let counted = [2, 5].map(|class| tally.of_class("v2", class));
+    assert_eq!([last("requests"), last("errors")], [Some(counted[0] + counted[1]), Some(counted[1])]);
+    browser.goto("about:blank").await?;
+    browser.goto(&format!("http://{}/", controller.address())).await?;
+    eventually("what was before", DEADLINE, async || {
+        let pixels = coloured(&browser, "requests").await?;
+        ensure!(pixels > 100, "{pixels} coloured pixels");
+        Ok(())
+    })
+    .await?;
+
+    // An Envoy that is killed and started again is one proxy.
+    drop(envoy);
+    let _envoy = rig.start_envoy(1).await?;
+    eventually("both runs of it", DEADLINE, async || {
+        let status = controller.status().await?;
+        let [one, other] = status["proxies"].as_array().map_or(&[][..], Vec::as_slice) else {
+            bail!("{}", status["proxies"])
+        };
+        ensure!(one["id"] == other["id"] && one["start"] != other["start"], "{one} {other}");
+        Ok(())
+    })
+    .await?;
+    browser.click("#to-proxies").await?;
+    browser.says("main", "1 proxy, none behind").await?;
+    browser.until("return document.querySelectorAll('tbody tr').length === 1").await?;
+    browser.says("tbody [data-label='Last seen']", "just now").await?;
     assert_quiet(&browser).await
 }
 
@@ -669,6 +920,26 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
         result.anew = last(version().requests, 1);
         record.take(status(60), 4064000);
         result.after = last(version().requests, 1);
+        // After a new connection, what was counted meanwhile comes in one second, from one proxy after the other.
+        record.anew();
+        [60, 400, 700, 740, 780].forEach((ok, index) => record.take(status(ok), 4066000 + 1000 * index));
+        result.late = last(version().requests, 5);
+        // What the controller kept fills the gaps, and nothing else.
+        const late = new Record();
+        late.take(status(870, 90), 7000500);
+        const ages = [8, 6, 4, 2];
+        const past = (age) => 1000 - 40 * age;
+        late.fill({
+            now: new Date(7003500).toISOString(),
+            times: ages.map((age) => new Date(7003500 - 1000 * age).toISOString()),
+            services: [{ name: 's', evidence: ages, passEvidence: [null, null, null, null], versions: [{ name: 'v1',
+                weight: [null, 30, 20, 10], requests: ages.map(past), errors: ages.map((age) => 100 - 10 * age),
+                cancelled: [0, 0, 0, 0] }] }],
+        }, 7001500);
+        const one = late.service('s');
+        result.filled = ['share', 'requests', 'errors'].map((name) => late.values(one.version('v1')[name], 9));
+        result.filledEvidence = late.values(one.evidence, 9);
+        result.first = one.first;
         const fresh = new Record();
         fresh.take(status(1), 9000000);
         result.fresh = fresh.values(fresh.service('s').version('v1').share, 3);
@@ -682,6 +953,15 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
     assert_eq!(result["bridged"], json!([100, 100, 100]));
     assert_eq!((&result["gap"], &result["afterGap"]), (&json!(59), &json!([null])));
     assert_eq!((&result["anew"], &result["after"]), (&json!([null]), &json!([50])));
+    assert_eq!(result["late"], json!([null, null, null, 40, 40]));
+    let filled = json!([
+        [null, null, null, 30, 30, 20, 20, 10, 100],
+        [null, null, null, null, null, 40, 40, 40, 40],
+        [null, null, null, null, null, 0.25, 0.25, 0.25, 0.25],
+    ]);
+    assert_eq!(result["filled"], filled);
+    assert_eq!(result["filledEvidence"], json!([null, 8, 8, 6, 6, 4, 4, 2, 870]));
+    assert_eq!(result["first"], 6993);
     assert_eq!((&result["fresh"], &result["gone"]), (&json!([null, null, 100]), &json!(true)));
 
     let events = "

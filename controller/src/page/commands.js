@@ -209,10 +209,9 @@ function ask(one, name, rolloutNow, reasonOf, app) {
       app.announce(`${one.confirm ?? one.label()}: done.`);
       dialog.close();
     } catch (error) {
-      const denied = error instanceof Refusal && (error.status === 401 || error.status === 403);
       say(problem, error instanceof Refusal ? error.message : "The controller could not be reached.");
       show(problem, true);
-      show(enter, denied);
+      show(enter, error.wantsToken);
     }
     busy = false;
     update();

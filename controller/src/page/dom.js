@@ -99,12 +99,16 @@ export function shareBar() {
   const create = () => {
     const part = make("span");
     const update = ({ weight, index }) => {
-      style(part, "flex-grow", Math.max(weight, 0));
+      style(part, "flex-grow", weight);
       style(part, "background-color", colour(index));
     };
     return { element: part, update };
   };
-  const update = (versions) => each(element, versions.map((version, index) => ({ ...version, index })), ({ name }) => name, create);
+  // One without a share has no place in it: the gaps beside it would be seen.
+  const update = (versions) => {
+    const parts = versions.map((version, index) => ({ ...version, index })).filter(({ weight }) => weight > 0);
+    each(element, parts, ({ name }) => name, create);
+  };
   return { element, update };
 }
 

@@ -19,9 +19,11 @@ export const token = {
 
 /** An answer other than a good one. */
 export class Refusal extends Error {
-  constructor(status, message) {
+  constructor(message, { status, headers }) {
     super(message);
     this.status = status;
+    /** Whether another token would do. A 403 without a challenge is about something else, such as the page's host. */
+    this.wantsToken = status === 401 || (status === 403 && headers.has("www-authenticate"));
   }
 }
 
@@ -49,7 +51,7 @@ async function refusal(response) {
   } catch {
     // Not the API's own: a gateway's, say.
   }
-  return new Refusal(response.status, message || `the controller answered with HTTP status ${response.status}`);
+  return new Refusal(message || `the controller answered with HTTP status ${response.status}`, response);
 }
 
 /** Splits a stream of text into server-sent events, whatever the pieces it comes in. */
@@ -82,11 +84,11 @@ export class Events {
 
 /**
  * The connection. Calls `onStatus(status)`, `onTransition(transition)`, and `onChange()` when `state` changes: `connecting`,
- * `live`, `lost` or `denied`.
+ * `live`, `lost`, `denied` (another token would do) or `refused` (none would).
  */
 export class Feed {
   state = "connecting";
-  /** Why it is lost or denied. */
+  /** Why it is lost, denied or refused. */
   reason = "";
   /** When the controller was last heard, in milliseconds; 0: never. */
   heard = 0;
@@ -126,8 +128,8 @@ export class Feed {
         throw new Error("the controller ended the connection");
       } catch (error) {
         if (this.#isNew) continue;
-        const denied = error.status === 401 || error.status === 403;
-        this.#change(denied ? "denied" : "lost", error.message);
+        const refused = error.status === 403 ? "refused" : "lost";
+        this.#change(error.wantsToken ? "denied" : refused, error.message);
       }
       await this.#pause();
     }

@@ -58,6 +58,12 @@ export function overview(app) {
   return { element, update, heading, title: () => "Rollouts" };
 }
 
+/** The highest of the rates that are known; NaN if none is. */
+function worst(rates) {
+  const known = rates.filter((rate) => rate >= 0);
+  return known.length ? Math.max(...known) : NaN;
+}
+
 function rolloutRow(app) {
   const phase = chip();
   const bar = shareBar();
@@ -83,7 +89,7 @@ function rolloutRow(app) {
     bar.update(rollout.versions);
     const served = rollout.versions.filter((version) => version.weight > 0);
     say(shares, served.map((version) => `${version.name} ${words.percent(version.weight)}`).join(" · ") || "nothing serves");
-    const rates = served.map((version) => app.record.rates(rollout.services[0].name, version.name).errors);
+    const rates = served.map(({ name }) => worst(rollout.services.map((service) => app.record.rates(service.name, name).errors)));
     say(errors, rates.some((rate) => rate >= 0) ? `errors ${rates.map(words.rate).join(" · ")}` : "");
     const services = rollout.services.length > 1 ? words.plural(rollout.services.length, "service", "services") : "";
     const at = rollout.step && isMoving(rollout) ? `step ${rollout.step.number} of ${rollout.step.of}` : "";
@@ -91,6 +97,17 @@ function rolloutRow(app) {
     say(message, rollout.message);
   };
   return { element, update };
+}
+
+/** A proxy that is silent for so long, in milliseconds, while another of its id is heard, has been started again. */
+const REPLACED = 5000;
+
+/** The proxies without those that were started again since; two that share an id by mistake are both there. */
+export function running(proxies) {
+  const seen = ({ lastSeen }) => Date.parse(lastSeen) || 0;
+  const newest = new Map();
+  for (const proxy of proxies) newest.set(proxy.id, Math.max(newest.get(proxy.id) ?? 0, seen(proxy)));
+  return proxies.filter((proxy) => newest.get(proxy.id) - seen(proxy) <= REPLACED);
 }
 
 /** Whether a proxy has not got the policy that is in force. */
@@ -112,17 +129,19 @@ export function proxies(app) {
     body,
   );
   const card = make("div", { class: "card" }, table);
-  const rows = searchable({ what: "proxies", element: body, key: ({ id }) => id, match: ({ id }) => id, row: () => proxyRow(app) });
+  const key = ({ id, start }) => `${start} ${id}`;
+  const rows = searchable({ what: "proxies", element: body, key, match: ({ id }) => id, row: () => proxyRow(app) });
   const update = () => {
     const { status } = app;
-    const behind = status.proxies.filter((proxy) => isBehind(proxy, status)).length;
-    const all = words.plural(status.proxies.length, "proxy", "proxies");
+    const there = running(status.proxies);
+    const behind = there.filter((proxy) => isBehind(proxy, status)).length;
+    const all = words.plural(there.length, "proxy", "proxies");
     const policy = `The policy in force is revision ${status.revision}`;
-    if (!status.proxies.length) say(about, `${policy}. No proxy has asked for it yet.`);
+    if (!there.length) say(about, `${policy}. No proxy has asked for it yet.`);
     else say(about, `${policy}; ${behind ? `${words.count(behind)} of ${all} behind` : `${all}, none behind`}.`);
     const rank = (proxy) => (proxy.refused ? 0 : proxy.vetoes?.length ? 1 : isBehind(proxy, status) ? 2 : 3);
-    rows.update(status.proxies.toSorted((a, b) => rank(a) - rank(b) || a.id.localeCompare(b.id)));
-    show(card, status.proxies.length);
+    rows.update(there.toSorted((a, b) => rank(a) - rank(b) || a.id.localeCompare(b.id)));
+    show(card, there.length);
   };
   const element = make("div", {}, make("div", { class: "top" }, heading, rows.bar), about, card);
   return { element, update, heading, title: () => "Proxies" };

@@ -3,7 +3,7 @@
 import { each, make, say, set, show } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Record } from "./record.js";
-import { isBehind, overview, proxies } from "./overview.js";
+import { isBehind, overview, proxies, running } from "./overview.js";
 import { rolloutView, rollouts } from "./rollout.js";
 import { askToken } from "./commands.js";
 import * as words from "./words.js";
@@ -27,11 +27,13 @@ const app = {
     listeners.add(listener);
     return () => listeners.delete(listener);
   },
-  transitions: (name) => past.get(name) ?? [],
-  remember,
+  transitions: (name) => past.get(name)?.toReversed() ?? [],
+  /** Takes in what the controller says that a rollout has come through, the newest last. */
+  remember: (name, history) => keep(name, [...history, ...(past.get(name) ?? [])]),
   render,
 };
 const listeners = new Set();
+/** The transitions that are known of each rollout, the newest last. */
 const past = new Map();
 let view = null;
 let shown = null;
@@ -46,26 +48,25 @@ app.feed = new Feed({
     soon();
   },
   onTransition: ({ name, ...transition }) => {
-    remember(name, [transition]);
-    soon();
+    keep(name, [...(past.get(name) ?? []), transition]);
   },
   onChange: () => {
-    if (app.feed.state === "live") app.connected++;
+    if (app.feed.state === "live" && ++app.connected > 1) app.record.anew();
     if (app.feed.state === "lost" && app.status) app.announce("Connection to the controller lost.");
     if (app.feed.state === "live" && app.connected > 1) app.announce("Connected again.");
     soon();
   },
 });
 
-/** Keeps transitions of a rollout, newest first; one that is known already stays as it is. */
-function remember(name, transitions) {
-  const all = new Map(app.transitions(name).map((transition) => [transition.key, transition]));
+/** Keeps transitions of a rollout, each once; those of the same millisecond in the order that they come in. */
+function keep(name, transitions) {
+  const all = new Map();
   for (const one of transitions) {
     const key = [one.time, one.rollout, one.phase, one.reason, one.step, one.message].join("\n");
-    all.set(key, { ...one, key });
+    if (!all.has(key)) all.set(key, { ...one, key });
   }
   const time = ({ time }) => Date.parse(time) || 0;
-  past.set(name, [...all.values()].sort((a, b) => time(b) - time(a)).slice(0, TRANSITIONS));
+  past.set(name, [...all.values()].sort((a, b) => time(a) - time(b)).slice(-TRANSITIONS));
   soon();
 }
 
@@ -109,9 +110,10 @@ function render() {
   renderMain(`${kind} ${name ?? ""}`, () => views[kind](app));
   set(at("to-proxies"), "aria-current", kind === "proxies" ? "page" : null);
   set(at("to-rollouts"), "aria-current", kind === "proxies" ? null : "page");
-  const behind = app.status.proxies.filter((proxy) => isBehind(proxy, app.status)).length;
+  const there = running(app.status.proxies);
+  const behind = there.filter((proxy) => isBehind(proxy, app.status)).length;
   say(at("to-rollouts"), `Rollouts ${words.count(all.length)}`);
-  say(at("to-proxies"), `Proxies ${words.count(app.status.proxies.length)}${behind ? `, ${words.count(behind)} behind` : ""}`);
+  say(at("to-proxies"), `Proxies ${words.count(there.length)}${behind ? `, ${words.count(behind)} behind` : ""}`);
   for (const listener of listeners) listener();
 }
 
@@ -143,10 +145,11 @@ function waiting() {
   const text = make("p");
   const enter = make("button", { type: "button", class: "solid", onclick: () => askToken(app) }, "Enter a token");
   const update = () => {
-    const denied = app.feed.state === "denied";
-    show(enter, denied);
-    if (denied) say(text, `The controller wants a token: ${app.feed.reason}`);
-    else say(text, app.feed.state === "lost" ? "The controller cannot be reached; trying again." : "Connecting to the controller.");
+    const { state, reason } = app.feed;
+    show(enter, state === "denied");
+    if (state === "denied") say(text, `The controller wants a token: ${reason}`);
+    else if (state === "refused") say(text, `The controller refuses: ${reason}`);
+    else say(text, state === "lost" ? "The controller cannot be reached; trying again." : "Connecting to the controller.");
   };
   return { element: make("div", { class: "empty" }, text, enter), update, title: () => "Connecting" };
 }
@@ -154,10 +157,12 @@ function waiting() {
 function renderConnection() {
   const { state, heard } = app.feed;
   const old = state !== "live" || Date.now() - heard > OLD;
-  document.body.dataset.state = app.status && old ? (state === "denied" ? "denied" : "lost") : state;
+  const refused = state === "denied" || state === "refused";
+  document.body.dataset.state = app.status && old && !refused ? "lost" : state;
   set(at("connection"), "title", app.feed.reason || null);
   const silence = heard ? `last heard ${words.span((Date.now() - heard) / 1000)} ago` : "never heard";
   if (state === "denied") say(at("heard"), "a token is needed");
+  else if (state === "refused") say(at("heard"), "refused by the controller");
   else if (!heard && state === "connecting") say(at("heard"), "connecting");
   else if (old) say(at("heard"), `connection lost, ${silence}`);
   else say(at("heard"), `live, revision ${app.status.revision}`);

@@ -10,6 +10,8 @@ const FONT = 11;
 /** Evidence below this is drawn as this: a logarithmic axis has no zero. */
 const FLOOR = 0.1;
 const LABELS = 58;
+/** What was seen within so many seconds of what was told is the same: clocks may differ a little. */
+const SAME = 3;
 /** A page that was opened just now shows less than was asked for, instead of an empty plot. */
 const SPANS = [60, 120, 300, 600, 900];
 
@@ -31,9 +33,9 @@ function theme() {
 }
 
 /** How many of the `wanted` seconds there is something to see of. */
-function reach(record, wanted) {
-  const seen = record.last - record.first + 1;
-  return Math.min(wanted, SPANS.find((span) => span >= seen) ?? wanted);
+function reach(record, seen, wanted) {
+  const known = record.last - seen.first + 1;
+  return Math.min(wanted, SPANS.find((span) => span >= known) ?? wanted);
 }
 
 /** Text on the canvas, at its own size whatever the screen's density. */
@@ -74,6 +76,12 @@ function labels(plot, entries, halo) {
     limit = entry.y - gap;
   }
   for (const { x, y, text, fill, font } of placed) write(plot, cut(text, 9), x + 6 * ratio, y, { fill, font, halo });
+}
+
+/** What was seen to happen, and what was only told of. */
+function both(seen, told) {
+  const unseen = told.filter(({ at }) => !seen.some((mark) => Math.abs(mark.at - at) <= SAME));
+  return [...seen, ...unseen].sort((a, b) => a.at - b.at);
 }
 
 /** Thin lines where a step began or the phase changed, named as far as there is room; the last ones first. */
@@ -239,26 +247,27 @@ class Plot {
     if (this.#now) this.update(...this.#now);
   }
 
-  update(service, record, seconds) {
-    this.#now = [service, record, seconds];
+  update(service, record, seconds, told) {
+    this.#now = [service, record, seconds, told];
     const kind = this.#kind;
     const seen = record.service(service.name);
     if (!seen) return;
     if (!this.#look || this.#shape === "") this.#look = theme();
     const lines = kind.lines(seen, service, this.#look);
-    const length = reach(record, seconds);
+    const length = reach(record, seen, seconds);
     const values = lines.map(({ series }) => record.values(series, length));
     const shape = JSON.stringify(lines.map(({ name, stroke }) => [name, stroke]));
     this.lines = lines;
     this.values = values;
-    this.marks = kind.marked ? seen.marks : seen.marks.map(({ at }) => ({ at, text: "" }));
+    const marks = both(seen.marks, told);
+    this.marks = kind.marked ? marks : marks.map(({ at }) => ({ at, text: "" }));
     this.bounds = kind.bounds?.(service, this.#look) ?? [];
     this.#empty.hidden = values.some((one) => one.some((value) => value !== null));
     const [floor, ceiling] = kind.log ? kind.range(this.#top()) : [-Infinity, Infinity];
     const within = (value) => (value === null ? null : Math.min(Math.max(value, floor), ceiling));
     const data = [record.times(length), ...(kind.stacked ? stack(values) : values.map((one) => one.map(within)))];
     // Several statuses a second are drawn as one.
-    const drawn = `${record.last} ${length}`;
+    const drawn = `${record.last} ${length} ${record.filled}`;
     if (shape !== this.#shape) this.#build(shape, data);
     else if (drawn !== this.#drawn) this.#plot?.setData(data);
     this.#drawn = drawn;
@@ -405,14 +414,15 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const plot of drawn) plot.repaint();
 });
 
-/** All plots of a service. */
-export function plots() {
-  const all = KINDS.map((kind) => new Plot(kind));
+/** The plots of a service; `ids` says which, if not all. */
+export function plots(ids) {
+  const all = KINDS.filter(({ id }) => !ids || ids.includes(id)).map((kind) => new Plot(kind));
   for (const plot of all) drawn.add(plot);
   return {
     element: make("div", { class: "plots" }, ...all.map((plot) => plot.element)),
-    update: (service, record, seconds) => {
-      for (const plot of all) plot.update(service, record, seconds);
+    /** `told` are marks, `{at (seconds), text}`, of what happened before it was seen. */
+    update: (service, record, seconds, told) => {
+      for (const plot of all) plot.update(service, record, seconds, told);
     },
     end: () => {
       for (const plot of all) {

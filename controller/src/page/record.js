@@ -1,5 +1,5 @@
-// What the page has seen since it was opened: one value a second of whatever is plotted, for at most 15 minutes. Nothing is
-// made up: seconds that were not heard are gaps.
+// What the page has seen, and what the controller has told of the time before: one value a second of whatever is plotted, for
+// at most 15 minutes. Nothing is made up: seconds that nobody knows of are gaps.
 
 /** How many seconds are kept. */
 export const KEEP = 900;
@@ -10,6 +10,8 @@ const BRIDGED = 3;
 /** A rate over less says nothing. */
 const LEAST = 900;
 const TOGETHER = 500;
+/** All proxies report within so many milliseconds of the first one. */
+const SETTLING = 1500;
 const MARKS = 100;
 
 const empty = () => new Float32Array(KEEP).fill(NaN);
@@ -17,6 +19,13 @@ const empty = () => new Float32Array(KEEP).fill(NaN);
 /** A version's counts over the last seconds. */
 class Counts {
   #seen = [];
+  #unsettled = 0;
+
+  /** After a new connection: a controller that was away hears all at once what was counted meanwhile. */
+  anew() {
+    this.#seen = [];
+    this.#unsettled = Infinity;
+  }
 
   take(at, requests) {
     const judged = requests.ok + requests.error + requests.clientError;
@@ -24,12 +33,25 @@ class Counts {
     const last = this.#seen.at(-1);
     // Counts that fall begin anew; a rate over a time without hearing would flatten what happened in it.
     if (last && (now.all < last.all || at - last.at > WINDOW)) this.#seen = [];
+    if (last && now.all > last.all && at < this.#unsettled) {
+      this.#seen = [];
+      this.#unsettled = Math.min(this.#unsettled, at + SETTLING);
+    }
     const before = this.#seen.at(-2);
     // Several a second count as one, also when they come all at once after a silence.
     if (before && at - before.at < TOGETHER) this.#seen.pop();
     if (this.#seen.length === 1 && at - this.#seen[0].at < TOGETHER) this.#seen[0] = { ...now, at: this.#seen[0].at };
     else this.#seen.push(now);
     while (this.#seen.length > 2 && at - this.#seen[1].at >= WINDOW) this.#seen.shift();
+  }
+
+  /** Goes on from what was counted before, if there is no gap between. */
+  follow(before) {
+    const own = this.#seen[0];
+    const seen = before.#seen.filter(({ at, all }) => own && at < own.at && own.at - at <= WINDOW && all <= own.all);
+    if (seen.length === 0) return;
+    this.#seen.unshift(...seen);
+    this.#unsettled = 0;
   }
 
   /** Requests a second, and the errors' share of those that were not cancelled; NaN where unknown. */
@@ -46,12 +68,18 @@ class Counts {
 
 /** One service as it was seen. */
 class Seen {
+  /** The first second that anything is known of. */
+  first;
   versions = new Map();
   evidence = empty();
   passEvidence = empty();
   /** What changed and when: `{at (seconds), text}`. */
   marks = [];
   #last = null;
+
+  constructor(first) {
+    this.first = first;
+  }
 
   /** A version's plots: `share` in percent, `requests` a second, `errors` from 0 to 1. */
   version(name) {
@@ -65,6 +93,28 @@ class Seen {
   all() {
     const versions = [...this.versions.values()];
     return [this.evidence, this.passEvidence, ...versions.flatMap((one) => [one.share, one.requests, one.errors])];
+  }
+
+  /** Takes from `past`, which knows the seconds from `from` to `to`, what is not known here up to `last`. */
+  fill(past, from, to, last) {
+    const pairs = [[this.evidence, past.evidence], [this.passEvidence, past.passEvidence]];
+    for (const [name, { share, requests, errors, counts }] of past.versions) {
+      const own = this.versions.get(name);
+      if (!own) continue;
+      own.counts.follow(counts);
+      const now = own.counts.rates();
+      if (Number.isNaN(own.requests[last % KEEP])) own.requests[last % KEEP] = now.requests;
+      if (Number.isNaN(own.errors[last % KEEP])) own.errors[last % KEEP] = now.errors;
+      pairs.push([own.share, share], [own.requests, requests], [own.errors, errors]);
+    }
+    for (const [own, other] of pairs) {
+      for (let time = from; time < last; time++) {
+        if (!Number.isNaN(own[time % KEEP])) continue;
+        const isKnown = time <= to || (last - to <= BRIDGED && !Number.isNaN(own[last % KEEP]));
+        own[time % KEEP] = isKnown ? other[Math.min(time, to) % KEEP] : NaN;
+        if (!Number.isNaN(own[time % KEEP])) this.first = Math.min(this.first, time);
+      }
+    }
   }
 
   mark(at, service) {
@@ -83,8 +133,8 @@ class Seen {
 export class Record {
   /** The second of the last status; `null` before the first. */
   last = null;
-  /** The second of the first one. */
-  first = null;
+  /** How often something of the past was filled in. */
+  filled = 0;
   #services = new Map();
 
   /** Takes a status that was heard at `now` (milliseconds). */
@@ -97,11 +147,10 @@ export class Record {
       if (!names.has(name)) this.#services.delete(name);
       else for (const values of seen.all()) this.#bridge(values, from, second);
     }
-    this.first ??= second;
     this.last = second;
     const slot = second % KEEP;
     for (const service of status.services) {
-      const seen = this.#services.get(service.name) ?? new Seen();
+      const seen = this.#services.get(service.name) ?? new Seen(second);
       this.#services.set(service.name, seen);
       for (const name of seen.versions.keys()) {
         if (!service.versions.some((version) => version.name === name)) seen.versions.delete(name);
@@ -118,6 +167,26 @@ export class Record {
       seen.passEvidence[slot] = service.verdict?.passEvidence ?? NaN;
       seen.mark(second, service);
     }
+  }
+
+  /** There is a new connection: what was counted in between may arrive late. */
+  anew() {
+    for (const seen of this.#services.values()) {
+      for (const version of seen.versions.values()) version.counts.anew();
+    }
+  }
+
+  /** Fills gaps with what the controller kept of the last minutes, which was heard at `heard` (milliseconds). */
+  fill({ now, times, services }, heard) {
+    if (this.last === null || times.length === 0) return;
+    const skew = Date.parse(now) - heard;
+    const past = new Record();
+    const at = times.map((time) => Date.parse(time) - skew);
+    at.forEach((time, index) => past.take({ services: services.map((service) => sample(service, index)) }, time));
+    const from = Math.max(Math.floor(at[0] / 1000), this.last - KEEP + 1, past.last - KEEP + 1);
+    const to = Math.min(past.last, this.last);
+    for (const { name } of services) this.#services.get(name)?.fill(past.service(name), from, to, this.last);
+    this.filled++;
   }
 
   #bridge(values, from, second) {
@@ -148,4 +217,17 @@ export class Record {
       return Number.isNaN(value) ? null : value;
     });
   }
+}
+
+/** A service as it stood at one of its samples, as a status would say it. */
+function sample({ name, evidence, passEvidence, versions }, index) {
+  const there = versions.filter(({ weight }) => weight[index] !== null);
+  return {
+    name,
+    verdict: { evidence: evidence[index] ?? NaN, passEvidence: passEvidence[index] ?? NaN },
+    versions: there.map(({ name, weight, requests, errors, cancelled }) => {
+      const ok = requests[index] - errors[index];
+      return { name, weight: weight[index], requests: { ok, error: errors[index], clientError: 0, cancelled: cancelled[index] } };
+    }),
+  };
 }

@@ -38,6 +38,7 @@ export function rolloutView(name, app) {
   const why = make("p", { class: "why" }, message, since);
   const buttons = toolbar(name, app);
   const steps = stepsCard();
+  const together = make("div", { class: "together" });
   const services = make("div", { class: "services" });
   const past = historyCard();
   const back = make("a", { class: "back", href: "#/" }, "All rollouts");
@@ -47,18 +48,28 @@ export function rolloutView(name, app) {
     back,
     make("div", { class: "head" }, make("div", { class: "title" }, title, phase.element, way), why, buttons.element),
     steps.element,
+    together,
     services,
     past.element,
   );
   let asked = null;
   const ask = () => {
     asked = app.status.epoch + app.connected;
-    call(`v1/rollouts/${encodeURIComponent(name)}/history`).then(
+    const path = `v1/rollouts/${encodeURIComponent(name)}`;
+    call(`${path}/history`).then(
       ({ transitions }) => {
         app.remember(name, transitions);
         past.know(true);
       },
       () => past.know(false),
+    );
+    call(`${path}/series`).then(
+      (series) => {
+        app.record.fill(series, Date.now());
+        app.render();
+      },
+      // The plots begin now, then.
+      () => {},
     );
   };
   const update = () => {
@@ -72,13 +83,31 @@ export function rolloutView(name, app) {
     say(message, rollout.message);
     say(since, sinceWords(rollout, now));
     buttons.update(rollout);
-    steps.update(rollout);
-    each(services, rollout.services, (service) => service.name, (service) => serviceSection(service, app));
-    element.classList.toggle("several", rollout.services.length > 1);
+    steps.update(rollout, app.transitions(name));
+    const several = rollout.services.length > 1;
+    const told = marksOf(app.transitions(name), rollout.steps ?? [], app.feed.skew);
+    const joint = several && rollout.verdict ? [rollout] : [];
+    each(together, joint, () => name, () => togetherSection(app), told);
+    each(services, rollout.services, (service) => `${several} ${service.name}`, (service) => serviceSection(service, app, several), told);
+    element.classList.toggle("several", several);
     past.update(app.transitions(name), now);
   };
-  const end = () => each(services, [], (service) => service.name);
+  const end = () => {
+    each(together, [], () => name);
+    each(services, [], (service) => service.name);
+  };
   return { element, update, end, heading: title, title: () => pageTitle(app, name) };
+}
+
+/** Steps and phases as marks for the plots, of transitions that are the newest first. */
+function marksOf(transitions, steps, skew) {
+  const changed = transitions.filter(({ phase, step }, index) => {
+    const before = transitions[index + 1];
+    return phase !== before?.phase || (step && step !== before.step);
+  });
+  const weight = (step) => (steps[step - 1] ? words.percent(steps[step - 1].weight) : "");
+  const text = ({ phase, step }) => (phase === "Progressing" ? weight(step) : phase);
+  return changed.map((one) => ({ at: (Date.parse(one.time) - skew) / 1000, text: text(one) })).filter(({ at }) => at > 0);
 }
 
 function sinceWords({ reason, since, deadline, phase }, now) {
@@ -118,11 +147,12 @@ function rangeChooser(service, app) {
 function stepsCard() {
   const track = make("ol", { class: "track" });
   const element = make("section", { class: "card steps" }, make("h2", {}, "Steps"), track);
-  const update = (rollout) => {
+  const update = (rollout, transitions) => {
     const steps = rollout.steps ?? [];
     const present = rollout.step && isMoving(rollout) ? rollout.step : null;
     const target = rollout.versions.find((version) => version.name === rollout.target);
-    const context = { done: doneSteps(rollout), present, target };
+    const failed = rollout.phase === "Failed" ? failedStep(transitions) : undefined;
+    const context = { done: doneSteps(rollout, failed), present, failed, target };
     show(element, steps.length);
     each(track, steps.map((step, index) => ({ ...step, number: index + 1 })), ({ number }) => number, trackStep, context);
   };
@@ -134,25 +164,32 @@ function trackStep() {
   const head = make("b");
   const note = make("span");
   const element = make("li", {}, make("span", { class: "bar", "aria-hidden": "true" }, fill), head, note);
-  const update = (step, { done, present, target }) => {
+  const update = (step, { done, present, failed, target }) => {
     const isPresent = step.number === present?.number;
-    const state = isPresent ? "present" : step.number <= done ? "done" : "ahead";
+    const isFailed = step.number === failed;
+    const state = isPresent ? "present" : isFailed ? "failed" : step.number <= done ? "done" : "ahead";
     if (element.dataset.state !== state) element.dataset.state = state;
     set(element, "aria-current", isPresent ? "step" : null);
     say(head, words.percent(step.weight));
-    say(note, stepNote(step, isPresent ? present : null, target));
+    say(note, isFailed ? "failed here" : stepNote(step, isPresent ? present : null, target));
     style(fill, "width", `${100 * progress(step, state, present)}%`);
   };
   return { element, update };
 }
 
-function doneSteps(rollout) {
+function doneSteps(rollout, failed) {
   if (rollout.phase === "Succeeded") return Infinity;
-  return isMoving(rollout) && rollout.step ? rollout.step.number - 1 : 0;
+  const number = isMoving(rollout) ? rollout.step?.number : failed;
+  return number ? number - 1 : 0;
+}
+
+/** The step at which the last rollout failed, as far as it is known what happened; `transitions` are the newest first. */
+function failedStep(transitions) {
+  return transitions.find(({ rollout, step }) => rollout === transitions[0].rollout && step)?.step;
 }
 
 function progress(step, state, present) {
-  if (state !== "present") return state === "done" ? 1 : 0;
+  if (state !== "present") return state === "ahead" ? 0 : 1;
   if (present.heldSeconds === undefined || !step.holdSeconds) return 0;
   return Math.min(1, present.heldSeconds / step.holdSeconds);
 }
@@ -170,26 +207,43 @@ function stepNote(step, present, target) {
   return parts.join(", ");
 }
 
-/** A service's versions, verdict and plots. */
-function serviceSection(service, app) {
+/** What is said of all services of a rollout at once: there is one verdict, whatever one of them alone is like. */
+function togetherSection(app) {
+  const verdict = verdictCard();
+  const drawn = plots(["evidence"]);
+  const element = make(
+    "section",
+    {},
+    make("h2", {}, "All services together"),
+    make("div", { class: "pair" }, drawn.element, verdict.element),
+  );
+  const update = (rollout, told) => {
+    verdict.update(rollout);
+    drawn.update(rollout.services[0], app.record, app.seconds, told);
+  };
+  return { element, update, end: drawn.end };
+}
+
+/** A service's versions and plots, and the verdict unless it is of several services together. */
+function serviceSection(service, app, several) {
   const heading = make("h2", {}, service.name);
   const unrouted = make("p", { class: "warning" });
   const vetoes = make("ul", { class: "vetoes" });
-  const versions = versionsTable(app);
-  const verdict = verdictCard();
+  const versions = versionsTable(service.name, app);
+  const verdict = several ? null : verdictCard();
   const range = rangeChooser(service.name, app);
-  const drawn = plots();
+  const drawn = plots(several ? ["shares", "errors", "requests"] : undefined);
   const element = make(
     "section",
     { class: "service", "data-service": service.name },
     heading,
     unrouted,
     vetoes,
-    make("div", { class: "pair" }, versions.element, verdict.element),
+    make("div", { class: "pair" }, versions.element, verdict?.element),
     range.element,
     drawn.element,
   );
-  const update = (service) => {
+  const update = (service, told) => {
     show(unrouted, service.unrouted > 0);
     say(unrouted, `${words.plural(service.unrouted, "request", "requests")} found no version in service and went to Envoy's default route.`);
     each(vetoes, vetoesOf(app.status, service), ({ proxy, version }) => `${proxy} ${version}`, () => {
@@ -197,9 +251,9 @@ function serviceSection(service, app) {
       return { element: item, update: (veto) => say(item, vetoWords(veto)) };
     });
     versions.update(service);
-    verdict.update(service);
+    verdict?.update(service);
     range.update();
-    drawn.update(service, app.record, app.seconds);
+    drawn.update(service, app.record, app.seconds, told);
   };
   return { element, update, end: drawn.end };
 }
@@ -219,7 +273,7 @@ export function vetoWords({ proxy, version, until, requests, errors, othersReque
 
 const COLUMNS = ["Version", "Share", "Ready", "Requests", "OK", "Errors", "4xx", "Cancelled", "Error rate", "In flight", "Drain"];
 
-function versionsTable(app) {
+function versionsTable(service, app) {
   const body = make("tbody", { role: "rowgroup" });
   const head = COLUMNS.map((column) => make("th", { scope: "col", role: "columnheader" }, column));
   const table = make(
@@ -229,8 +283,13 @@ function versionsTable(app) {
     make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...head)),
     body,
   );
-  const update = (service) => each(body, service.versions, (version) => version.name, () => versionRow(app), service);
-  return { element: make("div", { class: "card" }, table), update };
+  const card = make("div", { class: "card scrolls", role: "region", "aria-label": `Versions of ${service}` }, table);
+  const update = (service) => {
+    each(body, service.versions, (version) => version.name, () => versionRow(app), service);
+    // What scrolls can be scrolled by keyboard.
+    set(card, "tabindex", card.scrollWidth > card.clientWidth ? 0 : null);
+  };
+  return { element: card, update };
 }
 
 function versionRow(app) {
