@@ -72,6 +72,9 @@ pub struct Rollout {
     /// Since when it has not waited for endpoints, if it does not.
     #[serde(default)]
     content: Option<Millis>,
+    /// Whether the present step has been held once.
+    #[serde(default)]
+    held: bool,
     /// The most endpoints that the target has had in this step.
     most_ready: u32,
     warming: Warming,
@@ -265,6 +268,7 @@ impl Rollout {
             waived: false,
             progressed: now,
             content: None,
+            held: false,
             most_ready: 0,
             warming: Warming::Due,
             level: 0,

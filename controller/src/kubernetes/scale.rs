@@ -113,7 +113,10 @@ impl Facts<'_> {
         match rollout.phase.is_under_way() {
             true if is_target => {
                 let step = rollout.current_step(self.shift)?;
-                let weight = rollout.weight_by_hand.unwrap_or(step.weight);
+                // What moves as a whole or not at all is there as a whole before it moves.
+                let is_whole = self.shift.strategy.whole_steps && !rollout.goes_back(self.shift);
+                let planned = if is_whole { 100 } else { step.weight };
+                let weight = rollout.weight_by_hand.unwrap_or(planned);
                 let needed = (u64::from(full) * u64::from(weight)).div_ceil(100).max(1) as u32;
                 // Back to what served before: nobody should wait for batches.
                 if rollout.goes_back(self.shift) {
@@ -122,7 +125,10 @@ impl Facts<'_> {
                 let ready = version.endpoints.len() as u32;
                 let batch = self.shift.strategy.max_surge.of_rounded_up(full).max(1);
                 let number = rollout.step + 1;
-                let why = format!("step {number} gives {} {weight} % of what {full} pods carry", version.name);
+                let why = match is_whole && step.weight == 0 && weight > 0 {
+                    true => format!("the preview of {} needs all of the {full} pods that carry the load", version.name),
+                    false => format!("step {number} gives {} {weight} % of what {full} pods carry", version.name),
+                };
                 Some((needed.min(ready.saturating_add(batch)), why))
             }
             true if is_stable => Some((full, format!("{} must be able to take everything back", version.name))),
@@ -377,6 +383,19 @@ mod tests {
         assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
         play.scaled("v1", 0).has("v1", 0).pass();
         assert_eq!(play.plan(), [""; 0]);
+    }
+
+    #[test]
+    fn the_whole_of_a_preview_is_there_before_it_is_held() {
+        let mut play = Play::new();
+        play.document["spec"]["strategy"] = json!({"blueGreen": {"autoPromotionEnabled": false}});
+        play.target("v2").pass();
+        for pods in 1..=4 {
+            let why = "the preview of v2 needs all of the 4 pods that carry the load";
+            assert_eq!(play.plan(), [format!("payment-v2 {pods}: {why}")]);
+            play.scaled("v2", pods).has("v2", pods).pass();
+        }
+        assert_eq!((play.plan(), play.rollout.as_ref().unwrap().phase), (vec![], Phase::Paused));
     }
 
     #[test]

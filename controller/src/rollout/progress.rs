@@ -22,6 +22,7 @@ impl Rollout {
         self.allowed = !self.needs_gate(shift);
         self.gate_says = None;
         self.held_since = None;
+        self.held = false;
         self.waived = false;
         self.before = Some(level_of(share));
         self.reached = level_of(share);
@@ -109,12 +110,14 @@ impl Rollout {
         self.content.is_none() && now.saturating_sub(self.progressed) >= longest
     }
 
-    /// The time in which it waits for no endpoint does not count, and a hold that it has come through is progress.
+    /// The time in which it waits for no endpoint does not count, and the first hold that it comes through is progress.
     fn count_waiting(&mut self, waits: bool, hold: Millis, now: Millis) {
+        let is_held = self.held_since.is_some_and(|since| now.saturating_sub(since) >= hold);
         match (waits, self.content) {
             (true, Some(since)) => {
-                let is_held = self.held_since.is_some_and(|held| now.saturating_sub(held) >= hold);
-                self.progressed = if is_held { now } else { self.progressed + now.saturating_sub(since) };
+                let is_progress = is_held && !self.held;
+                self.held |= is_held;
+                self.progressed = if is_progress { now } else { self.progressed + now.saturating_sub(since) };
                 self.content = None;
             }
             (false, None) => self.content = Some(now),

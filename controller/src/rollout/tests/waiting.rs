@@ -37,6 +37,18 @@ fn time_in_which_it_is_held_does_not_count() {
 }
 
 #[test]
+fn a_hold_of_no_time_is_progress_once() {
+    let steps = json!([{"weight": 25, "pause": true}]);
+    let mut play = Play::new("v1", Some("v2"), steps.clone());
+    play.set("strategy", json!({"steps": steps, "progressDeadlineSeconds": 12, "progressDeadlineAbort": true}));
+    for _ in 0..8 {
+        play.pass(2).ready("v2", 0);
+        play.pass(2).ready("v2", 1);
+    }
+    assert_eq!(play.stands(), (Phase::Failed, Reason::ProgressDeadlineExceeded));
+}
+
+#[test]
 fn testers_are_waited_for_until_somebody_can_answer_them() {
     let steps = json!([{"matches": [{"headers": [{"name": "x-beta", "value": "1"}]}], "holdSeconds": 10},
         {"weight": 50, "holdSeconds": 600}]);
