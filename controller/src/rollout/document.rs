@@ -221,10 +221,11 @@ impl Rollout {
     }
 
     /// The same of who lists the stable version's endpoints: another number of them, while nothing is being moved, is
-    /// what the load needs from then on.
+    /// what the load needs from then on. Those that are found in a cluster are not listed: they come and go.
     pub(super) fn follow_document(&mut self, shift: &TrafficShift) {
         let of = |service: &ShiftService| {
-            let version = service.version(&self.stable).filter(|version| version.discovery.is_none())?;
+            let is_listed = |version: &&ShiftVersion| version.discovery.is_none() && version.workload.is_none();
+            let version = service.version(&self.stable).filter(is_listed)?;
             Some((service.name.clone(), version.endpoints.len() as u32))
         };
         let endpoints: BTreeMap<String, u32> = shift.services.iter().filter_map(of).collect();

@@ -158,6 +158,11 @@ fn fewer_endpoints_listed_at_rest_are_what_the_load_needs() {
     // One that is listed and not ready is missing as ever.
     play.ready("v2", 1);
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+    // Where a workload brings them, pods that come and go say nothing of what the load needs.
+    play.document["spec"]["versions"][1]["workloadRef"] = json!({"name": "checkout-v2"});
+    play.pass(1);
+    play.document["spec"]["versions"][1]["endpoints"] = json!(["127.0.0.1:1"]);
+    assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
 }
 
 #[test]
