@@ -166,6 +166,8 @@ impl Rollout {
         if passed < 1_000 {
             return;
         }
+        // Nothing has grown while nobody was there to let it grow.
+        let passed = passed.min(2_000);
         self.level = level_of(self.share(target, shift, world) + passed as f64 / ramp as f64);
         self.level_since = now;
     }
@@ -251,6 +253,10 @@ impl Rollout {
                 None => progressing(Reason::Ramping, why),
             };
         }
+        if let Some(why) = kept_out(target, shift, world) {
+            self.held_since = None;
+            return progressing(Reason::GuardVeto, shortfall.beside(why));
+        }
         let since = *self.held_since.get_or_insert(now);
         if self.waived {
             return None;
@@ -294,4 +300,18 @@ impl Rollout {
             })
         })
     }
+}
+
+/// Whether proxies' guards keep the target out after an earlier attempt, in words. Its users are the others' then, so
+/// that the step is not held, whatever share the target has on paper.
+fn kept_out(target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+    shift.services.iter().find_map(|service| {
+        let proxies = world.vetoes(&service.name, target).count();
+        let of = of_service(shift, service);
+        match proxies {
+            0 => None,
+            1 => Some(format!("a proxy's guard still keeps {target}{of} out after what failed before")),
+            _ => Some(format!("the guards of {proxies} proxies still keep {target}{of} out after what failed before")),
+        }
+    })
 }

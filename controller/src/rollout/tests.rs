@@ -268,6 +268,12 @@ fn a_guards_veto_takes_the_target_back() {
     play.pass(1);
     play.set("target", json!("v2"));
     assert_eq!(play.pass(2).shares(), [90.0, 10.0, 0.0]);
+    // But as long as it lasts, that share is on paper only, and nothing is held.
+    play.pass(300);
+    assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::GuardVeto));
+    assert_eq!(play.rollout.message, "step 1: a proxy's guard still keeps v2 out after what failed before");
+    play.world.vetoes.clear();
+    assert_eq!((play.pass(59).rollout.reason, play.pass(2).rollout.phase), (Reason::Holding, Phase::Succeeded));
 }
 
 #[test]
@@ -614,11 +620,14 @@ fn a_target_warms_up_by_copies_and_then_by_a_growing_share() {
     play.ready("v2", 4);
     assert_eq!((play.pass(19).shares(), mirrored(&play)), (vec![100.0, 0.0, 0.0], Some(("v2".to_owned(), 5))));
     assert_eq!(play.rollout.reason, Reason::WarmingUp);
-    let shares: Vec<f64> = (0..4).map(|_| play.pass(2).shares()[1]).collect();
+    let mut shares: Vec<f64> = (0..2).map(|_| play.pass(2).shares()[1]).collect();
     assert_eq!(mirrored(&play), None);
+    // While no controller is there, nothing grows, and afterwards nothing is made up for.
+    play.now += 15_000;
+    shares.extend((0..2).map(|_| play.pass(1).shares()[1]));
     assert!(shares.windows(2).all(|pair| pair[0] < pair[1] && pair[1] - pair[0] <= 10.1), "{shares:?}");
     assert!(shares[3] < 50.0 && play.rollout.reason == Reason::Ramping, "{shares:?}");
-    assert_eq!((play.pass(3).shares()[1], play.rollout.reason), (50.0, Reason::Holding));
+    assert_eq!((play.pass(6).shares()[1], play.rollout.reason), (50.0, Reason::Holding));
     // Back goes without a ramp, and so does what the stable version loses.
     play.command(Command::Abort).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
