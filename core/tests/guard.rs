@@ -125,12 +125,11 @@ impl<'a> Proxy<'a> {
             return None;
         }
         let mut point = self.sequence.next_below(total);
-        let taken = (0..self.traffic.weights.len()).find(|v| {
+        (0..self.traffic.weights.len()).find(|v| {
             let here = point < weight(*v);
             point = point.saturating_sub(weight(*v));
             here
-        });
-        taken
+        })
     }
 
     fn end(&mut self, version: usize, failed: bool) {

@@ -1,70 +1,99 @@
-//! Reports as a controller gets them, one on each line: totals never go back, what is repeated counts once, and the
-//! ledger survives being stored.
+//! Reports as a controller gets them, one on each line: totals never go back, what is repeated or older counts once, and
+//! the ledger survives being stored.
 
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Taken};
 use serde_json::from_slice;
 use std::collections::{BTreeMap, BTreeSet};
-use tideshift_core::report::{Counts, Report};
+use tideshift_core::report::{Counts, DURATION_BOUNDS, Report};
 
 /// Takes the reports in turn; each line that is none is one that the controller refuses.
 pub fn holds_for(lines: &[u8]) {
-    let mut ledger = Ledger::default();
+    // All reports, and those of which it can be said what they should come to.
+    let (mut all, mut ledger) = (Ledger::default(), Ledger::default());
     let mut oracle = Oracle::default();
     for (now, line) in lines.split(|b| *b == b'\n').enumerate() {
         let Ok(report) = from_slice::<Report>(line) else { continue };
         let written = serde_json::to_vec(&report).expect("a report can be written");
         assert_eq!(from_slice::<Report>(&written).ok().as_ref(), Some(&report));
-        let before = ledger.clone();
-        ledger.take(&report, is_known, now as u64);
+        let run = (report.proxy.clone(), report.start.clone());
+        let before = all.clone();
+        all.take(&run, &report, is_known, now as u64);
         for (service, version) in versions(&report) {
-            let (old, new) = (before.total(service, version), ledger.total(service, version));
+            let (old, new) = (before.total(service, version), all.total(service, version));
             assert!(!new.any_below(&old), "{service}/{version}: from {old:?} to {new:?}");
             assert!(is_known(service, version) || new == Counts::default());
-            assert!(ledger.unrouted(service) >= before.unrouted(service));
+            assert!(all.unrouted(service) >= before.unrouted(service));
         }
-        oracle.take(&report);
-        for (version, total) in &oracle.totals {
-            assert_eq!(ledger.total(&version.0, &version.1), *total, "{version:?}");
+        if !says_everything_once(&report) {
+            continue;
         }
-        if says_everything_once(&report) {
-            let once = ledger.clone();
-            assert!(!ledger.take(&report, is_known, now as u64), "counted twice");
-            assert_eq!(ledger, once);
+        let taken = ledger.take(&run, &report, is_known, now as u64);
+        assert_eq!(taken != Taken::Old, oracle.take(&report));
+        for (service, version) in versions(&report) {
+            let Counts { ok, error, client_error, cancelled } = ledger.total(service, version);
+            let durations = ledger.durations(service, version).iter().copied();
+            for (i, count) in [ok, error, client_error, cancelled].into_iter().chain(durations).enumerate() {
+                assert_eq!(count, oracle.total(service, version, i), "{service}/{version}, {i}");
+            }
+            assert_eq!(ledger.unrouted(service), oracle.total(service, "", UNROUTED), "{service}");
         }
+        let once = ledger.clone();
+        assert_ne!(ledger.take(&run, &report, is_known, now as u64), Taken::News, "counted twice");
+        assert_eq!(ledger, once);
     }
-    let stored = serde_json::to_vec(&ledger).expect("a ledger can be stored");
-    assert_eq!(from_slice::<Ledger>(&stored).ok(), Some(ledger));
+    let stored = serde_json::to_vec(&all).expect("a ledger can be stored");
+    assert_eq!(from_slice::<Ledger>(&stored).ok(), Some(all));
 }
 
-/// Totals counted again, one count at a time.
+/// Totals counted again, one count at a time: by service, version (none for what was unrouted) and number.
 #[derive(Default)]
 struct Oracle {
-    last: BTreeMap<(String, String, Version), Counts>,
-    totals: BTreeMap<Version, Counts>,
+    last: BTreeMap<(String, String), (u64, BTreeMap<Counter, u64>)>,
+    totals: BTreeMap<Counter, u64>,
 }
 
-type Version = (String, String);
+type Counter = (String, String, usize);
+
+const UNROUTED: usize = usize::MAX;
 
 impl Oracle {
-    fn take(&mut self, report: &Report) {
+    /// Whether it was news.
+    fn take(&mut self, report: &Report) -> bool {
+        let (sequence, last) = self.last.entry((report.proxy.clone(), report.start.clone())).or_default();
+        let (mut counters, mut goes_back) = (BTreeMap::new(), false);
         for service in &report.services {
-            for version in service.versions.iter().filter(|version| is_known(&service.name, &version.name)) {
-                let name = (service.name.clone(), version.name.clone());
-                let run = (report.proxy.clone(), report.start.clone(), name.clone());
+            let known = || service.versions.iter().filter(|version| is_known(&service.name, &version.name));
+            let unrouted = (service.name.clone(), String::new(), UNROUTED);
+            goes_back |= service.unrouted < last.get(&unrouted).copied().unwrap_or_default();
+            if known().next().is_some() {
+                counters.insert(unrouted, service.unrouted);
+            }
+            for version in known() {
                 let Counts { ok, error, client_error, cancelled } = version.ended;
-                let last = self.last.insert(run, version.ended).unwrap_or_default();
-                let was_reset = ok < last.ok
-                    || error < last.error
-                    || client_error < last.client_error
-                    || cancelled < last.cancelled;
-                let last = if was_reset { Counts::default() } else { last };
-                let total = self.totals.entry(name).or_default();
-                total.ok = total.ok.saturating_add(ok - last.ok);
-                total.error = total.error.saturating_add(error - last.error);
-                total.client_error = total.client_error.saturating_add(client_error - last.client_error);
-                total.cancelled = total.cancelled.saturating_add(cancelled - last.cancelled);
+                let durations = version.durations.iter().copied().chain(std::iter::repeat(0));
+                let durations = durations.take(DURATION_BOUNDS.len() + 1);
+                for (i, count) in [ok, error, client_error, cancelled].into_iter().chain(durations).enumerate() {
+                    counters.insert((service.name.clone(), version.name.clone(), i), count);
+                }
             }
         }
+        goes_back |= counters.iter().any(|(key, count)| last.get(key).is_some_and(|last| count < last));
+        if if report.sequence == 0 { goes_back } else { report.sequence <= *sequence } {
+            return false;
+        }
+        if goes_back {
+            last.clear();
+        }
+        *sequence = report.sequence.max(*sequence);
+        for (key, count) in counters {
+            let total = self.totals.entry(key.clone()).or_default();
+            *total = total.saturating_add(count - last.insert(key, count).unwrap_or_default());
+        }
+        true
+    }
+
+    fn total(&self, service: &str, version: &str, i: usize) -> u64 {
+        self.totals.get(&(service.to_owned(), version.to_owned(), i)).copied().unwrap_or_default()
     }
 }
 

@@ -142,10 +142,13 @@ async fn every_route_answers_as_documented() {
             {"name": "v2", "ok": 7, "error": 1, "clientError": 2, "cancelled": 3, "inFlight": 4, "durations": [1, 2]}],
             "vetoes": [{"version": "v2", "until": 1u64 << 60, "strikes": 1, "requests": 9, "errors": 9,
                 "othersRequests": 1, "othersErrors": 0}]}]});
+    let mut too_much = report.clone();
+    too_much["services"][0]["versions"][0]["error"] = json!(u64::MAX);
     let nothing = json!({});
     let rollout = |command: &str| format!("/v1/rollouts/shop/{command}");
     let calls = [
         ("POST", "/v1/reports", "/v1/reports".to_owned(), Some(report), 204),
+        ("POST", "/v1/reports", "/v1/reports".to_owned(), Some(too_much), 400),
         ("GET", "/v1/policy", "/v1/policy?proxy=p&epoch=&after=0".to_owned(), None, 200),
         ("GET", "/v1/policy", "/v1/policy?proxy=p&epoch=e&after=9".to_owned(), None, 204),
         ("GET", "/v1/policy", "/v1/policy?after=x".to_owned(), None, 400),
