@@ -139,7 +139,8 @@ async fn waiting_for_a_version_does_not_end_well_with_another_one() -> anyhow::R
     for (number, (wanted, instead)) in [("v2", another[0]), ("v2", another[1]), ("v2", another[2])].iter().enumerate() {
         let begun = done(&controller, &["set-target", wanted]).await?;
         assert!(begun.starts_with("shop: Progressing"), "{begun}");
-        let waiting = run(&controller, &["set-target", wanted, "--wait"]);
+        let words = ["set-target", wanted, "--wait"];
+        let waiting = run(&controller, &words);
         let taking_its_place = async {
             // The one that waits has said so, and changes nothing by that.
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -156,7 +157,8 @@ async fn waiting_for_a_version_does_not_end_well_with_another_one() -> anyhow::R
         assert!(waiting.stderr.contains("took its place"), "{waiting:?}");
     }
     // What is withdrawn is no success, either.
-    let waiting = run(&controller, &["set-target", "v3", "--wait"]);
+    let words = ["set-target", "v3", "--wait"];
+    let waiting = run(&controller, &words);
     let withdrawing = async {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let stable = Seen::now(&controller).await?.service()["stable"].as_str().unwrap_or_default().to_owned();
