@@ -150,6 +150,9 @@ async fn tokens_are_changed_while_it_runs() -> anyhow::Result<()> {
     .await?;
     assert!(!controller.log().contains("hunter2"), "not what is in the file");
     assert_eq!((status(READ).await?, status(NEW).await?, status(OPERATE).await?), (401, 200, 200));
+    let log = controller.log();
+    assert_eq!(log.matches("tokens were read again").count(), 2, "{log}");
+    assert!(log.lines().last().is_some_and(|last| last.contains("the tokens from before")), "{log}");
     Ok(())
 }
 
