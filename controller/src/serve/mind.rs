@@ -155,7 +155,9 @@ impl<D: Disk> Mind<D> {
             }
         }
         let outcome = std::mem::take(&mut self.secret);
-        outcome.policy.map(|policy| self.publish(&policy));
+        if let Some(policy) = &outcome.policy {
+            self.publish(policy);
+        }
         self.tell(&outcome.transitions);
         self.shared.turns.end(turn);
     }
