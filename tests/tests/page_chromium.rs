@@ -379,7 +379,7 @@ async fn numbers_stay_whole_however_narrow_it_is() -> anyhow::Result<()> {
     // not scroll; cards on top of each other; a page that has to be moved sideways.
     let faults = "
         const faults = [];
-        for (const cell of document.querySelectorAll('.versions td, .versions .role')) {
+        for (const cell of document.querySelectorAll('.versions td, .versions .role, .legend b')) {
             const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
             while (texts.nextNode()) {
                 if (texts.currentNode.parentElement.closest('ul')) continue;

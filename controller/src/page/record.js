@@ -45,15 +45,6 @@ class Counts {
     while (this.#seen.length > 2 && at - this.#seen[1].at >= WINDOW) this.#seen.shift();
   }
 
-  /** Goes on from what was counted before, if there is no gap between. */
-  follow(before) {
-    const own = this.#seen[0];
-    const seen = before.#seen.filter(({ at, all }) => own && at < own.at && own.at - at <= WINDOW && all <= own.all);
-    if (seen.length === 0) return;
-    this.#seen.unshift(...seen);
-    this.#unsettled = 0;
-  }
-
   /** Requests a second, and the errors' share of those that were not cancelled; NaN where unknown. */
   rates() {
     const [first, last] = [this.#seen[0], this.#seen.at(-1)];
@@ -76,6 +67,7 @@ class Seen {
   /** What changed and when: `{at (seconds), text}`. */
   marks = [];
   #last = null;
+  #held = 0;
 
   constructor(first) {
     this.first = first;
@@ -97,24 +89,25 @@ class Seen {
 
   /** Takes from `past`, which knows the seconds from `from` to `to`, what is not known here up to `last`. */
   fill(past, from, to, last) {
+    this.#held = to + BRIDGED;
     const pairs = [[this.evidence, past.evidence], [this.passEvidence, past.passEvidence]];
-    for (const [name, { share, requests, errors, counts }] of past.versions) {
+    for (const [name, version] of past.versions) {
       const own = this.versions.get(name);
-      if (!own) continue;
-      own.counts.follow(counts);
-      const now = own.counts.rates();
-      if (Number.isNaN(own.requests[last % KEEP])) own.requests[last % KEEP] = now.requests;
-      if (Number.isNaN(own.errors[last % KEEP])) own.errors[last % KEEP] = now.errors;
-      pairs.push([own.share, share], [own.requests, requests], [own.errors, errors]);
+      if (own) pairs.push(...["share", "requests", "errors"].map((one) => [own[one], version[one]]));
     }
     for (const [own, other] of pairs) {
-      for (let time = from; time < last; time++) {
+      for (let time = from; time <= Math.min(last, this.#held); time++) {
         if (!Number.isNaN(own[time % KEEP])) continue;
-        const isKnown = time <= to || (last - to <= BRIDGED && !Number.isNaN(own[last % KEEP]));
-        own[time % KEEP] = isKnown ? other[Math.min(time, to) % KEEP] : NaN;
+        own[time % KEEP] = other[Math.min(time, to) % KEEP];
         if (!Number.isNaN(own[time % KEEP])) this.first = Math.min(this.first, time);
       }
     }
+  }
+
+  /** A value for this second; until there is one, what was filled in holds for a little while. */
+  put(values, second, value) {
+    const isHeld = Number.isNaN(value) && second <= this.#held;
+    values[second % KEEP] = isHeld ? values[(second - 1) % KEEP] : value;
   }
 
   mark(at, service) {
@@ -160,8 +153,8 @@ export class Record {
         values.counts.take(now, version.requests);
         const rates = values.counts.rates();
         values.share[slot] = version.weight;
-        values.requests[slot] = rates.requests;
-        values.errors[slot] = rates.errors;
+        seen.put(values.requests, second, rates.requests);
+        seen.put(values.errors, second, rates.errors);
       }
       seen.evidence[slot] = service.verdict?.evidence ?? NaN;
       seen.passEvidence[slot] = service.verdict?.passEvidence ?? NaN;
