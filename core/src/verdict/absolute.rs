@@ -1,21 +1,23 @@
-//! "The target is worse than what is allowed", which needs no comparison; and whether both versions are.
+//! "The target is worse than what is allowed, and than the stable version at the same time"; and whether both are worse
+//! than allowed.
 
-use super::{Batch, CLUMP, Sample, Settings, Totals, settings::DEFAULT_MAX_ERROR_RATE};
-use crate::evidence::{Evidence, bits, log_mean_exp, tilt};
+use super::{Batch, CLUMP, Settings, Totals, settings::DEFAULT_MAX_ERROR_RATE};
+use crate::evidence::{Evidence, RATIOS, bits, log_mean_exp, tilt};
 use serde::{Deserialize, Serialize};
 
 /// So many times the odds that are allowed.
 const ODDS: [f64; 4] = [1.5, 3.0, 10.0, 100.0];
-/// Requests of the stable version that make a batch, to see whether it does well at the time, …
-const LEAST_STABLE: u64 = 10;
-/// … and the milliseconds that a batch takes at least.
+/// The milliseconds that a batch takes at least.
 const LEAST_MILLIS: u64 = 1_000;
+/// With all requests at the target: fewer of the stable version are none.
+const LEAST_STABLE: u64 = 10;
 /// The most that evidence grows with one batch, as a logarithm.
 const GROWTH: f64 = 4.0;
-/// How far above what the stable version did lately the allowed rate is, in standard deviations.
+/// How far above what the stable version did the allowed rate is, in standard deviations.
 const DEVIATIONS: f64 = 3.0;
-/// Just now: the stable version's last requests, at most twice as many.
-const JUST_NOW: u64 = 500;
+/// What is taken for granted of a stable version of which nothing is known: so many requests, and half as many errors
+/// among them as are allowed.
+const PRIOR: f64 = 100.0;
 /// By how much what was lately bad by itself exceeds its bound at most, as a logarithm: it should be over soon after.
 const EXCESS: f64 = 2.0;
 
@@ -24,30 +26,20 @@ const EXCESS: f64 = 2.0;
 pub(super) struct Absolute {
     evidence: Evidence,
     batch: Batch,
-    /// The stable version just now.
-    just_now: Totals,
     target: Bad,
     stable: Bad,
 }
 
 impl Absolute {
     pub(super) fn new() -> Self {
-        Self {
-            evidence: Evidence::new(ODDS.len()),
-            batch: Batch::default(),
-            just_now: Totals::default(),
-            target: Bad::new(),
-            stable: Bad::new(),
-        }
+        Self { evidence: Evidence::new(ODDS.len()), batch: Batch::default(), target: Bad::new(), stable: Bad::new() }
     }
 
-    /// Takes in what ended. `recent`: what the stable version did before; `share`: the target's, by weight.
-    pub(super) fn add(&mut self, settings: &Settings, recent: &Sample, ended: &Batch, share: f64) {
-        self.just_now.add(ended.stable);
-        while self.just_now.requests > 2 * JUST_NOW {
-            (self.just_now.requests, self.just_now.errors) = (self.just_now.requests / 2, self.just_now.errors / 2);
-        }
-        let allowed = self.allowed(settings, recent);
+    /// Takes in what ended. `lately`: what the stable version did before; `weight`: the target's part; `share`: the most
+    /// that was to be expected there.
+    pub(super) fn add(&mut self, settings: &Settings, lately: Totals, ended: &Batch, weight: f64, share: f64) {
+        let least = settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE);
+        let (usual, allowed) = known(lately, least);
         let asked = settings.max_error_rate.unwrap_or(allowed);
         let most = libm::log(settings.bound()) + EXCESS;
         self.target.add(&ended.target, asked, most);
@@ -55,23 +47,19 @@ impl Absolute {
 
         self.batch.add(ended);
         // Where the stable version gets nothing, there is nothing to wait for.
-        let can_compare = self.batch.stable.requests >= LEAST_STABLE || share >= 1.0;
-        if self.batch.millis < LEAST_MILLIS || !can_compare {
+        let gets_all = weight >= 1.0;
+        if self.batch.millis < LEAST_MILLIS || !(gets_all || self.batch.is_full(share)) {
             return;
         }
-        let Batch { target, stable, .. } = std::mem::take(&mut self.batch);
-        // While the stable version fails too, the target is not to blame.
-        if stable.errors as f64 <= allowed * stable.requests as f64 {
-            self.evidence.add(ODDS.map(|odds| tempered(&target, allowed, odds).min(GROWTH)));
-        }
-    }
-
-    /// The rate of errors that is allowed: what the document says, or what is hardly less than the stable version's, if
-    /// that is more: than what it did lately, even if all came in clumps, and than what it does just now.
-    fn allowed(&self, settings: &Settings, recent: &Sample) -> f64 {
-        let lately = most(recent.errors as f64 / CLUMP) * CLUMP / recent.requests.max(1) as f64;
-        let just_now = most(self.just_now.errors as f64) / self.just_now.requests.max(JUST_NOW) as f64;
-        settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE).max(lately.max(just_now).min(0.5))
+        let batch = std::mem::take(&mut self.batch);
+        let is_alone = gets_all && batch.stable.requests < LEAST_STABLE;
+        self.evidence.add(ODDS.map(|odds| {
+            let worse_than_allowed = tempered(&batch.target, allowed, odds).min(GROWTH);
+            // Who is no worse than allowed gains nothing by the first, who is no worse than the stable version is now
+            // gains nothing by the second; and so neither does by the lesser.
+            let ratio = odds * allowed / (1.0 + allowed * (odds - 1.0)) / usual;
+            if is_alone { worse_than_allowed } else { worse_than_allowed.min(worse_than_stable(&batch, ratio)) }
+        }));
     }
 
     /// The logarithm of the evidence.
@@ -83,6 +71,23 @@ impl Absolute {
     pub(super) fn both_bad(&self, bound: f64) -> bool {
         self.target.log().min(self.stable.log()) >= libm::log(bound)
     }
+}
+
+/// The stable version's rate of errors as far as it is known, and the rate that is allowed: what the document says, or
+/// what is hardly less than the stable version's, even if its errors came in clumps.
+fn known(stable: Totals, least: f64) -> (f64, f64) {
+    let (taken, errors) = (PRIOR * least / 2.0, stable.errors as f64);
+    let all = stable.requests as f64 + PRIOR;
+    let usual = (errors + taken) / all;
+    let most = usual + DEVIATIONS * libm::sqrt(CLUMP * errors + taken) / all;
+    (usual, least.max(most.min(0.5)))
+}
+
+/// The log-evidence of "so many times as bad as the stable version at the same time".
+fn worse_than_stable(batch: &Batch, ratio: f64) -> f64 {
+    let [least, .., most] = RATIOS;
+    let (errors, others) = (batch.target.errors as f64, batch.stable.errors as f64);
+    tilt(errors, errors + others, batch.share(), ratio.clamp(least, most))
 }
 
 /// Evidence that a version is worse than allowed, which forgets good times.
@@ -109,10 +114,4 @@ impl Bad {
 /// The log-evidence of so many times the allowed odds, as if each clump of errors were one.
 fn tempered(ended: &Totals, allowed: f64, odds: f64) -> f64 {
     tilt(ended.errors as f64, ended.requests as f64, allowed, odds) / CLUMP
-}
-
-/// How many were to be expected at most where so many were counted.
-fn most(counted: f64) -> f64 {
-    let half = DEVIATIONS * DEVIATIONS / 2.0;
-    counted + half + DEVIATIONS * (counted + half / 2.0).sqrt()
 }

@@ -59,6 +59,8 @@ pub struct Judgement {
     pub target: Totals,
     /// The stable version in the same time.
     pub stable: Totals,
+    /// Of several services, the one that fails, or at which both versions do.
+    pub at: Option<At>,
     /// How much speaks for it that the target is worse: 1 at most on average if it is not. 0 to 1e15.
     pub evidence: f64,
     /// `fail` from this evidence on.
@@ -73,14 +75,27 @@ pub struct Judgement {
     pub latency: Option<LatencyJudgement>,
 }
 
+/// What was counted at one of several services.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct At {
+    /// Its name.
+    pub service: String,
+    /// The target since the rollout began.
+    pub target: Totals,
+    /// The stable version in the same time.
+    pub stable: Totals,
+}
+
 /// What durations say of the target.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatencyJudgement {
+    /// Of several services, the one at which most speaks against the target.
+    pub service: Option<String>,
     /// Of the quantiles that are watched, the one for which most speaks against the target.
     pub quantile: f64,
-    /// What takes longer is slow; none as long as too little is known of the stable version.
+    /// What takes longer is slow, at this step; none as long as too little is known of the stable version.
     pub slower_than: Option<Duration>,
-    /// The target since the rollout began, and how many of its requests were slow.
+    /// The target since the step began, and how many of its requests were slow.
     pub target: Totals,
     /// The stable version in the same time.
     pub stable: Totals,
@@ -91,33 +106,54 @@ pub struct LatencyJudgement {
 }
 
 impl Judgement {
-    /// One verdict on a rollout that moves several services: the mean of what speaks against each, so that a healthy
-    /// rollout is taken back no more often than that of one service; a pass takes one of each. None if there are none.
-    pub fn of_all(services: &[Self]) -> Option<Self> {
-        let mut all = services.first()?.clone();
-        for service in services.iter().skip(1) {
+    /// One verdict on a rollout that moves several services, by their names: the mean of what speaks against each, so
+    /// that a healthy rollout is taken back no more often than that of one service; a pass takes one of each. None if
+    /// there are none.
+    pub fn of_all(services: &[(String, Self)]) -> Option<Self> {
+        let (_, first) = services.first()?;
+        let mut all = first.clone();
+        if services.len() == 1 {
+            return Some(all);
+        }
+        for (_, service) in services.iter().skip(1) {
             all.target.add(service.target);
             all.stable.add(service.stable);
             all.pass_evidence = all.pass_evidence.min(service.pass_evidence);
         }
         // Where both versions are bad, nobody is to blame.
+        let blamed = |service: &Self| !service.both_bad || services.iter().all(|(_, service)| service.both_bad);
         let mean = |of: fn(&Self) -> f64| {
-            let blamed = services.iter().filter(|service| !service.both_bad);
-            blamed.map(of).sum::<f64>() / services.len() as f64
+            let sum = services.iter().filter(|(_, service)| blamed(service)).fold(0.0, |sum, (_, one)| sum + of(one));
+            sum / services.len() as f64
         };
         all.evidence = mean(|service| service.evidence);
-        let slowest = services.iter().filter_map(|service| service.latency.as_ref());
-        all.latency = slowest.max_by(|a, b| a.evidence.total_cmp(&b.evidence)).cloned();
-        if let Some(latency) = &mut all.latency {
-            latency.evidence = mean(|service| service.latency.as_ref().map_or(0.0, |latency| latency.evidence));
-        }
-        all.both_bad = false;
-        all.decide(services.iter().all(|service| service.outcome == Outcome::Pass));
-        if all.outcome != Outcome::Fail && services.iter().any(|service| service.both_bad) {
+        let timed = services.iter().filter_map(|(name, service)| Some((name, service.latency.as_ref()?)));
+        let slowest = timed.max_by(|(_, a), (_, b)| a.evidence.total_cmp(&b.evidence));
+        all.latency = slowest.map(|(name, latency)| LatencyJudgement {
+            service: Some(name.clone()),
+            evidence: mean(Self::latency_evidence),
+            ..latency.clone()
+        });
+        all.both_bad = services.iter().all(|(_, service)| service.both_bad);
+        all.decide(services.iter().all(|(_, service)| service.outcome == Outcome::Pass));
+        if all.outcome != Outcome::Fail && services.iter().any(|(_, service)| service.both_bad) {
             all.both_bad = true;
             all.outcome = Outcome::Undecided;
         }
+        let is_meant = |service: &Self| match all.outcome {
+            Outcome::Fail => blamed(service),
+            _ => service.both_bad,
+        };
+        let against = |service: &Self| service.evidence.max(service.latency_evidence());
+        let meant = services.iter().filter(|(_, service)| is_meant(service));
+        let worst = meant.max_by(|(_, a), (_, b)| against(a).total_cmp(&against(b)));
+        let at = |(name, of): &(String, Self)| At { service: name.clone(), target: of.target, stable: of.stable };
+        all.at = worst.map(at);
         Some(all)
+    }
+
+    fn latency_evidence(&self) -> f64 {
+        self.latency.as_ref().map_or(0.0, |latency| latency.evidence)
     }
 
     /// Fills in the outcome from the rest.
@@ -143,7 +179,10 @@ impl Judgement {
         if self.both_bad {
             write!(to, "hold: both {stable} and {target} fail too much; ")?;
         }
-        compare(to, target, &self.target, stable, &self.stable, "failed")?;
+        match &self.at {
+            None => compare(to, target, &self.target, stable, &self.stable, "failed")?,
+            Some(at) => compare(to, target, &at.target, stable, &at.stable, &format!("failed at {}", at.service))?,
+        }
         write!(to, "; evidence {}, bound {}", number(self.evidence), number(self.bound))?;
         if let Some(latency) = &self.latency {
             write!(to, "; {}", latency.in_words(target, stable))?;
@@ -160,13 +199,14 @@ impl Judgement {
 }
 
 impl LatencyJudgement {
-    /// What it rests on, as `v2: 40 of 100 took more than 30 ms, v1: 9 of 366; evidence 5,100, bound 2,000`.
+    /// What it rests on, as `v2: 40 of 100 took more than 30 ms at this step, v1: 9 of 366; evidence 5,100, bound 2,000`.
     pub fn in_words(&self, target: &str, stable: &str) -> String {
         let Some(bound) = self.slower_than else {
-            return format!("what is slow is not known yet, too few requests of {stable}");
+            return format!("what is slow is not known: {stable} had too few requests, or they take too long to tell");
         };
         let mut words = String::new();
-        let how = format!("took more than {} ms", grouped(bound.as_millis()));
+        let at = self.service.as_ref().map(|service| format!(" at {service}")).unwrap_or_default();
+        let how = format!("took more than {} ms{at} at this step", grouped(bound.as_millis()));
         let _ = compare(&mut words, target, &self.target, stable, &self.stable, &how);
         let _ = write!(words, "; evidence {}, bound {}", number(self.evidence), number(self.bound));
         words
@@ -202,8 +242,7 @@ fn grouped(number: u128) -> String {
 fn number(number: f64) -> String {
     match number {
         1e6.. => "over 1,000,000".to_owned(),
-        // 20 is 1/(1 - 0.95), and a little less in binary.
-        10.0.. => grouped((number + 1e-6) as u128),
+        10.0.. => grouped(number as u128),
         _ => format!("{:.1}", (number * 10.0).floor() / 10.0),
     }
 }
@@ -225,11 +264,12 @@ mod tests {
             both_bad: false,
             target: Totals { requests: 41, errors: 7 },
             stable: Totals { requests: 12_366, errors: 1 },
+            at: None,
             evidence,
             bound: 1_000.0,
             max_error_rate: Some(0.02),
             pass_evidence,
-            pass_bound: 1.0 / (1.0 - 0.95),
+            pass_bound: 20.0,
             latency: None,
         };
         judgement.decide(pass_evidence >= judgement.pass_bound);
@@ -238,6 +278,7 @@ mod tests {
 
     fn slow(judgement: Judgement, evidence: f64) -> Judgement {
         let latency = LatencyJudgement {
+            service: None,
             quantile: 0.9,
             slower_than: Some(Duration::from_millis(1_000)),
             target: Totals { requests: 41, errors: 30 },
@@ -279,7 +320,7 @@ mod tests {
         assert_eq!(
             words(slow(judgement(1.0, 0.0), 5_100.0)),
             format!(
-                "{counts}; evidence 1.0, bound 1,000; v2: 30 of 41 took more than 1,000 ms, v1: 900 of 12,366; \
+                "{counts}; evidence 1.0, bound 1,000; v2: 30 of 41 took more than 1,000 ms at this step, v1: 900 of 12,366; \
                  evidence 5,100, bound 1,000: fail"
             )
         );
@@ -287,22 +328,75 @@ mod tests {
 
     #[test]
     fn several_services_fail_together_and_pass_one_by_one() {
-        let all = |services: &[Judgement]| Judgement::of_all(services);
+        let all = |services: &[&Judgement]| {
+            let named = services.iter().zip(["cart", "payment", "search"]);
+            Judgement::of_all(&named.map(|(of, name)| (name.to_owned(), (*of).clone())).collect::<Vec<_>>())
+        };
         assert_eq!(all(&[]), None);
         let (bad, fine, slow) = (judgement(2_500.0, 0.0), judgement(0.5, 30.0), slow(judgement(0.5, 0.0), 2_500.0));
-        assert_eq!(all(std::slice::from_ref(&bad)), Some(bad.clone()));
-        let outcome = |services: &[Judgement]| all(services).map(|all| all.outcome);
-        assert_eq!(outcome(&[fine.clone(), fine.clone()]), Some(Outcome::Pass));
-        assert_eq!(outcome(&[fine.clone(), judgement(0.5, 3.0)]), Some(Outcome::Undecided));
-        assert_eq!(outcome(&[fine.clone(), bad.clone()]), Some(Outcome::Fail));
-        assert_eq!(outcome(&[fine.clone(), bad.clone(), fine.clone()]), Some(Outcome::Undecided));
-        assert_eq!(outcome(&[fine.clone(), slow.clone()]), Some(Outcome::Fail));
-        assert_eq!(outcome(&[fine.clone(), fine.clone(), slow]), Some(Outcome::Undecided));
+        assert_eq!(all(&[&bad]), Some(bad.clone()));
+        let outcome = |services: &[&Judgement]| all(services).map(|all| all.outcome);
+        assert_eq!(outcome(&[&fine, &fine]), Some(Outcome::Pass));
+        assert_eq!(outcome(&[&fine, &judgement(0.5, 3.0)]), Some(Outcome::Undecided));
+        assert_eq!(outcome(&[&fine, &bad]), Some(Outcome::Fail));
+        assert_eq!(outcome(&[&fine, &bad, &fine]), Some(Outcome::Undecided));
+        assert_eq!(outcome(&[&fine, &slow]), Some(Outcome::Fail));
+        assert_eq!(outcome(&[&fine, &fine, &slow]), Some(Outcome::Undecided));
 
         let held = Judgement { both_bad: true, outcome: Outcome::Undecided, ..bad.clone() };
-        let one = all(&[fine.clone(), held.clone()]);
+        let one = all(&[&fine, &held]);
         assert_eq!(one.as_ref().map(|all| (all.outcome, all.both_bad)), Some((Outcome::Undecided, true)));
-        let worse = all(&[bad, held]);
+        let worse = all(&[&bad, &held]);
         assert_eq!(worse.map(|all| (all.outcome, all.both_bad, all.target.errors)), Some((Outcome::Fail, false, 14)));
+    }
+
+    #[test]
+    fn of_several_services_the_one_that_fails_is_named() {
+        let named = |services: &[(&str, &Judgement)]| {
+            let of: Vec<_> = services.iter().map(|(name, of)| ((*name).to_owned(), (*of).clone())).collect();
+            Judgement::of_all(&of).unwrap()
+        };
+        let (fine, mut bad) = (judgement(0.0, 0.0), judgement(4_000.0, 0.0));
+        bad.target = Totals { requests: 40, errors: 40 };
+        let failed = named(&[("cart", &fine), ("payment", &bad)]);
+        assert_eq!(
+            failed.in_words("v2", "v1"),
+            "v2: 40 of 40 failed at payment, v1: 1 of 12,366; evidence 2,000, bound 1,000: fail"
+        );
+        assert_eq!((failed.target.requests, failed.target.errors), (81, 47));
+        let slow = named(&[("cart", &slow(fine.clone(), 5_000.0)), ("payment", &fine)]);
+        let words = slow.in_words("v2", "v1");
+        let counts = "v2: 7 of 41 failed at cart, v1: 1 of 12,366; evidence 0.0, bound 1,000";
+        assert_eq!(
+            words,
+            format!(
+                "{counts}; v2: 30 of 41 took more than 1,000 ms at cart at this step, v1: 900 of 12,366; \
+                 evidence 2,500, bound 1,000: fail"
+            )
+        );
+        let undecided = named(&[("cart", &fine), ("payment", &fine)]);
+        assert!(undecided.in_words("v2", "v1").starts_with("v2: 14 of 82 failed, v1: 2 of 24,732; evidence 0.0"));
+    }
+
+    #[test]
+    fn what_is_held_keeps_its_evidence() {
+        let mut held = Judgement { both_bad: true, ..judgement(300.0, 0.0) };
+        held.decide(false);
+        let of = |names: &[&str]| {
+            let of: Vec<_> = names.iter().map(|name| ((*name).to_owned(), held.clone())).collect();
+            Judgement::of_all(&of).map(|all| (all.both_bad, all.outcome, all.evidence, all.in_words("v2", "v1")))
+        };
+        let (both_bad, outcome, evidence, words) = of(&["cart"]).unwrap();
+        assert_eq!((both_bad, outcome, evidence), (true, Outcome::Undecided, 300.0));
+        assert!(
+            words.starts_with("hold: both v1 and v2 fail too much; v2: 7 of 41 failed, v1: 1 of 12,366; evidence 300")
+        );
+        let (both_bad, outcome, evidence, words) = of(&["cart", "payment"]).unwrap();
+        assert_eq!((both_bad, outcome, evidence), (true, Outcome::Undecided, 300.0));
+        assert!(words.contains("failed at payment") && !words.contains("-0"), "{words}");
+        // Nothing is never less than nothing.
+        let fine = judgement(0.0, 0.0);
+        let one = Judgement::of_all(&[("cart".to_owned(), held), ("payment".to_owned(), fine)]).unwrap();
+        assert!(one.evidence.is_sign_positive() && one.both_bad, "{one:?}");
     }
 }

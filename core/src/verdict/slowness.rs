@@ -20,11 +20,14 @@ pub(super) struct Slowness {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Slow {
-    /// Of [`DURATION_BOUNDS`], the one that slow requests are above; none: to be frozen.
+    /// Of [`DURATION_BOUNDS`], the one that slow requests are above; none: not known yet.
     bound: Option<usize>,
+    /// Whether a step has begun since, and with that another bound.
+    #[serde(default)]
+    is_old: bool,
     evidence: Evidence,
     batch: Batch,
-    /// In the whole rollout.
+    /// What came above the bound since it was frozen.
     all: Batch,
 }
 
@@ -35,7 +38,7 @@ impl Slowness {
 
     /// What is slow is to be measured anew.
     pub(super) fn thaw(&mut self) {
-        self.quantiles.iter_mut().for_each(|slow| slow.bound = None);
+        self.quantiles.iter_mut().for_each(|slow| slow.is_old = true);
     }
 
     /// Takes in what ended of target and stable version. `recent`: what the latter did before; `share`: what was to be
@@ -43,13 +46,14 @@ impl Slowness {
     pub(super) fn add(&mut self, latency: &Latency, recent: &Sample, ended: [&Sample; 2], share: f64, millis: u64) {
         let unknown = || Slow {
             bound: None,
+            is_old: false,
             evidence: Evidence::new(RATIOS.len()),
             batch: Batch::default(),
             all: Batch::default(),
         };
         self.quantiles.resize_with(latency.quantiles.len(), unknown);
         for (slow, quantile) in self.quantiles.iter_mut().zip(&latency.quantiles) {
-            slow.bound = slow.bound.or_else(|| recent.bound_above(*quantile, latency.min_difference));
+            slow.freeze(|| recent.bound_above(*quantile, latency.min_difference));
             let Some(bound) = slow.bound else { continue };
             let [target, stable] = ended.map(|sample| sample.slower_than(bound));
             slow.add(&Batch { target, stable, millis }, share);
@@ -62,6 +66,7 @@ impl Slowness {
         let worst = each.max_by(|(a, _), (b, _)| a.evidence.log().total_cmp(&b.evidence.log()));
         let slower_than = worst.and_then(|(slow, _)| DURATION_BOUNDS.get(slow.bound?));
         LatencyJudgement {
+            service: None,
             quantile: worst.map_or(0.0, |(_, quantile)| *quantile),
             slower_than: slower_than.copied().map(Duration::from_millis),
             target: worst.map_or_else(Totals::default, |(slow, _)| slow.all.target),
@@ -73,6 +78,15 @@ impl Slowness {
 }
 
 impl Slow {
+    /// Sets the bound where there is none, or none of this step: what was counted above another is of no use with it.
+    fn freeze(&mut self, bound: impl Fn() -> Option<usize>) {
+        if self.is_old || self.bound.is_none() {
+            let bound = bound();
+            (self.bound, self.is_old, self.all) = (bound, false, Batch::default());
+            self.batch = Batch::default();
+        }
+    }
+
     fn add(&mut self, ended: &Batch, share: f64) {
         self.all.add(ended);
         self.batch.add(ended);
