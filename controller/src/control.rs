@@ -5,12 +5,14 @@ mod applied;
 mod drain;
 mod judge;
 mod proxies;
+mod recent;
 mod report;
 mod world;
 
 pub use applied::Applied;
 pub use drain::Idle;
 pub use judge::Judges;
+pub use recent::Recent;
 
 use crate::compile;
 use crate::ledger::{Ledger, Taken};
@@ -65,7 +67,7 @@ pub struct Control {
     series: Series,
 }
 
-/// What was counted, and what was made of it: these two are kept together, so that nothing is judged twice.
+/// What was counted, and what was made of it: all this is kept together, so that nothing is judged twice.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Counted {
     /// Up to when.
@@ -77,6 +79,9 @@ pub struct Counted {
     /// The evidence for and against the targets.
     #[serde(default)]
     pub judges: Judges,
+    /// What targets are measured by.
+    #[serde(default)]
+    pub recent: Recent,
 }
 
 /// What came of looking at everything anew.
@@ -191,6 +196,8 @@ impl Control {
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
         self.counted.judges.retain(is_known);
+        let has_service = |name: &String| self.shifts.iter().any(|shift| shift.service(name).is_some());
+        self.counted.recent.retain(|name| has_service(name) || is_in(name, hidden));
         self.shifts_changed = true;
     }
 
@@ -409,12 +416,12 @@ impl Control {
 
     /// Gathers evidence from what is new in the counts.
     fn judge(&mut self, now: Millis) {
+        let mut changed = self.counted.recent.look(&self.shifts, &self.counted.ledger);
         let mut judges = std::mem::take(&mut self.counted.judges);
-        let mut changed = false;
         for shift in self.shifts.iter().filter(|shift| self.is_known(shift)) {
             if let Some(rollout) = self.kept.rollouts.get(&shift.name) {
                 let world = self.world(shift, now);
-                changed |= judges.look(shift, rollout, &world, &self.counted.ledger, now);
+                changed |= judges.look(shift, rollout, &world, &self.counted, now);
             }
         }
         self.counted.judges = judges;

@@ -239,8 +239,21 @@ pub struct Opinion {
     pub requests: u64,
     /// Those that failed.
     pub errors: u64,
+    /// Where the rollout moves several services, the one that is meant.
+    pub worst: Option<ServiceOpinion>,
     /// The evidence in words.
     pub words: String,
+}
+
+/// What was counted of the target at one of its services.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServiceOpinion {
+    /// The service.
+    pub service: String,
+    /// Requests of the target.
+    pub requests: u64,
+    /// Those that failed.
+    pub errors: u64,
 }
 
 impl Rollout {

@@ -123,9 +123,12 @@ pub enum VerdictOutcome {
 }
 
 /// Requests that were judged.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Judged {
+    /// The version's name.
+    #[serde(default)]
+    pub version: String,
     /// Those that ended, unless the client ended them.
     pub requests: u64,
     /// Those that failed.

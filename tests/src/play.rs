@@ -68,8 +68,8 @@ pub fn half_way() -> Value {
     checkout["verdict"] = json!({
         "outcome": "undecided",
         "message": "v2: 42 of 2,145 failed, v1: 21 of 12,400; evidence 31.6, bound 1,000: undecided",
-        "target": { "requests": 2_145, "errors": 42 },
-        "stable": { "requests": 12_400, "errors": 21 },
+        "target": { "version": "v2", "requests": 2_145, "errors": 42 },
+        "stable": { "version": "v1", "requests": 12_400, "errors": 21 },
         "evidence": 31.6,
         "bound": 1000.0,
         "passEvidence": 4.0,
@@ -308,8 +308,8 @@ impl Play {
             checkout["verdict"] = json!({
                 "outcome": outcome,
                 "message": format!("{name}: {x} of {n} failed, v1: {y} of {m}: {outcome}"),
-                "target": { "requests": n, "errors": x },
-                "stable": { "requests": m, "errors": y },
+                "target": { "version": name, "requests": n, "errors": x },
+                "stable": { "version": "v1", "requests": m, "errors": y },
                 "evidence": evidence,
                 "bound": BOUND,
                 "passEvidence": pass,

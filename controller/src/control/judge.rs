@@ -1,15 +1,16 @@
 //! The evidence for and against the targets, gathered from the counts as they come in. What it amounts to is for
 //! [`tideshift_core::verdict`] to say, what follows from it for the rollout engine.
 
+use super::{Counted, Recent};
 use crate::ledger::{Ledger, since};
-use crate::rollout::{Millis, Observed, Opinion, Rollout};
+use crate::rollout::{Millis, Observed, Opinion, Rollout, ServiceOpinion};
 use crate::status::{Judged, LatencyStatus, VerdictOutcome, VerdictStatus};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tideshift_core::report::Counts;
 use tideshift_core::shift::TrafficShift;
-use tideshift_core::verdict::{Analysis, Judgement, Outcome, Sample, Settings, Tick, Totals};
+use tideshift_core::verdict::{Analysis, Judgement, Outcome, Sample, Tick, Totals};
 
 /// From one tick to the next at least.
 const TICK: Millis = 100;
@@ -41,32 +42,39 @@ struct OfService {
     stable: Taken,
 }
 
+impl OfService {
+    fn new(name: &str, [target, stable]: [&str; 2], ledger: &Ledger, recent: &Recent) -> Self {
+        let analysis = Analysis::new(recent.of(name, stable));
+        Self { analysis, target: Taken::now(ledger, name, target), stable: Taken::now(ledger, name, stable) }
+    }
+}
+
 /// Counts up to which everything has been judged.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Taken {
+pub(super) struct Taken {
     #[serde(flatten)]
     counts: Counts,
     durations: Vec<u64>,
 }
 
 impl Taken {
-    fn now(ledger: &Ledger, service: &str, version: &str) -> Self {
+    pub(super) fn now(ledger: &Ledger, service: &str, version: &str) -> Self {
         let (counts, durations) = (ledger.total(service, version), ledger.durations(service, version).to_vec());
         Self { counts, durations }
     }
 
+    /// Whether something is new of a version.
+    pub(super) fn is_behind(&self, ledger: &Ledger, service: &str, version: &str) -> bool {
+        self.counts != ledger.total(service, version)
+    }
+
     /// What is new of a version, which is taken by that.
-    fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Sample {
+    pub(super) fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Sample {
         let now = Self::now(ledger, service, version);
         let counts = now.counts.since(&self.counts);
         let durations = since(&now.durations, &self.durations);
         *self = now;
         Sample { requests: counts.answered(), errors: counts.error, durations }
-    }
-
-    /// Everything so far.
-    fn sample(self) -> Sample {
-        Sample { requests: self.counts.answered(), errors: self.counts.error, durations: self.durations }
     }
 }
 
@@ -82,7 +90,7 @@ impl Judges {
         shift: &TrafficShift,
         rollout: &Rollout,
         world: &impl Observed,
-        ledger: &Ledger,
+        counted: &Counted,
         now: Millis,
     ) -> bool {
         let Some(target) =
@@ -90,35 +98,45 @@ impl Judges {
         else {
             return false;
         };
-        let settings = &shift.analysis;
+        let (ledger, recent) = (&counted.ledger, &counted.recent);
         let known = self.0.get(&shift.name).is_some_and(|judge| {
             (judge.rollout, &judge.target, &judge.stable) == (rollout.number, target, &rollout.stable)
         });
         if !known {
-            self.0.insert(shift.name.clone(), Judge::new(shift, rollout, target, ledger, now));
+            self.0.insert(shift.name.clone(), Judge::new(shift, rollout, target, ledger, recent, now));
             return true;
         }
-        self.0.get_mut(&shift.name).is_some_and(|judge| judge.look(shift, settings, rollout, world, ledger, now))
+        self.0.get_mut(&shift.name).is_some_and(|judge| judge.look(shift, rollout, world, (ledger, recent), now))
     }
 
     /// What the engine may know of it.
     pub(super) fn opinion(&self, shift: &TrafficShift) -> Opinion {
         let nobody_asks = Opinion { passes: true, ..Opinion::default() };
         let Some((judge, judgement)) = self.judgement(shift) else { return nobody_asks };
+        let worst = judgement.at.as_ref().map(|at| ServiceOpinion {
+            service: at.service.clone(),
+            requests: at.target.requests,
+            errors: at.target.errors,
+        });
         Opinion {
             fails: judgement.outcome == Outcome::Fail,
             passes: judgement.outcome == Outcome::Pass || shift.analysis.max_error_rate.is_none(),
             both_fail: judgement.both_bad,
             requests: judgement.target.requests,
             errors: judgement.target.errors,
+            worst,
             words: words(judge, &judgement),
         }
     }
 
-    /// For people.
-    pub(super) fn status(&self, shift: &TrafficShift) -> Option<VerdictStatus> {
-        let (judge, judgement) = self.judgement(shift)?;
-        let judged = |totals: Totals| Judged { requests: totals.requests, errors: totals.errors };
+    /// For people: of this rollout, if it was judged.
+    pub(super) fn status(&self, shift: &TrafficShift, rollout: &Rollout) -> Option<VerdictStatus> {
+        let (judge, judgement) = self.judgement(shift).filter(|(judge, _)| judge.rollout == rollout.number)?;
+        let judged = |totals: Totals, version: &str| Judged {
+            version: version.to_owned(),
+            requests: totals.requests,
+            errors: totals.errors,
+        };
         Some(VerdictStatus {
             outcome: match judgement.outcome {
                 Outcome::Pass => VerdictOutcome::Pass,
@@ -126,8 +144,8 @@ impl Judges {
                 Outcome::Undecided => VerdictOutcome::Undecided,
             },
             message: judgement.in_words(&judge.target, &judge.stable),
-            target: judged(judgement.target),
-            stable: judged(judgement.stable),
+            target: judged(judgement.target, &judge.target),
+            stable: judged(judgement.stable, &judge.stable),
             evidence: judgement.evidence,
             bound: judgement.bound,
             pass_evidence: judgement.pass_evidence,
@@ -142,8 +160,8 @@ impl Judges {
 
     fn judgement(&self, shift: &TrafficShift) -> Option<(&Judge, Judgement)> {
         let judge = self.0.get(&shift.name)?;
-        let judgements: Vec<_> =
-            judge.services.values().map(|service| service.analysis.judgement(&shift.analysis)).collect();
+        let of_each = |(name, of): (&String, &OfService)| (name.clone(), of.analysis.judgement(&shift.analysis));
+        let judgements: Vec<_> = judge.services.iter().map(of_each).collect();
         Some((judge, Judgement::of_all(&judgements)?))
     }
 }
@@ -161,12 +179,15 @@ fn is_nothing(sample: &Sample) -> bool {
 }
 
 impl Judge {
-    fn new(shift: &TrafficShift, rollout: &Rollout, target: &str, ledger: &Ledger, now: Millis) -> Self {
-        let of_service = |name: &String| {
-            let stable = Taken::now(ledger, name, &rollout.stable);
-            let analysis = Analysis::new(&stable.clone().sample());
-            OfService { analysis, target: Taken::now(ledger, name, target), stable }
-        };
+    fn new(
+        shift: &TrafficShift,
+        rollout: &Rollout,
+        target: &str,
+        ledger: &Ledger,
+        recent: &Recent,
+        now: Millis,
+    ) -> Self {
+        let of_service = |name: &String| OfService::new(name, [target, &rollout.stable], ledger, recent);
         Self {
             rollout: rollout.number,
             step: rollout.step,
@@ -180,10 +201,9 @@ impl Judge {
     fn look(
         &mut self,
         shift: &TrafficShift,
-        settings: &Settings,
         rollout: &Rollout,
         world: &impl Observed,
-        ledger: &Ledger,
+        (ledger, recent): (&Ledger, &Recent),
         now: Millis,
     ) -> bool {
         let is_next_step = self.step != rollout.step;
@@ -197,11 +217,8 @@ impl Judge {
         }
         let mut ticked = false;
         for service in &shift.services {
-            let of = self.services.entry(service.name.clone()).or_insert_with(|| {
-                let stable = Taken::now(ledger, &service.name, &self.stable);
-                let analysis = Analysis::new(&Sample::default());
-                OfService { analysis, target: Taken::now(ledger, &service.name, &self.target), stable }
-            });
+            let new = || OfService::new(&service.name, [&self.target, &self.stable], ledger, recent);
+            let of = self.services.entry(service.name.clone()).or_insert_with(new);
             let target = of.target.take(ledger, &service.name, &self.target);
             let stable = of.stable.take(ledger, &service.name, &self.stable);
             if is_nothing(&target) && is_nothing(&stable) {
@@ -211,7 +228,7 @@ impl Judge {
             let share = |name: &str| parts.iter().find(|part| part.version == name).map_or(0.0, |part| part.share);
             let (own, others) = (share(&self.target), share(&self.stable));
             let share = if own + others > 0.0 { own / (own + others) } else { 0.0 };
-            of.analysis.tick(settings, &Tick { elapsed: Duration::from_millis(elapsed), share, target, stable });
+            of.analysis.tick(&shift.analysis, &Tick { elapsed: Duration::from_millis(elapsed), share, target, stable });
             ticked = true;
         }
         if ticked {

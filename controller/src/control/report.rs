@@ -56,7 +56,7 @@ impl Control {
         let world = self.world(shift, now);
         let rollout = self.kept.rollouts.get(&shift.name).cloned();
         let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
-        let verdict = self.counted.judges.status(shift);
+        let verdict = self.counted.judges.status(shift, &rollout);
         let evidence = verdict.map(|verdict| [verdict.evidence, verdict.pass_evidence]);
         let of = |service: &ShiftService| {
             let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
@@ -175,7 +175,7 @@ impl Control {
                 .collect(),
             step,
             deadline: rollout.deadline(shift).map(timestamp),
-            verdict: self.counted.judges.status(shift),
+            verdict: self.counted.judges.status(shift, &rollout),
             message: match self.unseen(shift) {
                 Some(why) => format!("weights stay as they are: {why}"),
                 None if known => rollout.message.clone(),

@@ -89,7 +89,9 @@ impl Rollout {
         }
         let verdict = world.verdict();
         if verdict.fails {
-            let Opinion { words, errors, requests, .. } = verdict;
+            let Opinion { words, errors, requests, worst, .. } = verdict;
+            // How bad it is, is for the service to say that fails: others that are fine make it no better.
+            let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
             return Some(Failure { reason: Reason::VerdictFail, why: format!("{target}: {words}"), errors, requests });
         }
         let (errors, requests) = self.counted(target, shift, world);

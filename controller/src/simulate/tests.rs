@@ -269,6 +269,84 @@ fn slow_requests_are_in_flight_and_judged() {
     assert_eq!(run.judged.failed, 0);
 }
 
+/// What it was like before is no excuse for a target, and no measure of what is slow.
+#[test]
+fn the_stable_version_is_known_by_what_it_did_lately() {
+    let since =
+        |before: Value, now: Value| json!([{"atSeconds": 0, "value": before}, {"atSeconds": 400, "value": now}]);
+    let world = json!({"durationSeconds": 900, "targetAtSeconds": 600});
+    let play = |analysis: Value, v1: Value, v2: Value| {
+        let mut world = world.clone();
+        world["versions"] = json!([v1, v2]);
+        let strategy = json!({"blueGreen": {"holdSeconds": 60}});
+        play_on(&shift(json!({"analysis": analysis, "strategy": strategy})), world)
+    };
+    let bad = json!({"name": "v2", "errorRate": 0.15});
+    let failed = play(json!({}), json!({"name": "v1", "errorRate": since(json!(0.15), json!(0.001))}), bad);
+    assert_eq!((failed.phase, failed.reason), (Phase::Failed, Reason::VerdictFail), "{}", failed.to_text());
+
+    let (slow, fast) = (json!({"median": 2000, "p99": 4000}), json!({"median": 30, "p99": 60}));
+    let steps = json!([{"weight": 20, "holdSeconds": 200}, {"weight": 100}]);
+    let mut world = world;
+    world["versions"] = json!([
+        {"name": "v1", "latencyMillis": since(slow, fast)}, {"name": "v2", "latencyMillis": {"median": 1500, "p99": 2500}},
+    ]);
+    let failed = play_on(&shift(json!({"analysis": {"latency": {}}, "strategy": {"steps": steps}})), world);
+    assert_eq!((failed.phase, failed.reason), (Phase::Failed, Reason::VerdictFail), "{}", failed.to_text());
+    let said = failed.verdict.unwrap().message;
+    assert!(["70", "100"].iter().any(|ms| said.contains(&format!("took more than {ms} ms at this step"))), "{said}");
+}
+
+/// Nothing but what is allowed can be held against it then.
+#[test]
+fn a_target_that_gets_everything_at_once_fails_too() {
+    let blue_green = || shift(json!({"strategy": {"blueGreen": {"holdSeconds": 60}}, "analysis": {}}));
+    let failing = |rate: f64, at: u64| {
+        let versions = error_rates(json!(0.001), json!(rate));
+        play_on(&blue_green(), json!({"targetAtSeconds": at, "durationSeconds": 300, "versions": versions}))
+    };
+    for (rate, at, most) in [(0.4, 0, 15.0), (0.2, 0, 20.0), (0.2, 10, 30.0), (0.1, 60, 120.0)] {
+        let run = failing(rate, at);
+        assert_eq!((run.phase, run.reason), (Phase::Failed, Reason::VerdictFail), "{rate}: {}", run.to_text());
+        assert!(run.ended_at_seconds.unwrap() <= most + at as f64, "{rate}: {}", run.to_text());
+    }
+}
+
+/// Of two services one is fine and has most of the requests.
+#[test]
+fn the_service_that_fails_is_named_and_loses_its_traffic_whole() {
+    let version = |name: &str, endpoints: u16| {
+        let endpoints: Vec<String> = (0..endpoints).map(|i| format!("127.0.0.1:{}", 9_000 + i)).collect();
+        json!({"name": name, "endpoints": endpoints})
+    };
+    let service =
+        |name: &str| json!({"name": name, "hostnames": [name], "versions": [version("v1", 4), version("v2", 4)]});
+    let document = json!({
+        "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "shop"},
+        "spec": {
+            "services": [service("checkout"), service("search")], "stable": "v1", "target": "v2",
+            "strategy": {"steps": [{"weight": 50, "holdSeconds": 60}, {"weight": 100}]}, "analysis": {},
+        },
+    });
+    let shift = TrafficShift::read(&document).unwrap();
+    let bad = json!([{"name": "v2", "errorRate": 0.9}]);
+    let run = play_on(&shift, json!({"services": [{"name": "search", "requestsPerSecond": 10, "versions": bad}]}));
+    assert_eq!((run.phase, run.reason), (Phase::Failed, Reason::VerdictFail), "{}", run.to_text());
+    let said = &run.transitions.last().unwrap().message;
+    assert!(said.contains(" failed at search, v1: 0 of ") && said.ends_with("all at once"), "{said}");
+}
+
+#[test]
+fn a_verdict_is_of_the_rollout_that_it_is_told_with() {
+    let run = play(json!({
+        "requestsPerSecond": 200, "versions": [{"name": "v3", "errorRate": 0.2}],
+        "events": [{"atSeconds": 40, "setTarget": "v3"}, {"atSeconds": 100, "rollback": "v2"}],
+    }));
+    assert_eq!((run.phase, run.target.as_deref()), (Phase::Succeeded, Some("v2")), "{}", run.to_text());
+    assert!(reasons(&run).contains(&Reason::VerdictFail));
+    assert_eq!(run.verdict, None);
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bytes() {
     let world = json!({"proxies": 3, "versions": error_rates(json!(0.01), json!(0.01))});
