@@ -99,17 +99,6 @@ function rolloutRow(app) {
   return { element, update };
 }
 
-/** A proxy that is silent for so long, in milliseconds, while another of its id is heard, has been started again. */
-const REPLACED = 5000;
-
-/** The proxies without those that were started again since; two that share an id by mistake are both there. */
-export function running(proxies) {
-  const seen = ({ lastSeen }) => Date.parse(lastSeen) || 0;
-  const newest = new Map();
-  for (const proxy of proxies) newest.set(proxy.id, Math.max(newest.get(proxy.id) ?? 0, seen(proxy)));
-  return proxies.filter((proxy) => newest.get(proxy.id) - seen(proxy) <= REPLACED);
-}
-
 /** Whether a proxy has not got the policy that is in force. */
 export const isBehind = (proxy, status) => proxy.revision !== status.revision;
 
@@ -129,11 +118,12 @@ export function proxies(app) {
     body,
   );
   const card = make("div", { class: "card" }, table);
+  // One that has just been started again is there twice, and so are two that share an id by mistake.
   const key = ({ id, start }) => `${start} ${id}`;
   const rows = searchable({ what: "proxies", element: body, key, match: ({ id }) => id, row: () => proxyRow(app) });
   const update = () => {
     const { status } = app;
-    const there = running(status.proxies);
+    const there = status.proxies;
     const behind = there.filter((proxy) => isBehind(proxy, status)).length;
     const all = words.plural(there.length, "proxy", "proxies");
     const policy = `The policy in force is revision ${status.revision}`;

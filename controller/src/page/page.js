@@ -3,7 +3,7 @@
 import { each, make, say, set, show } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Record } from "./record.js";
-import { isBehind, overview, proxies, running } from "./overview.js";
+import { isBehind, overview, proxies } from "./overview.js";
 import { rolloutView, rollouts } from "./rollout.js";
 import { askToken } from "./commands.js";
 import * as words from "./words.js";
@@ -110,10 +110,9 @@ function render() {
   renderMain(`${kind} ${name ?? ""}`, () => views[kind](app));
   set(at("to-proxies"), "aria-current", kind === "proxies" ? "page" : null);
   set(at("to-rollouts"), "aria-current", kind === "proxies" ? null : "page");
-  const there = running(app.status.proxies);
-  const behind = there.filter((proxy) => isBehind(proxy, app.status)).length;
+  const behind = app.status.proxies.filter((proxy) => isBehind(proxy, app.status)).length;
   say(at("to-rollouts"), `Rollouts ${words.count(all.length)}`);
-  say(at("to-proxies"), `Proxies ${words.count(there.length)}${behind ? `, ${words.count(behind)} behind` : ""}`);
+  say(at("to-proxies"), `Proxies ${words.count(app.status.proxies.length)}${behind ? `, ${words.count(behind)} behind` : ""}`);
   for (const listener of listeners) listener();
 }
 
