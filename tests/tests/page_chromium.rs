@@ -725,7 +725,9 @@ async fn one_rollout_of_several_services() -> anyhow::Result<()> {
     // Among others, the worst of its services speaks for it.
     stage.change(|status| {
         let search = play::service("search", vec![play::version("v1", 100.0, [2, 2], [0; 4])]);
-        status["services"].as_array_mut().map(|services| services.push(search));
+        if let Some(services) = status["services"].as_array_mut() {
+            services.push(search);
+        }
     });
     browser.run("location.hash = '#/'", &[]).await?;
     browser.says(".rollouts li:first-child", "v1 75 % · v2 25 %").await?;
