@@ -289,7 +289,7 @@ const RULES: &[Rule] = &[
         expected: "either endpoints or, in Kubernetes, service and selector" },
     Rule { of: "ShiftVersion", about: ".port", holds: "!has(self.port) || has(self.service) || has(self.selector)",
         expected: "service or selector beside port" },
-    Rule { of: "ShiftVersion", about: ".cluster", holds: "!has(self.cluster) || has(self.service) || has(self.selector)",
+    Rule { of: "ShiftVersion", about: ".cluster", holds: "!has(self.cluster) || has(self.service) || has(self.selector) || has(self.workloadRef)",
         expected: "service or selector beside cluster" },
     Rule { of: "LabelSelector", about: "", holds: "(has(self.matchLabels) && size(self.matchLabels) > 0) || \
         (has(self.matchExpressions) && size(self.matchExpressions) > 0)",
