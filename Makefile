@@ -66,6 +66,11 @@ bench-fleet: build ## How one controller does with thousands of proxies (PROXIES
 	$(heading) 'One controller, many proxies'
 	cargo run --release -p tideshift-tests --no-default-features --bin fleet
 
+.PHONY: verdict-tables
+verdict-tables: rust ## The tables of docs/verdict.md: how rarely the verdict is wrong, and how fast it is (15 minutes)
+	$(heading) 'The verdict in tables'
+	VERDICT_TABLES=1 cargo test --release -p tideshift-core --test verdict table -- --nocapture --test-threads=1
+
 ## Check it
 
 .PHONY: test
@@ -87,6 +92,8 @@ lint: rust ## Formatting and clippy
 unit: rust ## Unit and property tests
 	$(heading) 'Unit and property tests'
 	cargo test --workspace --exclude tideshift-tests
+	$(heading) 'The verdict on thousands of simulated rollouts'
+	cargo test --release -p tideshift-core --test verdict
 
 .PHONY: wasm-test
 wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32

@@ -417,7 +417,11 @@ impl<'s> World<'s> {
             bound: verdict.as_ref().map(|verdict| verdict.bound),
             pass_evidence: verdict.as_ref().map(|verdict| verdict.pass_evidence),
             pass_bound: verdict.as_ref().map(|verdict| verdict.pass_bound),
-            latency_evidence: verdict.as_ref().and_then(|verdict| Some(verdict.latency.as_ref()?.evidence)),
+            // None at all as long as nobody knows what is slow.
+            latency_evidence: verdict
+                .as_ref()
+                .and_then(|verdict| Some(verdict.latency.as_ref()?.evidence))
+                .filter(|e| *e > 0.0),
         };
         self.record.samples.push(sample);
     }
