@@ -244,7 +244,15 @@ impl Rollout {
                 (true, false) => {
                     progressing(Reason::ProgressDeadlineExceeded, sentences(all.chain([&shortfall.holders])))
                 }
-                (false, false) => progressing(Reason::EndpointsLost, sentences(all.chain([&shortfall.holders]))),
+                (false, false) => {
+                    // What has never served has not been lost.
+                    let reason = if self.strains.is_some() || !shortfall.nobody_serves {
+                        Reason::EndpointsLost
+                    } else {
+                        Reason::WaitingForCapacity
+                    };
+                    progressing(reason, sentences(all.chain([&shortfall.holders])))
+                }
                 (false, true) => progressing(Reason::WaitingForCapacity, sentences(all)),
             };
         }

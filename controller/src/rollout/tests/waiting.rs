@@ -37,6 +37,20 @@ fn time_in_which_it_is_held_does_not_count() {
 }
 
 #[test]
+fn what_has_never_served_is_waited_for_and_not_lost() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 25, "holdSeconds": 5}]));
+    for version in ["v1", "v2", "v3"] {
+        play.ready(version, 0);
+    }
+    assert_eq!(play.pass(1).stands(), (Phase::Progressing, Reason::WaitingForCapacity));
+    for version in ["v1", "v2"] {
+        play.ready(version, 4);
+    }
+    assert_eq!(play.pass(1).stands(), (Phase::Progressing, Reason::Holding));
+    assert!(play.news().iter().all(|(_, reason, _)| *reason != Reason::EndpointsLost));
+}
+
+#[test]
 fn a_hold_of_no_time_is_progress_once() {
     let steps = json!([{"weight": 25, "pause": true}]);
     let mut play = Play::new("v1", Some("v2"), steps.clone());
