@@ -180,11 +180,16 @@ async fn a_share_by_hand_is_waited_for_downwards_too_and_what_is_missing_is_said
     rig.write(&document)?;
     let controller = rig.start_controller().await?;
     until(&controller, "v2 with everything", |seen| {
-        Ok(ensure!(seen.weights() == [0.0, 100.0], "{:?}", seen.weights()))
+        ensure!(seen.weights() == [0.0, 100.0], "{:?}", seen.weights());
+        Ok(())
     })
     .await?;
     rig.set_ready("v1", false);
-    until(&controller, "v1 out", |seen| Ok(ensure!(seen.ready("v1") == 0))).await?;
+    until(&controller, "v1 out", |seen| {
+        ensure!(seen.ready("v1") == 0);
+        Ok(())
+    })
+    .await?;
     let late = run(&controller, &["set-weight", "10", "--wait", "--timeout", "4s"]).await?;
     assert_eq!(late.code, Some(3), "{late:?}");
     let why = "v2 of shop to have 10 % instead of 100 % (v1 has 0 of 1 endpoints ready, v2 has 1 of 1 endpoints ready)";
@@ -263,7 +268,11 @@ async fn what_cannot_be_kept_is_done_and_said() -> anyhow::Result<()> {
     std::fs::remove_file(&folder)?;
     std::fs::rename(&aside, &folder)?;
     let begun = Instant::now();
-    until(&controller, "what was decided to be kept", |seen| Ok(ensure!(seen.0.get("stateError").is_none()))).await?;
+    until(&controller, "what was decided to be kept", |seen| {
+        ensure!(seen.0.get("stateError").is_none());
+        Ok(())
+    })
+    .await?;
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     done(&controller, &["resume"]).await?;
     Ok(())

@@ -259,7 +259,11 @@ async fn what_has_succeeded_is_told_with_where_it_came_from() -> anyhow::Result<
     until_weights(&controller, [90.0, 10.0]).await?;
     assert_eq!(tell(&controller, "promote", json!({ "full": true })).await?.status, 200);
     until_weights(&controller, [0.0, 100.0]).await?;
-    until(&controller, "the end", |seen| Ok(ensure!(seen.phase() == "Succeeded", "{}", seen.message()))).await?;
+    until(&controller, "the end", |seen| {
+        ensure!(seen.phase() == "Succeeded", "{}", seen.message());
+        Ok(())
+    })
+    .await?;
     assert_eq!(tell(&controller, "rollback", json!({ "to": "v1" })).await?.status, 200);
     let (got, got_chat) = (json_hook.until(2).await?, chat.until(2).await?);
     for (index, (from, to)) in [("v1", "v2"), ("v2", "v1")].into_iter().enumerate() {
