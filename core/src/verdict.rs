@@ -418,6 +418,23 @@ mod tests {
         assert_eq!(slower_than(&analysis), None);
     }
 
+    /// The stable version's past was one sample, and it had another just now; bounds of durations had no age.
+    #[test]
+    fn what_was_kept_by_an_older_controller_is_read() {
+        let settings = settings();
+        let mut analysis = Analysis::new(known(timed(900, 100)));
+        analysis.tick(
+            &settings,
+            &Tick { elapsed: Duration::from_secs(1), share: 0.1, target: timed(1, 0), stable: timed(9, 0) },
+        );
+        let mut old = serde_json::to_value(&analysis).unwrap();
+        old["recent"].as_object_mut().unwrap().remove("before");
+        old["absolute"]["justNow"] = serde_json::json!({"requests": 9, "errors": 0});
+        let quantiles = old["slowness"]["quantiles"].as_array_mut().unwrap();
+        quantiles.iter_mut().for_each(|slow| assert!(slow.as_object_mut().unwrap().remove("is_old").is_some()));
+        assert_eq!(serde_json::from_value::<Analysis>(old).unwrap(), analysis);
+    }
+
     /// The same bits in every build.
     #[test]
     fn a_verdict_is_what_it_was() {
