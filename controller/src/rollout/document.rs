@@ -4,7 +4,7 @@ use super::parts::{level_of, percent, share_of};
 use super::{Millis, Observed, Phase, Reason, Rollout, Warming};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::shift::{ShiftService, ShiftVersion, TrafficShift};
+use tideshift_core::shift::{ShiftService, ShiftVersion, Step, TrafficShift};
 
 /// What of a document starts or ends rollouts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +160,7 @@ impl Rollout {
         }
     }
 
-    /// A rollout under way whose steps have changed goes on from the first one that is no step back, and asks, holds
+    /// A rollout under way whose steps have changed goes on from the last one that is no step ahead, and asks, holds
     /// and judges there as ever. What has changed only later than the present step does not touch it yet.
     fn heed_steps(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let plan = self.planned(shift);
@@ -184,7 +184,10 @@ impl Rollout {
         };
         let goal = goal.min(self.frozen.map_or(1.0, share_of));
         let share = self.wanted_of(goal, shift, world);
-        self.begin_step(self.step_from(share, shift), share, shift, now);
+        // Nothing that it has not had is given to it for an edit, unless every step is more than that.
+        let has_had = |step: &Step| step.weight * 1_000 <= level_of(share);
+        let step = self.steps(shift).iter().rposition(has_had).unwrap_or(0);
+        self.begin_step(step, share, shift, now);
         let message = format!(
             "step {}: {words}; {target}, which has {} %, goes on at step {0} of {of}",
             self.step + 1,

@@ -39,11 +39,13 @@ fn steps_that_change_within_their_number_are_heeded_and_told() {
     assert_eq!(play.news()[0], (Phase::Progressing, Reason::StepsChanged, Some(1)));
     assert_eq!(play.pass(40).shares(), [5.0, 95.0, 0.0]);
     play.news();
-    // No step back.
+    // No step ahead: what it has not had yet it gets for what it does, not for an edit.
     play.set("strategy", json!({"steps": [{"weight": 5}, {"weight": 10}, held(50)]}));
-    play.world.opinion.passes = false;
-    assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
-    assert_eq!(play.news()[0], (Phase::Progressing, Reason::StepsChanged, Some(4)));
+    assert_eq!(play.pass(30).shares(), [50.0, 50.0, 0.0]);
+    assert_eq!(play.news()[0], (Phase::Progressing, Reason::StepsChanged, Some(3)));
+    // The present step lowered, and nothing else.
+    play.set("strategy", json!({"steps": [{"weight": 5}, {"weight": 10}, held(20)]}));
+    assert_eq!(play.pass(50).shares(), [80.0, 20.0, 0.0], "held anew");
 }
 
 #[test]
