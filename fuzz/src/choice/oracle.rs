@@ -19,9 +19,14 @@ pub(super) fn route<'d>(document: &'d Value, vetoed: &str, headers: &[(String, V
     };
     let candidates = services.iter().enumerate().filter_map(|(at, service)| Some((fits(service)?, at, service)));
     let (_, at, service) = candidates.max_by_key(|(length, ..)| *length)?;
+    // A veto that would leave users with nobody is none.
+    let is_left = |version: &Value| {
+        version["serving"] != false && version["name"] != vetoed && version["weight"].as_u64() != Some(0)
+    };
+    let is_heeded = items(&service["versions"]).iter().any(is_left);
     let serving = |name: &Value| {
         let version = items(&service["versions"]).iter().find(|version| version["name"] == *name);
-        version.is_some_and(|version| version["serving"] != false && version["name"] != vetoed)
+        version.is_some_and(|version| version["serving"] != false && !(is_heeded && version["name"] == vetoed))
     };
     let split = |versions: &'d Value| -> Vec<(&str, u32)> {
         let weighed = items(versions).iter().map(|version| (version, version["weight"].as_u64().unwrap_or(1) as u32));
