@@ -33,13 +33,23 @@ pub struct Batch {
     pub others_requests: u64,
     /// Those that failed.
     pub others_errors: u64,
+    /// Requests of the version that began meanwhile, and …
+    pub started: u64,
+    /// … those of the others; both 0 if that is not known.
+    pub others_started: u64,
 }
 
 impl Batch {
-    /// The version's share of the requests. 1 if there were none: with that nothing speaks against it.
+    /// The chance that an error is the version's if that is no worse: its share of the requests that ended or of those that
+    /// began, whichever is more, since a new version has only had early ends. 1 if there were none: with that nothing
+    /// speaks against it.
     fn share(&self) -> f64 {
-        let all = self.requests as f64 + self.others_requests as f64;
-        if all > 0.0 { self.requests as f64 / all } else { 1.0 }
+        let of = |own: u64, others: u64| {
+            let all = own as f64 + others as f64;
+            (all > 0.0).then(|| own as f64 / all)
+        };
+        let ended = of(self.requests, self.others_requests).unwrap_or(1.0);
+        of(self.started, self.others_started).map_or(ended, |began| ended.max(began))
     }
 
     /// The log-evidence Δ(r), but no more than that of `most` errors of the version alone: errors come in clumps. A
@@ -59,6 +69,8 @@ impl AddAssign for Batch {
         self.errors = self.errors.saturating_add(other.errors);
         self.others_requests = self.others_requests.saturating_add(other.others_requests);
         self.others_errors = self.others_errors.saturating_add(other.others_errors);
+        self.started = self.started.saturating_add(other.started);
+        self.others_started = self.others_started.saturating_add(other.others_started);
     }
 }
 
@@ -181,7 +193,7 @@ mod tests {
     const ALL: u64 = u64::MAX;
 
     fn batch(requests: u64, errors: u64, others_requests: u64, others_errors: u64) -> Batch {
-        Batch { requests, errors, others_requests, others_errors }
+        Batch { requests, errors, others_requests, others_errors, ..Batch::default() }
     }
 
     /// The chances of 0, 1, 2 … failures among requests that fail with these probabilities.

@@ -1,10 +1,13 @@
-//! The guard: takes a version that fails out of service in this proxy, from the proxy's own counts, within about a
-//! second and without asking anybody; and gives it its traffic back after a while, to try again.
+//! The guard: outlier ejection of a whole version in one proxy. It takes a version that fails out of service from the
+//! proxy's own counts, within about a second and without asking the controller, and gives it its traffic back after a
+//! while, to try again. Never the stable version.
 //!
 //! What it knows, what it bounds, how fast it is and what it cannot see: `docs/guard.md`.
 
+use crate::clients::{Limits, Request};
 use crate::decode::Decoder;
-use crate::evidence::{Batch, RecentEvidence};
+use crate::evidence::{Batch, RECENT_RATIOS, RecentEvidence, log_mean_exp};
+use crate::outcome::Outcome;
 use crate::report::Counts;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -22,6 +25,13 @@ const FEWEST_LOOKS: u64 = 5;
 /// A version that fails fewer than one in so many requests does not fail in the guard's sense, however well the others
 /// do; nor do errors count together that are further apart.
 const FAILING_ONE_IN: u64 = 50;
+
+/// A client adds the logarithm of the bound divided by this at most: three clients are the fewest that a veto takes.
+const CLIENTS_PER_VETO: f64 = 2.5;
+/// For so long a user of a session that has counted does not count again.
+const USER_NANOS: u64 = 600_000_000_000;
+/// For so long after a version's share was lowered, what ends may have been dealt before.
+const SHARE_NANOS: u64 = 60_000_000_000;
 
 /// How a service is guarded.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -123,7 +133,7 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 /// What the proxy knows of one version when it asks the guard.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Observed<'a> {
     /// The version's name.
     pub name: &'a str,
@@ -131,8 +141,14 @@ pub struct Observed<'a> {
     pub weight: u32,
     /// Whether the policy has it in service; vetoes are the guard's own knowledge.
     pub serving: bool,
-    /// How the exchanges of this proxy ended, since its start.
+    /// Whether it is the stable version, which the others are measured by.
+    pub stable: bool,
+    /// How the exchanges of this proxy ended since its start, but for those that rules took.
     pub ended: Counts,
+    /// Those of them whose version was dealt by weight; `None`: all of them.
+    pub dealt: Option<Counts>,
+    /// How many began whose version was dealt by weight; 0 if that is not known.
+    pub started: u64,
 }
 
 /// A version that the guard took out of service, and the counts that spoke against it.
@@ -164,15 +180,17 @@ pub struct Guard {
     vetoes: Vec<Veto>,
     /// Vetoes that are over, for the next one's strikes.
     past: Vec<Veto>,
+    /// Whether there are clients enough to tell one that means harm from the others.
+    many_clients: bool,
 }
 
 /// One version of the service.
 #[derive(Debug, Clone, Default)]
 struct Watched {
     /// Its counts at the start of the running batch.
-    base: Counts,
+    base: Counted,
     /// Its counts at the last look.
-    seen: Counts,
+    seen: Counted,
     /// Looks in the running batch that saw errors of it.
     looks: u64,
     /// As how many errors the running batch counts against it at most.
@@ -181,6 +199,61 @@ struct Watched {
     /// What ended since the evidence began, and how many looks saw errors.
     since: Batch,
     since_looks: u64,
+    /// The evidence from clients, and what ended since that began.
+    clients: Clients,
+    /// Its part of the weight in service, the largest one lately and until when that is asked for.
+    share: (f64, u64),
+}
+
+/// What was counted of a version.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counted {
+    ended: Counts,
+    dealt: Counts,
+    started: u64,
+}
+
+impl Counted {
+    fn of(version: &Observed<'_>) -> Self {
+        Self { ended: version.ended, dealt: version.dealt.unwrap_or(version.ended), started: version.started }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            ended: self.ended.since(&before.ended),
+            dealt: self.dealt.since(&before.dealt),
+            started: self.started.saturating_sub(before.started),
+        }
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.ended += more.ended;
+        self.dealt += more.dealt;
+        self.started = self.started.saturating_add(more.started);
+    }
+}
+
+/// Evidence from clients that forgets good times, as [`RecentEvidence`] does.
+#[derive(Debug, Clone, Default)]
+struct Clients {
+    limits: Limits<{ RECENT_RATIOS.len() }>,
+    sums: [f64; RECENT_RATIOS.len()],
+    since: Batch,
+    looks: u64,
+    /// Whether there were errors since the last look.
+    failed: bool,
+}
+
+impl Clients {
+    fn is_none(&self) -> bool {
+        self.sums.iter().all(|sum| *sum <= 0.0)
+    }
+
+    /// Starts again without evidence; how much each client has added stays. What had ended since it began.
+    fn forget(&mut self) -> Batch {
+        (self.sums, self.looks) = Default::default();
+        std::mem::take(&mut self.since)
+    }
 }
 
 impl Guard {
@@ -189,10 +262,29 @@ impl Guard {
         Self { policy, ..Self::default() }
     }
 
+    /// Takes in single requests that ended since the last look, each with its version; [`Request::is_target`] does not
+    /// count. `few_clients`: whether there are so few clients at all that they cannot be told from one that means harm.
+    pub fn hear(&mut self, now: u64, few_clients: bool, requests: &[(&str, Request)]) {
+        self.many_clients = !few_clients;
+        let cap = -libm::log(self.policy.false_veto_rate) / CLIENTS_PER_VETO;
+        for (version, request) in requests.iter().filter(|(_, request)| request.outcome == Outcome::Error) {
+            for (name, watched) in &mut self.versions {
+                let request = Request { is_target: name == version, ..*request };
+                let clients = &mut watched.clients;
+                let share = watched.share.0;
+                let gains = clients.limits.gains(&request, &RECENT_RATIOS, share, few_clients, cap, now / 1_000_000);
+                for (sum, gain) in clients.sums.iter_mut().zip(gains.unwrap_or_default()) {
+                    *sum = (*sum + gain).max(0.0);
+                }
+                clients.failed |= request.is_target;
+            }
+        }
+    }
+
     /// Takes over from another guard of the same proxy, which left its [`Guard::vetoes`] and [`Guard::past`].
     pub fn resume(policy: GuardPolicy, now: u64, left: impl IntoIterator<Item = Veto>) -> Self {
         let (vetoes, past) = left.into_iter().partition(|veto| veto.until > now);
-        Self { policy, versions: BTreeMap::new(), vetoes, past }
+        Self { policy, vetoes, past, ..Self::default() }
     }
 
     /// Goes on by another policy; what is known stays.
@@ -219,6 +311,7 @@ impl Guard {
             return had_vetoes;
         }
         let left = self.drop_those_that_left(observed);
+        self.note_shares(now, observed);
         self.end_vetoes_of_the_last(now, observed);
         let ended = self.end_vetoes(now);
         // All counts of a batch must be of the same time, or they could not be compared. So whoever is new, or comes
@@ -241,6 +334,20 @@ impl Guard {
         self.vetoes.retain(|veto| is_there(&veto.version));
         self.past.retain(|veto| is_there(&veto.version));
         self.vetoes.len() != before
+    }
+
+    /// The parts of the weight in service, by which requests are dealt.
+    fn note_shares(&mut self, now: u64, observed: &[Observed<'_>]) {
+        let in_service = |version: &&Observed<'_>| version.serving && !self.is_vetoed(version.name);
+        let all: u64 = observed.iter().filter(in_service).map(|version| u64::from(version.weight)).sum();
+        for version in observed {
+            let Some(watched) = self.versions.get_mut(version.name) else { continue };
+            let share = if all > 0 { (f64::from(version.weight) / all as f64).min(1.0) } else { 1.0 };
+            if share >= watched.share.0 || now >= watched.share.1 {
+                watched.share = (share, now.saturating_add(SHARE_NANOS));
+            }
+            watched.clients.limits.forget_before(now.saturating_sub(USER_NANOS) / 1_000_000);
+        }
     }
 
     /// Where no other version with weight is in service any more, a veto would leave the service's users with nobody:
@@ -270,17 +377,17 @@ impl Guard {
     fn has_new_counters(&self, observed: &[Observed<'_>]) -> bool {
         observed.iter().any(|version| {
             let known = self.versions.get(version.name);
-            known.is_none_or(|known| version.ended.any_below(&known.seen))
+            known.is_none_or(|known| version.ended.any_below(&known.seen.ended))
         })
     }
 
     fn start_batch(&mut self, observed: &[Observed<'_>]) {
         for version in observed {
             match self.versions.get_mut(version.name) {
-                Some(watched) => watched.start_batch(&version.ended),
+                Some(watched) => watched.start_batch(version),
                 None => {
                     let mut watched = Watched::default();
-                    watched.start_batch(&version.ended);
+                    watched.start_batch(version);
                     self.versions.insert(version.name.to_owned(), watched);
                 }
             }
@@ -292,14 +399,14 @@ impl Guard {
         // What still arrives of a vetoed version was sent before the veto: no news, and nothing to compare with.
         let vetoes = &self.vetoes;
         let in_service = observed.iter().filter(|version| vetoes.iter().all(|veto| veto.version != version.name));
-        let mut all = Counts::default();
+        let mut all = Counted::default();
         for version in in_service.clone() {
             if let Some(watched) = self.versions.get_mut(version.name) {
-                watched.look(&version.ended);
-                all += watched.batch();
+                watched.look(version);
+                all.add(&watched.batch());
             }
         }
-        if all.answered() < BATCH {
+        if all.ended.answered() < BATCH {
             return false;
         }
         for version in in_service {
@@ -314,10 +421,11 @@ impl Guard {
     /// Vetoes whom it may, worst evidence first. Whether there was anybody.
     fn veto_whom_evidence_is_against(&mut self, now: u64, observed: &[Observed<'_>]) -> bool {
         let enough = -libm::log(self.policy.false_veto_rate);
+        let many = self.many_clients;
         let mut accused: Vec<(f64, &Observed<'_>)> = Vec::new();
         for version in observed.iter().filter(|version| !self.is_vetoed(version.name)) {
-            let watched = self.versions.get(version.name).filter(|watched| watched.since_looks >= FEWEST_LOOKS);
-            let evidence = watched.map(|watched| watched.evidence.log()).filter(|evidence| *evidence >= enough);
+            let evidence = self.versions.get(version.name).and_then(|watched| watched.evidence_of(many));
+            let evidence = evidence.filter(|evidence| *evidence >= enough);
             accused.extend(evidence.map(|evidence| (evidence, version)));
         }
         accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
@@ -325,7 +433,10 @@ impl Guard {
         for (_, version) in accused {
             // Evidence that cannot be acted on goes too: who can be spared later is judged by what it does then.
             let Some(watched) = self.versions.get_mut(version.name) else { continue };
-            let Batch { requests, errors, others_requests, others_errors } = watched.forget();
+            let of_clients = watched.clients.forget();
+            let of_requests = watched.forget();
+            let since = if many { of_clients } else { of_requests };
+            let Batch { requests, errors, others_requests, others_errors, .. } = since;
             if !self.can_be_spared(version, observed) {
                 continue;
             }
@@ -346,47 +457,66 @@ impl Guard {
         let in_service = observed.iter().filter(|other| other.serving && !self.is_vetoed(other.name));
         let others = in_service.filter(|other| other.name != version.name);
         let others: u64 = others.map(|other| u64::from(other.weight)).sum();
-        version.serving && others > 0 && u64::from(version.weight) <= others
+        version.serving && !version.stable && others > 0 && u64::from(version.weight) <= others
     }
 }
 
 impl Watched {
-    fn start_batch(&mut self, ended: &Counts) {
-        (self.base, self.seen, self.looks, self.most) = (*ended, *ended, 0, 0);
+    fn start_batch(&mut self, version: &Observed<'_>) {
+        self.base = Counted::of(version);
+        (self.seen, self.looks, self.most) = (self.base, 0, 0);
     }
 
-    fn look(&mut self, ended: &Counts) {
-        let news = ended.since(&self.seen);
-        self.seen = *ended;
+    fn look(&mut self, version: &Observed<'_>) {
+        let now = Counted::of(version);
+        let news = now.dealt.since(&self.seen.dealt);
+        self.seen = now;
         if news.error > 0 {
             let is_failing = news.error >= news.answered().saturating_sub(news.error);
             self.looks += 1;
             self.most += if is_failing { news.error.min(MOST_PER_LOOK) } else { 1 };
         }
+        self.clients.looks += u64::from(std::mem::take(&mut self.clients.failed));
     }
 
-    /// What ended in the running batch.
-    fn batch(&self) -> Counts {
+    /// What was counted in the running batch.
+    fn batch(&self) -> Counted {
         self.seen.since(&self.base)
     }
 
-    /// Takes the running batch in, in which `all` ended for all versions.
-    fn close_batch(&mut self, all: &Counts) {
+    /// Takes the running batch in, in which so much was counted for all versions.
+    fn close_batch(&mut self, all: &Counted) {
         let own = self.batch();
         let others = all.since(&own);
-        let batch = Batch {
+        let batch_of = |own: &Counts, others: &Counts| Batch {
             requests: own.answered(),
             errors: own.error,
             others_requests: others.answered(),
             others_errors: others.error,
+            ..Batch::default()
         };
+        let (started, others_started) = (own.started, others.started);
+        let batch = Batch { started, others_started, ..batch_of(&own.dealt, &others.dealt) };
         self.evidence.add(&batch, self.most);
         self.since += batch;
         self.since_looks += self.looks;
+        self.clients.since += batch_of(&own.ended, &others.ended);
         // Dropping evidence early breaks no bound.
-        if self.evidence.is_none() || self.since.errors.saturating_mul(FAILING_ONE_IN) < self.since.requests {
+        let is_rare = |since: &Batch| since.errors.saturating_mul(FAILING_ONE_IN) < since.requests;
+        if self.evidence.is_none() || is_rare(&self.since) {
             self.forget();
         }
+        if self.clients.is_none() || is_rare(&self.clients.since) {
+            self.clients.forget();
+        }
+    }
+
+    /// The logarithm of the evidence, if errors were seen at enough looks: from clients where there are many of them;
+    /// where not, from the users of sessions or from requests.
+    fn evidence_of(&self, many_clients: bool) -> Option<f64> {
+        let of_clients = (self.clients.looks >= FEWEST_LOOKS).then(|| log_mean_exp(&self.clients.sums));
+        let of_requests = (!many_clients && self.since_looks >= FEWEST_LOOKS).then(|| self.evidence.log());
+        of_clients.into_iter().chain(of_requests).max_by(f64::total_cmp)
     }
 
     /// Starts again without evidence. What had ended since it began.
@@ -430,6 +560,7 @@ mod tests {
                 weight: *weight,
                 serving: *serving,
                 ended: *ended,
+                ..Observed::default()
             });
             self.now += LOOK;
             self.guard.observe(self.now, &observed.collect::<Vec<_>>())
@@ -674,7 +805,7 @@ mod tests {
                 let observed: Vec<_> = counts.iter().enumerate().map(|(i, [ok, error, client_error, cancelled])| {
                     let (ok, error, client_error, cancelled) = (*ok, *error, *client_error, *cancelled);
                     let ended = Counts { ok, error, client_error, cancelled };
-                    Observed { name: ["a", "b", "c"][i], weight: weights[i], serving: serving[i], ended }
+                    Observed { name: ["a", "b", "c"][i], weight: weights[i], serving: serving[i], ended, ..Observed::default() }
                 }).collect();
                 guard.observe(now, &observed);
                 let has_weight = |v: &&Observed<'_>| v.serving && v.weight > 0;

@@ -6,6 +6,7 @@
 //! rule and split, and the version by session ([`session`]) or by turn ([`split`]); [`outcome::ErrorCodes::outcome`] says
 //! how it ended.
 
+pub mod clients;
 pub mod decode;
 pub mod evidence;
 pub mod guard;

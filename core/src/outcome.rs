@@ -43,6 +43,8 @@ pub struct Ending {
     pub status: Option<u16>,
     /// `grpc-status` from the answer's trailers, or its headers if it had nothing else.
     pub grpc_status: Option<u32>,
+    /// Whether it was a gRPC request, which needs such a status.
+    pub is_grpc: bool,
     /// Envoy's response flags as the bits of its `response.flags` attribute.
     pub flags: u64,
     /// Whether the server of a WebSocket has closed it.
@@ -99,7 +101,6 @@ impl ErrorCodes {
     /// The outcome of an exchange that ended like this. A failure that the proxy saw itself (a reset, a time-out)
     /// is the version's whatever the codes say; an answer that the codes do not call an error is one only then.
     pub fn outcome(&self, ending: &Ending) -> Outcome {
-        const GRPC_CANCELLED: u32 = 1;
         let is_error = |status: u16| self.status.iter().any(|range| range.contains(&status));
         // A WebSocket's connections always break off in the end; what tells is whether somebody wanted that.
         if ending.status == Some(101) && (ending.is_closed || ending.is_client_gone()) {
@@ -115,8 +116,10 @@ impl ErrorCodes {
             return Outcome::Cancelled;
         }
         match (ending.status, ending.grpc_status) {
-            (None, _) | (_, Some(GRPC_CANCELLED)) => Outcome::Cancelled,
-            (Some(400..=499), _) | (_, Some(2..)) => Outcome::ClientError,
+            (None, _) => Outcome::Cancelled,
+            // With status 1, CANCELLED, and a client that is still there it was the server that cancelled.
+            (Some(400..=499), _) | (_, Some(1..)) => Outcome::ClientError,
+            (Some(_), None) if ending.is_grpc => Outcome::Error,
             _ => Outcome::Ok,
         }
     }
@@ -174,7 +177,7 @@ mod tests {
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
     fn outcome(status: Option<u16>, grpc_status: Option<u32>, flags: u64) -> Outcome {
-        ErrorCodes::default().outcome(&Ending { status, grpc_status, flags, is_closed: false })
+        ErrorCodes::default().outcome(&Ending { status, grpc_status, flags, ..Ending::default() })
     }
 
     #[test]
@@ -222,7 +225,19 @@ mod tests {
         assert_eq!(outcome(Some(200), Some(0), 0), Outcome::Ok);
         assert_eq!(outcome(Some(200), Some(14), 0), Outcome::Error);
         assert_eq!(outcome(Some(200), Some(5), 0), Outcome::ClientError);
-        assert_eq!(outcome(Some(200), Some(1), 0), Outcome::Cancelled);
+        assert_eq!(outcome(Some(200), Some(1), 0), Outcome::ClientError, "the server says so, and the client is there");
+        assert_eq!(outcome(Some(200), Some(1), 16_384), Outcome::Cancelled);
+        let without = Ending { status: Some(200), is_grpc: true, ..Ending::default() };
+        assert_eq!(ErrorCodes::default().outcome(&without), Outcome::Error);
+        let gone = Ending { flags: 16_384, ..without };
+        assert_eq!(ErrorCodes::default().outcome(&gone), Outcome::Cancelled);
+    }
+
+    /// `local_reply_config` may turn any status into another; the flags still tell what Envoy saw.
+    #[test]
+    fn a_rewritten_local_reply_is_what_it_was() {
+        assert_eq!(outcome(Some(200), None, 32), Outcome::Error);
+        assert_eq!(outcome(Some(404), None, 4), Outcome::Error);
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub struct Plan {
     pub services: Vec<ServicePlan>,
     hostnames: Hostnames,
     few_headers: Option<Vec<String>>,
+    has_mirrors: bool,
 }
 
 /// One service of a plan.
@@ -32,6 +33,12 @@ pub struct ServicePlan {
     pub versions: Vec<String>,
     /// What counts as a version's fault.
     pub errors: ErrorCodes,
+    /// The version that the others are measured by, as an index.
+    pub stable: Option<usize>,
+    /// The Envoy cluster of each version, where the policy says it.
+    pub clusters: Vec<Option<String>>,
+    /// See [`Service::step`].
+    pub step: u64,
     session: Option<SessionPlan>,
     /// For the requests that no rule takes.
     own: Destination,
@@ -83,10 +90,33 @@ pub struct Decision<'p> {
     pub version: Option<usize>,
     /// Why that one.
     pub reason: Reason,
+    /// In which of the ways that are counted apart.
+    pub chosen: Chosen,
+    /// Whether how it ends says something about the version that it does not say about who asked: its version was dealt,
+    /// or its user was given it, by chance at this step.
+    pub is_compared: bool,
+    /// A hash of the user whose session it is; `None` if there is none.
+    pub user: Option<u32>,
     /// What to send in `Set-Cookie` with the answer.
     pub cookie: Option<String>,
     /// The Envoy cluster that gets a copy.
     pub mirror: Option<&'p str>,
+}
+
+/// The ways to choose a version that are counted apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chosen {
+    /// Dealt by weight, request by request.
+    Dealt,
+    /// The user's, by a session.
+    Session,
+    /// A rule took the request.
+    Rule,
+}
+
+impl Chosen {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Dealt, Self::Session, Self::Rule];
 }
 
 /// Why a version was chosen. Buckets are for people to compare: a user's stays the same, a point moves on.
@@ -133,7 +163,14 @@ impl Plan {
             slots += SLOTS * (1 + service.rules.len());
         }
         let few_headers = few_headers(policy, hostnames.refer_to_host());
-        Self { revision: policy.revision, services, hostnames, few_headers }
+        let mirrors = |service: &Service| service.mirror.is_some() || service.rules.iter().any(|r| r.mirror.is_some());
+        let has_mirrors = policy.services.iter().any(mirrors);
+        Self { revision: policy.revision, services, hostnames, few_headers, has_mirrors }
+    }
+
+    /// Whether any request may be copied.
+    pub fn has_mirrors(&self) -> bool {
+        self.has_mirrors
     }
 
     /// The headers that a decision may look at, if they are so few that asking for each is cheaper than for all.
@@ -171,11 +208,19 @@ impl Plan {
             service.session.as_ref().and_then(|session| session.choose(service, &route, request, turns, random));
         let choice = by_session.unwrap_or_else(|| Choice::by_turn(route.split, turns));
         let mirror = route.mirror.filter(|mirror| choice.version.is_some() && mirror.takes(request, turns));
+        let chosen = match (route.rule, choice.reason) {
+            (Some(_), _) => Chosen::Rule,
+            (None, Reason::Session(_) | Reason::Hash(_)) => Chosen::Session,
+            (None, Reason::Weight(..) | Reason::Unrouted) => Chosen::Dealt,
+        };
         Some(Decision {
             service: route.service,
             rule: route.rule,
             version: choice.version,
             reason: choice.reason,
+            chosen,
+            is_compared: service.step > 0 && chosen != Chosen::Rule && choice.is_of_this_step,
+            user: choice.user,
             cookie: choice.cookie,
             mirror: mirror.map(|mirror| mirror.cluster.as_str()),
         })
@@ -227,7 +272,7 @@ fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
     for service in &policy.services {
         match service.session.as_ref().map(|session| &session.by) {
             Some(SessionBy::Cookie { .. }) => return None,
-            Some(SessionBy::Header { name }) => drop(names.insert(name)),
+            Some(SessionBy::Header { name }) => drop(names.insert(header_name(name))),
             None => {}
         }
         if service.mirror.is_some() || service.rules.iter().any(|rule| rule.mirror.is_some()) {
@@ -254,6 +299,9 @@ fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
 struct Choice {
     version: Option<usize>,
     reason: Reason,
+    /// Whether the version was dealt, or given to the user, at the present step.
+    is_of_this_step: bool,
+    user: Option<u32>,
     cookie: Option<String>,
 }
 
@@ -261,8 +309,13 @@ impl Choice {
     fn by_turn(split: &Split, turns: &mut Turns) -> Self {
         let next = split.next(turns);
         let reason = next.map_or(Reason::Unrouted, |(_, point)| Reason::Weight(point, split.total()));
-        Self { version: next.map(|(version, _)| version), reason, cookie: None }
+        Self { version: next.map(|(version, _)| version), reason, is_of_this_step: true, user: None, cookie: None }
     }
+}
+
+/// A user, as far as reports tell users apart. Other bits than those that choose the version.
+fn told_apart(user: u64) -> u32 {
+    (user as u32).max(1)
 }
 
 impl SessionPlan {
@@ -281,11 +334,13 @@ impl SessionPlan {
         }
         match &self.session.by {
             SessionBy::Header { name } => {
-                let user = request.header(name).filter(|user| !user.is_empty())?;
+                let user = request.header(header_name(name)).filter(|user| !user.is_empty())?;
                 let user = self.hash.of(&user);
                 Some(Choice {
                     version: route.split.of_user(user),
                     reason: Reason::Hash(Reason::bucket(user)),
+                    is_of_this_step: true,
+                    user: Some(told_apart(user)),
                     cookie: None,
                 })
             }
@@ -303,6 +358,7 @@ impl SessionPlan {
                 let user = self.hash.of(&id.to_le_bytes());
                 let bucket = Reason::bucket(user);
                 let current = given.filter(|given| given.generation == self.session.generation);
+                let is_old = current.as_ref().is_some_and(|given| given.step != service.step);
                 let kept = current.and_then(|given| service.version(given.version));
                 let keeps = |split: &Split| kept.filter(|version| split.has(*version));
                 let (version, reason) = match keeps(route.split) {
@@ -320,11 +376,13 @@ impl SessionPlan {
                     .or_else(|| version.filter(|version| service.own.split.has(*version)))
                     .or_else(|| service.own.split.of_user(user));
                 let cookie = own.filter(|own| kept != Some(*own)).and_then(|own| {
-                    let value = self.hash.cookie(service.versions.get(own)?, self.session.generation, id);
+                    let generation = self.session.generation;
+                    let value = self.hash.cookie(service.versions.get(own)?, generation, service.step, id);
                     let secure = if request.header(SCHEME).as_deref() == Some(b"https") { "; Secure" } else { "" };
                     Some(format!("{name}={value}; Path=/; Max-Age={ttl_seconds}; HttpOnly; SameSite=Lax{secure}"))
                 });
-                Some(Choice { version, reason, cookie })
+                let is_of_this_step = !(is_old && version == kept);
+                Some(Choice { version, reason, is_of_this_step, user: Some(told_apart(user)), cookie })
             }
         }
     }
@@ -344,7 +402,7 @@ const SLOTS: usize = 2;
 impl ServicePlan {
     fn new(service: &Service, first_slot: usize, serves: impl Fn(&Version) -> bool) -> Self {
         let secret = service.session.as_ref().and_then(|session| session.secret.as_ref());
-        let hash = SessionHash::new(secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
+        let hash = SessionHash::new(&service.name, secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
         let session = service.session.clone().map(|session| SessionPlan { session, hash });
         let mut slots = (first_slot..).step_by(SLOTS);
         let mut destination = |weights: &mut dyn Iterator<Item = (&str, u32)>, mirror: Option<&Mirror>| {
@@ -370,6 +428,9 @@ impl ServicePlan {
             name: service.name.clone(),
             versions: service.versions.iter().map(|version| version.name.clone()).collect(),
             errors: service.errors.clone(),
+            stable: service.stable.as_ref().and_then(|name| service.versions.iter().position(|v| v.name == *name)),
+            clusters: service.versions.iter().map(|version| version.cluster.clone()).collect(),
+            step: service.step,
             session,
             own,
             rules: rules.collect(),

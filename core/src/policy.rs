@@ -86,6 +86,14 @@ pub struct Service {
     /// Exact, or `*.suffix`; none: every host. In lower case.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hostnames: Vec<String>,
+    /// The version that the others are measured by, and that the guard never takes out of service; `None`: the document
+    /// does not say, and any version may be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stable: Option<String>,
+    /// Numbers the steps of the service's rollouts: while it is not 0, versions are compared, and of the users with a
+    /// cookie those who were given their version at this step.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub step: u64,
     /// At least one.
     pub versions: Vec<Version>,
     /// In the order in which they are tried.
@@ -208,6 +216,11 @@ impl Policy {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
 fn is_true(flag: &bool) -> bool {
     *flag
 }
@@ -280,13 +293,16 @@ impl Service {
             Some(versions.into_iter().map(|(_, version)| version).collect::<Vec<_>>())
         });
         let known = VersionNames::of(value);
+        let stable = f.optional(d, "stable", |d, v| known.read(d, v));
+        let step = f.optional(d, "step", Decoder::long).unwrap_or_default();
         let rules = f.optional(d, "rules", |d, v| rules(d, v, &known)).unwrap_or_default();
         let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
         let session = f.optional(d, "session", Session::read);
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
         let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
         f.finish(d);
-        Some(Self { name: name?, hostnames, versions: versions?, rules, session, errors, mirror, guard })
+        let versions = versions?;
+        Some(Self { name: name?, hostnames, stable, step, versions, rules, session, errors, mirror, guard })
     }
 }
 

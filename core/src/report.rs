@@ -1,6 +1,7 @@
 //! What a proxy tells the controller: which policy it runs, and how each version does.
 //!
-//! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing.
+//! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing. So
+//! is the number of the requests that are told one by one, of which a report holds the last.
 
 use crate::guard::Veto;
 use crate::outcome::Outcome;
@@ -32,8 +33,15 @@ pub struct Report {
     /// A newer policy that the proxy could not take; the revision above stays in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
+    /// The shape of the counts: [`Report::FORMAT`]. 1, or left out, by filters that do not tell how requests were chosen.
+    #[serde(default = "first_format")]
+    pub format: u32,
     /// The services that the proxy has counted for.
     pub services: Vec<ServiceReport>,
+}
+
+fn first_format() -> u32 {
+    1
 }
 
 /// A policy that was not taken.
@@ -62,7 +70,63 @@ pub struct ServiceReport {
     /// The versions that the proxy's guard has taken out of service.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vetoes: Vec<Veto>,
+    /// The clients of the last minutes, as hashes of their addresses: the [`MAX_CLIENTS`] smallest ones in a small sample of
+    /// the requests. Empty as long as the sample is too small to tell how many there are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clients: Vec<u32>,
+    /// Single requests that ended, while versions are compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub events: Option<Events>,
 }
+
+/// The last of the requests that a proxy tells one by one: every kind that may speak against a version, as far as they
+/// fit, and a small sample of all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Events {
+    /// Names the count below: it starts from 0 with each.
+    pub stream: String,
+    /// How many there were so far.
+    pub total: u64,
+    /// The last of them, the newest at the end; at most [`MAX_EVENTS`].
+    pub last: Vec<Event>,
+}
+
+/// One request that ended, as a list of numbers: client, user, version, outcome, flags, duration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Event(
+    /// A hash of the client's address; 0 if that is not known.
+    pub u32,
+    /// A hash of the user whose session it was; 0 for none.
+    pub u32,
+    /// The version, as an index of the report's.
+    pub u16,
+    /// The outcome, as an index of [`Outcome::ALL`].
+    pub u8,
+    /// [`Event::SESSION`], [`Event::SAMPLED`].
+    pub u8,
+    /// How long it took, as an index of a report's durations.
+    pub u8,
+);
+
+impl Event {
+    /// The version was the user's by a session; else it was dealt by weight.
+    pub const SESSION: u8 = 1;
+    /// It is of the sample of all requests.
+    pub const SAMPLED: u8 = 2;
+
+    /// How it ended; `None` if that is no outcome.
+    pub fn outcome(&self) -> Option<Outcome> {
+        Outcome::ALL.get(usize::from(self.3)).copied()
+    }
+}
+
+/// The most clients of a service that a report names: with so many there are not only a few.
+pub const MAX_CLIENTS: usize = 4;
+/// The most requests of a service that a report tells one by one.
+pub const MAX_EVENTS: usize = 128;
 
 /// One version's counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,10 +141,53 @@ pub struct VersionReport {
     /// Exchanges that have not ended yet.
     #[serde(default)]
     pub in_flight: u64,
+    /// Exchanges that ended at another version's cluster, or at none: no word about this version.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub misrouted: u64,
     /// How long exchanges took that were not cancelled: how many took up to the first of [`DURATION_BOUNDS`], from there
     /// to the second, and so on, and those beyond all bounds. Zeros at the end are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub durations: Vec<u64>,
+    /// Those of the above whose version was dealt by weight.
+    #[serde(default, skip_serializing_if = "Tally::is_empty")]
+    pub dealt: Tally,
+    /// Those whose version was the user's by a session.
+    #[serde(default, skip_serializing_if = "Tally::is_empty")]
+    pub session: Tally,
+    /// Those that a rule took.
+    #[serde(default, skip_serializing_if = "Tally::is_empty")]
+    pub rule: Tally,
+}
+
+/// Exchanges whose version was chosen in one way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Tally {
+    /// Exchanges that have started.
+    #[serde(default)]
+    pub started: u64,
+    /// Exchanges that have ended.
+    #[serde(flatten)]
+    pub ended: Counts,
+    /// As [`VersionReport::durations`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub durations: Vec<u64>,
+    /// How long clients had waited that went away, in the same way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waited: Vec<u64>,
+}
+
+impl Tally {
+    /// Whether nothing was counted.
+    pub fn is_empty(&self) -> bool {
+        self.started == 0 && self.ended == Counts::default()
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The bounds of a report's durations in milliseconds: three for each power of two and a half at the fast end, where
@@ -112,25 +219,46 @@ pub struct Counts {
 pub const MAX_COUNT: u64 = 1 << 48;
 
 impl Report {
-    /// Fails with the field that counts more than can be.
+    /// The shape of the counts that this build reports.
+    pub const FORMAT: u32 = 2;
+
+    /// Turns the report of an older filter into one of [`Self::FORMAT`]: it did not tell how requests were chosen, so they
+    /// count as dealt by weight, as they did then.
+    pub fn upgrade(&mut self) {
+        if self.format >= Self::FORMAT {
+            return;
+        }
+        self.format = Self::FORMAT;
+        for version in self.services.iter_mut().flat_map(|service| &mut service.versions) {
+            let (ended, durations) = (version.ended, version.durations.clone());
+            let started = ended.total().saturating_add(version.in_flight);
+            version.dealt = Tally { started, ended, durations, waited: Vec::new() };
+        }
+    }
+
+    /// Fails with the field that counts more than can be, or that lists more than there may be.
     pub fn check(&self) -> Result<(), String> {
         for (i, service) in self.services.iter().enumerate() {
-            within(&format_args!("services[{i}].unrouted"), service.unrouted)?;
+            within(&format_args!("services[{i}].unrouted"), service.unrouted, MAX_COUNT)?;
+            within(&format_args!("services[{i}].clients"), service.clients.len() as u64, MAX_CLIENTS as u64)?;
+            if let Some(events) = &service.events {
+                let (last, most) = (events.last.len() as u64, MAX_EVENTS as u64);
+                within(&format_args!("services[{i}].events.last"), last, most)?;
+                within(&format_args!("services[{i}].events.total"), events.total, MAX_COUNT)?;
+            }
             for (j, version) in service.versions.iter().enumerate() {
-                let VersionReport { ended, in_flight, durations, .. } = version;
-                let Counts { ok, error, client_error, cancelled } = *ended;
-                let counts = [
-                    ("ok", ok),
-                    ("error", error),
-                    ("clientError", client_error),
-                    ("cancelled", cancelled),
-                    ("inFlight", *in_flight),
-                ];
-                for (name, count) in counts {
-                    within(&format_args!("services[{i}].versions[{j}].{name}"), count)?;
-                }
-                for (k, count) in durations.iter().enumerate() {
-                    within(&format_args!("services[{i}].versions[{j}].durations[{k}]"), *count)?;
+                let at = format!("services[{i}].versions[{j}]");
+                let VersionReport { name: _, ended, in_flight, misrouted, durations, dealt, session, rule } = version;
+                ended.check(&at)?;
+                within(&format_args!("{at}.inFlight"), *in_flight, MAX_COUNT)?;
+                within(&format_args!("{at}.misrouted"), *misrouted, MAX_COUNT)?;
+                check_each(&at, "durations", durations)?;
+                for (name, tally) in [("dealt", dealt), ("session", session), ("rule", rule)] {
+                    let at = format!("{at}.{name}");
+                    tally.ended.check(&at)?;
+                    within(&format_args!("{at}.started"), tally.started, MAX_COUNT)?;
+                    check_each(&at, "durations", &tally.durations)?;
+                    check_each(&at, "waited", &tally.waited)?;
                 }
             }
         }
@@ -138,14 +266,33 @@ impl Report {
     }
 }
 
-fn within(field: &std::fmt::Arguments<'_>, count: u64) -> Result<(), String> {
-    match count {
-        0..=MAX_COUNT => Ok(()),
-        _ => Err(format!("{field}: {count} is not allowed; expected at most {MAX_COUNT}")),
-    }
+fn check_each(at: &str, name: &str, counts: &[u64]) -> Result<(), String> {
+    let mut counts = counts.iter().enumerate();
+    counts.try_for_each(|(k, count)| within(&format_args!("{at}.{name}[{k}]"), *count, MAX_COUNT))
+}
+
+fn within(field: &std::fmt::Arguments<'_>, count: u64, most: u64) -> Result<(), String> {
+    if count <= most { Ok(()) } else { Err(format!("{field}: {count} is not allowed; expected at most {most}")) }
 }
 
 impl Counts {
+    fn check(&self, at: &str) -> Result<(), String> {
+        let Self { ok, error, client_error, cancelled } = *self;
+        let counts = [("ok", ok), ("error", error), ("clientError", client_error), ("cancelled", cancelled)];
+        counts.iter().try_for_each(|(name, count)| within(&format_args!("{at}.{name}"), *count, MAX_COUNT))
+    }
+
+    /// One more of an outcome.
+    pub fn count(&mut self, outcome: Outcome) {
+        let count = match outcome {
+            Outcome::Ok => &mut self.ok,
+            Outcome::Error => &mut self.error,
+            Outcome::ClientError => &mut self.client_error,
+            Outcome::Cancelled => &mut self.cancelled,
+        };
+        *count = count.saturating_add(1);
+    }
+
     /// All of them.
     pub fn total(&self) -> u64 {
         Outcome::ALL.iter().fold(0, |sum, outcome| sum.saturating_add(self.of(*outcome)))

@@ -4,8 +4,9 @@
 //! Everything here hangs on one hash for each service: SipHash-2-4 under a key that the session's secret gives. Who does
 //! not know the secret can neither find a user name that lands on a version nor write a cookie.
 //!
-//! A cookie is `VERSION~GENERATION~ID~MAC`: what the user was given, the session's generation at that time in decimal, a
-//! random number that tells users apart, and the SipHash of all before the last `~`; both numbers in 16 hex digits.
+//! A cookie is `VERSION~GENERATION~STEP~ID~MAC`: what the user was given, the session's generation and the rollout's step
+//! at that time in decimal, a random number that tells users apart, and the SipHash of all before the last `~`, under a
+//! key that the service's name is part of; the last two numbers in 16 hex digits.
 
 use crate::decode::{Decoder, Fields};
 use crate::matching::choice;
@@ -131,12 +132,14 @@ pub(crate) struct SessionHash {
 }
 
 impl SessionHash {
-    pub(crate) fn new(secret: &[u8]) -> Self {
-        let keyed = |purpose: u64| {
-            let key = sip128::SipHasher24::new_with_keys(purpose, 0).hash(secret);
+    /// A cookie's key is the service's own, so that a cookie of one service says nothing at another.
+    pub(crate) fn new(service: &str, secret: &[u8]) -> Self {
+        let keyed = |purpose: u64, text: &[u8]| {
+            let key = sip128::SipHasher24::new_with_keys(purpose, 0).hash(text);
             SipHasher24::new_with_keys(key.h1, key.h2)
         };
-        Self { users: keyed(0), cookies: keyed(1) }
+        let of_service = [&(service.len() as u64).to_le_bytes(), service.as_bytes(), secret].concat();
+        Self { users: keyed(0, secret), cookies: keyed(2, &of_service) }
     }
 
     /// The hash of a user's name, or of a version's.
@@ -145,8 +148,8 @@ impl SessionHash {
     }
 
     /// The value of a cookie.
-    pub(crate) fn cookie(&self, version: &str, generation: u64, id: u64) -> String {
-        let signed = format!("{version}~{generation}~{id:016x}");
+    pub(crate) fn cookie(&self, version: &str, generation: u64, step: u64, id: u64) -> String {
+        let signed = format!("{version}~{generation}~{step}~{id:016x}");
         let mac = self.cookies.hash(signed.as_bytes());
         format!("{signed}~{mac:016x}")
     }
@@ -158,11 +161,13 @@ impl SessionHash {
             return None;
         }
         let (rest, id) = rsplit(signed)?;
+        let (rest, step) = rsplit(rest)?;
         let (version, generation) = rsplit(rest)?;
         let text = |bytes| std::str::from_utf8(bytes).ok();
         Some(Given {
             version,
             generation: text(generation)?.parse().ok()?,
+            step: text(step)?.parse().ok()?,
             id: u64::from_str_radix(text(id)?, 16).ok()?,
         })
     }
@@ -173,6 +178,7 @@ impl SessionHash {
 pub(crate) struct Given<'c> {
     pub(crate) version: &'c [u8],
     pub(crate) generation: u64,
+    pub(crate) step: u64,
     pub(crate) id: u64,
 }
 
@@ -230,17 +236,18 @@ mod tests {
 
     #[test]
     fn a_cookie_says_what_it_was_made_of_and_nobody_else_can_make_one() {
-        let hash = SessionHash::new(b"secret");
-        let cookie = hash.cookie("v2.1~b", 7, 0xabc);
-        let given = Given { version: b"v2.1~b", generation: 7, id: 0xabc };
+        let hash = SessionHash::new("shop", b"secret");
+        let cookie = hash.cookie("v2.1~b", 7, 3, 0xabc);
+        let given = Given { version: b"v2.1~b", generation: 7, step: 3, id: 0xabc };
         assert_eq!(hash.read(cookie.as_bytes()), Some(given));
-        assert_eq!(SessionHash::new(b"other").read(cookie.as_bytes()), None);
+        assert_eq!(SessionHash::new("shop", b"other").read(cookie.as_bytes()), None);
+        assert_eq!(SessionHash::new("pay", b"secret").read(cookie.as_bytes()), None, "a cookie of another service");
         for at in 0..cookie.len() {
             let mut forged = cookie.clone().into_bytes();
             forged[at] ^= 1;
             assert_eq!(hash.read(&forged), None, "{}", String::from_utf8_lossy(&forged));
         }
-        for made_up in ["", "v2", "~", "~~~", "v2~0~0000000000000abc", "v2~0~0000000000000abc~0000000000000000"] {
+        for made_up in ["", "v2", "~", "~~~~", "v2~0~0~0000000000000abc", "v2~0~0~0000000000000abc~0000000000000000"] {
             assert_eq!(hash.read(made_up.as_bytes()), None, "{made_up}");
         }
         assert_eq!(hash.read(cookie.to_uppercase().as_bytes()), None);

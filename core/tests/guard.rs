@@ -173,6 +173,7 @@ impl<'a> Proxy<'a> {
             weight: self.traffic.weights[v],
             serving: (self.traffic.serves)(v, self.now),
             ended: self.counts[v],
+            ..Observed::default()
         };
         let observed: Vec<_> = (0..self.traffic.weights.len()).map(observed).collect();
         let vetoes = self.guard.vetoes().len();

@@ -303,7 +303,8 @@ impl<'a> Rollout<'a> {
     fn report(&mut self, share: f64) {
         let elapsed = Duration::from_secs_f64(std::mem::take(&mut self.waited) as f64 * SLOT);
         let [target, stable] = std::mem::take(&mut self.news);
-        self.analysis.tick(self.settings, &Tick { elapsed, share, target, stable });
+        self.analysis
+            .tick(self.settings, &Tick { elapsed, share, few_clients: true, target, stable, ..Tick::default() });
         self.judgement = self.analysis.judgement(self.settings);
         self.was_held |= self.judgement.both_bad;
     }

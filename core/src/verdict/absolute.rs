@@ -87,7 +87,7 @@ fn known(stable: Totals, least: f64) -> (f64, f64) {
 fn worse_than_stable(batch: &Batch, ratio: f64) -> f64 {
     let [least, .., most] = RATIOS;
     let (errors, others) = (batch.target.errors as f64, batch.stable.errors as f64);
-    tilt(errors, errors + others, batch.share(), ratio.clamp(least, most))
+    tilt(errors, errors + others, batch.chance(), ratio.clamp(least, most))
 }
 
 /// Evidence that a version is worse than allowed, which forgets good times.

@@ -47,6 +47,33 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// What speaks against a target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum Ground {
+    /// Requests that failed.
+    #[default]
+    Errors,
+    /// Requests that were refused because of what the client asked.
+    ClientErrors,
+    /// Requests that clients gave up.
+    Cancelled,
+    /// Requests that took long.
+    Slowness,
+}
+
+impl Ground {
+    /// What bad requests did, in words.
+    fn verb(self) -> &'static str {
+        match self {
+            Self::Errors | Self::Slowness => "failed",
+            Self::ClientErrors => "were answered with a client error",
+            Self::Cancelled => "were given up by clients",
+        }
+    }
+}
+
 /// A verdict and what it rests on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Judgement {
@@ -61,6 +88,11 @@ pub struct Judgement {
     pub stable: Totals,
     /// Of several services, the one that fails, or at which both versions do.
     pub at: Option<At>,
+    /// What speaks most against the target.
+    pub ground: Ground,
+    /// Requests that were answered with a client error, then those that were given up: of the target and of the stable
+    /// version, since the rollout began.
+    pub others: [(Totals, Totals); 2],
     /// How much speaks for it that the target is worse: 1 at most on average if it is not. 0 to 1e15.
     pub evidence: f64,
     /// `fail` from this evidence on.
@@ -111,13 +143,19 @@ impl Judgement {
     /// there are none.
     pub fn of_all(services: &[(String, Self)]) -> Option<Self> {
         let (_, first) = services.first()?;
+        let worst = services.iter().max_by(|(_, a), (_, b)| a.evidence.total_cmp(&b.evidence));
         let mut all = first.clone();
+        all.ground = worst.map_or(all.ground, |(_, worst)| worst.ground);
         if services.len() == 1 {
             return Some(all);
         }
         for (_, service) in services.iter().skip(1) {
             all.target.add(service.target);
             all.stable.add(service.stable);
+            for (all, service) in all.others.iter_mut().zip(service.others) {
+                all.0.add(service.0);
+                all.1.add(service.1);
+            }
             all.pass_evidence = all.pass_evidence.min(service.pass_evidence);
         }
         // Where both versions are bad, nobody is to blame.
@@ -179,9 +217,18 @@ impl Judgement {
         if self.both_bad {
             write!(to, "hold: both {stable} and {target} fail too much; ")?;
         }
-        match &self.at {
-            None => compare(to, target, &self.target, stable, &self.stable, "failed")?,
-            Some(at) => compare(to, target, &at.target, stable, &at.stable, &format!("failed at {}", at.service))?,
+        let verb = self.ground.verb();
+        match (self.ground, self.others) {
+            (Ground::ClientErrors, [(of_target, of_stable), _]) | (Ground::Cancelled, [_, (of_target, of_stable)])
+                if self.outcome == Outcome::Fail =>
+            {
+                let at = self.at.as_ref().map(|at| format!("{verb} at {}", at.service));
+                compare(to, target, &of_target, stable, &of_stable, at.as_deref().unwrap_or(verb))?;
+            }
+            _ => match &self.at {
+                None => compare(to, target, &self.target, stable, &self.stable, "failed")?,
+                Some(at) => compare(to, target, &at.target, stable, &at.stable, &format!("failed at {}", at.service))?,
+            },
         }
         write!(to, "; evidence {}, bound {}", number(self.evidence), number(self.bound))?;
         if let Some(latency) = &self.latency {
@@ -265,6 +312,8 @@ mod tests {
             target: Totals { requests: 41, errors: 7 },
             stable: Totals { requests: 12_366, errors: 1 },
             at: None,
+            ground: Ground::Errors,
+            others: Default::default(),
             evidence,
             bound: 1_000.0,
             max_error_rate: Some(0.02),

@@ -64,7 +64,7 @@ impl Relative {
         let most = batch.seconds() * GROWTH_PER_SECOND;
         let others = batch.stable.errors as f64;
         if batch.target.errors > 0 || batch.stable.errors > 0 {
-            self.sparing.add(RATIOS.map(|ratio| tilt(counted, counted + others, batch.share(), ratio)));
+            self.sparing.add(RATIOS.map(|ratio| tilt(counted, counted + others, batch.chance(), ratio)));
             self.tempered.add(RATIOS.map(|ratio| batch.tempered(ratio).min(most)));
         }
         // A clump at the target makes its share of the requests larger, and with that the answers look too few.
@@ -116,7 +116,7 @@ impl Batch {
     /// The log-evidence of "`ratio` times as bad", as if each clump were one.
     pub(super) fn tempered(&self, ratio: f64) -> f64 {
         let (bad, others) = (self.target.errors as f64, self.stable.errors as f64);
-        tilt(bad, bad + others, self.share(), ratio) / CLUMP
+        tilt(bad, bad + others, self.chance(), ratio) / CLUMP
     }
 }
 
@@ -130,7 +130,7 @@ mod tests {
 
     fn batch(target: (u64, u64), stable: (u64, u64), millis: u64) -> Batch {
         let totals = |(requests, errors)| Totals { requests, errors };
-        Batch { target: totals(target), stable: totals(stable), millis }
+        Batch { target: totals(target), stable: totals(stable), millis, ..Batch::default() }
     }
 
     proptest! {

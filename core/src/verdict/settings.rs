@@ -86,10 +86,17 @@ impl Settings {
         })
     }
 
-    /// The evidence from which on the target fails. Errors and durations share α if both are judged.
+    /// The evidence from which on the target fails: the mean of what each kind says, which is 1 at most on average if the
+    /// target is no worse.
     pub fn bound(&self) -> f64 {
-        let tests = if self.latency.is_some() { 2.0 } else { 1.0 };
-        tests / self.false_rollback_rate
+        1.0 / self.false_rollback_rate
+    }
+
+    /// The part in that mean of each kind beside errors: client errors, cancelled requests and, if they are judged,
+    /// durations.
+    pub(super) fn part_of_others(&self) -> f64 {
+        let others = if self.latency.is_some() { 3.0 } else { 2.0 };
+        (1.0 - super::ERRORS_PART) / others
     }
 
     /// The evidence from which on it passes.
@@ -156,7 +163,7 @@ mod tests {
             latency: Some(Latency { quantiles: vec![0.5], min_difference: Duration::from_millis(100) }),
             max_errors: Some(0),
         };
-        assert_eq!((expected.bound(), expected.pass_bound()), (200.0, 10.0));
+        assert_eq!((expected.bound(), expected.pass_bound()), (100.0, 10.0));
         assert_eq!(read(all), Ok(expected));
     }
 

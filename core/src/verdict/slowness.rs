@@ -1,7 +1,8 @@
 //! "The target is slower than the stable version": the relative test on requests that take longer than a quantile of
 //! the stable version's durations, frozen when a step starts.
 
-use super::{Batch, Latency, LatencyJudgement, Sample, Totals};
+use super::clients::Clients;
+use super::{Batch, Latency, LatencyJudgement, Request, Sample, Totals};
 use crate::evidence::{Evidence, RATIOS, log_mean_exp};
 use crate::report::DURATION_BOUNDS;
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,26 @@ use std::time::Duration;
 const ENOUGH: u64 = 100;
 /// The most that evidence grows in a second, as a logarithm: pauses make many requests slow at once.
 const GROWTH_PER_SECOND: f64 = 2.0;
+
+/// What is new at a tick.
+pub(super) struct News<'a> {
+    /// What the stable version did before.
+    pub(super) recent: &'a Sample,
+    /// What ended of target and stable version.
+    pub(super) ended: [&'a Sample; 2],
+    /// Single requests.
+    pub(super) requests: &'a [Request],
+    /// Whether there are only a few clients.
+    pub(super) few: bool,
+    /// What was to be expected at the target.
+    pub(super) share: f64,
+    /// The largest share that what ends now may have been dealt at.
+    pub(super) largest: f64,
+    /// The time that has passed.
+    pub(super) millis: u64,
+    /// The most that one client adds.
+    pub(super) cap: f64,
+}
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Slowness {
@@ -26,6 +47,9 @@ struct Slow {
     #[serde(default)]
     is_old: bool,
     evidence: Evidence,
+    /// The same from clients.
+    #[serde(default)]
+    clients: Clients,
     batch: Batch,
     /// What came above the bound since it was frozen.
     all: Batch,
@@ -41,29 +65,41 @@ impl Slowness {
         self.quantiles.iter_mut().for_each(|slow| slow.is_old = true);
     }
 
-    /// Takes in what ended of target and stable version. `recent`: what the latter did before; `share`: what was to be
-    /// expected at the target.
-    pub(super) fn add(&mut self, latency: &Latency, recent: &Sample, ended: [&Sample; 2], share: f64, millis: u64) {
+    /// Takes in what ended.
+    pub(super) fn add(&mut self, latency: &Latency, news: &News<'_>) {
         let unknown = || Slow {
             bound: None,
             is_old: false,
             evidence: Evidence::new(RATIOS.len()),
+            clients: Clients::default(),
             batch: Batch::default(),
             all: Batch::default(),
         };
         self.quantiles.resize_with(latency.quantiles.len(), unknown);
+        let [target, stable] = news.ended;
+        let started = (target.started, stable.started);
         for (slow, quantile) in self.quantiles.iter_mut().zip(&latency.quantiles) {
-            slow.freeze(|| recent.bound_above(*quantile, latency.min_difference));
+            slow.clients.pass(news.millis);
+            slow.freeze(|| news.recent.bound_above(*quantile, latency.min_difference));
             let Some(bound) = slow.bound else { continue };
-            let [target, stable] = ended.map(|sample| sample.slower_than(bound));
-            slow.add(&Batch { target, stable, millis }, share);
+            let [target, stable] = news.ended.map(|sample| sample.slower_than(bound));
+            slow.add(&Batch { target, stable, started, millis: news.millis }, news.share);
+            let is_slow = |request: &&Request| request.is_sampled && request.duration > bound;
+            for request in news.requests.iter().filter(is_slow) {
+                slow.clients.add(request, news.largest, news.few, news.cap);
+            }
         }
     }
 
-    pub(super) fn judgement(&self, latency: &Latency, bound: f64) -> LatencyJudgement {
-        let logs: Vec<f64> = self.quantiles.iter().map(|slow| slow.evidence.log()).collect();
+    /// What durations say; of requests only if there are but a few clients.
+    pub(super) fn judgement(&self, latency: &Latency, few: bool, bound: f64) -> LatencyJudgement {
+        let log = |slow: &Slow| match few {
+            true => log_mean_exp(&[slow.evidence.log(), slow.clients.log()]),
+            false => slow.clients.log(),
+        };
+        let logs: Vec<f64> = self.quantiles.iter().map(log).collect();
         let each = self.quantiles.iter().zip(&latency.quantiles);
-        let worst = each.max_by(|(a, _), (b, _)| a.evidence.log().total_cmp(&b.evidence.log()));
+        let worst = each.max_by(|(a, _), (b, _)| log(a).total_cmp(&log(b)));
         let slower_than = worst.and_then(|(slow, _)| DURATION_BOUNDS.get(slow.bound?));
         LatencyJudgement {
             service: None,
@@ -102,17 +138,24 @@ impl Slow {
 }
 
 impl Sample {
-    /// Those whose duration is known, and how many of them took longer than this one of the bounds.
+    /// Those whose duration is known, and how many of them took longer than this one of the bounds. A request that its
+    /// client gave up after that time was slow; one given up before says nothing.
     fn slower_than(&self, bound: usize) -> Totals {
         let sum = |counts: &[u64]| counts.iter().fold(0, |sum: u64, count| sum.saturating_add(*count));
-        Totals { requests: sum(&self.durations), errors: self.durations.get(bound + 1..).map_or(0, sum) }
+        let above = |counts: &[u64]| counts.get(bound + 1..).map_or(0, sum);
+        let given_up = above(&self.waited);
+        Totals {
+            requests: sum(&self.durations).saturating_add(given_up),
+            errors: above(&self.durations).saturating_add(given_up),
+        }
     }
 
     /// The first of the bounds that is so much above the one that this share of the requests stay within. None: too few
     /// requests, or none of the bounds is.
     fn bound_above(&self, quantile: f64, more: Duration) -> Option<usize> {
-        let all = self.slower_than(0).requests;
-        let is_within = |bound: &usize| (self.slower_than(*bound).errors as f64) <= (1.0 - quantile) * all as f64;
+        let known = Self { durations: self.durations.clone(), ..Self::default() };
+        let all = known.slower_than(0).requests;
+        let is_within = |bound: &usize| (known.slower_than(*bound).errors as f64) <= (1.0 - quantile) * all as f64;
         let within = (0..DURATION_BOUNDS.len()).find(is_within).filter(|_| all >= ENOUGH)?;
         let least = u128::from(*DURATION_BOUNDS.get(within)?) + more.as_millis();
         DURATION_BOUNDS.iter().position(|bound| u128::from(*bound) >= least)

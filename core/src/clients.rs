@@ -1,0 +1,155 @@
+//! How much a bad request of one client speaks against a version: what one client does counts for little, however much it
+//! does.
+//!
+//! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
+//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With three
+//! limits, each of which only takes evidence away (what is left out is decided by what came before), so that
+//! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
+//!
+//! - A user of a session, whose version was chosen once, counts once.
+//! - What a client does within two seconds is one: it may be one try and its repetitions.
+//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes. The evidence
+//!   that a version fails on takes several clients, therefore.
+//!
+//! Where a sample of all requests shows only a few clients, these limits would leave nothing: requests that were dealt by
+//! weight are judged by their counts then, and users of sessions count once each.
+
+use crate::outcome::Outcome;
+use std::collections::BTreeMap;
+
+/// What a client does within so many milliseconds is one.
+const ONE_MILLIS: u64 = 2_000;
+/// The most clients, and users, that are told apart; what others do counts for nothing.
+pub(crate) const MOST_CLIENTS: usize = 4_096;
+
+/// One request that ended, of which chance decided the version at the present step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// A hash of the client's address.
+    pub client: u32,
+    /// A hash of the user, if there is a session.
+    pub user: Option<u32>,
+    /// Whether the version was the user's; else it was dealt by weight.
+    pub is_session: bool,
+    /// Whether it is of the sample of all requests; else it is told because it ended badly.
+    pub is_sampled: bool,
+    /// Whether the version in question had it: the target. Else another had: the stable version.
+    pub is_target: bool,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// How long it took, as an index of a report's durations.
+    pub duration: usize,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            client: 0,
+            user: None,
+            is_session: false,
+            is_sampled: false,
+            is_target: false,
+            outcome: Outcome::Ok,
+            duration: 0,
+        }
+    }
+}
+
+/// What has counted of each client and user.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Limits<const RATIOS: usize> {
+    clients: BTreeMap<u32, Client<RATIOS>>,
+    /// The users of sessions, and when they counted.
+    users: BTreeMap<u32, u64>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Client<const RATIOS: usize> {
+    /// Until when it does not count again.
+    until: u64,
+    /// How much it has added since it had added nothing, for each ratio.
+    added: [f64; RATIOS],
+}
+
+impl<const RATIOS: usize> Default for Limits<RATIOS> {
+    fn default() -> Self {
+        Self { clients: BTreeMap::new(), users: BTreeMap::new() }
+    }
+}
+
+impl<const RATIOS: usize> Limits<RATIOS> {
+    /// Goes on from what was kept.
+    pub(crate) fn of(
+        clients: impl Iterator<Item = (u32, [f64; RATIOS])>,
+        users: impl IntoIterator<Item = u32>,
+    ) -> Self {
+        let clients = clients.map(|(id, added)| (id, Client { until: 0, added })).collect();
+        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect() }
+    }
+
+    /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the chance that the
+    /// version had it if it is no worse; `few`: whether there are only a few clients; `cap`: the most that one adds;
+    /// `now`: in milliseconds.
+    pub(crate) fn gains(
+        &mut self,
+        request: &Request,
+        ratios: &[f64; RATIOS],
+        share: f64,
+        few: bool,
+        cap: f64,
+        now: u64,
+    ) -> Option<[f64; RATIOS]> {
+        if let Some(user) = request.user {
+            let is_known = self.users.contains_key(&user);
+            if !is_known && self.users.len() < MOST_CLIENTS {
+                self.users.insert(user, now);
+            }
+            if request.is_session && (is_known || !self.users.contains_key(&user)) {
+                return None;
+            }
+        }
+        let share = if share.is_finite() { share.clamp(1e-6, 1.0) } else { 1.0 };
+        let mut gains = ratios.map(|ratio| gain(request.is_target, share, ratio));
+        if few {
+            return request.is_session.then_some(gains);
+        }
+        if !self.clients.contains_key(&request.client) && self.clients.len() >= MOST_CLIENTS {
+            return None;
+        }
+        let client = self.clients.entry(request.client).or_insert(Client { until: 0, added: [0.0; RATIOS] });
+        if now < client.until {
+            return None;
+        }
+        client.until = now.saturating_add(ONE_MILLIS);
+        for (gain, added) in gains.iter_mut().zip(&mut client.added) {
+            *gain = gain.min(cap - *added);
+            *added = (*added + *gain).max(0.0);
+        }
+        Some(gains)
+    }
+
+    /// Forgets what counted before a time.
+    pub(crate) fn forget_before(&mut self, time: u64) {
+        self.users.retain(|_, at| *at >= time);
+        self.clients.retain(|_, client| client.until >= time || client.added.iter().any(|added| *added > 0.0));
+    }
+
+    /// The clients that have added most, and how much.
+    pub(crate) fn added_most(&self, number: usize) -> impl Iterator<Item = (u32, [f64; RATIOS])> + use<RATIOS> {
+        let mut clients: Vec<_> = self.clients.iter().map(|(id, client)| (*id, client.added)).collect();
+        let sum = |added: &[f64; RATIOS]| added.iter().sum::<f64>();
+        clients.sort_by(|(_, a), (_, b)| sum(b).total_cmp(&sum(a)));
+        clients.into_iter().take(number)
+    }
+
+    /// The users that have counted.
+    pub(crate) fn users(&self) -> impl Iterator<Item = u32> + '_ {
+        self.users.keys().copied()
+    }
+}
+
+/// The log-evidence of one bad request for so many times as bad.
+fn gain(is_target: bool, share: f64, ratio: f64) -> f64 {
+    let of_any = libm::log1p(share * (ratio - 1.0));
+    if is_target { libm::log1p(ratio - 1.0) - of_any } else { -of_any }
+}
