@@ -15,7 +15,9 @@
 //! weight are judged by their counts then, and users of sessions count once each.
 
 use crate::outcome::Outcome;
+use siphasher::sip::SipHasher24;
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
 /// What a client does within so many milliseconds is one.
 const ONE_MILLIS: u64 = 2_000;
@@ -53,6 +55,18 @@ impl Default for Request {
             duration: 0,
         }
     }
+}
+
+/// A client as reports tell clients apart: a hash of its address, without the port; of IPv6 the network of 64 bits that
+/// one host can fill with addresses. Not 0. What is no address and port is taken as it is.
+pub fn client(address: &[u8]) -> u32 {
+    let parsed = std::str::from_utf8(address).ok().and_then(|text| text.parse::<SocketAddr>().ok());
+    let hash = match parsed.map(|address| address.ip().to_canonical()) {
+        Some(IpAddr::V4(address)) => SipHasher24::new().hash(&address.octets()),
+        Some(IpAddr::V6(address)) => SipHasher24::new().hash(address.octets().get(..8).unwrap_or_default()),
+        None => SipHasher24::new().hash(address),
+    };
+    (hash as u32).max(1)
 }
 
 /// What has counted of each client and user.
@@ -152,4 +166,22 @@ impl<const RATIOS: usize> Limits<RATIOS> {
 fn gain(is_target: bool, share: f64, ratio: f64) -> f64 {
     let of_any = libm::log1p(share * (ratio - 1.0));
     if is_target { libm::log1p(ratio - 1.0) - of_any } else { -of_any }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    #[cfg(target_arch = "wasm32")]
+    use wasm_bindgen_test::wasm_bindgen_test as test;
+
+    #[test]
+    fn a_client_is_its_address_without_the_port() {
+        assert_eq!(client(b"192.0.2.7:1000"), client(b"192.0.2.7:2000"));
+        assert_eq!(client(b"192.0.2.7:1000"), client(b"[::ffff:192.0.2.7]:1000"));
+        assert_ne!(client(b"192.0.2.7:1000"), client(b"192.0.2.8:1000"));
+        assert_eq!(client(b"[2001:db8::1]:80"), client(b"[2001:db8:0:0:9::2]:81"));
+        assert_ne!(client(b"[2001:db8::1]:80"), client(b"[2001:db8:0:1::1]:80"));
+        assert_ne!(client(b"@/run/a"), client(b"@/run/b"));
+        assert_ne!(client(b""), 0);
+    }
 }

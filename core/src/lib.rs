@@ -18,6 +18,7 @@ pub mod plan;
 pub mod policy;
 pub mod report;
 pub mod request;
+pub mod routes;
 mod rules;
 #[cfg(feature = "schema")]
 pub mod schema;
@@ -25,6 +26,7 @@ pub mod sequence;
 pub mod session;
 pub mod shift;
 pub mod split;
+pub mod tallies;
 pub mod verdict;
 pub mod websocket;
 

@@ -219,7 +219,7 @@ impl Plan {
             version: choice.version,
             reason: choice.reason,
             chosen,
-            is_compared: service.step > 0 && chosen != Chosen::Rule && choice.is_of_this_step,
+            is_compared: chosen != Chosen::Rule && choice.is_of_this_step,
             user: choice.user,
             cookie: choice.cookie,
             mirror: mirror.map(|mirror| mirror.cluster.as_str()),

@@ -3,6 +3,7 @@
 //! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing. So
 //! is the number of the requests that are told one by one, of which a report holds the last.
 
+use crate::clients::Request;
 use crate::guard::Veto;
 use crate::outcome::Outcome;
 use serde::{Deserialize, Serialize};
@@ -117,9 +118,18 @@ impl Event {
     /// It is of the sample of all requests.
     pub const SAMPLED: u8 = 2;
 
-    /// How it ended; `None` if that is no outcome.
-    pub fn outcome(&self) -> Option<Outcome> {
-        Outcome::ALL.get(usize::from(self.3)).copied()
+    /// What it says, of the version in question or of another; `None` if its outcome is none.
+    pub fn request(&self, is_target: bool) -> Option<Request> {
+        let &Self(client, user, _, outcome, flags, duration) = self;
+        Some(Request {
+            client,
+            user: (user != 0).then_some(user),
+            is_session: flags & Self::SESSION != 0,
+            is_sampled: flags & Self::SAMPLED != 0,
+            is_target,
+            outcome: Outcome::ALL.get(usize::from(outcome)).copied()?,
+            duration: usize::from(duration),
+        })
     }
 }
 

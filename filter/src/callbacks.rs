@@ -91,7 +91,7 @@ extern "C" fn proxy_on_context_create(id: u32, parent: u32) {
             vm.roots.retain(|(root, _)| *root != id);
             vm.roots.push((id, Root::new()));
         } else if let Some(root) = vm.root(parent) {
-            let exchange = root.exchange();
+            let exchange = root.exchange(parent);
             vm.exchanges.insert(id, exchange);
         }
     });
@@ -147,7 +147,11 @@ extern "C" fn proxy_on_response_trailers(id: u32, _: u32) -> u32 {
 extern "C" fn proxy_on_done(id: u32) -> u32 {
     with_vm(|vm| {
         if let Some(exchange) = vm.exchanges.remove(&id) {
+            let root = exchange.root;
             exchange.ended();
+            if let Some(root) = vm.root(root) {
+                root.exchange_ended();
+            }
         } else if let Some(at) = vm.roots.iter().position(|(root, _)| *root == id) {
             vm.roots.remove(at).1.leave();
         }

@@ -1,107 +1,457 @@
-//! How each version does, as Envoy stats. Envoy keeps one value for the whole process, so any VM can read the totals
-//! of all of them, and a report needs no counting of its own.
+//! What this VM has counted. Requests count into plain cells; at each tick, and at once with a first error, the totals are
+//! published for the VM that leads ([`crate::totals`]), and Envoy's stats, which are for Prometheus only, catch up.
 //!
-//! Names carry labels in the form that Istio and `tideshift render envoy` extract: `version=.=v1;.;`.
+//! Names of stats carry labels in the form that Istio and `tideshift render envoy` extract: `version=.=v1;.;`.
 
-use crate::guards::Guards;
-use crate::host::{Stat, StatKind};
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use crate::host::{self, Stat, StatKind};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::time::Duration;
+use tideshift_core::clients;
 use tideshift_core::outcome::Outcome;
-use tideshift_core::plan::{Plan, ServicePlan};
-use tideshift_core::report::{Counts, DURATION_BOUNDS, ServiceReport, VersionReport, duration_bucket};
+use tideshift_core::plan::{Chosen, Plan, ServicePlan};
+use tideshift_core::report::{DURATION_BOUNDS, Event, MAX_CLIENTS, duration_bucket};
+use tideshift_core::routes::Routes;
+use tideshift_core::tallies::{ChoiceTally, DURATIONS, MAX_LOGGED, ServiceTally, Tallies, VersionTally};
 
-/// The stats of everything that this VM has counted for, also of what is gone from the policy.
+/// Requests that are looked at between two ticks as a sample of all, for each service.
+const SAMPLE: u32 = 5;
+/// Bad requests that are told one by one between two ticks, for each service.
+const BAD: u32 = 32;
+/// Clients of the sample are remembered for so long …
+const CLIENT_NANOS: u64 = 300_000_000_000;
+/// … and at most so many of them.
+const MOST_CLIENTS: usize = 64;
+/// What was counted of a version that is gone from the policy is kept for so long.
+const GONE_AFTER: Duration = Duration::from_secs(120);
+/// The most durations that wait for the next tick to become part of Envoy's histogram.
+const MOST_TIMES: usize = 65_536;
+
+/// Everything that this VM has counted for, also what is gone from the policy.
 #[derive(Default)]
 pub struct Counters {
-    services: Vec<ServiceCounters>,
-    /// Where each service is in the list above.
-    index: BTreeMap<String, usize>,
+    services: BTreeMap<String, Rc<ServiceCounters>>,
+    /// Whether anything was counted since the totals were taken last.
+    changed: Rc<Cell<Change>>,
 }
 
-/// The stats of one service.
-struct ServiceCounters {
+/// What happened since the totals were taken last.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Change {
+    #[default]
+    Nothing,
+    Something,
+    /// A first error: it should be known at once.
+    Error,
+}
+
+/// The counters of one service.
+pub struct ServiceCounters {
     name: String,
-    unrouted: Stat,
-    versions: Vec<(String, VersionCounters)>,
+    unrouted: Cell<u64>,
+    /// Of all versions that were ever in the policy, and the time at which they were there last; 0: they are.
+    known: RefCell<Vec<(Rc<VersionCounters>, u64)>>,
+    /// Whether requests of this service are gRPC requests, as far as was seen: then each is asked.
+    speaks_grpc: Cell<bool>,
+    /// Whether Envoy was seen to make failures look like answers (`local_reply_config`): then each answer is asked.
+    rewrites: Cell<bool>,
+    /// How many more requests may be looked at, and told, before the next tick.
+    sample: Cell<u32>,
+    bad: Cell<u32>,
+    clients: RefCell<BTreeMap<u32, u64>>,
+    samples: Cell<u64>,
+    logged: Cell<u64>,
+    log: RefCell<Vec<Event>>,
+    routes: RefCell<Routes>,
+    unrouted_stat: FlushedStat,
+    changed: Rc<Cell<Change>>,
 }
 
-/// The stats of one service of a plan, with its versions in the plan's order.
-pub struct PlanCounters {
-    unrouted: Stat,
-    /// One for each version.
-    pub versions: Vec<VersionCounters>,
-}
-
-/// The stats of one version.
+/// The counters of one service of a plan, with its versions in the plan's order.
 #[derive(Clone)]
+pub struct PlanCounters {
+    /// The service's.
+    pub service: Rc<ServiceCounters>,
+    /// One for each version.
+    pub versions: Vec<Rc<VersionCounters>>,
+}
+
+/// The counters of one version.
 pub struct VersionCounters {
-    outcomes: [Stat; Outcome::ALL.len()],
+    name: String,
+    /// Its place among all versions of its service that this VM has counted for.
+    index: usize,
+    in_flight: Cell<u64>,
+    misrouted: Cell<u64>,
+    chosen: RefCell<[ChoiceTally; Chosen::ALL.len()]>,
+    /// The milliseconds of requests that Envoy's histogram has yet to take.
+    times: RefCell<Vec<u32>>,
+    stats: VersionStats,
+}
+
+struct VersionStats {
+    outcomes: [FlushedStat; Outcome::ALL.len()],
     in_flight: Stat,
     milliseconds: Stat,
-    /// The histogram's values again, by [`duration_bucket`], since a histogram cannot be read.
-    durations: Rc<Durations>,
+    labels: String,
+    durations: RefCell<Vec<Option<FlushedStat>>>,
 }
 
-/// Counters that are defined when they are first needed: most versions need few of them.
-struct Durations {
-    labels: String,
-    buckets: RefCell<Vec<Option<Stat>>>,
+/// A counter of Envoy's, and what it has been told.
+#[derive(Default)]
+struct FlushedStat(Stat, Cell<u64>);
+
+impl FlushedStat {
+    fn define(name: &str) -> Self {
+        Self(Stat::define(StatKind::Counter, name), Cell::new(0))
+    }
+
+    fn flush(&self, total: u64) {
+        let more = total.saturating_sub(self.1.replace(total));
+        if more > 0 {
+            self.0.add(i64::try_from(more).unwrap_or(i64::MAX));
+        }
+    }
+}
+
+/// How one request of a version ended.
+pub struct Ended {
+    /// In which way its version was chosen.
+    pub chosen: Chosen,
+    /// Whether it says something about the version: see [`tideshift_core::plan::Decision::is_compared`].
+    pub is_compared: bool,
+    /// Its user, if there is a session.
+    pub user: Option<u32>,
+    /// How.
+    pub outcome: Outcome,
+    /// How long after its start.
+    pub nanoseconds: u64,
+    /// Whether it is one of the sample of all requests.
+    pub is_sampled: bool,
 }
 
 impl Counters {
-    /// The stats of a plan's services, in its order; defines those that are not defined yet.
+    /// The counters of a plan's services, in its order.
     pub fn cover(&mut self, plan: &Plan) -> Vec<PlanCounters> {
-        plan.services.iter().filter_map(|service| self.cover_service(service)).collect()
+        let now = host::now();
+        let covered: Vec<_> = plan.services.iter().map(|service| self.cover_service(service, now)).collect();
+        for service in self.services.values() {
+            let of_plan = covered.iter().find(|covered| Rc::ptr_eq(&covered.service, service));
+            for (version, left) in service.known.borrow_mut().iter_mut() {
+                let is_there = of_plan.is_some_and(|of| of.versions.iter().any(|known| Rc::ptr_eq(known, version)));
+                *left = if is_there { 0 } else { (*left).max(1) };
+                if !is_there {
+                    service.routes.borrow_mut().forget(version.index);
+                }
+            }
+        }
+        covered
     }
 
-    fn cover_service(&mut self, service: &ServicePlan) -> Option<PlanCounters> {
-        let next = self.services.len();
-        let at = *self.index.entry(service.name.clone()).or_insert(next);
-        if at == next {
-            let name = format!("service=.={};.;tideshift_unrouted_requests_total", service.name);
-            let unrouted = Stat::define(StatKind::Counter, &name);
-            self.services.push(ServiceCounters { name: service.name.clone(), unrouted, versions: Vec::new() });
-        }
-        let known = self.services.get_mut(at)?;
+    fn cover_service(&mut self, service: &ServicePlan, now: u64) -> PlanCounters {
+        let changed = self.changed.clone();
+        let known = self.services.entry(service.name.clone());
+        let counters = known.or_insert_with(|| Rc::new(ServiceCounters::new(&service.name, changed))).clone();
         let mut versions = Vec::with_capacity(service.versions.len());
-        for version in &service.versions {
-            let defined = known.versions.iter().find(|(name, _)| name == version).map(|(_, counters)| counters.clone());
-            versions.push(defined.unwrap_or_else(|| {
-                let counters = VersionCounters::define(&service.name, version);
-                known.versions.push((version.clone(), counters.clone()));
-                counters
-            }));
+        for (i, name) in service.versions.iter().enumerate() {
+            let mut known = counters.known.borrow_mut();
+            let found = known.iter().find(|(version, _)| version.name == *name).map(|(version, _)| version.clone());
+            let version = found.unwrap_or_else(|| {
+                let index = known.iter().map(|(version, _)| version.index + 1).max().unwrap_or_default();
+                let version = Rc::new(VersionCounters::new(&service.name, name, index));
+                known.push((version.clone(), now));
+                version
+            });
+            let cluster = service.clusters.get(i).and_then(Option::as_deref);
+            counters.routes.borrow_mut().set(version.index, service.stable == Some(i), cluster);
+            versions.push(version);
         }
-        Some(PlanCounters { unrouted: known.unrouted, versions })
+        PlanCounters { service: counters, versions }
     }
 
-    /// The process's totals.
-    pub fn read(&self, guards: &Guards) -> Vec<ServiceReport> {
-        let service = |service: &ServiceCounters| ServiceReport {
-            name: service.name.clone(),
-            unrouted: service.unrouted.value(),
-            versions: service.versions.iter().map(|(name, counters)| counters.read(name)).collect(),
-            vetoes: guards.vetoes(&service.name).to_vec(),
-        };
-        self.services.iter().map(service).collect()
+    /// Whether there is an error that the VM that leads should know of at once.
+    pub fn is_urgent(&self) -> bool {
+        self.changed.get() == Change::Error
+    }
+
+    /// What this VM has counted, if that is more than when this was asked last.
+    pub fn take(&mut self, now: u64) -> Option<Tallies> {
+        if self.changed.replace(Change::Nothing) == Change::Nothing {
+            return None;
+        }
+        let services: Vec<_> = self.services.values().map(|service| service.tally(now)).collect();
+        Some(Tallies { services: services.into_iter().filter(|service| !service.versions.is_empty()).collect() })
+    }
+
+    /// A tick: Envoy's stats take in what was counted, samples begin again, and what is long gone is forgotten.
+    pub fn tick(&mut self, now: u64) {
+        for service in self.services.values() {
+            service.tick(now);
+        }
+        self.services.retain(|_, service| !service.known.borrow().is_empty());
+    }
+
+    /// Tells Envoy's gauges what all VMs together have in flight.
+    pub fn show_in_flight(&self, totals: &Tallies) {
+        for service in self.services.values() {
+            for (version, _) in service.known.borrow().iter() {
+                let of = totals.service(&service.name).and_then(|of| of.version(&version.name));
+                version.stats.in_flight.record(of.map_or(0, |of| of.in_flight));
+            }
+        }
     }
 }
 
-impl PlanCounters {
+impl ServiceCounters {
+    fn new(name: &str, changed: Rc<Cell<Change>>) -> Self {
+        let stat = format!("service=.={name};.;tideshift_unrouted_requests_total");
+        Self {
+            name: name.to_owned(),
+            unrouted: Cell::new(0),
+            known: RefCell::default(),
+            speaks_grpc: Cell::new(false),
+            rewrites: Cell::new(false),
+            sample: Cell::new(SAMPLE),
+            bad: Cell::new(BAD),
+            clients: RefCell::default(),
+            samples: Cell::new(0),
+            logged: Cell::new(0),
+            log: RefCell::default(),
+            routes: RefCell::default(),
+            unrouted_stat: FlushedStat::define(&stat),
+            changed,
+        }
+    }
+
+    fn change(&self, change: Change) {
+        if change > self.changed.get() {
+            self.changed.set(change);
+        }
+    }
+
     /// Counts a request that found nothing in service.
     pub fn count_unrouted(&self) {
-        self.unrouted.add(1);
+        self.unrouted.set(self.unrouted.get().saturating_add(1));
+        self.change(Change::Something);
+    }
+
+    /// Whether to ask what kind of request this is: where gRPC is spoken always, else now and then.
+    pub fn asks_for_kind(&self) -> bool {
+        self.speaks_grpc.get() || self.sample.get() > 0
+    }
+
+    /// gRPC was seen.
+    pub fn note_grpc(&self) {
+        self.speaks_grpc.set(true);
+    }
+
+    /// Whether Envoy was seen to make failures look like answers.
+    pub fn are_answers_rewritten(&self) -> bool {
+        self.rewrites.get()
+    }
+
+    /// Envoy made a failure look like an answer.
+    pub fn note_rewritten(&self) {
+        self.rewrites.set(true);
+    }
+
+    /// Whether to look at a request that has just ended as one of the sample of all.
+    pub fn samples(&self) -> bool {
+        let left = self.sample.get();
+        self.sample.set(left.saturating_sub(1));
+        left > 0
+    }
+
+    /// Whether it has to be looked at where this request of a version went.
+    pub fn asks_for_route(&self, version: &VersionCounters) -> bool {
+        self.routes.borrow().asks_for(version.index)
+    }
+
+    /// Whether a request that went to this cluster reached its version.
+    pub fn reached(&self, version: &VersionCounters, cluster: Option<&[u8]>) -> bool {
+        self.routes.borrow_mut().reached(version.index, cluster)
+    }
+
+    /// A request of a version began.
+    pub fn started(&self, version: &VersionCounters, chosen: Chosen) {
+        version.in_flight.set(version.in_flight.get().saturating_add(1));
+        if let Some(tally) = version.chosen.borrow_mut().get_mut(chosen as usize) {
+            tally.started = tally.started.saturating_add(1);
+        }
+        self.change(Change::Something);
+    }
+
+    /// Takes back that it began: Envoy goes on with the request by itself, and it will come again.
+    pub fn redirected(&self, version: &VersionCounters, chosen: Chosen) {
+        version.in_flight.set(version.in_flight.get().saturating_sub(1));
+        if let Some(tally) = version.chosen.borrow_mut().get_mut(chosen as usize) {
+            tally.started = tally.started.saturating_sub(1);
+        }
+        self.change(Change::Something);
+    }
+
+    /// It ended at another version's cluster, or at none.
+    pub fn misrouted(&self, version: &VersionCounters, chosen: Chosen) {
+        self.redirected(version, chosen);
+        version.misrouted.set(version.misrouted.get().saturating_add(1));
+    }
+
+    /// Counts how it ended.
+    pub fn ended(&self, version: &VersionCounters, ended: &Ended) {
+        let milliseconds = ended.nanoseconds / 1_000_000;
+        let duration = duration_bucket(milliseconds);
+        version.in_flight.set(version.in_flight.get().saturating_sub(1));
+        if let Some(tally) = version.chosen.borrow_mut().get_mut(ended.chosen as usize) {
+            tally.count(ended.outcome, duration);
+        }
+        if ended.outcome != Outcome::Cancelled {
+            let mut times = version.times.borrow_mut();
+            if times.len() < MOST_TIMES {
+                times.push(u32::try_from(milliseconds).unwrap_or(u32::MAX));
+            }
+        }
+        let is_error = ended.outcome == Outcome::Error;
+        self.change(if is_error { Change::Error } else { Change::Something });
+        if ended.is_sampled || (ended.outcome != Outcome::Ok && ended.is_compared && self.bad.get() > 0) {
+            self.look_at(version, ended, duration);
+        }
+    }
+
+    /// Tells apart whose request it was.
+    fn look_at(&self, version: &VersionCounters, ended: &Ended, duration: usize) {
+        let client = host::property("source\0address").map_or(0, |address| clients::client(&address));
+        if ended.is_sampled && client != 0 {
+            self.samples.set(self.samples.get().saturating_add(1));
+            self.clients.borrow_mut().insert(client, 0);
+        }
+        if !ended.is_compared {
+            return;
+        }
+        let is_session = ended.chosen == Chosen::Session;
+        let flags = if is_session { Event::SESSION } else { 0 } | if ended.is_sampled { Event::SAMPLED } else { 0 };
+        let (user, outcome) = (ended.user.unwrap_or_default(), ended.outcome as u8);
+        let event = Event(client, user, version.index as u16, outcome, flags, duration as u8);
+        let mut log = self.log.borrow_mut();
+        if !ended.is_sampled {
+            // One client that fails again and again must not push out all others.
+            let of_tick = usize::try_from(BAD - self.bad.get().min(BAD)).unwrap_or_default();
+            let is_same = |known: &Event| (known.0, known.1, known.2, known.3) == (event.0, event.1, event.2, event.3);
+            if log.iter().rev().take(of_tick + SAMPLE as usize).any(is_same) {
+                return;
+            }
+            self.bad.set(self.bad.get().saturating_sub(1));
+        }
+        log.push(event);
+        if log.len() > MAX_LOGGED {
+            log.remove(0);
+        }
+        self.logged.set(self.logged.get().saturating_add(1));
+    }
+
+    fn tally(&self, now: u64) -> ServiceTally {
+        let known = self.known.borrow();
+        let (logged, log) = (self.logged.get(), self.log.borrow().clone());
+        let place = |index: u16| known.iter().position(|(version, _)| version.index == usize::from(index));
+        let log: Option<Vec<Event>> = log
+            .into_iter()
+            .map(|Event(client, user, index, outcome, flags, duration)| {
+                Some(Event(client, user, u16::try_from(place(index)?).ok()?, outcome, flags, duration))
+            })
+            .collect();
+        let mut clients = self.clients.borrow_mut();
+        clients.values_mut().filter(|seen| **seen == 0).for_each(|seen| *seen = now);
+        ServiceTally {
+            name: self.name.clone(),
+            unrouted: self.unrouted.get(),
+            samples: self.samples.get(),
+            clients: clients.keys().take(MAX_CLIENTS).copied().collect(),
+            logged,
+            log: log.unwrap_or_default(),
+            versions: known.iter().map(|(version, _)| version.tally()).collect(),
+        }
+    }
+
+    fn tick(&self, now: u64) {
+        self.sample.set(SAMPLE);
+        self.bad.set(BAD);
+        self.unrouted_stat.flush(self.unrouted.get());
+        {
+            let mut clients = self.clients.borrow_mut();
+            clients.retain(|_, seen| *seen == 0 || now.saturating_sub(*seen) < CLIENT_NANOS);
+            while clients.len() > MOST_CLIENTS {
+                clients.pop_last();
+            }
+        }
+        let mut known = self.known.borrow_mut();
+        for (version, left) in known.iter_mut() {
+            version.flush();
+            if *left == 1 {
+                *left = now.max(2);
+            }
+        }
+        let gone_before = now.saturating_sub(GONE_AFTER.as_nanos() as u64);
+        let mut gone = BTreeSet::new();
+        known.retain(|(version, left)| {
+            let is_gone = *left > 1 && *left < gone_before && version.in_flight.get() == 0;
+            if is_gone {
+                gone.insert(version.index);
+            }
+            !is_gone
+        });
+        if !gone.is_empty() {
+            self.log.borrow_mut().retain(|event| !gone.contains(&usize::from(event.2)));
+            self.change(Change::Something);
+        }
     }
 }
 
 impl VersionCounters {
+    fn new(service: &str, name: &str, index: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            index,
+            in_flight: Cell::new(0),
+            misrouted: Cell::new(0),
+            chosen: RefCell::default(),
+            times: RefCell::default(),
+            stats: VersionStats::define(service, name),
+        }
+    }
+
+    fn tally(&self) -> VersionTally {
+        let chosen = self.chosen.borrow();
+        let used = chosen.iter().enumerate().filter(|(_, tally)| **tally != ChoiceTally::default());
+        VersionTally {
+            name: self.name.clone(),
+            in_flight: self.in_flight.get(),
+            misrouted: self.misrouted.get(),
+            chosen: used.map(|(i, tally)| (i as u8, tally.clone())).collect(),
+        }
+    }
+
+    fn flush(&self) {
+        let times = std::mem::take(&mut *self.times.borrow_mut());
+        if times.is_empty() && self.chosen.borrow().iter().all(|tally| tally.started == 0) {
+            return;
+        }
+        let mut sum = ChoiceTally::default();
+        for tally in self.chosen.borrow().iter() {
+            sum.ended.iter_mut().zip(tally.ended).for_each(|(sum, more)| *sum = sum.saturating_add(more));
+            sum.durations.resize(sum.durations.len().max(tally.durations.len()), 0);
+            sum.durations.iter_mut().zip(&tally.durations).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
+        }
+        self.stats.flush(&sum);
+        times.into_iter().for_each(|time| self.stats.milliseconds.record(u64::from(time)));
+    }
+}
+
+impl VersionStats {
     fn define(service: &str, version: &str) -> Self {
         let labels = format!("service=.={service};.;version=.={version};.;");
         let outcome = |outcome: Outcome| {
             let name = format!("{labels}outcome=.={};.;tideshift_requests_total", outcome.label());
-            Stat::define(StatKind::Counter, &name)
+            FlushedStat::define(&name)
         };
         Self {
             outcomes: Outcome::ALL.map(outcome),
@@ -110,68 +460,23 @@ impl VersionCounters {
                 StatKind::Histogram,
                 &format!("{labels}tideshift_request_duration_milliseconds"),
             ),
-            durations: Rc::new(Durations { labels, buckets: RefCell::default() }),
+            labels,
+            durations: RefCell::default(),
         }
     }
 
-    /// Counts a request that has been given to the version.
-    pub fn started(&self) {
-        self.in_flight.add(1);
-    }
-
-    /// Takes back that it has started: Envoy goes on with the request by itself, and it will come again.
-    pub fn redirected(&self) {
-        self.in_flight.add(-1);
-    }
-
-    /// Counts how it ended, `nanoseconds` after its start.
-    pub fn ended(&self, outcome: Outcome, nanoseconds: u64) {
-        self.in_flight.add(-1);
-        self.outcomes.get(outcome as usize).copied().unwrap_or_default().add(1);
-        if outcome != Outcome::Cancelled {
-            let milliseconds = nanoseconds / 1_000_000;
-            self.milliseconds.record(milliseconds);
-            self.durations.stat(duration_bucket(milliseconds)).add(1);
+    fn flush(&self, sum: &ChoiceTally) {
+        self.outcomes.iter().zip(sum.ended).for_each(|(stat, total)| stat.flush(total));
+        let mut durations = self.durations.borrow_mut();
+        durations.resize_with(DURATIONS, || None);
+        let used = durations.iter_mut().zip(&sum.durations).enumerate().filter(|(_, (_, total))| **total > 0);
+        for (bucket, (stat, total)) in used {
+            stat.get_or_insert_with(|| {
+                let bound = DURATION_BOUNDS.get(bucket).map_or("+Inf".to_owned(), u64::to_string);
+                let name = format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels);
+                FlushedStat::define(&name)
+            })
+            .flush(*total);
         }
-    }
-
-    /// The process's requests under way.
-    pub fn in_flight(&self) -> u64 {
-        self.in_flight.value()
-    }
-
-    /// The process's failed requests.
-    pub fn errors(&self) -> u64 {
-        self.outcomes.get(Outcome::Error as usize).copied().unwrap_or_default().value()
-    }
-
-    /// The process's totals by outcome.
-    pub fn ended_so_far(&self) -> Counts {
-        let [ok, error, client_error, cancelled] = self.outcomes.map(Stat::value);
-        Counts { ok, error, client_error, cancelled }
-    }
-
-    fn read(&self, name: &str) -> VersionReport {
-        let mut durations: Vec<u64> =
-            (0..=DURATION_BOUNDS.len()).map(|bucket| self.durations.stat(bucket).value()).collect();
-        let used = durations.iter().rposition(|count| *count > 0).map_or(0, |last| last + 1);
-        durations.truncate(used);
-        let (ended, in_flight) = (self.ended_so_far(), self.in_flight.value());
-        VersionReport { name: name.to_owned(), ended, in_flight, durations }
-    }
-}
-
-impl Durations {
-    fn stat(&self, bucket: usize) -> Stat {
-        let mut buckets = self.buckets.borrow_mut();
-        if buckets.is_empty() {
-            buckets.resize(DURATION_BOUNDS.len() + 1, None);
-        }
-        let Some(stat) = buckets.get_mut(bucket) else { return Stat::default() };
-        *stat.get_or_insert_with(|| {
-            let bound = DURATION_BOUNDS.get(bucket).map_or("+Inf".to_owned(), u64::to_string);
-            let name = format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels);
-            Stat::define(StatKind::Counter, &name)
-        })
     }
 }

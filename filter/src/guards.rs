@@ -1,9 +1,13 @@
 //! The guards of all services, on the VM that leads; and how their vetoes reach the others.
 
-use crate::root::InForce;
+use crate::totals::News;
 use std::collections::BTreeMap;
+use tideshift_core::clients::Request;
 use tideshift_core::guard::{Guard, Observed, Veto};
-use tideshift_core::policy::Policy;
+use tideshift_core::plan::Chosen;
+use tideshift_core::policy::{Policy, Service, Version};
+use tideshift_core::report::Event;
+use tideshift_core::tallies::{ServiceTally, Tallies};
 
 /// The guards of the services, by name.
 #[derive(Default)]
@@ -22,12 +26,21 @@ pub struct Noted {
 impl Guards {
     /// Looks at what has been counted; whether the vetoes are others than before. `left` is what the guards before
     /// these left.
-    pub fn look(&mut self, now: u64, policy: &Policy, in_force: &InForce, left: impl Fn() -> Vec<Noted>) -> bool {
+    pub fn look(
+        &mut self,
+        now: u64,
+        policy: &Policy,
+        totals: &Tallies,
+        news: &News,
+        left: impl Fn() -> Vec<Noted>,
+    ) -> bool {
         let is_there = |name: &String| policy.services.iter().any(|service| service.name == *name);
         let mut changed = self.0.iter().any(|(name, guard)| !is_there(name) && !guard.vetoes().is_empty());
         self.0.retain(|name, _| is_there(name));
         let mut noted = None;
-        for (service, counters) in policy.services.iter().zip(&in_force.counters) {
+        let nothing = ServiceTally::default();
+        for service in &policy.services {
+            let tally = totals.service(&service.name).unwrap_or(&nothing);
             let guard = self.0.entry(service.name.clone()).or_insert_with(|| {
                 let noted: &Vec<Noted> = noted.get_or_insert_with(&left);
                 let of_service = noted.iter().filter(|noted| noted.service == service.name);
@@ -36,14 +49,12 @@ impl Guards {
                 Guard::resume(service.guard.clone(), now, of_service.map(|noted| noted.veto.clone()))
             });
             let before: Vec<String> = guard.vetoes().iter().map(|veto| veto.version.clone()).collect();
-            let observed = service.versions.iter().zip(&counters.versions).map(|(version, counters)| Observed {
-                name: &version.name,
-                weight: version.weight,
-                serving: version.serving,
-                ended: counters.ended_so_far(),
-            });
+            let observed: Vec<_> = service.versions.iter().map(|version| observed(service, version, tally)).collect();
             guard.set_policy(service.guard.clone());
-            if !guard.observe(now, &observed.collect::<Vec<_>>()) {
+            let events = news.get(&service.name).map(Vec::as_slice).unwrap_or_default();
+            let requests: Vec<_> = events.iter().filter_map(|(version, event)| request(version, event)).collect();
+            guard.hear(now, tally.has_few_clients(), &requests);
+            if !guard.observe(now, &observed) {
                 continue;
             }
             changed = true;
@@ -75,6 +86,24 @@ impl Guards {
             guard.vetoes().iter().map(noted(true)).chain(guard.past().iter().map(noted(false)))
         })
     }
+}
+
+fn observed<'a>(service: &Service, version: &'a Version, tally: &ServiceTally) -> Observed<'a> {
+    let of = tally.version(&version.name);
+    let ended = |chosen: &[Chosen]| of.map(|of| of.ended(chosen)).unwrap_or_default();
+    Observed {
+        name: &version.name,
+        weight: version.weight,
+        serving: version.serving,
+        stable: service.stable.as_ref() == Some(&version.name),
+        ended: ended(&[Chosen::Dealt, Chosen::Session]),
+        dealt: Some(ended(&[Chosen::Dealt])),
+        started: of.and_then(|of| of.of(Chosen::Dealt)).map_or(0, |dealt| dealt.started),
+    }
+}
+
+fn request<'a>(version: &'a str, event: &Event) -> Option<(&'a str, Request)> {
+    Some((version, event.request(false)?))
 }
 
 impl Noted {

@@ -39,10 +39,11 @@ fn read(name: &str) -> Option<Received> {
 }
 
 impl Headers<'_> {
-    /// Whether this is a gRPC request.
+    /// Whether this is a gRPC request, whose answer must have a gRPC status in its trailers or headers; gRPC-Web has it in
+    /// the body.
     pub fn is_grpc(&self) -> bool {
         const KIND: &str = "content-type";
-        let is_grpc = |kind: &[u8]| kind.starts_with(b"application/grpc");
+        let is_grpc = |kind: &[u8]| kind.starts_with(b"application/grpc") && !kind.starts_with(b"application/grpc-web");
         match self {
             Self::All(_) => self.header(KIND).is_some_and(|kind| is_grpc(&kind)),
             Self::Few(..) => host::header(Map::Request, KIND).is_some_and(|kind| is_grpc(&kind)),

@@ -12,6 +12,7 @@
 
 mod callbacks;
 mod counters;
+mod events;
 mod exchange;
 mod guards;
 mod headers;
@@ -20,4 +21,5 @@ mod link;
 mod pulse;
 mod root;
 mod shared;
+mod totals;
 mod workers;

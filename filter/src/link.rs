@@ -3,7 +3,8 @@
 
 use crate::host::{self, Map};
 use crate::pulse::Pulse;
-use crate::shared::{Place, Shared};
+use crate::shared::{Number, Place, Shared};
+use crate::workers::Live;
 use fastrand::Rng;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use std::time::Duration;
@@ -102,17 +103,17 @@ impl Link {
     pub fn report(
         &mut self,
         now: u64,
-        (workers, applied): (u32, Option<Place>),
+        live: Live,
         pulse: Pulse,
-        shared: &Shared,
+        (shared, number): (&Shared, Option<Number>),
         services: impl FnOnce() -> Vec<ServiceReport>,
     ) {
-        let state = (pulse, applied);
+        let state = (pulse, live.applied);
         let is_time = is_due(self.report_at, now) || (state != self.reported && is_due(self.news_at, now));
         if self.report.is_some() || !is_time {
             return;
         }
-        let Some(number) = shared.next_number() else { return };
+        let Some(number) = number else { return };
         let services = services();
         if !shared.take_number(&number) {
             return;
@@ -127,8 +128,9 @@ impl Link {
             sequence: number.sequence,
             epoch: applied.epoch,
             revision: applied.revision,
-            workers,
+            workers: u32::try_from(live.published.len()).unwrap_or(u32::MAX),
             refused: self.refused.clone(),
+            format: Report::FORMAT,
             services,
         };
         let Ok(body) = serde_json::to_vec(&report) else { return };

@@ -1,6 +1,7 @@
 //! One VM of the plugin: the policy in force, its changes, and the exchanges that it chooses for.
 
 use crate::counters::{Counters, PlanCounters};
+use crate::events::EventLog;
 use crate::exchange::Exchange;
 use crate::guards::{Guards, Noted};
 use crate::headers::Headers;
@@ -8,6 +9,7 @@ use crate::host;
 use crate::link::{Answer, Link};
 use crate::pulse::Pulse;
 use crate::shared::{Place, Shared};
+use crate::totals::{Published, Totals};
 use crate::workers::Workers;
 use fastrand::Rng;
 use std::cell::RefCell;
@@ -15,13 +17,13 @@ use std::rc::Rc;
 use std::time::Duration;
 use tideshift_core::plan::{Decision, Plan, Turns};
 use tideshift_core::policy::{Explain, Policy};
+use tideshift_core::report::ServiceReport;
+use tideshift_core::tallies::{ServiceTally, Tallies};
 
 /// The first tick comes soon after configuring, so that the first policy does.
 const FIRST_TICK: Duration = Duration::from_millis(20);
-/// The later ones: heartbeats, the lease, retries.
-const TICK: Duration = Duration::from_millis(200);
-/// Those of the VM that leads: the guard looks at the counts with each.
-const LEADERS_TICK: Duration = Duration::from_millis(100);
+/// The later ones: counts, heartbeats, the lease, retries; and on the VM that leads, the guard.
+const TICK: Duration = Duration::from_millis(100);
 /// How long the right to lead lasts without a renewal.
 const LEASE: Duration = Duration::from_secs(2);
 
@@ -37,6 +39,9 @@ pub struct Root {
     /// `None` until configured.
     fleet: Option<Fleet>,
     random: Rng,
+    /// Counts ticks; and the tick after which a first error was published at once.
+    ticks: u64,
+    urgent_at: Option<u64>,
 }
 
 /// What exchanges need of their VM.
@@ -47,14 +52,14 @@ pub struct Worker {
     random: RefCell<Rng>,
 }
 
-/// A plan with the stats of its services, by the plan's indexes.
+/// A plan with the counters of its services, by the plan's indexes.
 #[derive(Default)]
 pub struct InForce {
     /// The plan.
     pub plan: Plan,
     /// Who may ask why.
     pub explain: Option<Explain>,
-    /// The stats of each of its services.
+    /// The counters of each of its services.
     pub counters: Vec<PlanCounters>,
     strips: bool,
 }
@@ -71,6 +76,10 @@ struct Fleet {
     shared: Shared,
     link: Option<Link>,
     guards: Guards,
+    published: Published,
+    /// What all VMs have counted, on the one that leads.
+    totals: Totals,
+    events: EventLog,
     /// `None` until the first tick.
     workers: Option<Workers>,
     /// Whether this VM had the lease at its last tick: one of them talks to the controller and guards.
@@ -117,6 +126,8 @@ impl Root {
             own: Own::default(),
             fleet: None,
             random: Rng::with_seed(0),
+            ticks: 0,
+            urgent_at: None,
         }
     }
 
@@ -128,13 +139,16 @@ impl Root {
                 self.random = Rng::with_seed(host::now() ^ std::ptr::from_ref(self) as u64);
                 self.worker.random.replace(self.random.fork());
                 self.own = Own { explain: policy.explain.clone(), strips: policy.strip_client_headers };
-                let shared = Shared::new(policy.controller.as_ref());
+                let shared = Shared::new(policy.controller.as_ref(), &json);
                 let link = policy.controller.as_ref().map(|controller| Link::new(controller, &shared));
                 let place = Place { epoch: String::new(), revision: policy.revision };
                 self.fleet = Some(Fleet {
                     shared,
                     link,
                     guards: Guards::default(),
+                    published: Published::default(),
+                    totals: Totals::default(),
+                    events: EventLog::default(),
                     workers: None,
                     leads: false,
                     vetoes: 0,
@@ -157,7 +171,7 @@ impl Root {
 
     fn adopt(&mut self, mut policy: Policy, place: Place) {
         // Here, because the plan has to know of every header that is looked at.
-        policy.explain = policy.explain.or_else(|| self.own.explain.clone());
+        policy.explain = self.own.explain.clone().or(policy.explain);
         self.policy = policy;
         self.place = place;
         self.compile();
@@ -202,14 +216,32 @@ impl Root {
     }
 
     fn beat(&mut self, now: u64) {
-        if let Some(Fleet { workers: Some(workers), .. }) = &self.fleet {
-            workers.beat(now, &self.place);
+        if let Some(Fleet { workers: Some(workers), published, .. }) = &self.fleet {
+            workers.beat(now, &self.place, published.number);
         }
     }
 
-    /// A request that has just arrived.
-    pub fn exchange(&self) -> Exchange {
-        Exchange::new(self.worker.clone())
+    /// Publishes what this VM has counted since it last did, if there is anything.
+    fn publish(&mut self, now: u64) {
+        let Some(Fleet { workers: Some(workers), published, shared, .. }) = &mut self.fleet else { return };
+        if let Some(tallies) = self.counters.take(now) {
+            published.publish(shared, workers.id, tallies);
+        }
+    }
+
+    /// A request of this worker has ended. The VM that leads should know of a first error at once.
+    pub fn exchange_ended(&mut self) {
+        if self.counters.is_urgent() && self.urgent_at.is_none_or(|at| at != self.ticks) {
+            self.urgent_at = Some(self.ticks);
+            let now = host::now();
+            self.publish(now);
+            self.beat(now);
+        }
+    }
+
+    /// A request that has just arrived, for the root context of this number.
+    pub fn exchange(&self, root: u32) -> Exchange {
+        Exchange::new(self.worker.clone(), root)
     }
 
     /// Heartbeat and lease; for the VM that has the lease, the guard and the talk with the controller.
@@ -217,30 +249,42 @@ impl Root {
         let now = host::now();
         self.catch_up();
         let Some(fleet) = &mut self.fleet else { return };
+        if fleet.workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
+            fleet.workers = None;
+            fleet.published.start_again();
+        }
         if fleet.workers.is_none() {
             fleet.workers = Some(Workers::join(fleet.shared.clone()));
         }
+        self.ticks = self.ticks.wrapping_add(1);
+        self.counters.tick(now);
+        self.publish(now);
         self.beat(now);
         let Some(fleet) = &mut self.fleet else { return };
         let Some(workers) = &fleet.workers else { return };
         fleet.leads = fleet.shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64));
-        let tick = if fleet.leads { LEADERS_TICK } else { TICK };
-        if std::mem::replace(&mut fleet.tick, tick) != tick {
-            host::tick_every(tick);
+        if std::mem::replace(&mut fleet.tick, TICK) != TICK {
+            host::tick_every(TICK);
         }
         if fleet.leads {
             self.lead(now);
         } else {
-            // Who leads next looks with fresh eyes.
-            fleet.guards = Guards::default();
+            // The VM that leads next starts without evidence.
+            (fleet.guards, fleet.totals, fleet.events) = Default::default();
         }
     }
 
     fn lead(&mut self, now: u64) {
-        let in_force = self.worker.in_force();
-        let Some(Fleet { shared, link, guards, workers: Some(workers), .. }) = &mut self.fleet else { return };
+        let Some(Fleet { shared, link, guards, workers: Some(workers), totals, events, .. }) = &mut self.fleet else {
+            return;
+        };
+        let live = workers.live(now);
+        let number = shared.next_number();
+        let news = totals.gather(shared, &live.published);
+        events.add(workers.id, &news);
+        self.counters.show_in_flight(&totals.sum);
         let left = || shared.vetoes().map_or_else(Vec::new, |(text, _)| Noted::read(&text));
-        let vetoes_changed = guards.look(now, &self.policy, &in_force, left);
+        let vetoes_changed = guards.look(now, &self.policy, &totals.sum, &news, left);
         if vetoes_changed {
             shared.set_vetoes(&Noted::write(guards.noted()));
             workers.wake();
@@ -250,8 +294,9 @@ impl Root {
                 link.report_soon();
             }
             link.poll(now, &self.place, &mut self.random);
-            let pulse = Pulse::feel(&self.policy, &in_force);
-            link.report(now, workers.applied_by_all(now), pulse, shared, || self.counters.read(guards));
+            let pulse = Pulse::feel(&self.policy, &totals.sum);
+            let services = || services(&self.policy, &totals.sum, guards, events);
+            link.report(now, live, pulse, (shared, number), services);
         }
         if vetoes_changed {
             self.compile();
@@ -291,10 +336,21 @@ impl Root {
     }
 
     /// This configuration has been replaced, or the proxy ends: others need not wait for it.
-    pub fn leave(self) {
+    pub fn leave(mut self) {
+        self.publish(host::now());
         if let Some(Fleet { shared, workers: Some(workers), .. }) = self.fleet {
             workers.leave();
             shared.end_lease(workers.id);
         }
     }
+}
+
+/// What a report says of all services.
+fn services(policy: &Policy, totals: &Tallies, guards: &Guards, events: &EventLog) -> Vec<ServiceReport> {
+    let report = |tally: &ServiceTally| {
+        let service = policy.services.iter().find(|service| service.name == tally.name);
+        let is_compared = service.is_some_and(|service| service.step > 0);
+        tally.report(guards.vetoes(&tally.name), is_compared.then(|| events.of(tally)).flatten())
+    };
+    totals.services.iter().map(report).collect()
 }

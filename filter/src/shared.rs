@@ -2,9 +2,12 @@
 //! the last report, and this run's identity.
 //!
 //! Envoy's shared data is one table for all plugins without a `vm_id` of their own, as all are in Istio, so keys have
-//! a prefix; it also names the controller, so that a plugin configured for another one starts afresh.
+//! a prefix; it also names the controller, so that a plugin configured for another one starts afresh, or, without a
+//! controller, the configuration itself: two of them have nothing in common.
 
 use crate::host::{self, Received};
+use crate::totals;
+use siphasher::sip::SipHasher24;
 use tideshift_core::policy::ControllerRef;
 
 /// The keys of what VMs change together.
@@ -62,20 +65,25 @@ impl Shared {
     /// The corner of the plugin with this controller. To be made while the plugin is configured: Envoy does that on
     /// one VM before all others, so whatever VMs change together later is there when they do. (A value that is not
     /// there cannot be compared with, so two VMs that both wanted to be the first would both believe that they were.)
-    pub fn new(controller: Option<&ControllerRef>) -> Self {
+    pub fn new(controller: Option<&ControllerRef>, configuration: &[u8]) -> Self {
         let root = host::property("plugin_root_id").unwrap_or_default();
         let root = String::from_utf8_lossy(&root).into_owned();
-        let corner = controller.map(|controller| format!("/{}/{}", controller.cluster, controller.authority));
-        let shared = Self { prefix: format!("tideshift/{root}{}", corner.unwrap_or_default()) };
+        let corner = match controller {
+            Some(controller) => format!("{}/{}", controller.cluster, controller.authority),
+            None => format!("static/{:016x}", SipHasher24::new().hash(configuration)),
+        };
+        let shared = Self { prefix: format!("tideshift/{root}/{corner}") };
         shared.set_first(START, format!("{:x}", host::now()).as_bytes());
         shared.set_first(LEASE, &[0; 16]);
         shared.set_first(REPORTS, &[0; 8]);
         shared.set_first(NEXT_WORKER, &[0; 8]);
         shared.set_first(WORKERS, &[0; 4]);
+        totals::prepare(&shared);
         shared
     }
 
-    fn set_first(&self, name: &str, value: &[u8]) {
+    /// Sets what is not there yet.
+    pub fn set_first(&self, name: &str, value: &[u8]) {
         let key = self.key(name);
         if host::shared(&key).is_none() {
             host::shared_set(&key, value);

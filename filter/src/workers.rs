@@ -3,6 +3,7 @@
 
 use crate::host;
 use crate::shared::{NEXT_WORKER, Place, Shared, WORKERS, integer};
+use crate::totals;
 use std::time::Duration;
 
 /// This VM's place among the others.
@@ -18,7 +19,17 @@ pub struct Workers {
 struct Heartbeat {
     queue: u32,
     at: u64,
+    /// How often it has published what it counted.
+    published: u64,
     applied: Place,
+}
+
+/// What the VMs say of themselves.
+pub struct Live {
+    /// Their numbers, and how often each has published what it counted.
+    pub published: Vec<(u32, u64)>,
+    /// The policy that all of them have applied; `None` if there is no such policy (some are still in another epoch).
+    pub applied: Option<Place>,
 }
 
 impl Workers {
@@ -47,26 +58,29 @@ impl Workers {
         workers
     }
 
-    /// Says that this VM lives and which policy it runs.
-    pub fn beat(&self, now: u64, applied: &Place) {
-        self.note(self.id, &Heartbeat { queue: self.queue.unwrap_or_default(), at: now, applied: applied.clone() });
-        // A VM that stood still for long, or whose clock jumped, was taken for gone.
-        if !self.list().contains(&self.id) {
-            self.change_list(|list| list.push(self.id));
-        }
+    /// Says that this VM lives, which policy it runs, and how often it has published what it counted.
+    pub fn beat(&self, now: u64, applied: &Place, published: u64) {
+        let queue = self.queue.unwrap_or_default();
+        self.note(self.id, &Heartbeat { queue, at: now, published, applied: applied.clone() });
+    }
+
+    /// Whether this VM stood still for so long, or its clock jumped so far, that it was taken for gone.
+    pub fn is_taken_for_gone(&self) -> bool {
+        !self.list().contains(&self.id)
     }
 
     fn note(&self, id: u32, beat: &Heartbeat) {
-        let mut value = Vec::with_capacity(24 + beat.applied.epoch.len());
-        for number in [u64::from(beat.queue), beat.at, beat.applied.revision] {
+        let mut value = Vec::with_capacity(32 + beat.applied.epoch.len());
+        for number in [u64::from(beat.queue), beat.at, beat.applied.revision, beat.published] {
             value.extend_from_slice(&number.to_le_bytes());
         }
         value.extend_from_slice(beat.applied.epoch.as_bytes());
         host::shared_set(&self.heartbeat_key(id), &value);
     }
 
-    /// Takes this VM off the list.
+    /// Takes this VM off the list; what it published is taken over.
     pub fn leave(&self) {
+        totals::retire(&self.shared, self.id);
         self.change_list(|list| list.retain(|id| *id != self.id));
     }
 
@@ -86,9 +100,8 @@ impl Workers {
         self.queue == Some(queue)
     }
 
-    /// How many VMs live, and the policy that all of them have applied; `None` if there is no such policy (some are
-    /// still in another epoch). Forgets those that are gone.
-    pub fn applied_by_all(&self, now: u64) -> (u32, Option<Place>) {
+    /// The VMs that live. What those have counted that are gone is taken over.
+    pub fn live(&self, now: u64) -> Live {
         let mut live = Vec::new();
         let mut gone = Vec::new();
         for id in self.list() {
@@ -96,18 +109,22 @@ impl Workers {
                 // From before the clock was set back: it ages from now on.
                 Some(beat) if beat.at > now => {
                     self.note(id, &Heartbeat { at: now, ..beat.clone() });
-                    live.push(beat);
+                    live.push((id, beat));
                 }
-                Some(beat) if beat.at.saturating_add(Self::GONE_AFTER.as_nanos() as u64) >= now => live.push(beat),
+                Some(beat) if beat.at.saturating_add(Self::GONE_AFTER.as_nanos() as u64) >= now => {
+                    live.push((id, beat));
+                }
                 _ => gone.push(id),
             }
         }
         if !gone.is_empty() {
             self.change_list(|list| list.retain(|id| !gone.contains(id)));
+            gone.iter().for_each(|id| totals::retire(&self.shared, *id));
         }
-        let oldest = live.iter().min_by_key(|beat| beat.applied.revision).map(|beat| beat.applied.clone());
-        let same = oldest.filter(|oldest| live.iter().all(|beat| beat.applied.epoch == oldest.epoch));
-        (live.len() as u32, same)
+        let beats = || live.iter().map(|(_, beat)| beat);
+        let oldest = beats().min_by_key(|beat| beat.applied.revision).map(|beat| beat.applied.clone());
+        let applied = oldest.filter(|oldest| beats().all(|beat| beat.applied.epoch == oldest.epoch));
+        Live { published: live.iter().map(|(id, beat)| (*id, beat.published)).collect(), applied }
     }
 
     fn heartbeat_key(&self, id: u32) -> String {
@@ -116,9 +133,10 @@ impl Workers {
 
     fn heartbeat(&self, id: u32) -> Option<Heartbeat> {
         let value = host::shared(&self.heartbeat_key(id))?.0;
-        let epoch = String::from_utf8(value.get(24..)?.to_vec()).ok()?;
+        let epoch = String::from_utf8(value.get(32..)?.to_vec()).ok()?;
         let applied = Place { epoch, revision: integer(&value, 16) };
-        Some(Heartbeat { queue: integer(&value, 0) as u32, at: integer(&value, 8), applied })
+        let (queue, at, published) = (integer(&value, 0) as u32, integer(&value, 8), integer(&value, 24));
+        Some(Heartbeat { queue, at, published, applied })
     }
 
     fn list(&self) -> Vec<u32> {
