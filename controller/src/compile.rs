@@ -13,6 +13,8 @@ pub fn service(service: &ShiftService, state: impl Fn(&str) -> (u32, bool)) -> S
     Service {
         name: service.name.clone(),
         hostnames: service.hostnames.clone(),
+        stable: None,
+        step: 0,
         versions: service.versions.iter().map(|v| version(&v.name)).collect(),
         rules: service.rules.clone(),
         session: service.session.clone(),
@@ -30,10 +32,11 @@ pub fn weight_at_rest(stable: &str, version: &str) -> u32 {
 /// A service before anything is known of readiness: the stable version gets everything, and rules lead only to
 /// versions that have endpoints.
 pub fn service_at_rest(of: &ShiftService, stable: &str) -> Service {
-    service(of, |name| {
+    let at_rest = service(of, |name| {
         let has_endpoints = of.version(name).is_some_and(|version| !version.endpoints.is_empty());
         (weight_at_rest(stable, name), has_endpoints || name == stable)
-    })
+    });
+    Service { stable: Some(stable.to_owned()), ..at_rest }
 }
 
 /// All services of a shift before anything is known of readiness.

@@ -7,6 +7,7 @@ mod judge;
 mod proxies;
 mod recent;
 mod report;
+mod requests;
 mod world;
 
 pub use applied::Applied;
@@ -22,6 +23,7 @@ use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
 use proxies::Proxies;
+use requests::Requests;
 use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,6 +65,8 @@ pub struct Control {
     /// When everything was looked at last.
     looked: Option<Millis>,
     proxies: Proxies,
+    /// Single requests that the verdict has yet to take.
+    requests: Requests,
     /// What the last minutes were like.
     series: Series,
 }
@@ -82,6 +86,13 @@ pub struct Counted {
     /// What targets are measured by.
     #[serde(default)]
     pub recent: Recent,
+}
+
+impl Counted {
+    /// Nothing is known of what was before: what proxies that run already have counted is the base line for verdicts.
+    pub fn beginning(now: Millis) -> Self {
+        Self { ledger: Ledger::beginning(now), ..Self::default() }
+    }
 }
 
 /// What came of looking at everything anew.
@@ -160,6 +171,7 @@ impl Control {
             availability: Availability::new(&kept.ready),
             proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
+            requests: Requests::default(),
             counts_changed: false,
             dirty: false,
             news: Vec::new(),
@@ -282,6 +294,8 @@ impl Control {
         }
         let decides = self.proxies.reported(&run, report, &self.kept.epoch, knows, now);
         self.counts_changed |= taken == Taken::News;
+        let in_force = &self.in_force;
+        self.requests.reported(&run, report, |name| is_compared(in_force, name), now);
         if report.epoch == self.kept.epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
             // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
             // nothing before it is newer than that.
@@ -417,14 +431,17 @@ impl Control {
     /// Gathers evidence from what is new in the counts.
     fn judge(&mut self, now: Millis) {
         let mut changed = self.counted.recent.look(&self.shifts, &self.counted.ledger);
+        let (in_force, proxies) = (&self.in_force, &self.proxies);
+        self.requests.retain(|name| is_compared(in_force, name), |run| proxies.has(run));
         let mut judges = std::mem::take(&mut self.counted.judges);
+        let mut requests = std::mem::take(&mut self.requests);
         for shift in self.shifts.iter().filter(|shift| self.is_known(shift)) {
             if let Some(rollout) = self.kept.rollouts.get(&shift.name) {
                 let world = self.world(shift, now);
-                changed |= judges.look(shift, rollout, &world, &self.counted, now);
+                changed |= judges.look(shift, rollout, &world, (&self.counted, &mut requests), now);
             }
         }
-        self.counted.judges = judges;
+        (self.counted.judges, self.requests) = (judges, requests);
         self.counts_changed |= changed;
     }
 
@@ -497,10 +514,12 @@ impl Control {
         let Some(in_force) = self.in_force.iter().find(|in_force| in_force.name == service.name) else {
             return compile::service_at_rest(service, stable);
         };
-        compile::service(service, |name| {
+        let compiled = compile::service(service, |name| {
             let version = in_force.versions.iter().find(|version| version.name == name);
             version.map_or((0, false), |version| (version.weight, version.serving))
-        })
+        });
+        let stable = in_force.stable.clone().filter(|stable| service.version(stable).is_some());
+        Service { stable, step: in_force.step, ..compiled }
     }
 
     /// What to keep for the next start.
@@ -512,6 +531,11 @@ impl Control {
     pub fn changed_counts(&mut self) -> Option<Counted> {
         std::mem::take(&mut self.counts_changed).then(|| self.counted.clone())
     }
+}
+
+/// Whether the versions of a service are compared by the last policy.
+fn is_compared(services: &[Service], name: &str) -> bool {
+    services.iter().any(|service| service.name == name && service.step > 0)
 }
 
 /// How long a service's versions may take to drain.
@@ -534,6 +558,8 @@ fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, w
     });
     compiled.rules.splice(0..0, rollout.testers(shift));
     compiled.mirror = compiled.mirror.or_else(|| rollout.mirror(shift));
+    compiled.stable = Some(rollout.stable.clone());
+    compiled.step = rollout.compared_step(shift);
     compiled
 }
 

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, VersionReport};
+use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, Tally, VersionReport};
 
 /// A service's and a version's name.
 pub type VersionKey = (String, String);
@@ -21,9 +21,15 @@ const MOST_DURATIONS: usize = DURATION_BOUNDS.len() + 1;
 /// All counts. Kept across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ledger {
+    /// Since when it has been kept, in milliseconds since 1970; 0: for longer than any proxy runs.
+    #[serde(default)]
+    since: u64,
     /// Over all proxies, those that are gone too.
     #[serde(with = "as_list")]
     totals: BTreeMap<VersionKey, Total>,
+    /// What of it no verdict may be made of: proxies had counted it before the ledger began.
+    #[serde(default, with = "as_list")]
+    before: BTreeMap<VersionKey, Total>,
     /// Requests that found nothing in service, by service.
     unrouted: BTreeMap<String, u64>,
     /// What each run of a proxy said last, by proxy and start.
@@ -60,15 +66,9 @@ impl Run {
     /// Whether a report says less than the last one did.
     fn goes_back(&self, report: &Report) -> bool {
         report.services.iter().any(|service| {
-            let before = |version: &VersionReport| {
-                self.counts.iter().find(|((of, name), _)| *of == service.name && *name == version.name)
-            };
             let goes_back = |version: &VersionReport| {
-                before(version).is_some_and(|(_, last)| {
-                    let durations = version.durations.iter().chain(std::iter::repeat(&0));
-                    let less = last.durations.iter().zip(durations).any(|(last, now)| now < last);
-                    less || version.ended.any_below(&last.counts)
-                })
+                let known = self.counts.iter().find(|((of, name), _)| *of == service.name && *name == version.name);
+                known.is_some_and(|(_, last)| Total::of(version, report.format).any_below(last))
             };
             service.unrouted < self.unrouted(&service.name) || service.versions.iter().any(goes_back)
         })
@@ -91,23 +91,117 @@ impl Run {
 
 /// What was counted for one version.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Total {
+#[serde(from = "KeptTotal", into = "KeptTotal")]
+pub struct Total {
+    /// Requests whose version was dealt by weight.
+    pub dealt: Tally,
+    /// Requests whose version was the user's by a session, and those that a rule took; few versions have any.
+    others: Option<Box<[Tally; 2]>>,
+    /// Requests that did not reach the version.
+    pub misrouted: u64,
+}
+
+/// [`Total`] as it is written. Before format 4 there were only sums.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct KeptTotal {
     #[serde(flatten)]
-    counts: Counts,
-    /// As in [`tideshift_core::report::VersionReport`].
+    counts: Option<Counts>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     durations: Vec<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dealt: Option<Tally>,
+    #[serde(default, skip_serializing_if = "Tally::is_empty")]
+    session: Tally,
+    #[serde(default, skip_serializing_if = "Tally::is_empty")]
+    rule: Tally,
+    #[serde(default)]
+    misrouted: u64,
 }
 
-/// What is in `all` and was not in `before`, for each duration.
-pub fn since(all: &[u64], before: &[u64]) -> Vec<u64> {
-    let before = before.iter().chain(std::iter::repeat(&0));
-    all.iter().zip(before).map(|(all, before)| all.saturating_sub(*before)).collect()
+impl From<KeptTotal> for Total {
+    fn from(kept: KeptTotal) -> Self {
+        let KeptTotal { counts, durations, dealt, session, rule, misrouted } = kept;
+        // How requests were chosen was not told; they count as dealt.
+        let dealt = dealt.unwrap_or_else(|| {
+            let ended = counts.unwrap_or_default();
+            Tally { started: ended.total(), ended, durations, waited: Vec::new() }
+        });
+        Self { dealt, others: pair(session, rule), misrouted }
+    }
 }
 
-fn add(sums: &mut Vec<u64>, new: &[u64]) {
-    sums.resize(sums.len().max(new.len()), 0);
-    sums.iter_mut().zip(new).for_each(|(sum, new)| *sum = sum.saturating_add(*new));
+impl From<Total> for KeptTotal {
+    fn from(total: Total) -> Self {
+        let [session, rule] = total.others.map_or_else(Default::default, |others| *others);
+        let Total { dealt, misrouted, .. } = total;
+        Self { counts: None, durations: Vec::new(), dealt: Some(dealt), session, rule, misrouted }
+    }
+}
+
+fn pair(session: Tally, rule: Tally) -> Option<Box<[Tally; 2]>> {
+    (!session.is_empty() || !rule.is_empty()).then(|| Box::new([session, rule]))
+}
+
+impl Total {
+    fn of(version: &VersionReport, format: u32) -> Self {
+        let by_choice = version.by_choice(format).map(|mut tally| {
+            tally.durations.truncate(MOST_DURATIONS);
+            tally.waited.truncate(MOST_DURATIONS);
+            tally
+        });
+        let [dealt, session, rule] = by_choice;
+        Self { dealt, others: pair(session, rule), misrouted: version.misrouted }
+    }
+
+    /// Requests whose version was the user's by a session.
+    pub fn session(&self) -> Option<&Tally> {
+        self.others.as_deref().map(|[session, _]| session)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Tally> {
+        std::iter::once(&self.dealt).chain(self.others.iter().flat_map(|others| others.iter()))
+    }
+
+    /// All requests by outcome.
+    pub fn counts(&self) -> Counts {
+        self.all().fold(Counts::default(), |sum, tally| sum + tally.ended)
+    }
+
+    /// Requests that no rule took.
+    pub fn without_rules(&self) -> Tally {
+        let mut sum = self.dealt.clone();
+        self.session().into_iter().for_each(|session| sum += session);
+        sum
+    }
+
+    /// What was added since `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        let nothing = [Tally::default(), Tally::default()];
+        let [session, rule] = self.others.as_deref().unwrap_or(&nothing);
+        let [session_before, rule_before] = before.others.as_deref().unwrap_or(&nothing);
+        Self {
+            dealt: self.dealt.since(&before.dealt),
+            others: pair(session.since(session_before), rule.since(rule_before)),
+            misrouted: self.misrouted.saturating_sub(before.misrouted),
+        }
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.dealt += &more.dealt;
+        if let Some(more) = &more.others {
+            let others = self.others.get_or_insert_default();
+            others.iter_mut().zip(more.iter()).for_each(|(sum, more)| *sum += more);
+        }
+        self.misrouted = self.misrouted.saturating_add(more.misrouted);
+    }
+
+    fn any_below(&self, before: &Self) -> bool {
+        let nothing = [Tally::default(), Tally::default()];
+        let (own, other) = (self.others.as_deref().unwrap_or(&nothing), before.others.as_deref().unwrap_or(&nothing));
+        let others = own.iter().zip(other).any(|(own, before)| own.any_below(before));
+        self.dealt.any_below(&before.dealt) || others || self.misrouted < before.misrouted
+    }
 }
 
 impl Ledger {
@@ -115,8 +209,16 @@ impl Ledger {
     /// counted twice, which takes that many newer ones.
     const MAX_RUNS: usize = 20_000;
 
+    /// One that begins now, in milliseconds since 1970: what proxies that run already have counted is the base line for
+    /// verdicts.
+    pub fn beginning(now: u64) -> Self {
+        Self { since: now, ..Self::default() }
+    }
+
     /// Takes a report's counts, for the versions that `is_known` knows.
     pub fn take(&mut self, key: &RunKey, report: &Report, is_known: impl Fn(&str, &str) -> bool, now: u64) -> Taken {
+        let is_first = !self.runs.contains_key(key);
+        let is_from_before = is_first && started(&key.1).is_some_and(|started| started < self.since);
         let run = match self.runs.get_mut(key) {
             Some(run) => run,
             None => self.runs.entry(key.clone()).or_default(),
@@ -129,8 +231,9 @@ impl Ledger {
         if is_old {
             return Taken::Old;
         }
-        if goes_back {
-            // Somebody has reset the proxy's counters (Envoy's `/reset_counters`): what they have since then is all new.
+        if goes_back && report.format < Report::FORMAT {
+            // Somebody has reset the counters of a proxy that reports Envoy's (`/reset_counters`): what they have since
+            // then is all new.
             run.counts.clear();
             run.unrouted.clear();
         }
@@ -144,15 +247,21 @@ impl Ledger {
             let known = || service.versions.iter().filter(|version| is_known(&service.name, &version.name));
             for version in known() {
                 let last = run.last(&service.name, &version.name);
-                let durations = version.durations.get(..MOST_DURATIONS).unwrap_or(&version.durations);
-                let new = version.ended.since(&last.counts);
-                if new != Counts::default() || last.durations != durations {
-                    let total = self.totals.entry((service.name.clone(), version.name.clone())).or_default();
-                    total.counts += new;
-                    add(&mut total.durations, &since(durations, &last.durations));
-                    *last = Total { counts: version.ended, durations: durations.to_vec() };
-                    changed = true;
+                let all = Total::of(version, report.format);
+                if *last == all {
+                    continue;
                 }
+                // A filter that has forgotten a version which was gone for a while counts on from there.
+                if !all.any_below(last) {
+                    let new = all.since(last);
+                    let key = || (service.name.clone(), version.name.clone());
+                    self.totals.entry(key()).or_default().add(&new);
+                    if is_from_before {
+                        self.before.entry(key()).or_default().add(&new);
+                    }
+                }
+                *last = all;
+                changed = true;
             }
             if service.unrouted > run.unrouted(&service.name) && known().next().is_some() {
                 let new = service.unrouted - run.unrouted(&service.name);
@@ -169,14 +278,46 @@ impl Ledger {
         if changed { Taken::News } else { Taken::NoNews }
     }
 
+    fn of(&self, service: &str, version: &str) -> Option<&Total> {
+        self.totals.get(&(service.to_owned(), version.to_owned()))
+    }
+
     /// A version's counts over all proxies.
     pub fn total(&self, service: &str, version: &str) -> Counts {
-        self.totals.get(&(service.to_owned(), version.to_owned())).map_or(Counts::default(), |total| total.counts)
+        self.of(service, version).map_or(Counts::default(), Total::counts)
+    }
+
+    /// The same by outcome, without those that rules took.
+    pub fn judged_counts(&self, service: &str, version: &str) -> Counts {
+        let key = (service.to_owned(), version.to_owned());
+        let of = |totals: &BTreeMap<VersionKey, Total>| {
+            totals.get(&key).map_or(Counts::default(), |total| {
+                total.dealt.ended + total.session().map_or(Counts::default(), |session| session.ended)
+            })
+        };
+        of(&self.totals).since(&of(&self.before))
+    }
+
+    /// A version's requests that did not reach it, over all proxies.
+    pub fn misrouted(&self, service: &str, version: &str) -> u64 {
+        self.of(service, version).map_or(0, |total| total.misrouted)
+    }
+
+    /// What of a version's counts verdicts may be made of.
+    pub fn judged(&self, service: &str, version: &str) -> Total {
+        let key = (service.to_owned(), version.to_owned());
+        let total = self.totals.get(&key).cloned().unwrap_or_default();
+        match self.before.get(&key) {
+            Some(before) => total.since(before),
+            None => total,
+        }
     }
 
     /// How long a version's exchanges took, over all proxies: as in [`tideshift_core::report::VersionReport`].
-    pub fn durations(&self, service: &str, version: &str) -> &[u64] {
-        self.totals.get(&(service.to_owned(), version.to_owned())).map_or(&[], |total| &total.durations)
+    pub fn durations(&self, service: &str, version: &str) -> Vec<u64> {
+        let mut sum = Tally::default();
+        self.of(service, version).into_iter().flat_map(Total::all).for_each(|tally| sum += tally);
+        sum.durations
     }
 
     /// The runs that were heard of until the last report of all, or shortly before: those of the proxies that were there
@@ -191,6 +332,11 @@ impl Ledger {
     pub fn unrouted(&self, service: &str) -> u64 {
         self.unrouted.get(service).copied().unwrap_or_default()
     }
+}
+
+/// When a run started, in milliseconds since 1970; `None` if its name does not say.
+fn started(start: &str) -> Option<u64> {
+    Some(u64::from_str_radix(start, 16).ok()? / 1_000_000)
 }
 
 /// Maps with keys that are not strings, as lists of pairs, since JSON has no other way.
@@ -228,7 +374,7 @@ mod tests {
             name: "checkout".to_owned(),
             unrouted: ok / 2,
             versions: vec![version],
-            vetoes: Vec::new(),
+            ..ServiceReport::default()
         };
         Report { proxy: "p".to_owned(), start: start.to_owned(), services: vec![service], ..Report::default() }
     }

@@ -65,6 +65,9 @@ pub struct Rollout {
     pub endpoints_for_full_load: BTreeMap<String, u32>,
     /// How often users were taken back from a target; what they were given before no longer holds.
     pub taken_back: u64,
+    /// How many steps have begun, of all rollouts of the document.
+    #[serde(default)]
+    steps_begun: u64,
     /// Somebody has said that the present step need be neither held nor judged any longer.
     waived: bool,
     /// When it last got further, moved on by all the time since then in which it waited for no endpoint.
@@ -278,6 +281,7 @@ impl Rollout {
             gate_says: None,
             endpoints_for_full_load: desired(shift, &shift.stable),
             taken_back: 0,
+            steps_begun: 0,
             waived: false,
             progressed: now,
             content: None,
@@ -373,6 +377,12 @@ impl Rollout {
         let may_wait = matches!(self.reason, WaitingForCapacity | EndpointsLost | ProgressDeadlineExceeded);
         (may_wait && self.content.is_none())
             .then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
+    }
+
+    /// The number of the present step if its versions are compared, by which proxies tell users who were given their
+    /// version since it began; else 0.
+    pub fn compared_step(&self, shift: &TrafficShift) -> u64 {
+        if self.phase.is_under_way() && !self.goes_back(shift) { self.steps_begun } else { 0 }
     }
 
     fn needs_gate(&self, shift: &TrafficShift) -> bool {

@@ -230,7 +230,7 @@ fn open_store(files: &[PathBuf], dir: Option<&Path>) -> Result<(Option<Store>, K
     let fresh = fresh().map_err(|error| StoreError::Io { path: "a random number".into(), error })?;
     let nowhere = |why: String, fresh: Kept| {
         tracing::warn!("state is not kept, a restart begins at the stable version: {why}");
-        (None, fresh, Counted::default())
+        (None, fresh, Counted::beginning(now()))
     };
     let (dir, chosen) = match (dir, beside()) {
         (Some(dir), _) => (dir.to_owned(), true),
@@ -240,7 +240,7 @@ fn open_store(files: &[PathBuf], dir: Option<&Path>) -> Result<(Option<Store>, K
         }
     };
     match Store::open(&dir) {
-        Ok((store, kept, counted)) => Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_default())),
+        Ok((store, kept, counted)) => Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_else(|| Counted::beginning(now())))),
         // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
         Err(StoreError::Io { error, .. }) if !chosen && !Store::is_in(&dir) => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))

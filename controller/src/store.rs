@@ -17,8 +17,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tideshift_core::policy::Policy;
 
-/// The format that this build writes; it reads the one before, too.
-const FORMAT: u64 = 3;
+/// The format that this build writes; it reads the two before, too. (4: counts tell how requests were chosen.)
+const FORMAT: u64 = 4;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
 
@@ -123,7 +123,7 @@ struct Envelope<'a> {
 #[error("{0}")]
 pub struct Unreadable(pub String);
 
-/// State as it is written, wherever that is: `{"format": 3, "checksum": "...", "content": {...}}`.
+/// State as it is written, wherever that is: `{"format": 4, "checksum": "...", "content": {...}}`.
 pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
     let content = serde_json::to_string(content).unwrap_or_default();
     format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(&content)).into_bytes()
@@ -133,7 +133,7 @@ pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
 ///
 /// # Errors
 ///
-/// If it is not of this build's format or the one before, or not what was written.
+/// If it is not of this build's format or the two before, or not what was written.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     read(bytes).map_err(Unreadable)
 }
@@ -146,7 +146,7 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     }
     let said = |error: serde_json::Error| error.to_string();
     match serde_json::from_slice::<Versioned>(bytes).map_err(said)?.format {
-        Some(FORMAT) => {
+        Some(3..=FORMAT) => {
             let Envelope { checksum: written, content } = serde_json::from_slice(bytes).map_err(said)?;
             if checksum(content.get()) != written {
                 return Err("damaged: its content is not that of its checksum".to_owned());

@@ -188,10 +188,61 @@ pub struct Tally {
     pub waited: Vec<u64>,
 }
 
+impl VersionReport {
+    /// What was counted by how the version was chosen: dealt, by a session, by a rule. Filters whose reports have the
+    /// [format](Report::format) before this one did not tell: theirs count as dealt, as they did then.
+    pub fn by_choice(&self, format: u32) -> [Tally; 3] {
+        if format >= Report::FORMAT {
+            return [&self.dealt, &self.session, &self.rule].map(Clone::clone);
+        }
+        let started = self.ended.total().saturating_add(self.in_flight);
+        let dealt = Tally { started, ended: self.ended, durations: self.durations.clone(), waited: Vec::new() };
+        [dealt, Tally::default(), Tally::default()]
+    }
+}
+
 impl Tally {
     /// Whether nothing was counted.
     pub fn is_empty(&self) -> bool {
         self.started == 0 && self.ended == Counts::default()
+    }
+
+    /// What was added since `before`, at least 0 each. (What began may be taken back, when Envoy follows a redirection by
+    /// itself.)
+    pub fn since(&self, before: &Self) -> Self {
+        let each = |now: &[u64], before: &[u64]| {
+            let before = before.iter().chain(std::iter::repeat(&0));
+            now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before)).collect()
+        };
+        Self {
+            started: self.started.saturating_sub(before.started),
+            ended: self.ended.since(&before.ended),
+            durations: each(&self.durations, &before.durations),
+            waited: each(&self.waited, &before.waited),
+        }
+    }
+
+    /// Whether anything that ended was counted that `before` had more of.
+    pub fn any_below(&self, before: &Self) -> bool {
+        let less = |now: &[u64], before: &[u64]| {
+            let now = now.iter().chain(std::iter::repeat(&0));
+            before.iter().zip(now).any(|(before, now)| now < before)
+        };
+        self.ended.any_below(&before.ended)
+            || less(&self.durations, &before.durations)
+            || less(&self.waited, &before.waited)
+    }
+}
+
+impl AddAssign<&Self> for Tally {
+    fn add_assign(&mut self, more: &Self) {
+        let Self { started, ended, durations, waited } = more;
+        self.started = self.started.saturating_add(*started);
+        self.ended += *ended;
+        for (sums, more) in [(&mut self.durations, durations), (&mut self.waited, waited)] {
+            sums.resize(sums.len().max(more.len()), 0);
+            sums.iter_mut().zip(more).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
+        }
     }
 }
 
@@ -231,20 +282,6 @@ pub const MAX_COUNT: u64 = 1 << 48;
 impl Report {
     /// The shape of the counts that this build reports.
     pub const FORMAT: u32 = 2;
-
-    /// Turns the report of an older filter into one of [`Self::FORMAT`]: it did not tell how requests were chosen, so they
-    /// count as dealt by weight, as they did then.
-    pub fn upgrade(&mut self) {
-        if self.format >= Self::FORMAT {
-            return;
-        }
-        self.format = Self::FORMAT;
-        for version in self.services.iter_mut().flat_map(|service| &mut service.versions) {
-            let (ended, durations) = (version.ended, version.durations.clone());
-            let started = ended.total().saturating_add(version.in_flight);
-            version.dealt = Tally { started, ended, durations, waited: Vec::new() };
-        }
-    }
 
     /// Fails with the field that counts more than can be, or that lists more than there may be.
     pub fn check(&self) -> Result<(), String> {

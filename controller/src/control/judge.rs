@@ -1,14 +1,15 @@
 //! The evidence for and against the targets, gathered from the counts as they come in. What it amounts to is for
 //! [`tideshift_core::verdict`] to say, what follows from it for the rollout engine.
 
+use super::requests::Requests;
 use super::{Counted, Recent};
-use crate::ledger::{Ledger, since};
+use crate::ledger::{Ledger, Total};
 use crate::rollout::{Millis, Observed, Opinion, Rollout, ServiceOpinion};
 use crate::status::{Judged, LatencyStatus, VerdictOutcome, VerdictStatus};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use tideshift_core::report::Counts;
+use tideshift_core::report::Tally;
 use tideshift_core::shift::TrafficShift;
 use tideshift_core::verdict::{Analysis, Judgement, Outcome, Sample, Tick, Totals};
 
@@ -51,30 +52,40 @@ impl OfService {
 
 /// Counts up to which everything has been judged.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Taken {
-    #[serde(flatten)]
-    counts: Counts,
-    durations: Vec<u64>,
-}
+#[serde(transparent)]
+pub(super) struct Taken(Total);
 
 impl Taken {
     pub(super) fn now(ledger: &Ledger, service: &str, version: &str) -> Self {
-        let (counts, durations) = (ledger.total(service, version), ledger.durations(service, version).to_vec());
-        Self { counts, durations }
+        Self(ledger.judged(service, version))
     }
 
     /// Whether something is new of a version.
     pub(super) fn is_behind(&self, ledger: &Ledger, service: &str, version: &str) -> bool {
-        self.counts != ledger.total(service, version)
+        let session = self.0.session().map_or_else(Default::default, |session| session.ended);
+        self.0.dealt.ended + session != ledger.judged_counts(service, version)
     }
 
     /// What is new of a version, which is taken by that.
-    pub(super) fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Sample {
-        let now = Self::now(ledger, service, version);
-        let counts = now.counts.since(&self.counts);
-        let durations = since(&now.durations, &self.durations);
-        *self = now;
-        Sample { requests: counts.answered(), errors: counts.error, durations }
+    pub(super) fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Total {
+        let now = ledger.judged(service, version);
+        let new = now.since(&self.0);
+        self.0 = now;
+        new
+    }
+}
+
+/// Counts as the verdict takes them.
+pub(super) fn sample(tally: Tally) -> Sample {
+    let Tally { started, ended, durations, waited } = tally;
+    Sample {
+        requests: ended.answered(),
+        errors: ended.error,
+        client_errors: ended.client_error,
+        cancelled: ended.cancelled,
+        started,
+        durations,
+        waited,
     }
 }
 
@@ -90,7 +101,7 @@ impl Judges {
         shift: &TrafficShift,
         rollout: &Rollout,
         world: &impl Observed,
-        counted: &Counted,
+        (counted, requests): (&Counted, &mut Requests),
         now: Millis,
     ) -> bool {
         let Some(target) =
@@ -106,7 +117,8 @@ impl Judges {
             self.0.insert(shift.name.clone(), Judge::new(shift, rollout, target, ledger, recent, now));
             return true;
         }
-        self.0.get_mut(&shift.name).is_some_and(|judge| judge.look(shift, rollout, world, (ledger, recent), now))
+        let Some(judge) = self.0.get_mut(&shift.name) else { return false };
+        judge.look(shift, rollout, world, (ledger, recent, requests), now)
     }
 
     /// What the engine may know of it.
@@ -175,7 +187,7 @@ fn words(judge: &Judge, judgement: &Judgement) -> String {
 
 /// Whether nothing ended. (Durations are there all the same, as zeros.)
 fn is_nothing(sample: &Sample) -> bool {
-    sample.requests == 0 && sample.durations.iter().all(|count| *count == 0)
+    *sample == Sample { durations: sample.durations.clone(), waited: sample.waited.clone(), ..Sample::default() }
 }
 
 impl Judge {
@@ -203,7 +215,7 @@ impl Judge {
         shift: &TrafficShift,
         rollout: &Rollout,
         world: &impl Observed,
-        (ledger, recent): (&Ledger, &Recent),
+        (ledger, recent, requests): (&Ledger, &Recent, &mut Requests),
         now: Millis,
     ) -> bool {
         let is_next_step = self.step != rollout.step;
@@ -219,16 +231,20 @@ impl Judge {
         for service in &shift.services {
             let new = || OfService::new(&service.name, [&self.target, &self.stable], ledger, recent);
             let of = self.services.entry(service.name.clone()).or_insert_with(new);
-            let target = of.target.take(ledger, &service.name, &self.target);
-            let stable = of.stable.take(ledger, &service.name, &self.stable);
-            if is_nothing(&target) && is_nothing(&stable) {
+            let target = sample(of.target.take(ledger, &service.name, &self.target).dealt);
+            let stable = sample(of.stable.take(ledger, &service.name, &self.stable).dealt);
+            let requests = requests.take(&service.name, &self.target, &self.stable, now);
+            if is_nothing(&target) && is_nothing(&stable) && requests.ended.is_empty() {
                 continue;
             }
             let parts = rollout.parts(shift, service, world);
             let share = |name: &str| parts.iter().find(|part| part.version == name).map_or(0.0, |part| part.share);
             let (own, others) = (share(&self.target), share(&self.stable));
             let share = if own + others > 0.0 { own / (own + others) } else { 0.0 };
-            of.analysis.tick(&shift.analysis, &Tick { elapsed: Duration::from_millis(elapsed), share, target, stable });
+            let elapsed = Duration::from_millis(elapsed);
+            let few_clients = requests.few_clients;
+            let tick = Tick { elapsed, share, few_clients, target, stable, requests: requests.ended };
+            of.analysis.tick(&shift.analysis, &tick);
             ticked = true;
         }
         if ticked {

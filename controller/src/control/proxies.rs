@@ -215,6 +215,11 @@ impl Proxies {
         self.runs.iter().filter_map(|(run, proxy)| Some((run, proxy, proxy.said.as_ref()?)))
     }
 
+    /// Whether a run is one of those.
+    pub(super) fn has(&self, run: &RunKey) -> bool {
+        self.runs.contains_key(run)
+    }
+
     /// Whether there is one.
     pub(super) fn are_there(&self) -> bool {
         self.runs.len() > self.sums.awaited

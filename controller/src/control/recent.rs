@@ -1,6 +1,6 @@
 //! What each version did lately, whether it is being rolled out or not: what targets are measured by.
 
-use super::judge::Taken;
+use super::judge::{Taken, sample};
 use crate::ledger::Ledger;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -48,7 +48,8 @@ impl Recent {
                     }
                 });
                 if of_version.taken.is_behind(ledger, &service.name, &version.name) {
-                    of_version.lately.add(&of_version.taken.take(ledger, &service.name, &version.name));
+                    let new = of_version.taken.take(ledger, &service.name, &version.name).without_rules();
+                    of_version.lately.add(&sample(new));
                     changed = true;
                 }
             }

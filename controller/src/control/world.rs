@@ -46,7 +46,7 @@ impl Observed for World<'_> {
     }
 
     fn counts(&self, service: &str, version: &str) -> Counts {
-        self.ledger.total(service, version)
+        self.ledger.judged_counts(service, version)
     }
 
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto> {

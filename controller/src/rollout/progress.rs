@@ -19,6 +19,7 @@ impl Rollout {
     /// `share`: what the target has had until now.
     pub(super) fn begin_step(&mut self, step: usize, share: f64, shift: &TrafficShift, now: Millis) {
         self.step = step;
+        self.steps_begun += 1;
         self.allowed = !self.needs_gate(shift);
         self.gate_says = None;
         self.held_since = None;

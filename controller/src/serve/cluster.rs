@@ -164,7 +164,7 @@ impl Replica {
             match taken.await {
                 Ok((memory, kept, counted)) => {
                     let kept = kept.map_or_else(fresh, Ok)?;
-                    return Ok((memory, kept, counted.unwrap_or_default()));
+                    return Ok((memory, kept, counted.unwrap_or_else(|| Counted::beginning(crate::clock::now()))));
                 }
                 Err(error @ MemoryError::Unreadable(..)) => return Err(error.into()),
                 Err(error) => tracing::error!("cannot take over yet: {error}"),

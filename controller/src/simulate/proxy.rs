@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tideshift_core::guard::{Guard, Observed, Veto};
 use tideshift_core::plan::{Plan, Turns};
 use tideshift_core::policy::{Policy, Service};
-use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, VersionReport};
+use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, Tally, VersionReport};
 
 /// How often everything is looked at, as in the filter and in the controller.
 pub(super) const TICK: Millis = 100;
@@ -57,6 +57,7 @@ struct Serving {
 /// One version's requests.
 struct Counter {
     name: String,
+    started: u64,
     ended: Counts,
     durations: [u64; BUCKETS],
     in_flight: u64,
@@ -130,6 +131,7 @@ impl Proxy {
             // Somewhere in the tick it came, so much later it ends.
             let came = ((random >> 32) * TICK) >> 32;
             let end = (tick + ((came + u64::from(millis)) / TICK) as usize) % LONGEST;
+            counter.started += 1;
             counter.in_flight += 1;
             let Some(ending) = counter.ending.get_mut(end) else { continue };
             ending.requests += 1;
@@ -177,6 +179,7 @@ impl Proxy {
             revision: self.policy.revision,
             workers: 1,
             refused: None,
+            format: Report::FORMAT,
             services: self.services.iter().map(Serving::report).collect(),
         })
     }
@@ -249,7 +252,10 @@ impl Serving {
             name: &version.name,
             weight: version.weight,
             serving: version.serving,
+            stable: service.stable.as_ref() == Some(&version.name),
             ended: counter.ended,
+            dealt: None,
+            started: counter.started,
         });
         self.guard.observe(now * 1_000_000, &observed.collect::<Vec<_>>())
     }
@@ -260,6 +266,9 @@ impl Serving {
             unrouted: self.unrouted,
             versions: self.versions.iter().map(Counter::report).collect(),
             vetoes: self.guard.vetoes().to_vec(),
+            // All requests are one caller's.
+            clients: vec![1],
+            events: None,
         }
     }
 }
@@ -267,7 +276,7 @@ impl Serving {
 impl Counter {
     fn new(name: String) -> Self {
         let ending = vec![Ending::default(); LONGEST];
-        Self { name, ended: Counts::default(), durations: [0; BUCKETS], in_flight: 0, ending }
+        Self { name, started: 0, ended: Counts::default(), durations: [0; BUCKETS], in_flight: 0, ending }
     }
 
     fn end_tick(&mut self, tick: usize) {
@@ -283,11 +292,15 @@ impl Counter {
 
     fn report(&self) -> VersionReport {
         let last = self.durations.iter().rposition(|count| *count > 0).map_or(0, |last| last + 1);
+        let durations: Vec<u64> = self.durations.iter().take(last).copied().collect();
+        let (started, ended) = (self.started, self.ended);
         VersionReport {
             name: self.name.clone(),
-            ended: self.ended,
+            ended,
             in_flight: self.in_flight,
-            durations: self.durations.iter().take(last).copied().collect(),
+            durations: durations.clone(),
+            dealt: Tally { started, ended, durations, waited: Vec::new() },
+            ..VersionReport::default()
         }
     }
 }
