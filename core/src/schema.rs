@@ -252,8 +252,8 @@ pub(crate) struct NamedMatch<Name> {
     /// The name; letter case matters, except in headers' names.
     #[schemars(with = "Name")]
     name: PhantomData<Name>,
-    /// How the value is compared; default Exact. RegularExpression: from the value's first to its last character.
-    /// Present: any value.
+    /// How the value is compared; default Exact. RegularExpression: from the value's first to its last character; values
+    /// longer than 4,096 bytes match none. Present: any value.
     #[schemars(rename = "type", extend("default" = "Exact"))]
     kind: Option<ValueMatchType>,
     /// What the value is compared with; left out where the type is Present. Regular expressions have neither look-around
@@ -277,7 +277,8 @@ enum ValueMatchType {
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct PathMatch {
     /// How the path is compared; default PathPrefix, which is by path elements: `/cart` is for `/cart/1` and not for
-    /// `/cartoon`. RegularExpression: from the path's first to its last character.
+    /// `/cartoon`. RegularExpression: from the path's first to its last character; paths longer than 4,096 bytes match
+    /// none.
     #[schemars(rename = "type", extend("default" = "PathPrefix"))]
     kind: Option<PathMatchType>,
     /// A path that starts with `/`, without query, or a regular expression (without look-around and back-references).
