@@ -6,7 +6,7 @@
 //! A default is only said where leaving the field out means the same as writing it; other defaults are in the words.
 
 use crate::matching;
-use crate::shift::{self, LONGEST_SECONDS, NotificationFormat, ShiftService, TrafficShift};
+use crate::shift::{self, LONGEST_ROUTE_TIMEOUT, LONGEST_SECONDS, NotificationFormat, ShiftService, TrafficShift};
 use schemars::generate::SchemaSettings;
 use schemars::transform::{RecursiveTransform, Transform};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -151,6 +151,7 @@ schemas! {
     /// Up to a year.
     Seconds = {"type": "integer", "minimum": 0, "maximum": LONGEST_SECONDS};
     AtLeastOneSecond = {"type": "integer", "minimum": 1, "maximum": LONGEST_SECONDS};
+    RouteTimeout = {"type": "integer", "minimum": 0, "maximum": LONGEST_ROUTE_TIMEOUT};
     Millis = {"type": "integer", "minimum": 1, "maximum": LONGEST_SECONDS * 1_000};
     Times = {"type": "integer", "minimum": 1, "maximum": 1_000_000};
     /// From 1 to 100.
@@ -214,7 +215,8 @@ impl JsonSchema for Services {
             fields.remove("name");
             let services = json!({
                 "description": "Services that move together, in place of the fields of one service here: hostnames, versions, \
-                                rules, session, errors, mirror, guard and capacity. All have the same versions.",
+                                rules, session, errors, mirror, guard, capacity and timeoutSeconds. All have the same \
+                                versions.",
                 "type": "array",
                 "minItems": 1,
                 "items": generator.subschema_for::<ShiftService>(),
