@@ -6,7 +6,7 @@
 //! A default is only said where leaving the field out means the same as writing it; other defaults are in the words.
 
 use crate::matching;
-use crate::shift::{self, LONGEST_SECONDS, NotificationFormat, ShiftService, TrafficShift};
+use crate::shift::{self, LONGEST_ROUTE_TIMEOUT, LONGEST_SECONDS, NotificationFormat, ShiftService, TrafficShift};
 use schemars::generate::SchemaSettings;
 use schemars::transform::{RecursiveTransform, Transform};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -151,6 +151,7 @@ schemas! {
     /// Up to a year.
     Seconds = {"type": "integer", "minimum": 0, "maximum": LONGEST_SECONDS};
     AtLeastOneSecond = {"type": "integer", "minimum": 1, "maximum": LONGEST_SECONDS};
+    RouteTimeout = {"type": "integer", "minimum": 0, "maximum": LONGEST_ROUTE_TIMEOUT};
     Millis = {"type": "integer", "minimum": 1, "maximum": LONGEST_SECONDS * 1_000};
     Times = {"type": "integer", "minimum": 1, "maximum": 1_000_000};
     /// From 1 to 100.
@@ -214,7 +215,8 @@ impl JsonSchema for Services {
             fields.remove("name");
             let services = json!({
                 "description": "Services that move together, in place of the fields of one service here: hostnames, versions, \
-                                rules, session, errors, mirror, guard and capacity. All have the same versions.",
+                                rules, session, errors, mirror, guard, capacity and timeoutSeconds. All have the same \
+                                versions.",
                 "type": "array",
                 "minItems": 1,
                 "items": generator.subschema_for::<ShiftService>(),
@@ -252,8 +254,8 @@ pub(crate) struct NamedMatch<Name> {
     /// The name; letter case matters, except in headers' names.
     #[schemars(with = "Name")]
     name: PhantomData<Name>,
-    /// How the value is compared; default Exact. RegularExpression: from the value's first to its last character.
-    /// Present: any value.
+    /// How the value is compared; default Exact. RegularExpression: from the value's first to its last character; values
+    /// longer than 4,096 bytes match none. Present: any value.
     #[schemars(rename = "type", extend("default" = "Exact"))]
     kind: Option<ValueMatchType>,
     /// What the value is compared with; left out where the type is Present. Regular expressions have neither look-around
@@ -277,7 +279,8 @@ enum ValueMatchType {
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct PathMatch {
     /// How the path is compared; default PathPrefix, which is by path elements: `/cart` is for `/cart/1` and not for
-    /// `/cartoon`. RegularExpression: from the path's first to its last character.
+    /// `/cartoon`. RegularExpression: from the path's first to its last character; paths longer than 4,096 bytes match
+    /// none.
     #[schemars(rename = "type", extend("default" = "PathPrefix"))]
     kind: Option<PathMatchType>,
     /// A path that starts with `/`, without query, or a regular expression (without look-around and back-references).

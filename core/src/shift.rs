@@ -98,6 +98,10 @@ pub struct ShiftService {
     /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
     #[cfg_attr(feature = "schema", schemars(rename = "capacity", with = "Option<schema::Capacity>"))]
     pub endpoints_for_full_load: Option<u32>,
+    /// How long a request may take on the routes that `tideshift render` prints, from its end to that of the answer; 0: as
+    /// long as it does, for streams and long polls. Left out: 15 s for Envoy, else what the gateway has by default.
+    #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::RouteTimeout>"))]
+    pub timeout: Option<Duration>,
 }
 
 /// One version and where it runs.
@@ -219,6 +223,8 @@ impl fmt::Display for Endpoint {
 
 /// How long a version may take to drain where the document says nothing.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
+/// The longest time-out of a route: a day, in seconds.
+pub(crate) const LONGEST_ROUTE_TIMEOUT: u64 = 24 * 3600;
 /// The longest time that a document may ask for: a year, in seconds.
 pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
@@ -318,8 +324,21 @@ impl ShiftService {
         let session = f.optional(d, "session", Session::read);
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
         let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
+        let timeout = f.optional(d, "timeoutSeconds", |d, v| d.integer(v, 0, LONGEST_ROUTE_TIMEOUT));
+        let timeout = timeout.map(Duration::from_secs);
         let (name, versions) = (name?, versions?);
-        Some(Self { name, hostnames, versions, rules, session, errors, mirror, guard, endpoints_for_full_load })
+        Some(Self {
+            name,
+            hostnames,
+            versions,
+            rules,
+            session,
+            errors,
+            mirror,
+            guard,
+            endpoints_for_full_load,
+            timeout,
+        })
     }
 
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {

@@ -172,6 +172,18 @@ fn quantities_are_rounded_as_in_kubernetes() {
 }
 
 #[test]
+fn a_service_says_how_long_its_requests_may_take() {
+    let timeout = |fields: Value| {
+        let mut spec = spec();
+        spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        TrafficShift::read(&document(spec)).unwrap().services[0].timeout
+    };
+    assert_eq!(timeout(json!({})), None);
+    assert_eq!(timeout(json!({"timeoutSeconds": 0})), Some(Duration::ZERO));
+    assert_eq!(timeout(json!({"timeoutSeconds": 60})), Some(Duration::from_secs(60)));
+}
+
+#[test]
 fn many_services_may_share_one_rollout() {
     let shift = TrafficShift::read(&document(documents::services())).unwrap();
     let names: Vec<_> = shift.services.iter().map(|service| service.name.as_str()).collect();

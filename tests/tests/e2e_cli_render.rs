@@ -89,6 +89,11 @@ fn envoy_takes_documents_of_every_kind() -> anyhow::Result<()> {
             "versions": [{ "name": "v1" }, { "name": "v2" }] }),
             )],
         ),
+        ("no time-out", vec![shift("a", json!({ "versions": [v1()], "stable": "v1", "timeoutSeconds": 0 }))]),
+        (
+            "a time-out of a day",
+            vec![shift("a", json!({ "versions": [v1()], "stable": "v1", "timeoutSeconds": 86_400 }))],
+        ),
         ("rules of each kind", vec![shift("a", json!({ "versions": [v1()], "stable": "v1", "rules": rules }))]),
         ("probes of each kind", vec![shift("a", json!({ "versions": probes, "stable": "http" }))]),
         (

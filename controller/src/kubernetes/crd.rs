@@ -266,8 +266,8 @@ const RULES: &[Rule] = &[
     Rule { of: "TrafficShiftSpec", about: "", holds: "has(self.versions) != has(self.services)",
         expected: "either versions, or services with versions of their own" },
     Rule { of: "TrafficShiftSpec", about: "", holds: "!has(self.services) || !(has(self.hostnames) || has(self.rules) || \
-        has(self.session) || has(self.errors) || has(self.mirror) || has(self.guard) || has(self.capacity))",
-        expected: "hostnames, rules, session, errors, mirror, guard and capacity within each of the services" },
+        has(self.session) || has(self.errors) || has(self.mirror) || has(self.guard) || has(self.capacity) || has(self.timeoutSeconds))",
+        expected: "hostnames, rules, session, errors, mirror, guard, capacity and timeoutSeconds within each of the services" },
     Rule { of: "TrafficShiftSpec", about: ".stable", holds: concat!("has(self.versions) == has(self.services) || self.stable in ", names!()),
         expected: "the name of one of the versions" },
     Rule { of: "TrafficShiftSpec", about: ".target", holds: concat!("!has(self.target) || has(self.versions) == has(self.services) || self.target in ", names!()),

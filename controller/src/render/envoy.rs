@@ -8,9 +8,13 @@ use super::kubernetes::{Unfit, namespace};
 use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 use tideshift_core::policy::{ControllerRef, Policy};
 use tideshift_core::shift::{Check, Discovery, Endpoint, HttpGet, Probe, ShiftService, ShiftVersion, TrafficShift};
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
+
+/// How long a request may take where the document says nothing: Envoy's own default.
+const TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What the documents do not say.
 #[derive(Debug, Clone)]
@@ -159,7 +163,8 @@ fn listener(shifts: &[TrafficShift], options: &Options) -> String {
         route_config:
           name: tideshift
           ignore_port_in_host_matching: true
-          # Answers may take as long as they do (Envoy would cut them after 15 s): a version that drains ends them in peace.
+          # A request that takes longer than `timeout` is an error of its version: 504, or an answer that is cut. It is the
+          # document's timeoutSeconds, else Envoy's default of 15 s; 0s is no limit, which streams need.
           # Retries go to another endpoint of the same version: for every method what no endpoint has begun to work on, for
           # GET (which may be repeated) also what was under way on an endpoint that went away.
           virtual_hosts:
@@ -224,7 +229,10 @@ fn filter(shifts: &[TrafficShift], options: &Options) -> String {
 }
 
 fn virtual_host(shift: &TrafficShift, service: &ShiftService) -> String {
-    let has_mirror = shift.strategy.warm_up.mirror_percent.is_some() || has_mirror(service);
+    let route = RouteOptions {
+        timeout: seconds(service.timeout.unwrap_or(TIMEOUT)),
+        has_mirror: shift.strategy.warm_up.mirror_percent.is_some() || has_mirror(service),
+    };
     let every = ["*".to_owned()];
     let domains = if service.hostnames.is_empty() { &every[..] } else { &service.hostnames[..] };
     let mut routes = String::new();
@@ -236,10 +244,10 @@ fn virtual_host(shift: &TrafficShift, service: &ShiftService) -> String {
             false => "*get\n".to_owned(),
         };
         let cluster = cluster_name(service, &version.name);
-        routes.push_str(&pair_of_routes(Some(&is_version), &cluster, &policy, has_mirror));
+        routes.push_str(&pair_of_routes(Some(&is_version), &cluster, &policy, &route));
     }
     routes.push_str("# No version in service, or no filter: the stable one.\n");
-    routes.push_str(&pair_of_routes(None, &cluster_name(service, &shift.stable), "*get\n", has_mirror));
+    routes.push_str(&pair_of_routes(None, &cluster_name(service, &shift.stable), "*get\n", &route));
     format!(
         r##"- name: {name}
   domains: {domains}
@@ -257,21 +265,28 @@ fn has_mirror(service: &ShiftService) -> bool {
     service.mirror.is_some() || service.rules.iter().any(|rule| rule.mirror.is_some())
 }
 
+/// What all routes of a service have.
+struct RouteOptions {
+    timeout: String,
+    has_mirror: bool,
+}
+
 /// Routes to a cluster: for GET, with a retry policy of its own, and for all other methods.
-fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str, has_mirror: bool) -> String {
+fn pair_of_routes(is_version: Option<&str>, cluster: &str, policy: &str, options: &RouteOptions) -> String {
+    let RouteOptions { timeout, has_mirror } = options;
     let is_get = r#"{name: ":method", string_match: {exact: GET}}"#;
     let gets: Vec<_> = is_version.into_iter().chain([is_get]).collect();
     let others = is_version.map(|is_version| format!(", headers: [{is_version}]")).unwrap_or_default();
     let cluster = scalar(cluster);
     // The filter names the cluster that gets a copy, if one does.
-    let mirror = if has_mirror { format!("[{{cluster_header: {MIRROR_HEADER}}}]") } else { String::new() };
+    let mirror = if *has_mirror { format!("[{{cluster_header: {MIRROR_HEADER}}}]") } else { String::new() };
     let field = |before: &str, after: &str| match has_mirror {
         true => format!("{before}request_mirror_policies: {mirror}{after}"),
         false => String::new(),
     };
     format!(
-        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n    timeout: 0s\n{}    retry_policy: {policy}\
-         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}, timeout: 0s{}}}\n",
+        "- match: {{prefix: /, headers: [{}]}}\n  route:\n    cluster: {cluster}\n    timeout: {timeout}\n{}    retry_policy: {policy}\
+         - match: {{prefix: /{others}}}\n  route: {{cluster: {cluster}, timeout: {timeout}{}}}\n",
         gets.join(", "),
         field("    ", "\n"),
         field(", ", ""),
@@ -515,6 +530,7 @@ stats_config:
 mod tests {
     use super::*;
     use serde_json::{Value, json};
+    use std::collections::BTreeSet;
 
     fn shift(document: &str) -> TrafficShift {
         let value: Value = serde_saphyr::from_str(document).unwrap();
@@ -596,6 +612,36 @@ spec:
         assert_eq!(routes.len(), 2 * checkout.services[0].versions.len() + 2);
         assert!(routes.iter().all(|route| names.contains(&&route["route"]["cluster"])));
         assert_eq!(routes.last().unwrap()["match"], json!({"prefix": "/"}));
+    }
+
+    #[test]
+    fn requests_may_take_as_long_as_the_document_says() {
+        let timeouts = |document: &str| {
+            let bootstrap = bootstrap(&[shift(document)], &options()).unwrap();
+            let bootstrap: Value = serde_saphyr::from_str(&bootstrap).unwrap();
+            let chain = &bootstrap["static_resources"]["listeners"][0]["filter_chains"][0];
+            let hosts = &chain["filters"][0]["typed_config"]["route_config"]["virtual_hosts"];
+            let timeouts = |host: &Value| {
+                let routes = host["routes"].as_array().unwrap();
+                let timeouts: BTreeSet<_> = routes.iter().map(|route| route["route"]["timeout"].to_string()).collect();
+                timeouts.into_iter().collect::<Vec<_>>().join(" ")
+            };
+            hosts.as_array().unwrap().iter().map(timeouts).collect::<Vec<_>>()
+        };
+        assert_eq!(timeouts(CHECKOUT), [r#""15s""#], "Envoy's own default");
+        for (said, expected) in [(0, r#""0s""#), (60, r#""60s""#), (86_400, r#""86400s""#)] {
+            assert_eq!(timeouts(&format!("{CHECKOUT}  timeoutSeconds: {said}\n")), [expected]);
+        }
+        let service = |name: &str, further: &str| {
+            format!("{{name: {name}, hostnames: [{name}], versions: [{{name: v1}}]{further}}}")
+        };
+        let several = format!(
+            "{{apiVersion: tideshift.dev/v1alpha1, kind: TrafficShift, metadata: {{name: shop}}, \
+             spec: {{stable: v1, services: [{}, {}]}}}}",
+            service("cart", ", timeoutSeconds: 0"),
+            service("search", ""),
+        );
+        assert_eq!(timeouts(&several), [r#""0s""#, r#""15s""#], "each service its own");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::kubernetes::without_dots;
 use super::kubernetes::{
     Unfit, check_names, discovery, label_map, labels, metadata, mirrors, names, namespace, services,
 };
-use super::yaml::{list, scalar};
+use super::yaml::{list, scalar, seconds};
 use tideshift_core::VERSION_HEADER;
 use tideshift_core::shift::{PortRef, ShiftService, ShiftVersion, TrafficShift};
 
@@ -117,7 +117,8 @@ spec:
 
     fn rule(&self, matches: &str, options: &Options) -> String {
         let (service, port) = (scalar(&self.service), options.service_port);
-        format!("{matches}    backendRefs: [{{name: {service}, port: {port}}}]\n    timeouts: {{request: 0s}}\n")
+        let timeout = self.of.timeout.map(|timeout| format!("    timeouts: {{request: {}}}\n", seconds(timeout)));
+        format!("{matches}    backendRefs: [{{name: {service}, port: {port}}}]\n{}", timeout.unwrap_or_default())
     }
 }
 
@@ -147,6 +148,11 @@ fn route(
         true => String::new(),
         false => format!("  hostnames: {}\n", list(&service.hostnames)),
     };
+    let about_timeouts = match service.timeout {
+        Some(timeout) if timeout.is_zero() => "Requests may take as long as they do, as the document says.",
+        Some(_) => "timeouts.request is the document's timeoutSeconds.",
+        None => "How long a request may take is the gateway's own default: the document has no timeoutSeconds.",
+    };
     let mirror = match mirrors(shift, service) {
         true => "# Not done: copies of requests (mirror). No HTTPRoute can lead where a header says.\n",
         false => "",
@@ -160,7 +166,7 @@ kind: HTTPRoute
 metadata: {metadata}
 spec:
   parentRefs: [{parent}]
-{hostnames}  # No time limits, so that what a draining version has begun comes to its end.
+{hostnames}  # {about_timeouts}
   rules:
 {rules}",
         metadata = metadata(&service.name, namespace(shift)),
@@ -198,7 +204,7 @@ mod tests {
         assert_eq!(route["spec"]["parentRefs"], json!([{"name": "public", "namespace": "infra"}]));
         let rules = route["spec"]["rules"].as_array().unwrap();
         assert_eq!(rules.len(), 3);
-        assert!(rules.iter().all(|rule| rule["timeouts"]["request"] == "0s"));
+        assert!(rules.iter().all(|rule| rule["timeouts"].is_null()));
         for version in ["v1", "v2"] {
             let header = json!([{"headers": [{"name": "x-tideshift-version", "value": version}]}]);
             let rule = rules.iter().find(|rule| rule["matches"] == header).unwrap();
@@ -211,6 +217,17 @@ mod tests {
         }
         assert_eq!(rules[2]["backendRefs"], rules[0]["backendRefs"]);
         assert_eq!(rules[2]["matches"], json!([{"path": {"type": "PathPrefix", "value": "/"}}]));
+    }
+
+    #[test]
+    fn rules_have_a_timeout_where_the_document_has_one() {
+        for (said, expected) in [("0", "0s"), ("86400", "86400s")] {
+            let document = PAYMENT.replace("  stable:", &format!("  timeoutSeconds: {said}\n  stable:"));
+            let objects = objects_in(&objects(&[shift(&document)], &options()).unwrap());
+            let route = objects.iter().find(|object| object["kind"] == "HTTPRoute").unwrap();
+            let timeouts = route["spec"]["rules"].as_array().unwrap().iter().map(|rule| &rule["timeouts"]);
+            assert_eq!(timeouts.collect::<Vec<_>>(), [&json!({"request": expected}); 3]);
+        }
     }
 
     #[test]

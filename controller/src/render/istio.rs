@@ -7,7 +7,7 @@ use super::kubernetes::{
     Filter, Unfit, check_names, configuration, discovery, label_map, labels, metadata, mirrors, names, namespace,
     services, without_dots,
 };
-use super::yaml::{indent, json, list, scalar};
+use super::yaml::{indent, json, list, scalar, seconds};
 use std::collections::BTreeMap;
 use tideshift_core::VERSION_HEADER;
 use tideshift_core::shift::{Endpoint, ShiftService, ShiftVersion, TrafficShift};
@@ -259,10 +259,18 @@ fn virtual_service(
         // A name of its own, so that it can stand beside that of a gateway.
         _ => (format!("{}-mesh", service.name), list([host(&called(service, options), namespace)]), String::new()),
     };
+    // Istio refuses 0s, and has no time-out where none is set.
+    let timeout = service.timeout.filter(|timeout| !timeout.is_zero());
+    let about_timeouts = match (timeout, service.timeout) {
+        (Some(_), _) => "The timeout is the document's timeoutSeconds.",
+        (None, Some(_)) => "No timeout, which in Istio is none, as the document says.",
+        (None, None) => "No timeout, which in Istio is none: the document has no timeoutSeconds.",
+    };
+    let timeout = timeout.map(|timeout| format!("    timeout: {}\n", seconds(timeout))).unwrap_or_default();
     let route = |to: &Destination<'_>| {
         let subset = to.subset.as_ref().map(|subset| format!(", subset: {}", scalar(&subset.name))).unwrap_or_default();
         let (host, port) = (scalar(&host(&to.service, namespace)), options.service_port);
-        format!("    route: [{{destination: {{host: {host}{subset}, port: {{number: {port}}}}}}}]\n")
+        format!("    route: [{{destination: {{host: {host}{subset}, port: {{number: {port}}}}}}}]\n{timeout}")
     };
     let mut routes = String::new();
     for to in destinations {
@@ -290,8 +298,7 @@ kind: VirtualService
 metadata: {metadata}
 spec:
   hosts: {hosts}
-{gateways}  # No timeout: in Istio that is none, so that what a draining version has begun comes to its end. Retries are Istio's own: two,
-  # of what no endpoint has begun to work on.
+{gateways}  # {about_timeouts} Retries are Istio's own: two, of what no endpoint has begun to work on.
   http:
 {routes}",
         metadata = metadata(&name, namespace),
@@ -390,9 +397,23 @@ mod tests {
                 assert_eq!(subset["labels"], json!({"app": "payment-service", "version": version}));
             }
             assert_eq!((&to(routes.last().unwrap()), &routes.last().unwrap()["match"]), (&own("v1"), &Value::Null));
-            // Istio refuses a timeout of 0s, and has none where none is set.
             assert!(routes.iter().all(|route| route["timeout"].is_null() && route["retries"].is_null()));
         }
+    }
+
+    #[test]
+    fn routes_have_a_timeout_where_the_document_has_one() {
+        let timeouts = |said: &str| {
+            let document = PAYMENT.replace("  stable:", &format!("  timeoutSeconds: {said}\n  stable:"));
+            let [virtual_service] = &of_kind("VirtualService", &document, &options(gateway()))[..] else {
+                panic!("one")
+            };
+            let routes = virtual_service["spec"]["http"].as_array().unwrap().clone();
+            routes.into_iter().map(|route| route["timeout"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(timeouts("60"), ["60s", "60s", "60s"]);
+        // Istio would refuse 0s.
+        assert_eq!(timeouts("0"), [Value::Null, Value::Null, Value::Null]);
     }
 
     #[test]

@@ -104,6 +104,8 @@ pub(crate) fn taken() -> Vec<Value> {
         ("/errors", json!({"statusCodes": [], "grpcStatusCodes": []})),
         ("/capacity", json!({"endpointsForFullLoad": 1})),
         ("/drain", json!({"timeoutSeconds": 0})),
+        ("/timeoutSeconds", json!(0)),
+        ("/timeoutSeconds", json!(86_400)),
         ("/analysis", json!({"maxErrors": 3})),
         (
             "/analysis",
@@ -153,6 +155,7 @@ pub(crate) fn taken() -> Vec<Value> {
     let in_one_of_several = [
         ("/services/1/rules", json!([{"versions": [{"name": "new"}]}])),
         ("/services/1/mirror", json!({"version": "old"})),
+        ("/services/1/timeoutSeconds", json!(30)),
         ("/services/1/session", json!({"type": "Cookie", "name": "c"})),
         ("/services/1/versions", json!([{"name": "new"}, {"name": "old"}])),
     ];
@@ -199,6 +202,9 @@ pub(crate) fn refused() -> Vec<Refused> {
         ("/hostnames", json!(["*"]), "spec.hostnames[0]: \"*\" is not allowed"),
         ("/capacity", json!({"endpointsForFullLoad": 0}), "spec.capacity.endpointsForFullLoad: 0 is not allowed"),
         ("/drain", json!({"timeoutSeconds": -1}), "spec.drain.timeoutSeconds: -1 is not allowed"),
+        ("/timeoutSeconds", json!(-1), "spec.timeoutSeconds: -1 is not allowed; expected an integer from 0 to 86400"),
+        ("/timeoutSeconds", json!(86_401), "spec.timeoutSeconds: 86401 is not allowed"),
+        ("/timeoutSeconds", json!("15s"), "spec.timeoutSeconds: \"15s\" is not allowed"),
         // Versions.
         ("/versions", json!([]), "spec.versions: [] is not allowed; expected 1 to 1000 versions"),
         ("/versions", json!(null), "spec.versions: missing; expected a list of versions"),
