@@ -75,6 +75,9 @@ pub enum Mode {
     /// gRPC: the calls say what happens to them, see [`grpc`](crate::grpc).
     #[cfg(feature = "streams")]
     Grpc,
+    /// gRPC's health is answered; calls get a message, and an end without a status.
+    #[cfg(feature = "streams")]
+    GrpcWithoutStatus,
     /// WebSocket: says again what it hears.
     #[cfg(feature = "streams")]
     WebSocket,
@@ -366,13 +369,17 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
     }
     let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
     #[cfg(feature = "streams")]
-    if behaviour.mode == Mode::Grpc && request.uri().path() == crate::grpc::HEALTH {
+    if matches!(behaviour.mode, Mode::Grpc | Mode::GrpcWithoutStatus) && request.uri().path() == crate::grpc::HEALTH {
         state.health.fetch_add(1, Ordering::Relaxed);
         let answer = crate::grpc::health(request, behaviour.ready).await;
         return Ok(answer.map(|body| body.map_err(Into::into).boxed_unsync()));
     } else if behaviour.mode == Mode::Grpc {
         state.requests.fetch_add(1, Ordering::Relaxed);
-        return Ok(crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync()));
+        let mut answer = crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync());
+        if let Ok(name) = HeaderValue::from_str(&lock(&state.name)) {
+            answer.headers_mut().insert(SERVED_BY, name);
+        }
+        return Ok(answer);
     } else if behaviour.mode == Mode::WebSocket
         && let Some(key) = crate::websocket::accept_key(&request)
     {
@@ -409,6 +416,11 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
         Mode::Answer => Answer::whole("ok"),
         #[cfg(feature = "streams")]
         Mode::Grpc | Mode::WebSocket => Answer::whole("ok"),
+        #[cfg(feature = "streams")]
+        Mode::GrpcWithoutStatus => {
+            response = response.header("content-type", "application/grpc");
+            Answer::whole(crate::grpc::EMPTY_MESSAGE)
+        }
         Mode::Echo => Answer::whole(echo(&head.method, &head.uri, &head.headers).to_string()),
         Mode::Reset => {
             reset.store(true, Ordering::Relaxed);

@@ -40,9 +40,6 @@ const STALE_CONNECTIONS: usize = 3;
 /// The address of the first of many callers; the next ones follow it.
 const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-/// gRPC's empty message: not compressed, no bytes.
-const EMPTY_MESSAGE: Bytes = Bytes::from_static(&[0; 5]);
-
 /// What to send; the defaults are a closed loop of `GET /` over 4 connections until it is stopped.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -64,8 +61,8 @@ pub struct Plan {
     pub sources: Vec<Ipv4Addr>,
     /// After this long without a whole answer a client gives up and closes its connection.
     pub patience: Option<Duration>,
-    /// Unary gRPC calls over HTTP/2 instead of `GET`; an answer without `grpc-status: 0` is a failure.
-    pub grpc: bool,
+    /// The message of unary gRPC calls over HTTP/2, instead of `GET`; an answer without `grpc-status: 0` is a failure.
+    pub grpc: Option<&'static [u8]>,
 }
 
 impl Plan {
@@ -81,7 +78,7 @@ impl Plan {
             requests: None,
             sources: Vec::new(),
             patience: None,
-            grpc: false,
+            grpc: None,
         }
     }
 
@@ -116,9 +113,11 @@ impl Plan {
         self
     }
 
-    /// Unary gRPC calls.
+    /// Unary gRPC calls that a backend of [`Mode::Grpc`](crate::backend::Mode::Grpc) answers at once.
+    #[cfg(feature = "streams")]
     pub fn grpc(mut self) -> Self {
-        self.grpc = true;
+        crate::grpc::UNARY.clone_into(&mut self.path);
+        self.grpc = Some(crate::grpc::EMPTY_SCRIPT);
         self
     }
 
@@ -353,7 +352,7 @@ impl Shared {
                     let answer = (version.as_deref().unwrap_or(NOBODY).to_owned(), response.status().as_u16());
                     let (head, body) = response.into_parts();
                     let body = body.collect().await.context("the answer broke off")?;
-                    if self.plan.grpc {
+                    if self.plan.grpc.is_some() {
                         let status = grpc_status(&head.headers, &body);
                         ensure!(status == Some("0"), "{}: the gRPC status is {status:?}", answer.0);
                     }
@@ -369,11 +368,13 @@ impl Shared {
 
     fn request(&self) -> anyhow::Result<Request<Full<Bytes>>> {
         let Plan { host, path, .. } = &self.plan;
-        let (mut request, body) = if self.plan.grpc {
-            let request = Request::post(format!("http://{host}{path}"));
-            (request.header("content-type", "application/grpc").header("te", "trailers"), EMPTY_MESSAGE)
-        } else {
-            (Request::get(path).header("host", host), Bytes::new())
+        let (mut request, body) = match self.plan.grpc {
+            None => (Request::get(path).header("host", host), Bytes::new()),
+            Some(message) => {
+                let request = Request::post(format!("http://{host}{path}"));
+                let request = request.header("content-type", "application/grpc").header("te", "trailers");
+                (request, Bytes::from_static(message))
+            }
         };
         for (name, value) in &self.plan.headers {
             request = request.header(name, value);
@@ -409,7 +410,7 @@ impl Connection {
         stream.set_nodelay(true)?;
         let stream = TokioIo::new(stream);
         // The errors of a driver reach its requests as well.
-        let (requests, driver) = if plan.grpc {
+        let (requests, driver) = if plan.grpc.is_some() {
             let handshake = http2::handshake(TokioExecutor::new(), stream).await;
             let (requests, connection) = handshake.context("cannot connect")?;
             (Requests::Http2(requests), tokio::spawn(connection).abort_handle())
@@ -521,13 +522,15 @@ mod tests {
         drop(load);
     }
 
+    #[cfg(feature = "streams")]
     #[tokio::test]
     async fn a_grpc_answer_without_a_status_is_a_failure() {
         let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::GrpcWithoutStatus);
         let plan = Plan::new(backend.address(), "any").connections(1).grpc();
         let tally = plan.clone().run(3).await.unwrap();
         assert_eq!((tally.sent, tally.answered, tally.failed), (3, 0, 3), "{tally:?}");
-        backend.set(|behaviour| behaviour.trailers = vec![("grpc-status".to_owned(), "0".to_owned())]);
+        backend.set(|behaviour| behaviour.mode = Mode::Grpc);
         let tally = plan.run(3).await.unwrap();
         assert_eq!((tally.sent, tally.of_class("v1", 2), tally.failed), (3, 3, 0), "{tally:?}");
     }
