@@ -66,6 +66,11 @@ async fn broken_target_goes_back(breaks: impl FnOnce(&mut Behaviour)) -> anyhow:
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn target_that_fails_from_its_first_request_is_taken_back() -> anyhow::Result<()> {
+    broken_target_goes_back(|behaviour| behaviour.errors = Errors { bad: 1, of: 1 }).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn target_that_hangs_is_taken_back() -> anyhow::Result<()> {
     broken_target_goes_back(|behaviour| behaviour.mode = Mode::Hang).await
 }
