@@ -57,9 +57,9 @@ bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1,
 	$(if $(MODULE),TIDESHIFT_WASM=$(MODULE)) target/release/bench
 
 .PHONY: bench-safety
-bench-safety: build envoy ## How long a target that fails everything keeps its share, on a real Envoy (RUNS=20)
+bench-safety: build envoy ## How long a broken target keeps its share, and what one hostile client can do (RUNS=20, SECONDS=60, CASES=hangs)
 	$(heading) 'Time to safety'
-	cargo run --release -p tideshift-tests --no-default-features --bin safety
+	cargo run --release -p tideshift-tests --no-default-features --features streams --bin safety
 
 .PHONY: bench-fleet
 bench-fleet: build ## How one controller does with thousands of proxies (PROXIES=10000, CHANGES=20)

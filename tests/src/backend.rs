@@ -38,7 +38,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::mpsc,
     task::{AbortHandle, JoinSet},
-    time::{Sleep, sleep},
+    time::{Instant, Sleep, sleep},
 };
 
 use crate::{bootstrap::VERSION_HEADER, ports::Port, wait::eventually};
@@ -64,6 +64,8 @@ pub enum Mode {
     Reset,
     /// The status, the headers and half of the body, then a reset.
     ResetInBody,
+    /// The status, the headers and half of the body, then an orderly close.
+    CloseInBody,
     /// No answer, ever.
     Hang,
     /// The headers at once, each half of the body after this pause.
@@ -73,12 +75,15 @@ pub enum Mode {
     /// gRPC: the calls say what happens to them, see [`grpc`](crate::grpc).
     #[cfg(feature = "streams")]
     Grpc,
+    /// gRPC's health is answered; calls get a message, and an end without a status.
+    #[cfg(feature = "streams")]
+    GrpcWithoutStatus,
     /// WebSocket: says again what it hears.
     #[cfg(feature = "streams")]
     WebSocket,
 }
 
-/// How many of the requests answer 500, evenly spread: 1 of 4 fails each fourth request.
+/// How many of the requests go wrong, evenly spread: 1 of 4 is each fourth request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errors {
     /// So many fail,
@@ -102,6 +107,10 @@ pub struct Behaviour {
     pub status: u16,
     /// Which part of the requests answers 500.
     pub errors: Errors,
+    /// Which part of the requests gets no answer, ever.
+    pub hanging: Errors,
+    /// The path whose requests answer 500 whatever else is set: an endpoint that fails on bad input.
+    pub bad_input: Option<&'static str>,
     /// The pause before an answer (or a reset) begins.
     pub latency: Duration,
     /// Whether `GET /health` answers 200 or 503, and `grpc.health.v1` that it is serving or not.
@@ -118,6 +127,8 @@ impl Default for Behaviour {
             mode: Mode::Answer,
             status: 200,
             errors: Errors { bad: 0, of: 1 },
+            hanging: Errors { bad: 0, of: 1 },
+            bad_input: None,
             latency: Duration::ZERO,
             ready: true,
             headers: Vec::new(),
@@ -157,6 +168,8 @@ struct State {
     reset: AtomicBool,
     /// The requests by the version that they came for.
     versions: Mutex<BTreeMap<String, u64>>,
+    /// When the latest of them came.
+    asked_last: Mutex<Option<Instant>>,
     /// How many requests there were when the first of them came.
     before_users: OnceLock<u64>,
 }
@@ -179,6 +192,7 @@ impl Backend {
                 health: AtomicU64::new(0),
                 reset: AtomicBool::new(false),
                 versions: Mutex::default(),
+                asked_last: Mutex::default(),
                 before_users: OnceLock::new(),
             }),
             server: Mutex::new(None),
@@ -252,6 +266,11 @@ impl Backend {
     /// The requests by the version header that they came with; those without are not in it.
     pub fn versions(&self) -> BTreeMap<String, u64> {
         lock(&self.state.versions).clone()
+    }
+
+    /// When the latest request with the version header came, answered or not; `None` as long as none has.
+    pub fn asked_last(&self) -> Option<Instant> {
+        *lock(&self.state.asked_last)
     }
 
     /// How many requests it had got when the first came with the version header, which is to say through a proxy; `None`
@@ -346,16 +365,21 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
     if let Some(version) = request.headers().get(VERSION_HEADER) {
         state.before_users.get_or_init(|| state.requests.load(Ordering::Relaxed));
         *lock(&state.versions).entry(String::from_utf8_lossy(version.as_bytes()).into_owned()).or_default() += 1;
+        *lock(&state.asked_last) = Some(Instant::now());
     }
     let mut response = Response::builder().header(SERVED_BY, lock(&state.name).as_str());
     #[cfg(feature = "streams")]
-    if behaviour.mode == Mode::Grpc && request.uri().path() == crate::grpc::HEALTH {
+    if matches!(behaviour.mode, Mode::Grpc | Mode::GrpcWithoutStatus) && request.uri().path() == crate::grpc::HEALTH {
         state.health.fetch_add(1, Ordering::Relaxed);
         let answer = crate::grpc::health(request, behaviour.ready).await;
         return Ok(answer.map(|body| body.map_err(Into::into).boxed_unsync()));
     } else if behaviour.mode == Mode::Grpc {
         state.requests.fetch_add(1, Ordering::Relaxed);
-        return Ok(crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync()));
+        let mut answer = crate::grpc::answer(request).await.map(|body| body.map_err(Into::into).boxed_unsync());
+        if let Ok(name) = HeaderValue::from_str(&lock(&state.name)) {
+            answer.headers_mut().insert(SERVED_BY, name);
+        }
+        return Ok(answer);
     } else if behaviour.mode == Mode::WebSocket
         && let Some(key) = crate::websocket::accept_key(&request)
     {
@@ -382,18 +406,28 @@ async fn answer(request: Request<Incoming>, peer: Arc<Peer>) -> Result<Response<
     if !behaviour.latency.is_zero() {
         sleep(behaviour.latency).await;
     }
-    let status = if behaviour.errors.fails(number) { 500 } else { behaviour.status };
+    let is_bad_input = behaviour.bad_input.is_some_and(|path| head.uri.path() == path);
+    if !is_bad_input && behaviour.hanging.fails(number) {
+        return pending().await;
+    }
+    let status = if is_bad_input || behaviour.errors.fails(number) { 500 } else { behaviour.status };
     let reset = Arc::clone(&peer.reset);
     let body = match behaviour.mode {
         Mode::Answer => Answer::whole("ok"),
         #[cfg(feature = "streams")]
         Mode::Grpc | Mode::WebSocket => Answer::whole("ok"),
+        #[cfg(feature = "streams")]
+        Mode::GrpcWithoutStatus => {
+            response = response.header("content-type", "application/grpc");
+            Answer::whole(crate::grpc::EMPTY_MESSAGE)
+        }
         Mode::Echo => Answer::whole(echo(&head.method, &head.uri, &head.headers).to_string()),
         Mode::Reset => {
             reset.store(true, Ordering::Relaxed);
             return Err(ConnectionReset);
         }
-        Mode::ResetInBody => Answer::cut("the first half", BEFORE_RESET, reset),
+        Mode::ResetInBody => Answer::cut("the first half", BEFORE_RESET, Step::Reset(reset)),
+        Mode::CloseInBody => Answer::cut("the first half", BEFORE_RESET, Step::Close),
         Mode::Hang => pending().await,
         Mode::SlowBody(pause) => Answer::slow("the first half", "and the second", pause),
         Mode::Events(pause, events) => {
@@ -457,6 +491,7 @@ enum Step {
     /// So many events, each after a pause.
     Events(Duration, u32),
     Trailers(HeaderMap),
+    Close,
     Reset(Arc<AtomicBool>),
 }
 
@@ -477,8 +512,8 @@ impl Answer {
         Self::new([Step::Pause(pause), first, Step::Pause(pause), second], length)
     }
 
-    fn cut(half: &'static str, pause: Duration, reset: Arc<AtomicBool>) -> Self {
-        Self::new([Step::Data(half.into()), Step::Pause(pause), Step::Reset(reset)], 2 * half.len())
+    fn cut(half: &'static str, pause: Duration, end: Step) -> Self {
+        Self::new([Step::Data(half.into()), Step::Pause(pause), end], 2 * half.len())
     }
 
     fn events(pause: Duration, events: u32) -> Self {
@@ -526,6 +561,7 @@ impl Body for Answer {
                     reset.store(true, Ordering::Relaxed);
                     return Poll::Ready(Some(Err(ConnectionReset)));
                 }
+                Some(Step::Close) => return Poll::Ready(Some(Err(ConnectionReset))),
                 None => return Poll::Ready(None),
             }
         }
@@ -652,7 +688,20 @@ mod tests {
         backend.set(|behaviour| behaviour.mode = Mode::ResetInBody);
         let error = format!("{:#}", get(backend.address(), "/").send().await.unwrap_err());
         assert!(error.contains("reset") && error.contains("14 of 28 bytes"), "{error}");
-        assert_eq!(backend.counts().requests, 2);
+        backend.set(|behaviour| behaviour.mode = Mode::CloseInBody);
+        let error = format!("{:#}", get(backend.address(), "/").send().await.unwrap_err());
+        assert!(error.contains("closed after 14 of 28 bytes"), "{error}");
+        assert_eq!(backend.counts().requests, 3);
+    }
+
+    #[tokio::test]
+    async fn bad_input_fails_on_its_path_only() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.bad_input = Some("/bad"));
+        assert_eq!(get(backend.address(), "/bad").send().await.unwrap().status, 500);
+        assert_eq!(get(backend.address(), "/good").send().await.unwrap().status, 200);
+        assert_eq!(backend.counts(), Counts { requests: 2, errors: 1, health: 0 });
+        assert_eq!(backend.asked_last(), None, "nothing came through a proxy");
     }
 
     #[tokio::test]

@@ -1,13 +1,17 @@
 //! One request at a time, byte for byte as the test wrote it: repeated headers, bytes that are not UTF-8, a client that
 //! goes away. Whoever wants many requests fast takes [`load`](crate::load).
 
-use std::{net::SocketAddr, str};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    str,
+};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
 };
 
 const MAX_HEADERS: usize = 256;
@@ -90,6 +94,14 @@ impl Connection {
     /// Connects.
     pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
+        stream.set_nodelay(true)?;
+        Ok(Self::over(stream))
+    }
+
+    /// Connects from this address of the loopback interface, which is the client's address to a proxy.
+    pub async fn open_from(source: Ipv4Addr, address: SocketAddr) -> anyhow::Result<Self> {
+        let stream = connect_from(source, address).await;
+        let stream = stream.with_context(|| format!("cannot connect from {source} to {address}"))?;
         stream.set_nodelay(true)?;
         Ok(Self::over(stream))
     }
@@ -198,6 +210,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.read_line().await?;
         }
     }
+}
+
+/// A connection from this address of the loopback interface.
+pub(crate) async fn connect_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((source, 0).into())?;
+    socket.connect(address).await
 }
 
 /// An answer, read to its end.

@@ -33,10 +33,16 @@ use tonic_health::ServingStatus;
 /// How long a client waits for the next thing to happen.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const UNARY: &str = "/tests.Scripts/Unary";
+/// Where a unary call goes.
+pub(crate) const UNARY: &str = "/tests.Scripts/Unary";
 const STREAM: &str = "/tests.Scripts/Stream";
 /// Where a gRPC server is asked for its health.
 pub(crate) const HEALTH: &str = "/grpc.health.v1.Health/Check";
+
+/// A script without steps: a call that ends well at once.
+pub(crate) const EMPTY_SCRIPT: &[u8] = b"\0\0\0\0\x02[]";
+/// A message without bytes.
+pub(crate) const EMPTY_MESSAGE: &[u8] = &[0; 5];
 
 /// What the upstream does with a call. After the last step of the last message the call ends well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,6 +20,7 @@ pub mod events;
 #[cfg(feature = "streams")]
 pub mod grpc;
 pub mod hook;
+pub mod hostile;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
 pub mod load;

@@ -1,11 +1,12 @@
 //! Many requests over connections that are kept alive, and an exact tally of who answered what.
 //!
 //! Every request that went out is in the tally once: answered, failed or still in flight. A connection that the server
-//! closed between two requests is opened again and is no failure; a request that got no whole answer is one.
+//! closed between two requests is opened again and is no failure; a request that got no whole answer is one, and so is
+//! one whose client gave up.
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -13,27 +14,31 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Collected, Full};
 use hyper::{
-    Request,
-    client::conn::http1::{SendRequest, handshake},
+    HeaderMap, Request, Response,
+    body::Incoming,
+    client::conn::{http1, http2},
 };
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     net::TcpStream,
-    task::JoinSet,
-    time::{Instant, sleep_until},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep_until, timeout},
 };
 
-use crate::backend::SERVED_BY;
+use crate::{backend::SERVED_BY, client::connect_from};
 
 /// Stands for the version in a [`Tally`] where an answer did not name a backend: Envoy's own 503, for instance.
 pub const NOBODY: &str = "-";
 
 /// How often one and the same request is tried on a new connection when the old one was closed before it went out.
 const STALE_CONNECTIONS: usize = 3;
+
+/// The address of the first of many callers; the next ones follow it.
+const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
 /// What to send; the defaults are a closed loop of `GET /` over 4 connections until it is stopped.
 #[derive(Clone, Debug)]
@@ -52,6 +57,12 @@ pub struct Plan {
     pub rate: Option<f64>,
     /// Ends by itself after so many requests.
     pub requests: Option<u64>,
+    /// Client addresses of the loopback interface, which the connections take in turn; none: 127.0.0.1 for all.
+    pub sources: Vec<Ipv4Addr>,
+    /// After this long without a whole answer a client gives up and closes its connection.
+    pub patience: Option<Duration>,
+    /// The message of unary gRPC calls over HTTP/2, instead of `GET`; an answer without `grpc-status: 0` is a failure.
+    pub grpc: Option<&'static [u8]>,
 }
 
 impl Plan {
@@ -65,6 +76,9 @@ impl Plan {
             connections: 4,
             rate: None,
             requests: None,
+            sources: Vec::new(),
+            patience: None,
+            grpc: None,
         }
     }
 
@@ -83,6 +97,27 @@ impl Plan {
     /// So many requests per second instead of a closed loop.
     pub fn rate(mut self, per_second: f64) -> Self {
         self.rate = Some(per_second);
+        self
+    }
+
+    /// From so many client addresses, over a connection of its own each.
+    pub fn callers(mut self, callers: usize) -> Self {
+        let first = u32::from(FIRST_CALLER);
+        self.sources = (first..).take(callers).map(Ipv4Addr::from).collect();
+        self.connections(callers)
+    }
+
+    /// With clients that give up after this long.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
+    }
+
+    /// Unary gRPC calls that a backend of [`Mode::Grpc`](crate::backend::Mode::Grpc) answers at once.
+    #[cfg(feature = "streams")]
+    pub fn grpc(mut self) -> Self {
+        crate::grpc::UNARY.clone_into(&mut self.path);
+        self.grpc = Some(crate::grpc::EMPTY_SCRIPT);
         self
     }
 
@@ -107,6 +142,8 @@ pub struct Tally {
     pub answered: u64,
     /// Requests that ended without a whole answer.
     pub failed: u64,
+    /// Those of them whose client gave up.
+    pub gave_up: u64,
     /// The answers by version ([`NOBODY`] where none was named) and status.
     pub by: BTreeMap<(String, u16), u64>,
     /// When the versions were called and when they failed.
@@ -171,6 +208,7 @@ impl Tally {
             sent: self.sent - earlier.sent.min(self.sent),
             answered: self.answered - earlier.answered.min(self.answered),
             failed: self.failed - earlier.failed.min(self.failed),
+            gave_up: self.gave_up - earlier.gave_up.min(self.gave_up),
             by,
             times: self.times.clone(),
             failures: self.failures.get(earlier.failures.len()..).unwrap_or_default().to_vec(),
@@ -210,8 +248,8 @@ impl Load {
             tally: Mutex::default(),
         });
         let mut connections = JoinSet::new();
-        for _ in 0..wanted {
-            connections.spawn(Arc::clone(&shared).send_all());
+        for number in 0..wanted {
+            connections.spawn(Arc::clone(&shared).send_all(number));
         }
         Self { shared, connections }
     }
@@ -242,7 +280,8 @@ impl Shared {
     }
 
     /// What one connection does: take the next request's number, wait for its time, send it.
-    async fn send_all(self: Arc<Self>) -> anyhow::Result<()> {
+    async fn send_all(self: Arc<Self>, number: usize) -> anyhow::Result<()> {
+        let source = self.plan.sources.get(number % self.plan.sources.len().max(1)).copied();
         let mut connection = None;
         while let Some(due) = self.take() {
             sleep_until(due).await;
@@ -251,16 +290,21 @@ impl Shared {
             }
             self.tally().sent += 1;
             let sent = Instant::now();
-            match self.send(&mut connection).await {
-                Ok(answer) => self.tally().add(sent, answer),
-                Err(error) => {
-                    connection = None;
-                    let mut tally = self.tally();
-                    tally.failed += 1;
-                    if tally.failures.len() < 20 {
-                        tally.failures.push(format!("{error:#}"));
-                    }
+            let error = match self.send_patiently(source, &mut connection).await {
+                Ok(Some(answer)) => {
+                    self.tally().add(sent, answer);
+                    continue;
                 }
+                Ok(None) => None,
+                Err(error) => Some(error),
+            };
+            connection = None;
+            let mut tally = self.tally();
+            tally.failed += 1;
+            match error {
+                None => tally.gave_up += 1,
+                Some(error) if tally.failures.len() < 20 => tally.failures.push(format!("{error:#}")),
+                Some(_) => {}
             }
         }
         Ok(())
@@ -274,22 +318,44 @@ impl Shared {
         (!over).then(|| self.begun + after)
     }
 
-    async fn send(&self, connection: &mut Option<SendRequest<Empty<Bytes>>>) -> anyhow::Result<(String, u16)> {
+    /// `None`: the client gave up.
+    async fn send_patiently(
+        &self,
+        source: Option<Ipv4Addr>,
+        connection: &mut Option<Connection>,
+    ) -> anyhow::Result<Option<(String, u16)>> {
+        let answer = self.send(source, connection);
+        match self.plan.patience {
+            None => answer.await.map(Some),
+            Some(patience) => timeout(patience, answer).await.ok().transpose(),
+        }
+    }
+
+    async fn send(
+        &self,
+        source: Option<Ipv4Addr>,
+        connection: &mut Option<Connection>,
+    ) -> anyhow::Result<(String, u16)> {
         for _ in 0..STALE_CONNECTIONS {
-            let sender = match connection {
-                Some(sender) => sender,
-                None => connection.insert(self.connect().await?),
+            let open = match connection {
+                Some(open) => open,
+                None => connection.insert(Connection::open(&self.plan, source).await?),
             };
-            if sender.ready().await.is_err() {
+            if open.ready().await.is_err() {
                 *connection = None;
                 continue;
             }
-            match sender.send_request(self.request()?).await {
+            match open.send(self.request()?).await {
                 Ok(response) => {
                     let version =
                         response.headers().get(SERVED_BY).map(|name| String::from_utf8_lossy(name.as_bytes()));
                     let answer = (version.as_deref().unwrap_or(NOBODY).to_owned(), response.status().as_u16());
-                    response.into_body().collect().await.context("the answer broke off")?;
+                    let (head, body) = response.into_parts();
+                    let body = body.collect().await.context("the answer broke off")?;
+                    if self.plan.grpc.is_some() {
+                        let status = grpc_status(&head.headers, &body);
+                        ensure!(status == Some("0"), "{}: the gRPC status is {status:?}", answer.0);
+                    }
                     return Ok(answer);
                 }
                 // Cancelled is hyper's word for a request of which not one byte was sent.
@@ -300,21 +366,79 @@ impl Shared {
         bail!("the server closed {STALE_CONNECTIONS} connections before a request could be sent")
     }
 
-    fn request(&self) -> anyhow::Result<Request<Empty<Bytes>>> {
-        let mut request = Request::get(&self.plan.path).header("host", &self.plan.host);
+    fn request(&self) -> anyhow::Result<Request<Full<Bytes>>> {
+        let Plan { host, path, .. } = &self.plan;
+        let (mut request, body) = match self.plan.grpc {
+            None => (Request::get(path).header("host", host), Bytes::new()),
+            Some(message) => {
+                let request = Request::post(format!("http://{host}{path}"));
+                let request = request.header("content-type", "application/grpc").header("te", "trailers");
+                (request, Bytes::from_static(message))
+            }
+        };
         for (name, value) in &self.plan.headers {
             request = request.header(name, value);
         }
-        request.body(Empty::new()).context("the plan is not a valid request")
+        request.body(Full::new(body)).context("the plan is not a valid request")
+    }
+}
+
+/// The status in trailers, or in the headers of an answer without a body.
+fn grpc_status<'a>(headers: &'a HeaderMap, body: &'a Collected<Bytes>) -> Option<&'a str> {
+    let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
+    status.or_else(|| headers.get("grpc-status"))?.to_str().ok()
+}
+
+/// An open connection; dropping it closes it, also while a request is under way.
+struct Connection {
+    requests: Requests,
+    driver: AbortHandle,
+}
+
+enum Requests {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    Http2(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Connection {
+    async fn open(plan: &Plan, source: Option<Ipv4Addr>) -> anyhow::Result<Self> {
+        let stream = match source {
+            None => TcpStream::connect(plan.address).await,
+            Some(source) => connect_from(source, plan.address).await,
+        };
+        let stream = stream.context("cannot connect")?;
+        stream.set_nodelay(true)?;
+        let stream = TokioIo::new(stream);
+        // The errors of a driver reach its requests as well.
+        let (requests, driver) = if plan.grpc.is_some() {
+            let handshake = http2::handshake(TokioExecutor::new(), stream).await;
+            let (requests, connection) = handshake.context("cannot connect")?;
+            (Requests::Http2(requests), tokio::spawn(connection).abort_handle())
+        } else {
+            let (requests, connection) = http1::handshake(stream).await.context("cannot connect")?;
+            (Requests::Http1(requests), tokio::spawn(connection).abort_handle())
+        };
+        Ok(Self { requests, driver })
     }
 
-    async fn connect(&self) -> anyhow::Result<SendRequest<Empty<Bytes>>> {
-        let stream = TcpStream::connect(self.plan.address).await.context("cannot connect")?;
-        stream.set_nodelay(true)?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await.context("cannot connect")?;
-        // Its errors reach the sender as well.
-        tokio::spawn(connection);
-        Ok(sender)
+    async fn ready(&mut self) -> hyper::Result<()> {
+        match &mut self.requests {
+            Requests::Http1(requests) => requests.ready().await,
+            Requests::Http2(requests) => requests.ready().await,
+        }
+    }
+
+    async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+        match &mut self.requests {
+            Requests::Http1(requests) => requests.send_request(request).await,
+            Requests::Http2(requests) => requests.send_request(request).await,
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
     }
 }
 
@@ -373,5 +497,41 @@ mod tests {
         let tally = Plan::new(backend.address(), "any").rate(500.0).run(100).await.unwrap();
         assert_eq!(tally.answered, 100);
         assert!(begun.elapsed() >= Duration::from_millis(190), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_client_gives_up_on_an_answer_that_does_not_come() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.hanging = Errors { bad: 1, of: 2 });
+        let plan = Plan::new(backend.address(), "any").connections(2).patience(Duration::from_millis(50));
+        let tally = plan.run(10).await.unwrap();
+        assert_eq!((tally.sent, tally.answered, tally.failed, tally.gave_up), (10, 5, 5, 5), "{tally:?}");
+        assert_eq!((tally.of_class("v1", 2), tally.failures.len(), backend.counts().requests), (5, 0, 10));
+    }
+
+    #[tokio::test]
+    async fn each_caller_has_an_address_of_its_own() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let load = Plan::new(listener.local_addr().unwrap(), "any").callers(3).start();
+        let mut callers = Vec::new();
+        for _ in 0..3 {
+            callers.push(listener.accept().await.unwrap().1.ip().to_string());
+        }
+        callers.sort_unstable();
+        assert_eq!(callers, ["127.0.0.2", "127.0.0.3", "127.0.0.4"]);
+        drop(load);
+    }
+
+    #[cfg(feature = "streams")]
+    #[tokio::test]
+    async fn a_grpc_answer_without_a_status_is_a_failure() {
+        let backend = Backend::start("v1").await.unwrap();
+        backend.set(|behaviour| behaviour.mode = Mode::GrpcWithoutStatus);
+        let plan = Plan::new(backend.address(), "any").connections(1).grpc();
+        let tally = plan.clone().run(3).await.unwrap();
+        assert_eq!((tally.sent, tally.answered, tally.failed), (3, 0, 3), "{tally:?}");
+        backend.set(|behaviour| behaviour.mode = Mode::Grpc);
+        let tally = plan.run(3).await.unwrap();
+        assert_eq!((tally.sent, tally.of_class("v1", 2), tally.failed), (3, 3, 0), "{tally:?}");
     }
 }

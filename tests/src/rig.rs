@@ -297,7 +297,13 @@ pub async fn next_answers(load: &Load, requests: u64) -> anyhow::Result<Tally> {
     let before = load.tally();
     eventually("more answers", DEADLINE, async || {
         let tally = load.tally().since(&before);
-        ensure!(tally.answered >= requests, "{} answers, {} failed", tally.answered, tally.failed);
+        ensure!(
+            tally.answered >= requests,
+            "{} answers, {} failed: {:?}",
+            tally.answered,
+            tally.failed,
+            tally.failures
+        );
         Ok(tally)
     })
     .await
