@@ -426,6 +426,58 @@ mod tests {
         assert_eq!(ledger.total("checkout", "v1"), Counts::default());
     }
 
+    /// As filters report that count for themselves; `session`: of what was dealt before the last, so many.
+    fn by_choice(sequence: u64, dealt: u64, session: u64) -> Report {
+        let tally = |ok| Tally { started: ok, ended: Counts { ok, ..Counts::default() }, ..Tally::default() };
+        let mut report = Report { sequence, format: Report::FORMAT, ..report("a", dealt + session) };
+        let version = &mut report.services[0].versions[0];
+        (version.dealt, version.session) = (tally(dealt), tally(session));
+        report
+    }
+
+    #[test]
+    fn what_a_filter_has_forgotten_is_not_counted_again() {
+        let mut ledger = Ledger::default();
+        for (sequence, dealt, session) in [(1, 10, 4), (2, 12, 4), (3, 0, 1), (4, 3, 1)] {
+            take(&mut ledger, &by_choice(sequence, dealt, session));
+        }
+        let total = ledger.judged("checkout", "v1");
+        assert_eq!((total.dealt.ended.ok, total.session().map(|of| of.ended.ok)), (15, Some(4)));
+        assert_eq!(ledger.total("checkout", "v1").ok, 19);
+    }
+
+    #[test]
+    fn what_was_counted_before_the_ledger_began_is_in_no_verdict() {
+        let began = 1_800_000_000_000;
+        let mut ledger = Ledger::beginning(began);
+        let run = |start: u64| Report { start: format!("{:x}", start * 1_000_000), ..by_choice(0, 0, 0) };
+        let mut take_of = |start, sequence, dealt| {
+            let report = Report { start: run(start).start, ..by_choice(sequence, dealt, 0) };
+            take(&mut ledger, &report);
+            (ledger.total("checkout", "v1").ok, ledger.judged_counts("checkout", "v1").ok)
+        };
+        assert_eq!(take_of(began - 1, 1, 100), (100, 0), "the first report of a proxy that ran before");
+        assert_eq!(take_of(began - 1, 2, 103), (103, 3));
+        assert_eq!(take_of(began + 1, 1, 5), (108, 8), "of one that started since");
+    }
+
+    #[test]
+    fn a_ledger_of_before_is_converted() {
+        let old = r#"{"totals": [[["checkout", "v1"], {"ok": 7, "error": 1, "clientError": 0, "cancelled": 2,
+            "durations": [5, 3]}]], "unrouted": {}, "runs": [[["p", "a"], {"reportedAt": 1, "reported_at": 1,
+            "sequence": 3, "counts": [[["checkout", "v1"], {"ok": 7, "error": 1, "clientError": 0, "cancelled": 2,
+            "durations": [5, 3]}]], "unrouted": {}}]]}"#;
+        let mut ledger: Ledger = serde_json::from_str(old).unwrap();
+        assert_eq!(ledger.total("checkout", "v1").total(), 10);
+        assert_eq!(ledger.durations("checkout", "v1"), [5, 3]);
+        assert_eq!(ledger.judged("checkout", "v1").dealt.ended.error, 1);
+        // The same proxy goes on, with the filter of before.
+        take(&mut ledger, &Report { sequence: 4, ..report("a", 9) });
+        assert_eq!(ledger.total("checkout", "v1").ok, 16, "what goes back in the old format was reset");
+        let again: Ledger = serde_json::from_str(&serde_json::to_string(&ledger).unwrap()).unwrap();
+        assert_eq!(again, ledger);
+    }
+
     proptest! {
         /// Each step: so many more requests, how many of the reports so far may yet arrive and which of them does how
         /// often, whether the counts are written down, and whether the controller is killed then.

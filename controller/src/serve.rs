@@ -240,7 +240,9 @@ fn open_store(files: &[PathBuf], dir: Option<&Path>) -> Result<(Option<Store>, K
         }
     };
     match Store::open(&dir) {
-        Ok((store, kept, counted)) => Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_else(|| Counted::beginning(now())))),
+        Ok((store, kept, counted)) => {
+            Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_else(|| Counted::beginning(now()))))
+        }
         // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
         Err(StoreError::Io { error, .. }) if !chosen && !Store::is_in(&dir) => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))

@@ -246,7 +246,7 @@ impl AddAssign<&Self> for Tally {
     }
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+#[allow(clippy::trivially_copy_pass_by_ref)] // The shape that serde asks for.
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }

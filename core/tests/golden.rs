@@ -63,6 +63,7 @@ fn outcome(plan: &Plan, ending: &Value) -> Value {
         status: number("status").map(|status| status as u16),
         grpc_status: number("grpc").map(|status| status as u32),
         flags: number("flags").unwrap_or_default(),
+        is_grpc: false,
         is_closed: false,
     };
     json!(plan.services.iter().map(|service| service.errors.outcome(&ending).label()).collect::<Vec<_>>())

@@ -57,15 +57,7 @@ struct ForAnswer {
 impl Exchange {
     /// A request that has just arrived at this worker.
     pub fn new(worker: Rc<Worker>, root: u32) -> Self {
-        Self {
-            root,
-            worker,
-            taken: None,
-            for_answer: None,
-            ending: Ending::default(),
-            is_whole: false,
-            frames: None,
-        }
+        Self { root, worker, taken: None, for_answer: None, ending: Ending::default(), is_whole: false, frames: None }
     }
 
     /// The request's headers are there: gives it its version.

@@ -83,7 +83,6 @@ mod import {
             token: *mut u32,
         ) -> u32;
         pub(super) fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, id: *mut u32) -> u32;
-        pub(super) fn proxy_get_metric(id: u32, value: *mut u64) -> u32;
         pub(super) safe fn proxy_record_metric(id: u32, value: u64) -> u32;
         pub(super) safe fn proxy_increment_metric(id: u32, offset: i64) -> u32;
     }
@@ -372,23 +371,14 @@ impl Stat {
         Self((status == 0).then_some(id))
     }
 
-    /// The value of a counter or gauge, of the whole process.
-    #[allow(unsafe_code)]
-    pub fn value(self) -> u64 {
-        let mut value = 0;
-        // SAFETY: the pointer is to a live u64.
-        let read = |id| unsafe { import::proxy_get_metric(id, &raw mut value) == 0 };
-        if self.0.is_some_and(read) { value } else { 0 }
-    }
-
-    /// Adds to a counter or gauge.
+    /// Adds to a counter.
     pub fn add(self, amount: i64) {
         if let Some(id) = self.0 {
             import::proxy_increment_metric(id, amount);
         }
     }
 
-    /// Records a value in a histogram.
+    /// Records a value in a histogram, or sets a gauge to it.
     pub fn record(self, value: u64) {
         if let Some(id) = self.0 {
             import::proxy_record_metric(id, value);
