@@ -7,7 +7,7 @@ use crate::outcome::ErrorCodes;
 use crate::policy::{Mirror, Policy, Rule, Service, Version};
 use crate::request::{self, AUTHORITY, METHOD, Request, SCHEME};
 use crate::rules::RuleIndex;
-use crate::sequence::EvenSequence;
+use crate::sequence::{EvenSequence, SplitMix64, Starts};
 use crate::session::{Session, SessionBy, SessionHash};
 pub use crate::split::{Split, Turns};
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,7 +58,6 @@ struct MirrorPlan {
     percent: u32,
     methods: Vec<String>,
     cluster: String,
-    slot: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -160,7 +159,7 @@ impl Plan {
             let is_heeded = service.versions.iter().any(|version| version.weight > 0 && !is_out(version));
             let serves = |version: &Version| version.serving && !(is_heeded && is_out(version));
             services.push(ServicePlan::new(service, slots, serves));
-            slots += SLOTS * (1 + service.rules.len());
+            slots += 1 + service.rules.len();
         }
         let few_headers = few_headers(policy, hostnames.refer_to_host());
         let mirrors = |service: &Service| service.mirror.is_some() || service.rules.iter().any(|r| r.mirror.is_some());
@@ -392,19 +391,17 @@ impl MirrorPlan {
     fn takes(&self, request: &(impl Request + ?Sized), turns: &mut Turns) -> bool {
         let method = request.header(METHOD).unwrap_or_default();
         self.methods.iter().any(|safe| safe.as_bytes() == &*method)
-            && turns.next(self.slot, 100).is_some_and(|point| point < self.percent)
+            // By chance: by an even sequence, the copied requests would be those of some versions rather than others.
+            && turns.random.next_below(100) < self.percent
     }
 }
-
-/// The sequences that a destination may need: its split's and its mirror's.
-const SLOTS: usize = 2;
 
 impl ServicePlan {
     fn new(service: &Service, first_slot: usize, serves: impl Fn(&Version) -> bool) -> Self {
         let secret = service.session.as_ref().and_then(|session| session.secret.as_ref());
         let hash = SessionHash::new(&service.name, secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
         let session = service.session.clone().map(|session| SessionPlan { session, hash });
-        let mut slots = (first_slot..).step_by(SLOTS);
+        let mut slots = first_slot..;
         let mut destination = |weights: &mut dyn Iterator<Item = (&str, u32)>, mirror: Option<&Mirror>| {
             let slot = slots.next().unwrap_or_default();
             let mut split = Split::new(slot);
@@ -414,7 +411,7 @@ impl ServicePlan {
                     split.push(index, weight, hash.of(name.as_bytes()));
                 }
             }
-            Destination { split, mirror: mirror.and_then(|mirror| MirrorPlan::new(service, mirror, slot + 1, &serves)) }
+            Destination { split, mirror: mirror.and_then(|mirror| MirrorPlan::new(service, mirror, &serves)) }
         };
         let own = destination(
             &mut service.versions.iter().map(|version| (version.name.as_str(), version.weight)),
@@ -448,22 +445,19 @@ impl ServicePlan {
         self.versions.iter().position(|version| version.as_bytes() == name)
     }
 
-    /// Of the destination of a rule, or of the requests that no rule takes.
-    fn slots(&self, rule: Option<usize>) -> Option<[usize; SLOTS]> {
-        let to = match rule {
-            None => &self.own,
-            Some(rule) => &self.rules.get(rule)?.1,
-        };
-        Some(std::array::from_fn(|i| to.split.slot() + i))
+    /// Of a rule, or of the requests that no rule takes.
+    fn split(&self, rule: Option<usize>) -> Option<&Split> {
+        let to = rule.map_or(Some(&self.own), |rule| self.rules.get(rule).map(|(_, to)| to))?;
+        Some(&to.split)
     }
 }
 
 impl MirrorPlan {
     /// `None` if the version is out of service.
-    fn new(service: &Service, mirror: &Mirror, slot: usize, serves: impl Fn(&Version) -> bool) -> Option<Self> {
+    fn new(service: &Service, mirror: &Mirror, serves: impl Fn(&Version) -> bool) -> Option<Self> {
         let version = service.versions.iter().find(|version| version.name == mirror.version && serves(version))?;
         let cluster = version.cluster.clone().unwrap_or_else(|| format!("{}_{}", service.name, version.name));
-        Some(Self { percent: mirror.percent, methods: mirror.methods.clone(), cluster, slot })
+        Some(Self { percent: mirror.percent, methods: mirror.methods.clone(), cluster })
     }
 }
 
@@ -473,25 +467,24 @@ impl Turns {
     pub fn for_plan(plan: &Plan, seed: u64, before: Option<(&Plan, &Self)>) -> Self {
         let mut known = BTreeMap::new();
         if let Some((old, _)) = before {
-            known.extend(old.services.iter().enumerate().map(|(i, service)| (service.name.as_str(), i)));
+            known.extend(old.services.iter().map(|service| (service.name.as_str(), service)));
         }
         // A rule is known again by its service's name and its number.
-        let old_place = |service: &ServicePlan, rule: Option<usize>, i: usize| {
-            let (old, places) = before?;
-            let service = old.services.get(*known.get(service.name.as_str())?)?;
-            places.0.get(*service.slots(rule)?.get(i)?).copied()
+        let old_place = |service: &ServicePlan, rule: Option<usize>| {
+            let split = known.get(service.name.as_str())?.split(rule)?;
+            before?.1.sequences.get(split.slot()).copied()
         };
-        let mut places = Vec::new();
-        for service in &plan.services {
-            for rule in std::iter::once(None).chain((0..service.rules.len()).map(Some)) {
-                for i in 0..SLOTS {
-                    // Another odd multiple of the golden ratio for each, so that they do not move in step.
-                    let apart = (places.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                    let fresh = || EvenSequence::new(seed.wrapping_add(apart));
-                    places.push(old_place(service, rule, i).unwrap_or_else(fresh));
-                }
-            }
-        }
-        Self(places)
+        let kept: Vec<Option<EvenSequence>> = plan
+            .services
+            .iter()
+            .flat_map(|service| {
+                let rules = std::iter::once(None).chain((0..service.rules.len()).map(Some));
+                rules.map(move |rule| old_place(service, rule))
+            })
+            .collect();
+        let mut random = SplitMix64::new(seed);
+        let mut starts = Starts::beside(kept.iter().flatten(), random.next_u64());
+        let sequences = kept.into_iter().map(|place| place.unwrap_or_else(|| starts.start())).collect();
+        Self { sequences, random }
     }
 }

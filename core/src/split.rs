@@ -6,7 +6,7 @@
 //! users follow the weights; a version whose weight is raised only takes users and one whose weight is lowered, or that
 //! goes out of service, only gives its own; all others stay where they are.
 
-use crate::sequence::EvenSequence;
+use crate::sequence::{EvenSequence, SplitMix64};
 
 /// Versions in service with their weights, ready to choose among. Versions that are out of service or have no weight
 /// are not in it, so their share goes to the others in proportion.
@@ -14,7 +14,7 @@ use crate::sequence::EvenSequence;
 pub struct Split {
     entries: Vec<Entry>,
     total: u32,
-    /// Its place among the plan's turns.
+    /// The place of its sequence among the plan's turns.
     slot: usize,
 }
 
@@ -28,14 +28,17 @@ struct Entry {
     hash: u64,
 }
 
-/// One worker's places in the even sequences of a plan.
+/// One worker's places in the even sequences of a plan, and its dice for what is decided by chance.
 #[derive(Debug, Clone, Default)]
-pub struct Turns(pub(crate) Vec<EvenSequence>);
+pub struct Turns {
+    pub(crate) sequences: Vec<EvenSequence>,
+    pub(crate) random: SplitMix64,
+}
 
 impl Turns {
-    /// The next point of a sequence, from 0 to `total` - 1.
-    pub(crate) fn next(&mut self, slot: usize, total: u32) -> Option<u32> {
-        Some(self.0.get_mut(slot)?.next_below(total))
+    /// The next point of a split's sequence, from 0 to `total` - 1.
+    fn next(&mut self, slot: usize, total: u32) -> Option<u32> {
+        Some(self.sequences.get_mut(slot)?.next_below(total))
     }
 }
 

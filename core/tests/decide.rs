@@ -63,7 +63,8 @@ fn sticky(weights: &[(&str, u32)]) -> Value {
 fn a_user_with_a_cookie_keeps_the_version_as_long_as_it_has_weight() {
     let mut worker = Worker::new(sticky(&[("v1", 90), ("v2", 10)]));
     let users: Vec<(String, String)> = (0..200).map(|_| worker.ask(&[])).map(|(v, c)| (v, c.unwrap())).collect();
-    assert_eq!(users.iter().filter(|(version, _)| version == "v2").count(), 20, "new users come by turn");
+    let on_v2 = users.iter().filter(|(version, _)| version == "v2").count();
+    assert!((18..=22).contains(&on_v2), "new users come by turn: {on_v2} of 20");
     for weights in [[50, 50], [1, 99], [99, 1]] {
         worker.apply(sticky(&[("v1", weights[0]), ("v2", weights[1])]));
         for (version, cookie) in &users {
@@ -115,7 +116,7 @@ fn cookies_that_do_not_hold_are_replaced_and_choose_nothing() {
                 version
             })
             .collect();
-        assert!(chosen.iter().filter(|version| *version == "v2").count() <= 1, "{cookie} chooses");
+        assert!(chosen.iter().filter(|version| *version == "v2").count() <= 2, "{cookie} chooses");
     }
     // One that holds is found among others of its name, which a page on another path may have set.
     assert_eq!(worker.ask(&[("cookie", &format!("a=b; s=v2; {own}"))]), ("v1".to_owned(), None));
@@ -203,7 +204,7 @@ fn a_rule_goes_before_the_session_which_goes_before_the_weights() {
 }
 
 #[test]
-fn copies_are_an_even_share_of_the_safe_requests() {
+fn copies_are_a_share_of_the_safe_requests() {
     let service = json!({
         "name": "checkout",
         "versions": [{"name": "v1"}, {"name": "v2", "weight": 0}, {"name": "v3", "weight": 0, "cluster": "three"}],
@@ -222,7 +223,9 @@ fn copies_are_an_even_share_of_the_safe_requests() {
             copies
         })
     };
-    assert_eq!(copies(&mut worker, "GET", "/"), BTreeMap::from([("checkout_v2".to_owned(), 100)]));
+    let copied = copies(&mut worker, "GET", "/");
+    assert_eq!(copied.keys().collect::<Vec<_>>(), ["checkout_v2"]);
+    assert!((60..=140).contains(&copied["checkout_v2"]), "100, by chance: {copied:?}");
     assert_eq!(copies(&mut worker, "POST", "/"), BTreeMap::new());
     assert_eq!(copies(&mut worker, "POST", "/search"), BTreeMap::from([("three".to_owned(), 1_000)]));
     assert_eq!(copies(&mut worker, "GET", "/search"), BTreeMap::new());
@@ -230,4 +233,67 @@ fn copies_are_an_even_share_of_the_safe_requests() {
     without["versions"][1]["serving"] = json!(false);
     worker.apply(without);
     assert_eq!(copies(&mut worker, "GET", "/"), BTreeMap::new(), "a version out of service gets no copies either");
+}
+
+/// Copies are of requests to each version, whatever its share: the version does not say what is copied.
+#[test]
+fn each_version_s_requests_are_copied_as_often() {
+    const REQUESTS: u32 = 100_000;
+    let mut worker = Worker::new(json!({
+        "name": "checkout",
+        "versions": [{"name": "v1", "weight": 90}, {"name": "v2", "weight": 10}],
+        "mirror": {"version": "v1", "percent": 10},
+    }));
+    let (mut asked, mut copied) = ([0u32; 2], [0u32; 2]);
+    for _ in 0..REQUESTS {
+        let decision = worker.decide(&[(":method", "GET"), (":path", "/")]);
+        let version = decision.version.unwrap();
+        asked[version] += 1;
+        copied[version] += u32::from(decision.mirror.is_some());
+    }
+    assert!(asked[1].abs_diff(REQUESTS / 10) <= 25, "{asked:?}");
+    for (asked, copied) in asked.into_iter().zip(copied) {
+        let due = f64::from(asked) / 10.0;
+        assert!((f64::from(copied) - due).abs() < 5.0 * (due * 0.9).sqrt(), "{copied} of {asked}");
+    }
+}
+
+/// Requests of two services, of a service and of its rule, called in turn: the version of one says nothing about the other's.
+#[test]
+fn splits_that_are_used_in_turn_do_not_move_in_step() {
+    const PAIRS: usize = 10_000;
+    let versions = json!([{"name": "v1", "weight": 90}, {"name": "v2", "weight": 10}]);
+    let service = |name: &str| {
+        let rule = json!({"matches": [{"path": {"value": "/search"}}], "versions": versions});
+        json!({"name": name, "hostnames": [name], "versions": versions, "rules": [rule]})
+    };
+    let policy = |names: &[&str]| {
+        let services: Vec<Value> = names.iter().map(|name| service(name)).collect();
+        Plan::new(&Policy::read(&json!({"revision": 1, "services": services})).unwrap(), |_, _| false)
+    };
+    let calls = [("cart", "/"), ("cart", "/search"), ("shop", "/"), ("shop", "/search")];
+    let check = |plan: &Plan, turns: &mut Turns| {
+        let mut both = [[0; 4]; 4];
+        for _ in 0..PAIRS {
+            let on_v2 = calls.map(|(host, path)| {
+                let request = [(":authority", host), (":method", "GET"), (":path", path)];
+                plan.decide(&request[..], turns, || 0).unwrap().version == Some(1)
+            });
+            for (i, counts) in both.iter_mut().enumerate() {
+                counts.iter_mut().zip(on_v2).for_each(|(count, other)| *count += usize::from(on_v2[i] && other));
+            }
+        }
+        for (i, counts) in both.iter().enumerate() {
+            for (j, count) in counts.iter().enumerate().filter(|(j, _)| *j != i) {
+                assert!(count.abs_diff(PAIRS / 100) <= 40, "{:?} and {:?}: {both:?}", calls[i], calls[j]);
+            }
+        }
+    };
+    let one = policy(&["shop"]);
+    let turns = Turns::for_plan(&one, 1, None);
+    // A service that comes before one that goes on starts apart from it.
+    let two = policy(&["cart", "shop"]);
+    for mut turns in [Turns::for_plan(&two, 1, Some((&one, &turns))), Turns::for_plan(&two, 1, None)] {
+        check(&two, &mut turns);
+    }
 }

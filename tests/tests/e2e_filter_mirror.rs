@@ -72,12 +72,13 @@ async fn arrived(setup: &Setup, what: &str, expected: [u64; 3]) -> anyhow::Resul
 }
 
 #[tokio::test]
-async fn a_tenth_is_every_tenth() -> anyhow::Result<()> {
+async fn a_tenth_is_copied() -> anyhow::Result<()> {
     let setup = start(&[service("shop", json!({ "mirror": { "version": "v2", "percent": 10 } }))]).await?;
     send(&setup, &setup.get(HOST, "/"), 1_000).await?;
     let copies = eventually("the copies", DEADLINE, async || {
         let copies = setup.backend("v2").counts().requests;
-        ensure!((97..=103).contains(&copies), "{copies} of 1,000");
+        // By chance: five standard deviations.
+        ensure!((53..=147).contains(&copies), "{copies} of 1,000");
         let sent = setup.envoy.stat("cluster.v2.upstream_rq_total").await?;
         ensure!(copies == sent, "{copies} of {sent} have arrived");
         Ok(copies)
