@@ -1,0 +1,261 @@
+//! The verdict and the guards against whole rollouts with a population of clients: how often a healthy target is taken
+//! back where requests are not independent, and how soon a broken one is, whoever calls.
+//!
+//! `make verdict-tables` prints the tables of `docs/verdict-proof.md`.
+
+#![cfg(not(target_arch = "wasm32"))] // Thousands of rollouts are slow there.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)] // Tests unwrap; tables are printed.
+#![allow(unreachable_pub, missing_docs)] // Nothing here is for others.
+
+#[path = "clients/dice.rs"]
+mod dice;
+#[path = "clients/thresholds.rs"]
+mod thresholds;
+#[path = "clients/world.rs"]
+mod world;
+
+use tideshift_core::outcome::Outcome as Ended;
+use tideshift_core::verdict::{Latency, Settings};
+use world::{Bad, End, Fault, STABLE, Scene, TARGET, Users, Way};
+
+const ROLLOUT: [(f64, f64); 5] = [(0.01, 120.0), (0.1, 120.0), (0.25, 120.0), (0.5, 120.0), (0.9, 120.0)];
+
+/// What the run is for. Without optimization it would take an hour, so hardly anything is run.
+#[derive(Clone, Copy, PartialEq)]
+enum For {
+    Tables,
+    Assertions,
+    Nothing,
+}
+
+fn what_for() -> For {
+    match std::env::var_os("VERDICT_TABLES") {
+        Some(_) => For::Tables,
+        None if cfg!(debug_assertions) => For::Nothing,
+        None => For::Assertions,
+    }
+}
+
+fn runs(table: u64, asserted: u64) -> u64 {
+    let divisor = std::env::var("DIVIDE_RUNS").ok().and_then(|by| by.parse().ok()).unwrap_or(1);
+    match what_for() {
+        For::Tables => (table / divisor).max(1),
+        For::Assertions => asserted,
+        For::Nothing => 1,
+    }
+}
+
+/// What comes of so many rollouts, by their seeds, on all cores.
+fn many(runs: u64, scene: Scene<'_>) -> Vec<End> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    std::thread::scope(|scope| {
+        let play = |core| (1..=runs).filter(move |seed| seed % cores == core).map(|seed| scene.play(seed)).collect::<Vec<_>>();
+        let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || play(core))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn asking() -> Settings {
+    Settings { max_error_rate: Some(0.02), ..Settings::default() }
+}
+
+fn with_latency() -> Settings {
+    Settings { latency: Some(Latency::default()), ..asking() }
+}
+
+fn header() {
+    println!("| healthy target | runs | taken back | vetoed somewhere | 1 % over 60 s | Flagger | Argo Rollouts |");
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
+}
+
+/// Plays a row of a table of healthy targets, of which so many of 1,000 may be taken back.
+fn row(name: &str, (table, asserted): (u64, u64), most_of_1000: u64, scene: Scene<'_>) -> Vec<End> {
+    let runs = runs(table, asserted);
+    let started = std::time::Instant::now();
+    let ends = many(runs, scene);
+    let number = |is: fn(&End) -> bool| ends.iter().filter(|end| is(end)).count() as u64;
+    let failed = number(|end| end.failed.is_some());
+    println!(
+        "| {name} | {runs} | {failed} | {} | {} | {} | {} |",
+        number(|end| end.vetoes[TARGET] > 0),
+        number(|end| end.thresholds.first_check.is_some()),
+        number(|end| end.thresholds.flagger.is_some()),
+        number(|end| end.thresholds.argo.is_some()),
+    );
+    eprintln!("    {name}: {:?}", started.elapsed());
+    assert_eq!(number(|end| end.vetoes[STABLE] > 0), 0, "{name}: the stable version was vetoed");
+    // One more than is to be expected at most, where that is less than one.
+    let most = if most_of_1000 == 0 { 0 } else { (most_of_1000 * runs).div_ceil(1_000).max(1) };
+    assert!(failed <= most, "{name}: {failed} of {runs}, at most {most}");
+    ends
+}
+
+#[test]
+fn table_a_independent_errors() {
+    let settings = asking();
+    header();
+    for callers in [1, 10, 100, 1_000] {
+        for (rate, table, asserted) in [(5.0, 1_000, 40), (100.0, 1_000, 20), (1_000.0, 100, 2)] {
+            for base in [0.001, 0.01, 0.03] {
+                let scene = Scene { rate, callers, base, ..Scene::new(&settings, &ROLLOUT) };
+                let name = format!("{} % errors, {rate} requests/s, {callers} callers", base * 100.0);
+                row(&name, (table, asserted), 1, scene);
+            }
+        }
+    }
+    println!();
+}
+
+#[test]
+fn table_b_users_that_are_not_dealt_at_random() {
+    let settings = asking();
+    let usual = Scene::new(&settings, &ROLLOUT);
+    header();
+    for part in [0.001, 0.005, 0.01] {
+        let (users, fault) = (Users::Header(5_000), Fault::BrokenClient(part));
+        let name = format!("header session, one broken client with {} % of the requests", part * 100.0);
+        row(&name, (1_000, 30), 10, Scene { users, fault, ..usual });
+    }
+    for (without, fails) in [(0.1, 0.01), (0.2, 0.02)] {
+        let users = Users::Cookie { without, fails };
+        let name = format!("cookie session, {} % without, of which {} % fail", without * 100.0, fails * 100.0);
+        row(&name, (1_000, 30), 10, Scene { users, ..usual });
+    }
+    let steps = [(0.01, 600.0)];
+    let name = "a step with matches, testers fail 10 %";
+    row(name, (1_000, 30), 10, Scene { fault: Fault::Testers(0.5, 0.1), ..Scene::new(&settings, &steps) });
+    for calls in [27, 37, 111] {
+        let alone = Scene { rate: 20.0, callers: 1, base: 1.0 / calls as f64, fault: Fault::Serial(calls), ..usual };
+        row(&format!("a serial client of {calls} calls"), (1_000, 60), 10, alone);
+    }
+    println!();
+}
+
+#[test]
+fn table_c_clumps_for_an_hour() {
+    let settings = asking();
+    let steps = [(0.1, 3_600.0)];
+    header();
+    for (proxies, table, asserted) in [(1, 300, 6), (10, 60, 1), (100, 10, 0)] {
+        let scene = Scene {
+            proxies,
+            rate: 100.0 * proxies as f64,
+            callers: 1_000,
+            fault: Fault::Clumps,
+            ..Scene::new(&settings, &steps)
+        };
+        if runs(table, asserted) > 0 {
+            row(&format!("10 errors in 1 s each minute, {proxies} proxies"), (table, asserted), 10, scene);
+        }
+    }
+    println!();
+}
+
+#[test]
+fn table_d_streams() {
+    let settings = asking();
+    let steps = [(0.1, 300.0)];
+    header();
+    for (rate, lasts) in [(10.0, 1.0), (10.0, 10.0), (10.0, 60.0), (10.0, 600.0), (50.0, 60.0), (50.0, 600.0)] {
+        for callers in [1, 100] {
+            let scene = Scene { rate, callers, base: 0.01, lasts: Some(lasts), ..Scene::new(&settings, &steps) };
+            let name = format!("{rate} streams/s of {callers} callers, 1 % fail at once, others last {lasts} s");
+            row(&name, (1_000, 20), 1, scene);
+        }
+    }
+    println!();
+}
+
+/// One client for ten minutes, and 100 others.
+#[test]
+fn table_e_hostile_clients() {
+    let settings = asking();
+    header();
+    for (share, rate) in [(0.1, 100.0), (0.5, 100.0), (0.5, 20.0), (0.1, 20.0)] {
+        let steps = [(share, 600.0)];
+        let usual = Scene { rate, ..Scene::new(&settings, &steps) };
+        for (name, way) in [
+            ("keeps v2's cookie, fails", Way::Cookie(TARGET, Ended::Error)),
+            ("keeps v2's cookie, 404", Way::Cookie(TARGET, Ended::ClientError)),
+            ("keeps v2's cookie, gives up", Way::Cookie(TARGET, Ended::Cancelled)),
+            ("makes up users for v2", Way::ManyUsers),
+            ("knows what is dealt, fails at v2", Way::Predicts(TARGET)),
+            ("knows what is dealt, fails at v1", Way::Predicts(STABLE)),
+            ("keeps v1's cookie, fails", Way::Cookie(STABLE, Ended::Error)),
+            ("the testers' header", Way::Rule),
+        ] {
+            let name = format!("{name}; others {rate}/s, {} %", share * 100.0);
+            let ends = row(&name, (400, 8), 0, Scene { fault: Fault::Hostile(way), ..usual });
+            let passed = ends.iter().filter(|end| end.passes == 1).count();
+            let held = ends.iter().map(|end| end.held).fold(0.0, f64::max);
+            println!("|   passed {passed}, held for {held:.0} s at most |");
+            let vetoed = ends.iter().filter(|end| end.vetoes[TARGET] > 0).count();
+            assert_eq!(vetoed, 0, "{name}: vetoed");
+        }
+    }
+    println!();
+}
+
+/// Can one client hide a bad target?
+#[test]
+fn table_f_hidden() {
+    let settings = asking();
+    println!("| v2 fails | others | share | hidden by | failed | median | passed | held |");
+    for fails in [1.0, 0.2, 0.05] {
+        for rate in [100.0, 20.0] {
+            for share in [0.1, 0.5, 0.9] {
+                let steps = [(share, 600.0)];
+                let usual = Scene { rate, bad: Bad::Errors(fails), goes_on: false, ..Scene::new(&settings, &steps) };
+                for (name, fault) in [
+                    ("nobody", Fault::None),
+                    ("v1's cookie", Fault::Hostile(Way::Cookie(STABLE, Ended::Error))),
+                    ("knows what is dealt", Fault::Hostile(Way::Predicts(STABLE))),
+                ] {
+                    let ends = many(runs(60, 4), Scene { fault, ..usual });
+                    let (failed, median, _) = times(&ends);
+                    let passed = ends.iter().filter(|end| end.passes == 1).count();
+                    let held = ends.iter().map(|end| end.held).fold(0.0, f64::max);
+                    println!("| {fails} | {rate} | {share} | {name} | {failed} of {} | {median:.1} | {passed} | {held:.0} |", ends.len());
+                }
+            }
+        }
+    }
+    println!();
+}
+
+/// How many failed, and when: median and nine of ten.
+fn times(ends: &[End]) -> (usize, f64, f64) {
+    let mut seconds: Vec<f64> = ends.iter().map(|end| end.failed.unwrap_or(f64::INFINITY)).collect();
+    seconds.sort_by(f64::total_cmp);
+    let failed = seconds.iter().filter(|seconds| seconds.is_finite()).count();
+    (failed, seconds[seconds.len() / 2], seconds[seconds.len() * 9 / 10])
+}
+
+#[test]
+fn table_g_broken_targets() {
+    let kinds = [
+        ("500 to everything", Bad::Errors(1.0)),
+        ("hangs on everything", Bad::Hangs(1.0)),
+        ("hangs on half", Bad::Hangs(0.5)),
+        ("404 to everything", Bad::NotFound(1.0)),
+        ("fails 5 %", Bad::Errors(0.05)),
+        ("fails 2 %", Bad::Errors(0.02)),
+        ("3 times slower", Bad::Slow(3.0)),
+    ];
+    println!("| target | callers | share | 10 % | 50 % | 90 % |");
+    for (name, bad) in kinds {
+        let settings = if matches!(bad, Bad::Slow(_)) { with_latency() } else { asking() };
+        for callers in [1, 3, 4, 5, 7, 10, 100] {
+            let cells = [0.1, 0.5, 0.9].map(|share| {
+                let steps = [(share, 600.0)];
+                let scene = Scene { callers, bad, goes_on: false, ..Scene::new(&settings, &steps) };
+                let ends = many(runs(100, 6), scene);
+                let (_, median, p90) = times(&ends);
+                let told = |seconds: f64| if seconds.is_finite() { format!("{seconds:.1}") } else { "> 600".to_owned() };
+                format!("{} / {} s", told(median), told(p90))
+            });
+            println!("| {name} | {callers} | {} |", cells.join(" | "));
+        }
+    }
+    println!();
+}
