@@ -2,7 +2,7 @@
 //! does.
 //!
 //! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
-//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With three
+//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With four
 //! limits, each of which only takes evidence away (what is left out is decided by what came before), so that
 //! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
 //!
@@ -10,6 +10,8 @@
 //! - What a client does within two seconds is one: it may be one try and its repetitions.
 //! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes. The evidence
 //!   that a version fails on takes several clients, therefore.
+//! - Of what counts, a client makes a quarter at most, but for its first few bad requests. One that has all of its bad requests
+//!   at the stable version on purpose can hide a bad target no longer than that.
 //!
 //! Where a sample of all requests shows only a few clients, these limits would leave nothing: requests that were dealt by
 //! weight are judged by their counts then, and users of sessions count once each.
@@ -19,6 +21,10 @@ use std::collections::BTreeMap;
 
 /// What a client does within so many milliseconds is one.
 const ONE_MILLIS: u64 = 2_000;
+/// Of the bad requests that count, those of a client are one in so many at most, …
+const ONE_IN: u64 = 4;
+/// … but for its first few.
+const FIRST: u64 = 4;
 /// The most clients, and users, that are told apart; what others do counts for nothing.
 pub(crate) const MOST_CLIENTS: usize = 4_096;
 
@@ -61,19 +67,23 @@ pub(crate) struct Limits<const RATIOS: usize> {
     clients: BTreeMap<u32, Client<RATIOS>>,
     /// The users of sessions, and when they counted.
     users: BTreeMap<u32, u64>,
+    /// How many bad requests counted, whichever client's.
+    counted: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 struct Client<const RATIOS: usize> {
     /// Until when it does not count again.
     until: u64,
+    /// How many of its bad requests counted.
+    counted: u64,
     /// How much it has added since it had added nothing, for each ratio.
     added: [f64; RATIOS],
 }
 
 impl<const RATIOS: usize> Default for Limits<RATIOS> {
     fn default() -> Self {
-        Self { clients: BTreeMap::new(), users: BTreeMap::new() }
+        Self { clients: BTreeMap::new(), users: BTreeMap::new(), counted: 0 }
     }
 }
 
@@ -83,8 +93,8 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         clients: impl Iterator<Item = (u32, [f64; RATIOS])>,
         users: impl IntoIterator<Item = u32>,
     ) -> Self {
-        let clients = clients.map(|(id, added)| (id, Client { until: 0, added })).collect();
-        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect() }
+        let clients = clients.map(|(id, added)| (id, Client { until: 0, counted: 0, added })).collect();
+        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect(), counted: 0 }
     }
 
     /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the chance that the
@@ -116,11 +126,14 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         if !self.clients.contains_key(&request.client) && self.clients.len() >= MOST_CLIENTS {
             return None;
         }
-        let client = self.clients.entry(request.client).or_insert(Client { until: 0, added: [0.0; RATIOS] });
-        if now < client.until {
+        let new = Client { until: 0, counted: 0, added: [0.0; RATIOS] };
+        let client = self.clients.entry(request.client).or_insert(new);
+        if now < client.until || client.counted >= FIRST.saturating_add(self.counted / ONE_IN) {
             return None;
         }
         client.until = now.saturating_add(ONE_MILLIS);
+        client.counted = client.counted.saturating_add(1);
+        self.counted = self.counted.saturating_add(1);
         for (gain, added) in gains.iter_mut().zip(&mut client.added) {
             *gain = gain.min(cap - *added);
             *added = (*added + *gain).max(0.0);

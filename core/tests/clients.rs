@@ -259,3 +259,50 @@ fn table_g_broken_targets() {
     }
     println!();
 }
+
+#[test]
+fn table_h_other_callers() {
+    let settings = asking();
+    println!("| target | callers | share | 10 % | 50 % | 90 % |");
+    let kinds = [
+        ("500 to everything", Bad::Errors(1.0)),
+        ("hangs on half", Bad::Hangs(0.5)),
+        ("404 to everything", Bad::NotFound(1.0)),
+        ("fails 5 %", Bad::Errors(0.05)),
+    ];
+    let usual = Scene { goes_on: false, ..Scene::new(&settings, &ROLLOUT) };
+    for (name, bad) in kinds {
+        for (callers, scene) in [
+            ("one of 6 with 90 %", Scene { callers: 6, heavy: 0.9, ..usual }),
+            ("one of 6 with 97 %", Scene { callers: 6, heavy: 0.97, ..usual }),
+            ("one of 6 with 99 %", Scene { callers: 6, heavy: 0.99, ..usual }),
+            ("one of 20 with 99 %", Scene { callers: 20, heavy: 0.99, ..usual }),
+            ("one of 6 with 99.9 %", Scene { callers: 6, heavy: 0.999, ..usual }),
+            ("5,000 users by header, 1 address", Scene { callers: 1, users: Users::Header(5_000), ..usual }),
+            ("5,000 users by header, 4 addresses", Scene { callers: 4, users: Users::Header(5_000), ..usual }),
+            ("5,000 users by header, 100 addresses", Scene { users: Users::Header(5_000), ..usual }),
+            ("100 users by header, 100 addresses", Scene { users: Users::Header(100), ..usual }),
+            ("20 users by header, 20 addresses", Scene { callers: 20, users: Users::Header(20), ..usual }),
+            ("cookies, 10 % without", Scene { users: Users::Cookie { without: 0.1, fails: 0.001 }, ..usual }),
+            ("cookies, all keep theirs", Scene { users: Users::Cookie { without: 0.0, fails: 0.001 }, ..usual }),
+            ("1 % base errors, 10 callers, after 10 min", Scene { callers: 10, base: 0.01, from: 600.0, ..usual }),
+            ("3 % base errors, 10 callers, after 10 min", Scene { callers: 10, base: 0.03, from: 600.0, ..usual }),
+            ("3 % base errors, 4 callers, after 10 min", Scene { callers: 4, base: 0.03, from: 600.0, ..usual }),
+            ("1 % base errors, 100 callers, after 10 min", Scene { base: 0.01, from: 600.0, ..usual }),
+            ("3 % base errors, 1 caller, after 10 min", Scene { callers: 1, base: 0.03, from: 600.0, ..usual }),
+        ] {
+            let cells = [0.1, 0.5, 0.9].map(|share| {
+                let steps = [(share, 600.0 + scene.from)];
+                let ends = many(runs(100, 6), Scene { bad, steps: &steps, ..scene });
+                let early = ends.iter().filter(|end| end.failed.is_some_and(|at| at < scene.from)).count();
+                assert_eq!(early, 0);
+                let (_, median, p90) = times(&ends);
+                let told = |seconds: f64| if seconds.is_finite() { format!("{:.1}", seconds - scene.from) } else { "> 600".to_owned() };
+                let passed = ends.iter().filter(|end| end.passes > 0).count();
+                format!("{} / {} s, {passed}", told(median), told(p90))
+            });
+            println!("| {name} | {callers} | {} |", cells.join(" | "));
+        }
+    }
+    println!();
+}

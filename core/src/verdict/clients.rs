@@ -197,6 +197,24 @@ mod tests {
         }
     }
 
+    /// It fails at the stable version only, every two seconds; each minute twenty others fail at the target.
+    #[test]
+    fn one_client_does_not_hide_a_bad_target() {
+        for share in [0.1, 0.5] {
+            let mut clients = Clients::default();
+            for i in 0..6_000u32 {
+                clients.pass(100);
+                if i.is_multiple_of(20) {
+                    clients.add(&bad(7, false), share, false, CAP);
+                }
+                if i.is_multiple_of(30) {
+                    clients.add(&bad(100 + i / 30 % 20, true), share, false, CAP);
+                }
+            }
+            assert!(clients.log() > libm::log(8_000.0), "{share}: {}", clients.log());
+        }
+    }
+
     #[test]
     fn repetitions_are_one() {
         let (mut once, mut often) = (Clients::default(), Clients::default());

@@ -85,6 +85,8 @@ pub struct Scene<'a> {
     pub rate: f64,
     /// Addresses that they come from.
     pub callers: u32,
+    /// So many of them from one of these.
+    pub heavy: f64,
     /// How many fail at either version.
     pub base: f64,
     pub users: Users,
@@ -177,6 +179,7 @@ impl<'a> Scene<'a> {
         Self {
             rate: 100.0,
             callers: 100,
+            heavy: 0.0,
             base: 0.001,
             users: Users::None,
             bad: Bad::Nothing,
@@ -202,6 +205,7 @@ impl<'a> Scene<'a> {
         let mut analysis = Analysis::new(known);
         let mut end = End::default();
         world.warm_up();
+        world.know_clients();
         for (step, (share, seconds)) in self.steps.iter().enumerate() {
             analysis.step_started();
             (world.step, world.share) = (step, *share);
@@ -293,6 +297,19 @@ impl<'a> World<'a> {
         }
     }
 
+    /// What the sample showed of the clients before the rollout.
+    fn know_clients(&mut self) {
+        self.samples = (self.scene.rate.min(50.0) * REMEMBERED as f64 * SLOT) as u64;
+        for _ in 0..self.samples {
+            let client = self.caller();
+            self.seen.insert(client, 0);
+        }
+    }
+
+    fn caller(&mut self) -> u32 {
+        if self.dice.happens(self.scene.heavy) { 0 } else { self.dice.below(self.scene.callers) }
+    }
+
     fn now(&self) -> f64 {
         self.slot as f64 * SLOT
     }
@@ -332,8 +349,9 @@ impl<'a> World<'a> {
 
     fn honest(&mut self, proxy: usize) {
         let (callers, mut fails) = (self.scene.callers, self.scene.base);
+        let caller = self.caller();
         let (client, user, kind, version, is_compared) = match self.scene.users {
-            Users::None => (self.dice.below(callers), None, Kind::Dealt, self.deal(proxy), true),
+            Users::None => (caller, None, Kind::Dealt, self.deal(proxy), true),
             Users::Header(users) => {
                 let is_broken = matches!(self.scene.fault, Fault::BrokenClient(part) if self.dice.happens(part));
                 let user = if is_broken { VILLAIN } else { self.dice.below(users) };
@@ -343,7 +361,7 @@ impl<'a> World<'a> {
                 (client, Some(user), Kind::Session, version_at(at, self.share), true)
             }
             Users::Cookie { without, fails: failing } => {
-                let client = self.dice.below(callers);
+                let client = caller;
                 if self.dice.happens(without) {
                     fails = failing;
                     (client, None, Kind::Dealt, self.deal(proxy), true)
