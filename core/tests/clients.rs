@@ -49,7 +49,8 @@ fn runs(table: u64, asserted: u64) -> u64 {
 fn many(runs: u64, scene: Scene<'_>) -> Vec<End> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
     std::thread::scope(|scope| {
-        let play = |core| (1..=runs).filter(move |seed| seed % cores == core).map(|seed| scene.play(seed)).collect::<Vec<_>>();
+        let play =
+            |core| (1..=runs).filter(move |seed| seed % cores == core).map(|seed| scene.play(seed)).collect::<Vec<_>>();
         let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || play(core))).collect();
         threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     })
@@ -215,7 +216,10 @@ fn table_f_hidden() {
                     let (failed, median, _) = times(&ends);
                     let passed = ends.iter().filter(|end| end.passes == 1).count();
                     let held = ends.iter().map(|end| end.held).fold(0.0, f64::max);
-                    println!("| {fails} | {rate} | {share} | {name} | {failed} of {} | {median:.1} | {passed} | {held:.0} |", ends.len());
+                    println!(
+                        "| {fails} | {rate} | {share} | {name} | {failed} of {} | {median:.1} | {passed} | {held:.0} |",
+                        ends.len()
+                    );
                 }
             }
         }
@@ -251,7 +255,8 @@ fn table_g_broken_targets() {
                 let scene = Scene { callers, bad, goes_on: false, ..Scene::new(&settings, &steps) };
                 let ends = many(runs(100, 6), scene);
                 let (_, median, p90) = times(&ends);
-                let told = |seconds: f64| if seconds.is_finite() { format!("{seconds:.1}") } else { "> 600".to_owned() };
+                let told =
+                    |seconds: f64| if seconds.is_finite() { format!("{seconds:.1}") } else { "> 600".to_owned() };
                 format!("{} / {} s", told(median), told(p90))
             });
             println!("| {name} | {callers} | {} |", cells.join(" | "));
@@ -297,7 +302,9 @@ fn table_h_other_callers() {
                 let early = ends.iter().filter(|end| end.failed.is_some_and(|at| at < scene.from)).count();
                 assert_eq!(early, 0);
                 let (_, median, p90) = times(&ends);
-                let told = |seconds: f64| if seconds.is_finite() { format!("{:.1}", seconds - scene.from) } else { "> 600".to_owned() };
+                let told = |seconds: f64| {
+                    if seconds.is_finite() { format!("{:.1}", seconds - scene.from) } else { "> 600".to_owned() }
+                };
                 let passed = ends.iter().filter(|end| end.passes > 0).count();
                 format!("{} / {} s, {passed}", told(median), told(p90))
             });

@@ -29,8 +29,9 @@ impl Thresholds {
         self.seconds.push((requests, errors));
         let now = self.seconds.len();
         let is_bad = |window: usize, most: f64| {
-            let (requests, errors) =
-                self.seconds[now.saturating_sub(window)..].iter().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            let (requests, errors) = self.seconds[now.saturating_sub(window)..]
+                .iter()
+                .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
             now.is_multiple_of(window) && requests > 0 && errors as f64 > most * requests as f64
         };
         let (of_flagger, of_argo) = (is_bad(FLAGGER.0, FLAGGER.1), is_bad(ARGO.0, ARGO.1));

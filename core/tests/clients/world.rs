@@ -435,9 +435,7 @@ impl<'a> World<'a> {
                         Way::Cookie(version, ended) => {
                             Call { version, ended, user: Some(VILLAIN), kind: Kind::Session, ..call }
                         }
-                        Way::ManyUsers => {
-                            Call { user: Some(self.dice.roll() as u32), kind: Kind::Session, ..call }
-                        }
+                        Way::ManyUsers => Call { user: Some(self.dice.roll() as u32), kind: Kind::Session, ..call },
                         Way::Predicts(at) => {
                             let version = self.deal(proxy);
                             Call { version, ended: if version == at { Ended::Error } else { Ended::Ok }, ..call }
