@@ -19,8 +19,8 @@ const NAMES: [&str; 2] = ["v2", "v1"];
 /// Seconds between looks; reports are that much apart at least.
 const SLOT: f64 = 0.1;
 const SLOTS_A_SECOND: u64 = 10;
-/// Of all requests, a proxy tells the first so many of each slot: at most 50 a second.
-const SAMPLED: u32 = 5;
+/// Of all requests, each proxy tells so many a second at most, by chance.
+const SAMPLED: f64 = 50.0;
 /// The most bad requests that a report tells one by one.
 const MOST_TOLD: usize = 128;
 /// For so many slots a client of the sample is remembered.
@@ -57,6 +57,8 @@ pub enum Fault {
     None,
     /// One user has so many of the requests, and each fails.
     BrokenClient(f64),
+    /// One user in so many fails with each request.
+    BrokenUsers(u32),
     /// Testers whom a rule sends to the target: so many requests a second, of which so many fail.
     Testers(f64, f64),
     /// The only client repeats so many calls, one of which fails.
@@ -145,7 +147,6 @@ struct Vm {
     guard: Guard,
     waited: u64,
     first_error: Option<u64>,
-    sampled: u32,
     told: Vec<(u32, usize, Ended)>,
     told_in_report: usize,
     heard: Vec<(&'static str, Request)>,
@@ -246,7 +247,6 @@ impl<'a> World<'a> {
             guard: Guard::new(GuardPolicy::default()),
             waited: dice.roll() % SLOTS_A_SECOND,
             first_error: None,
-            sampled: 0,
             told: Vec::new(),
             told_in_report: 0,
             heard: Vec::new(),
@@ -299,7 +299,7 @@ impl<'a> World<'a> {
 
     /// What the sample showed of the clients before the rollout.
     fn know_clients(&mut self) {
-        self.samples = (self.scene.rate.min(50.0) * REMEMBERED as f64 * SLOT) as u64;
+        self.samples = (self.scene.rate.min(SAMPLED) * REMEMBERED as f64 * SLOT) as u64;
         for _ in 0..self.samples {
             let client = self.caller();
             self.seen.insert(client, 0);
@@ -356,6 +356,8 @@ impl<'a> World<'a> {
                 let is_broken = matches!(self.scene.fault, Fault::BrokenClient(part) if self.dice.happens(part));
                 let user = if is_broken { VILLAIN } else { self.dice.below(users) };
                 let client = if is_broken { VILLAIN } else { user % callers };
+                let is_broken = is_broken
+                    || matches!(self.scene.fault, Fault::BrokenUsers(one_in) if (user / callers).is_multiple_of(one_in));
                 fails = if is_broken { 1.0 } else { fails };
                 let at = unit(mix(mix(self.seed) ^ u64::from(user)));
                 (client, Some(user), Kind::Session, version_at(at, self.share), true)
@@ -489,9 +491,8 @@ impl<'a> World<'a> {
         if failed {
             vm.first_error = vm.first_error.or(Some(self.slot));
         }
-        let is_sampled = vm.sampled < SAMPLED;
+        let is_sampled = self.dice.happens(SAMPLED * self.scene.proxies as f64 / self.scene.rate);
         if is_sampled {
-            vm.sampled += 1;
             self.samples += 1;
             self.seen.insert(call.client, self.slot);
         }
@@ -538,7 +539,6 @@ impl<'a> World<'a> {
         let mut came = false;
         let nanos = 1_800_000_000_000_000_000 + self.slot * 100_000_000;
         for vm in &mut self.vms {
-            vm.sampled = 0;
             vm.told.clear();
             vm.guard.hear(nanos, few_clients, &vm.heard);
             vm.heard.clear();
