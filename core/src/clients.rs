@@ -141,6 +141,14 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         Some(gains)
     }
 
+    /// The evidence starts again at nothing, and so does what each client may add to it.
+    pub(crate) fn start_again(&mut self) {
+        self.counted = 0;
+        for client in self.clients.values_mut() {
+            (client.counted, client.added) = (0, [0.0; RATIOS]);
+        }
+    }
+
     /// Forgets what counted before a time.
     pub(crate) fn forget_before(&mut self, time: u64) {
         self.users.retain(|_, at| *at >= time);

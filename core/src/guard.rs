@@ -249,9 +249,10 @@ impl Clients {
         self.sums.iter().all(|sum| *sum <= 0.0)
     }
 
-    /// Starts again without evidence; how much each client has added stays. What had ended since it began.
+    /// Starts again without evidence. What had ended since it began.
     fn forget(&mut self) -> Batch {
         (self.sums, self.looks) = Default::default();
+        self.limits.start_again();
         std::mem::take(&mut self.since)
     }
 }
@@ -608,6 +609,24 @@ mod tests {
             others_errors: 0,
         };
         assert_eq!(proxy.guard.vetoes(), [veto]);
+    }
+
+    /// Also by the same few clients again, when its veto is over.
+    #[test]
+    fn a_version_that_fails_every_client_is_vetoed_again_and_again() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        let mut strikes = Vec::new();
+        for i in 0..3_000u32 {
+            let is_out = proxy.vetoed() == ["v2"];
+            let request = Request { client: i % 5, is_target: true, outcome: Outcome::Error, ..Request::default() };
+            let failed = if is_out { 0 } else { 1 };
+            let heard = [("v2", request)];
+            proxy.guard.hear(proxy.now, false, if is_out { &[] } else { &heard });
+            if proxy.serve(1, &[("v1", 9, 0), ("v2", 0, failed)]).is_some() {
+                strikes.extend(proxy.guard.vetoes().iter().map(|veto| veto.strikes));
+            }
+        }
+        assert_eq!(strikes, [1, 2, 3, 4, 5]);
     }
 
     #[test]

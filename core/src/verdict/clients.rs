@@ -14,7 +14,7 @@ const WINDOWS: usize = 2;
 const MOST_KEPT: usize = 32;
 
 /// One kind of bad requests.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Clients {
     whole: Run,
@@ -64,12 +64,6 @@ impl From<KeptRun> for Run {
         let each = |numbers: &[f64]| std::array::from_fn(|i| numbers.get(i).copied().unwrap_or_default());
         let clients = kept.clients.iter().map(|(id, added)| (*id, each(added)));
         Self { sums: each(&kept.sums), limits: Limits::of(clients, kept.users) }
-    }
-}
-
-impl Default for Clients {
-    fn default() -> Self {
-        Self { whole: Run::default(), windows: VecDeque::new(), count: 0, clock: 0 }
     }
 }
 
