@@ -234,7 +234,11 @@ fn cell(ends: &[End], from: f64) -> String {
 }
 
 fn times(ends: &[End]) -> (f64, f64) {
-    let mut seconds: Vec<f64> = ends.iter().map(|end| end.failed.unwrap_or(f64::INFINITY)).collect();
+    median_and_p90(ends.iter().map(|end| end.failed))
+}
+
+fn median_and_p90(times: impl Iterator<Item = Option<f64>>) -> (f64, f64) {
+    let mut seconds: Vec<f64> = times.map(|time| time.unwrap_or(f64::INFINITY)).collect();
     seconds.sort_by(f64::total_cmp);
     (seconds[seconds.len() / 2], seconds[seconds.len() * 9 / 10])
 }
@@ -332,6 +336,36 @@ fn table_h_broken_targets_of_other_callers() {
         ] {
             broken(name, callers, Scene { bad, ..scene }, 100);
         }
+    }
+    println!();
+}
+
+/// One proxy's guard alone.
+#[test]
+fn table_i_guards() {
+    let settings = asking();
+    println!("| callers | 10 %: fails 100 % | 50 % | 20 % | 50 %: fails 100 % | 50 % | 20 % |");
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    for (callers, users) in
+        [(1, 0), (3, 0), (4, 0), (5, 0), (10, 0), (100, 0), (1_000, 0), (1, 5_000), (4, 5_000), (100, 5_000)]
+    {
+        let mut cells = Vec::new();
+        for share in [0.1, 0.5] {
+            for fails in [1.0, 0.5, 0.2] {
+                let steps = [(share, 60.0)];
+                let users = if users > 0 { Users::Header(users) } else { Users::None };
+                let bad = Bad::Errors(fails);
+                let ends = many(runs(200, 20), Scene { callers, users, bad, ..Scene::new(&settings, &steps) });
+                let (median, p90) = median_and_p90(ends.iter().map(|end| end.vetoed));
+                cells.push(format!("{median:.1} / {p90:.1} s"));
+                let most = if (4..=10).contains(&callers) { 4.5 } else { 1.5 };
+                let is_asked = fails == 1.0 && share == 0.1 && what_for() != For::Nothing;
+                assert!(!is_asked || median <= most, "{callers} callers: {median} s");
+            }
+        }
+        let users =
+            if users > 0 { format!("{users} users by header, {callers} addresses") } else { callers.to_string() };
+        println!("| {users} | {} |", cells.join(" | "));
     }
     println!();
 }

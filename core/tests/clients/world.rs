@@ -112,6 +112,8 @@ pub struct End {
     /// When the target failed, and why.
     pub failed: Option<f64>,
     pub ground: Ground,
+    /// When the first guard vetoed the target.
+    pub vetoed: Option<f64>,
     /// Vetoes of target and stable version.
     pub vetoes: [u64; 2],
     /// Seconds for which both versions were called bad.
@@ -555,7 +557,11 @@ impl<'a> World<'a> {
             let before = vm.guard.vetoes().len();
             if vm.guard.observe(nanos, &observed) && vm.guard.vetoes().len() > before {
                 for veto in &vm.guard.vetoes()[before..] {
-                    end.vetoes[if veto.version == NAMES[TARGET] { TARGET } else { STABLE }] += 1;
+                    let version = if veto.version == NAMES[TARGET] { TARGET } else { STABLE };
+                    end.vetoes[version] += 1;
+                    if version == TARGET {
+                        end.vetoed = end.vetoed.or(Some(self.slot as f64 * SLOT));
+                    }
                 }
             }
             vm.waited += 1;
