@@ -25,6 +25,8 @@ const ONE_MILLIS: u64 = 2_000;
 const ONE_IN: u64 = 4;
 /// … but for its first few.
 const FIRST: u64 = 4;
+/// So many milliseconds are between looks for clients that need not be known.
+const SWEEP_MILLIS: u64 = 1_000;
 /// The most clients, and users, that are told apart; what others do counts for nothing.
 pub(crate) const MOST_CLIENTS: usize = 4_096;
 
@@ -69,6 +71,8 @@ pub(crate) struct Limits<const RATIOS: usize> {
     users: BTreeMap<u32, u64>,
     /// How many bad requests counted, whichever client's.
     counted: u64,
+    /// When those were last dropped that may be.
+    swept: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -83,7 +87,7 @@ struct Client<const RATIOS: usize> {
 
 impl<const RATIOS: usize> Default for Limits<RATIOS> {
     fn default() -> Self {
-        Self { clients: BTreeMap::new(), users: BTreeMap::new(), counted: 0 }
+        Self { clients: BTreeMap::new(), users: BTreeMap::new(), counted: 0, swept: 0 }
     }
 }
 
@@ -94,7 +98,7 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         users: impl IntoIterator<Item = u32>,
     ) -> Self {
         let clients = clients.map(|(id, added)| (id, Client { until: 0, counted: 0, added })).collect();
-        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect(), counted: 0 }
+        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect(), counted: 0, swept: 0 }
     }
 
     /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the chance that the
@@ -123,7 +127,7 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         if few {
             return request.is_session.then_some(gains);
         }
-        if !self.clients.contains_key(&request.client) && self.clients.len() >= MOST_CLIENTS {
+        if !self.clients.contains_key(&request.client) && !self.has_room(now) {
             return None;
         }
         let new = Client { until: 0, counted: 0, added: [0.0; RATIOS] };
@@ -139,6 +143,15 @@ impl<const RATIOS: usize> Limits<RATIOS> {
             *added = (*added + *gain).max(0.0);
         }
         Some(gains)
+    }
+
+    /// Whether another client can be told apart. One that has added nothing need not be known: it may add as much as a new one.
+    fn has_room(&mut self, now: u64) -> bool {
+        if self.clients.len() >= MOST_CLIENTS && now >= self.swept.saturating_add(SWEEP_MILLIS) {
+            self.swept = now;
+            self.clients.retain(|_, client| client.until > now || client.added.iter().any(|added| *added > 0.0));
+        }
+        self.clients.len() < MOST_CLIENTS
     }
 
     /// The evidence starts again at nothing, and so does what each client may add to it.

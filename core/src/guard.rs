@@ -410,9 +410,10 @@ impl Guard {
         if all.ended.answered() < BATCH {
             return false;
         }
+        let many = self.many_clients;
         for version in in_service {
             if let Some(watched) = self.versions.get_mut(version.name) {
-                watched.close_batch(&all);
+                watched.close_batch(&all, many);
             }
         }
         self.start_batch(observed);
@@ -486,7 +487,7 @@ impl Watched {
     }
 
     /// Takes the running batch in, in which so much was counted for all versions.
-    fn close_batch(&mut self, all: &Counted) {
+    fn close_batch(&mut self, all: &Counted, many_clients: bool) {
         let own = self.batch();
         let others = all.since(&own);
         let batch_of = |own: &Counts, others: &Counts| Batch {
@@ -504,7 +505,8 @@ impl Watched {
         self.clients.since += batch_of(&own.ended, &others.ended);
         // Dropping evidence early breaks no bound.
         let is_rare = |since: &Batch| since.errors.saturating_mul(FAILING_ONE_IN) < since.requests;
-        if self.evidence.is_none() || is_rare(&self.since) {
+        // With many clients, requests may be of one that means harm, and are no evidence when others have left later.
+        if many_clients || self.evidence.is_none() || is_rare(&self.since) {
             self.forget();
         }
         if self.clients.is_none() || is_rare(&self.clients.since) {

@@ -249,6 +249,20 @@ mod tests {
         assert!(clients.log() > libm::log(2_000.0), "{}", clients.log());
     }
 
+    /// More than can be told apart had errors at the stable version.
+    #[test]
+    fn new_clients_count_after_many_others() {
+        let mut clients = Clients::default();
+        for i in 0..20_000u32 {
+            clients.pass(2);
+            clients.add(&bad(i, false), 0.1, false, CAP);
+        }
+        let before = clients.whole.sums;
+        clients.pass(3_000);
+        (20_000..20_010).for_each(|client| clients.add(&bad(client, true), 0.1, false, CAP));
+        assert!(clients.whole.sums.iter().zip(before).all(|(sum, before)| *sum > before));
+    }
+
     #[test]
     fn what_is_kept_says_the_same() {
         let mut clients = Clients::default();
