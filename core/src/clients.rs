@@ -2,14 +2,15 @@
 //! does.
 //!
 //! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
-//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With four
+//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With five
 //! limits, each of which only takes evidence away (what is left out is decided by what came before), so that
 //! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.
 //! - What a client does within two seconds is one: it may be one try and its repetitions.
-//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes. The evidence
-//!   that a version fails on takes several clients, therefore.
+//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes, …
+//! - … and the verdict leaves out the client that added most. Whichever client means harm, what is left is no more than what
+//!   all the others add, so the bound holds with it as without it. A version fails on several clients only.
 //! - Of what counts, a client makes a quarter at most, but for its first few bad requests. One that has all of its bad requests
 //!   at the stable version on purpose can hide a bad target no longer than that.
 //!
@@ -166,6 +167,15 @@ impl<const RATIOS: usize> Limits<RATIOS> {
     pub(crate) fn forget_before(&mut self, time: u64) {
         self.users.retain(|_, at| *at >= time);
         self.clients.retain(|_, client| client.until >= time || client.added.iter().any(|added| *added > 0.0));
+    }
+
+    /// The most that one client has added, for each ratio.
+    pub(crate) fn most_added(&self) -> [f64; RATIOS] {
+        let mut most = [0.0_f64; RATIOS];
+        for client in self.clients.values() {
+            most.iter_mut().zip(&client.added).for_each(|(most, added)| *most = most.max(*added));
+        }
+        most
     }
 
     /// The clients that have added most, and how much.

@@ -36,8 +36,9 @@ const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
 const MOST_EVIDENCE: f64 = 1e15;
 /// Errors have this part of α, the other kinds share the rest.
 const ERRORS_PART: f64 = 0.5;
-/// A client adds the logarithm of a bound divided by this at most: four clients are the fewest that a target fails on.
-const CLIENTS_PER_FAIL: f64 = 2.5;
+/// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
+/// are the fewest that a target fails on.
+const CLIENTS_PER_FAIL: f64 = 2.0;
 /// Nothing passes while so many of the target's requests are refused or given up, …
 const MOST_REFUSED: f64 = 0.2;
 /// … and so many times as many as of the stable version's, …
@@ -407,7 +408,7 @@ impl Analysis {
             let Totals { requests, errors } = self.fair_step.target;
             told(log_mean_exp(&PASS_ODDS.map(|odds| tilt(errors as f64, requests as f64, most, odds))))
         });
-        let errors = told(log_mean_exp(&[relative, self.absolute.log()]));
+        let errors = told(log_mean_exp(&[relative, relative, relative, self.absolute.log()]));
         let other = settings.part_of_others();
         let of = |comparison: &Comparison| told(log(comparison.requests.log(), comparison.clients.log()));
         let latency = settings.latency.as_ref().map(|latency| self.slowness.judgement(latency, few, bound / other));
@@ -781,7 +782,7 @@ mod tests {
         let latency = judgement.latency.map(|latency| latency.evidence.to_bits());
         assert_eq!(
             (judgement.evidence.to_bits(), judgement.pass_evidence.to_bits(), latency),
-            (4603248274335800539, 4531339409682563360, Some(4602678819172646912))
+            (4605725956437250283, 4531339409682563360, Some(4603804719079489536))
         );
     }
 }

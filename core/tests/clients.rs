@@ -274,14 +274,14 @@ fn what_is_plainly_broken_fails_soon() {
     let settings = asking();
     for (callers, bad, most) in [
         (1, Bad::Errors(1.0), 1.3),
-        (4, Bad::Errors(1.0), 4.0),
+        (4, Bad::Errors(1.0), 6.0),
         (10, Bad::Errors(1.0), 1.8),
         (100, Bad::Errors(1.0), 1.2),
         (1, Bad::Hangs(1.0), 3.5),
         (5, Bad::Hangs(1.0), 5.5),
         (100, Bad::Hangs(1.0), 3.5),
         (1, Bad::Hangs(0.5), 15.0),
-        (5, Bad::Hangs(0.5), 7.0),
+        (5, Bad::Hangs(0.5), 8.0),
         (100, Bad::Hangs(0.5), 5.0),
         (1, Bad::NotFound(1.0), 2.5),
         (5, Bad::NotFound(1.0), 4.0),
