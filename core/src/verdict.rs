@@ -1,7 +1,7 @@
 //! The verdict on a rollout: what the counts of all proxies say of the target version, `pass`, `fail` or `undecided`.
 //!
-//! Sequential tests, valid however often one looks. What they ask, how rarely they are wrong, how fast they are and
-//! what they cannot see: `docs/verdict.md`. What follows from a verdict is for the rollout engine to say, which counts
+//! Sequential tests, valid however often one looks. What they promise and what they cannot see: `docs/verdict.md`; what
+//! they ask, the proof and the tables: `docs/verdict-proof.md`. What follows from a verdict is for the rollout engine to say, which counts
 //! the target's errors against `maxErrors` too.
 
 mod absolute;
