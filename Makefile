@@ -67,9 +67,9 @@ bench-fleet: build ## How one controller does with thousands of proxies (PROXIES
 	cargo run --release -p tideshift-tests --no-default-features --bin fleet
 
 .PHONY: verdict-tables
-verdict-tables: rust ## The tables of docs/verdict.md: how rarely the verdict is wrong, and how fast it is (15 minutes)
+verdict-tables: rust ## The tables of docs/verdict-proof.md: how rarely the verdict is wrong, and how fast it is (30 minutes)
 	$(heading) 'The verdict in tables'
-	VERDICT_TABLES=1 cargo test --release -p tideshift-core --test verdict table -- --nocapture --test-threads=1
+	VERDICT_TABLES=1 cargo test --release -p tideshift-core --test clients --test verdict table -- --nocapture --test-threads=1
 
 ## Check it
 
@@ -93,7 +93,7 @@ unit: rust ## Unit and property tests
 	$(heading) 'Unit and property tests'
 	cargo test --workspace --exclude tideshift-tests
 	$(heading) 'The verdict on thousands of simulated rollouts'
-	cargo test --release -p tideshift-core --test verdict
+	cargo test --release -p tideshift-core --test verdict --test clients
 
 .PHONY: wasm-test
 wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32

@@ -2,14 +2,17 @@
 //! does.
 //!
 //! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
-//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With three
+//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With five
 //! limits, each of which only takes evidence away (what is left out is decided by what came before), so that
 //! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.
 //! - What a client does within two seconds is one: it may be one try and its repetitions.
-//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes. The evidence
-//!   that a version fails on takes several clients, therefore.
+//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes, …
+//! - … and the verdict leaves out the client that added most. Whichever client means harm, what is left is no more than what
+//!   all the others add, so the bound holds with it as without it. A version fails on several clients only.
+//! - Of what counts, a client makes a quarter at most, but for its first few bad requests. One that has all of its bad requests
+//!   at the stable version on purpose can hide a bad target no longer than that.
 //!
 //! Where a sample of all requests shows only a few clients, these limits would leave nothing: requests that were dealt by
 //! weight are judged by their counts then, and users of sessions count once each.
@@ -21,6 +24,12 @@ use std::net::{IpAddr, SocketAddr};
 
 /// What a client does within so many milliseconds is one.
 const ONE_MILLIS: u64 = 2_000;
+/// Of the bad requests that count, those of a client are one in so many at most, …
+const ONE_IN: u64 = 4;
+/// … but for its first few.
+const FIRST: u64 = 4;
+/// So many milliseconds are between looks for clients that need not be known.
+const SWEEP_MILLIS: u64 = 1_000;
 /// The most clients, and users, that are told apart; what others do counts for nothing.
 pub(crate) const MOST_CLIENTS: usize = 4_096;
 
@@ -75,19 +84,25 @@ pub(crate) struct Limits<const RATIOS: usize> {
     clients: BTreeMap<u32, Client<RATIOS>>,
     /// The users of sessions, and when they counted.
     users: BTreeMap<u32, u64>,
+    /// How many bad requests counted, whichever client's.
+    counted: u64,
+    /// When those were last dropped that may be.
+    swept: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 struct Client<const RATIOS: usize> {
     /// Until when it does not count again.
     until: u64,
+    /// How many of its bad requests counted.
+    counted: u64,
     /// How much it has added since it had added nothing, for each ratio.
     added: [f64; RATIOS],
 }
 
 impl<const RATIOS: usize> Default for Limits<RATIOS> {
     fn default() -> Self {
-        Self { clients: BTreeMap::new(), users: BTreeMap::new() }
+        Self { clients: BTreeMap::new(), users: BTreeMap::new(), counted: 0, swept: 0 }
     }
 }
 
@@ -97,8 +112,8 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         clients: impl Iterator<Item = (u32, [f64; RATIOS])>,
         users: impl IntoIterator<Item = u32>,
     ) -> Self {
-        let clients = clients.map(|(id, added)| (id, Client { until: 0, added })).collect();
-        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect() }
+        let clients = clients.map(|(id, added)| (id, Client { until: 0, counted: 0, added })).collect();
+        Self { clients, users: users.into_iter().map(|user| (user, 0)).collect(), counted: 0, swept: 0 }
     }
 
     /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the chance that the
@@ -127,14 +142,17 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         if few {
             return request.is_session.then_some(gains);
         }
-        if !self.clients.contains_key(&request.client) && self.clients.len() >= MOST_CLIENTS {
+        if !self.clients.contains_key(&request.client) && !self.has_room(now) {
             return None;
         }
-        let client = self.clients.entry(request.client).or_insert(Client { until: 0, added: [0.0; RATIOS] });
-        if now < client.until {
+        let new = Client { until: 0, counted: 0, added: [0.0; RATIOS] };
+        let client = self.clients.entry(request.client).or_insert(new);
+        if now < client.until || client.counted >= FIRST.saturating_add(self.counted / ONE_IN) {
             return None;
         }
         client.until = now.saturating_add(ONE_MILLIS);
+        client.counted = client.counted.saturating_add(1);
+        self.counted = self.counted.saturating_add(1);
         for (gain, added) in gains.iter_mut().zip(&mut client.added) {
             *gain = gain.min(cap - *added);
             *added = (*added + *gain).max(0.0);
@@ -142,10 +160,36 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         Some(gains)
     }
 
+    /// Whether another client can be told apart. One that has added nothing need not be known: it may add as much as a new one.
+    fn has_room(&mut self, now: u64) -> bool {
+        if self.clients.len() >= MOST_CLIENTS && now >= self.swept.saturating_add(SWEEP_MILLIS) {
+            self.swept = now;
+            self.clients.retain(|_, client| client.until > now || client.added.iter().any(|added| *added > 0.0));
+        }
+        self.clients.len() < MOST_CLIENTS
+    }
+
+    /// The evidence starts again at nothing, and so does what each client may add to it.
+    pub(crate) fn start_again(&mut self) {
+        self.counted = 0;
+        for client in self.clients.values_mut() {
+            (client.counted, client.added) = (0, [0.0; RATIOS]);
+        }
+    }
+
     /// Forgets what counted before a time.
     pub(crate) fn forget_before(&mut self, time: u64) {
         self.users.retain(|_, at| *at >= time);
         self.clients.retain(|_, client| client.until >= time || client.added.iter().any(|added| *added > 0.0));
+    }
+
+    /// The most that one client has added, for each ratio.
+    pub(crate) fn most_added(&self) -> [f64; RATIOS] {
+        let mut most = [0.0_f64; RATIOS];
+        for client in self.clients.values() {
+            most.iter_mut().zip(&client.added).for_each(|(most, added)| *most = most.max(*added));
+        }
+        most
     }
 
     /// The clients that have added most, and how much.

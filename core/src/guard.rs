@@ -249,9 +249,10 @@ impl Clients {
         self.sums.iter().all(|sum| *sum <= 0.0)
     }
 
-    /// Starts again without evidence; how much each client has added stays. What had ended since it began.
+    /// Starts again without evidence. What had ended since it began.
     fn forget(&mut self) -> Batch {
         (self.sums, self.looks) = Default::default();
+        self.limits.start_again();
         std::mem::take(&mut self.since)
     }
 }
@@ -409,9 +410,10 @@ impl Guard {
         if all.ended.answered() < BATCH {
             return false;
         }
+        let many = self.many_clients;
         for version in in_service {
             if let Some(watched) = self.versions.get_mut(version.name) {
-                watched.close_batch(&all);
+                watched.close_batch(&all, many);
             }
         }
         self.start_batch(observed);
@@ -485,7 +487,7 @@ impl Watched {
     }
 
     /// Takes the running batch in, in which so much was counted for all versions.
-    fn close_batch(&mut self, all: &Counted) {
+    fn close_batch(&mut self, all: &Counted, many_clients: bool) {
         let own = self.batch();
         let others = all.since(&own);
         let batch_of = |own: &Counts, others: &Counts| Batch {
@@ -503,7 +505,8 @@ impl Watched {
         self.clients.since += batch_of(&own.ended, &others.ended);
         // Dropping evidence early breaks no bound.
         let is_rare = |since: &Batch| since.errors.saturating_mul(FAILING_ONE_IN) < since.requests;
-        if self.evidence.is_none() || is_rare(&self.since) {
+        // With many clients, requests may be of one that means harm, and are no evidence when others have left later.
+        if many_clients || self.evidence.is_none() || is_rare(&self.since) {
             self.forget();
         }
         if self.clients.is_none() || is_rare(&self.clients.since) {
@@ -608,6 +611,24 @@ mod tests {
             others_errors: 0,
         };
         assert_eq!(proxy.guard.vetoes(), [veto]);
+    }
+
+    /// Also by the same few clients again, when its veto is over.
+    #[test]
+    fn a_version_that_fails_every_client_is_vetoed_again_and_again() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        let mut strikes = Vec::new();
+        for i in 0..3_000u32 {
+            let is_out = proxy.vetoed() == ["v2"];
+            let request = Request { client: i % 5, is_target: true, outcome: Outcome::Error, ..Request::default() };
+            let failed = if is_out { 0 } else { 1 };
+            let heard = [("v2", request)];
+            proxy.guard.hear(proxy.now, false, if is_out { &[] } else { &heard });
+            if proxy.serve(1, &[("v1", 9, 0), ("v2", 0, failed)]).is_some() {
+                strikes.extend(proxy.guard.vetoes().iter().map(|veto| veto.strikes));
+            }
+        }
+        assert_eq!(strikes, [1, 2, 3, 4, 5]);
     }
 
     #[test]

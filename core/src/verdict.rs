@@ -1,7 +1,7 @@
 //! The verdict on a rollout: what the counts of all proxies say of the target version, `pass`, `fail` or `undecided`.
 //!
-//! Sequential tests, valid however often one looks. What they ask, how rarely they are wrong, how fast they are and
-//! what they cannot see: `docs/verdict.md`. What follows from a verdict is for the rollout engine to say, which counts
+//! Sequential tests, valid however often one looks. What they promise and what they cannot see: `docs/verdict.md`; what
+//! they ask, the proof and the tables: `docs/verdict-proof.md`. What follows from a verdict is for the rollout engine to say, which counts
 //! the target's errors against `maxErrors` too.
 
 mod absolute;
@@ -36,8 +36,15 @@ const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
 const MOST_EVIDENCE: f64 = 1e15;
 /// Errors have this part of α, the other kinds share the rest.
 const ERRORS_PART: f64 = 0.5;
-/// A client adds the logarithm of a bound divided by this at most: four clients are the fewest that a target fails on.
-const CLIENTS_PER_FAIL: f64 = 2.5;
+/// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
+/// are the fewest that a target fails on.
+const CLIENTS_PER_FAIL: f64 = 2.0;
+/// Nothing passes while so many of the target's requests are refused or given up, …
+const MOST_REFUSED: f64 = 0.2;
+/// … and so many times as many as of the stable version's, …
+const REFUSED_TIMES: f64 = 3.0;
+/// … once there are so many.
+const ENOUGH_FOR_REFUSED: u64 = 10;
 /// For so many milliseconds after the target's share was lowered, what ends may have been dealt before.
 const SHARE_MILLIS: u64 = 600_000;
 
@@ -80,6 +87,12 @@ impl Sample {
             Kind::Cancelled => (self.requests.saturating_add(self.cancelled), self.cancelled),
         };
         Totals { requests, errors: bad.min(requests) }
+    }
+
+    /// Those that were refused or given up.
+    fn refused(&self) -> Totals {
+        let requests = self.requests.saturating_add(self.cancelled);
+        Totals { requests, errors: self.client_errors.saturating_add(self.cancelled).min(requests) }
     }
 
     /// Adds what ended later.
@@ -157,6 +170,12 @@ impl Batch {
         self.millis = self.millis.saturating_add(more.millis);
     }
 
+    /// One request more.
+    fn count(&mut self, request: &Request, is_bad: bool) {
+        let totals = if request.is_target { &mut self.target } else { &mut self.stable };
+        totals.add(Totals { requests: 1, errors: u64::from(is_bad) });
+    }
+
     fn all(&self) -> f64 {
         self.target.requests as f64 + self.stable.requests as f64
     }
@@ -230,6 +249,9 @@ pub struct Analysis {
     /// What of it counts for a pass, where no client counts for more than others do.
     #[serde(default)]
     fair_step: Batch,
+    /// Those of the step's requests that were refused or given up, counted in the same way.
+    #[serde(default)]
+    refused_step: Batch,
     /// The stable version lately.
     recent: Lately,
     /// Of errors, from requests.
@@ -249,6 +271,8 @@ pub struct Analysis {
     few_clients: bool,
     #[serde(skip)]
     fair: Fair,
+    #[serde(skip)]
+    fairly_refused: Fair,
 }
 
 impl Analysis {
@@ -258,6 +282,7 @@ impl Analysis {
             all: Batch::default(),
             step: Batch::default(),
             fair_step: Batch::default(),
+            refused_step: Batch::default(),
             recent: baseline,
             relative: Relative::new(),
             clients: Clients::default(),
@@ -268,6 +293,7 @@ impl Analysis {
             share: Share::default(),
             few_clients: false,
             fair: Fair::default(),
+            fairly_refused: Fair::default(),
         }
     }
 
@@ -275,7 +301,8 @@ impl Analysis {
     pub fn step_started(&mut self) {
         self.step = Batch::default();
         self.fair_step = Batch::default();
-        self.fair = Fair::default();
+        self.refused_step = Batch::default();
+        (self.fair, self.fairly_refused) = Default::default();
         self.share.step_started();
         self.slowness.thaw();
     }
@@ -293,21 +320,30 @@ impl Analysis {
         let largest = self.share.add(shares.1, millis);
         self.few_clients = tick.few_clients;
 
-        self.relative.add(&ended, shares);
+        // With many clients, requests may be of one that means harm, and are no evidence when others have left later.
+        let few = tick.few_clients;
+        if few {
+            self.relative.add(&ended, shares);
+        }
         self.clients.pass(millis);
         for (comparison, kind) in
             [(&mut self.client_errors, Kind::ClientErrors), (&mut self.cancelled, Kind::Cancelled)]
         {
             let ended = of_kind(kind);
             comparison.all.add(&ended);
-            comparison.requests.add(&ended, shares);
+            if few {
+                comparison.requests.add(&ended, shares);
+            }
             comparison.clients.pass(millis);
         }
         let cap = |part: f64| libm::log(settings.bound() / part) / CLIENTS_PER_FAIL;
         let other = settings.part_of_others();
-        let mut fair = if tick.few_clients { ended } else { Batch { started: (0, 0), millis, ..Batch::default() } };
+        let mut fair = if few { ended } else { Batch { started: (0, 0), millis, ..Batch::default() } };
+        let mut refused = match few {
+            true => Batch { target: tick.target.refused(), stable: tick.stable.refused(), ..Batch::default() },
+            false => Batch::default(),
+        };
         for request in &tick.requests {
-            let few = tick.few_clients;
             if Kind::Errors.is(request.outcome) {
                 self.clients.add(request, largest, few, cap(ERRORS_PART));
             }
@@ -319,14 +355,19 @@ impl Analysis {
                 }
             }
             // With a few clients, all that was dealt is counted already.
-            let is_counted =
-                request.is_sampled && request.outcome != RequestOutcome::Cancelled && (!few || request.is_session);
+            if !request.is_sampled || few && !request.is_session {
+                continue;
+            }
             let failed = request.outcome == RequestOutcome::Error;
-            if is_counted && self.fair.counts(request, failed) {
-                let totals = if request.is_target { &mut fair.target } else { &mut fair.stable };
-                totals.add(Totals { requests: 1, errors: u64::from(failed) });
+            if request.outcome != RequestOutcome::Cancelled && self.fair.counts(request, failed) {
+                fair.count(request, failed);
+            }
+            let is_refused = matches!(request.outcome, RequestOutcome::ClientError | RequestOutcome::Cancelled);
+            if self.fairly_refused.counts(request, is_refused) {
+                refused.count(request, is_refused);
             }
         }
+        self.refused_step.add(&refused);
         let is_even = |fair: &Batch| Batch { started: (0, 0), ..*fair };
         self.absolute.add(settings, recent.totals(), &is_even(&fair), tick.share, shares.1);
         if let Some(latency) = &settings.latency {
@@ -334,7 +375,7 @@ impl Analysis {
                 recent: &recent,
                 ended: [&tick.target, &tick.stable],
                 requests: &tick.requests,
-                few: tick.few_clients,
+                few,
                 share: shares.1,
                 largest,
                 millis,
@@ -367,7 +408,7 @@ impl Analysis {
             let Totals { requests, errors } = self.fair_step.target;
             told(log_mean_exp(&PASS_ODDS.map(|odds| tilt(errors as f64, requests as f64, most, odds))))
         });
-        let errors = told(log_mean_exp(&[relative, self.absolute.log()]));
+        let errors = told(log_mean_exp(&[relative, relative, relative, self.absolute.log()]));
         let other = settings.part_of_others();
         let of = |comparison: &Comparison| told(log(comparison.requests.log(), comparison.clients.log()));
         let latency = settings.latency.as_ref().map(|latency| self.slowness.judgement(latency, few, bound / other));
@@ -394,8 +435,17 @@ impl Analysis {
             pass_bound: settings.pass_bound(),
             latency,
         };
-        judgement.decide(pass_evidence >= judgement.pass_bound);
+        judgement.decide(pass_evidence >= judgement.pass_bound && !self.refuses());
         judgement
+    }
+
+    /// Whether the target refuses or leaves without an answer so many that it must not pass, however few fail. No proof
+    /// against it: where users stay with their version, few of them may never be proof enough.
+    fn refuses(&self) -> bool {
+        let part = |totals: Totals| totals.errors as f64 / totals.requests.max(1) as f64;
+        let Batch { target, stable, .. } = self.refused_step;
+        let usual = part(stable).max(part(self.recent.sample().refused()));
+        target.requests >= ENOUGH_FOR_REFUSED && part(target) >= MOST_REFUSED.max(REFUSED_TIMES * usual)
     }
 }
 
@@ -544,6 +594,48 @@ mod tests {
         assert_eq!((judgement.outcome, judgement.pass_evidence), (Outcome::Undecided, 0.0));
     }
 
+    /// Twenty users who stay with their version are too few to prove anything.
+    #[test]
+    fn a_target_that_refuses_everything_does_not_pass() {
+        let settings = settings();
+        let pass = |of_target, of_stable| {
+            let mut analysis = Analysis::new(known(sample(1_000, 0)));
+            for i in 0..600u32 {
+                let request = |user: u32| {
+                    let is_target = user < 18;
+                    let outcome = if is_target { of_target } else { of_stable };
+                    let (client, user) = (user, Some(user));
+                    Request { client, user, is_session: true, is_sampled: true, is_target, outcome, duration: 0 }
+                };
+                let requests = vec![request(i % 18), request(18 + i % 2)];
+                analysis.tick(&settings, &Tick { few_clients: false, requests, ..tick(0.9, (0, 0), (0, 0)) });
+            }
+            analysis.judgement(&settings)
+        };
+        for refused in [RequestOutcome::ClientError, RequestOutcome::Cancelled] {
+            let judgement = pass(refused, RequestOutcome::Ok);
+            assert_eq!(judgement.outcome, Outcome::Undecided);
+            let words = judgement.in_words("v2", "v1");
+            // What was given up counts for no pass anyway.
+            let is_told = words.contains("; no pass while far more of v2's requests are refused");
+            assert_eq!(is_told, refused == RequestOutcome::ClientError, "{words}");
+            assert_eq!(pass(RequestOutcome::Ok, refused).outcome, Outcome::Pass, "the stable version's fault");
+        }
+        assert_eq!(pass(RequestOutcome::ClientError, RequestOutcome::ClientError).outcome, Outcome::Pass, "both alike");
+    }
+
+    /// A client that knew what is dealt has left, and then most others have.
+    #[test]
+    fn requests_count_only_while_there_are_few_clients() {
+        let settings = settings();
+        let mut analysis = Analysis::new(known(sample(1_000, 1)));
+        for few_clients in [vec![false; 100], vec![true; 100]].concat() {
+            let errors = if few_clients { 0 } else { 20 };
+            analysis.tick(&settings, &Tick { few_clients, ..tick(0.1, (25, errors), (45, 0)) });
+            assert_ne!(analysis.judgement(&settings).outcome, Outcome::Fail);
+        }
+    }
+
     #[test]
     fn without_traffic_of_the_target_nothing_is_ever_decided() {
         let settings = settings();
@@ -690,7 +782,7 @@ mod tests {
         let latency = judgement.latency.map(|latency| latency.evidence.to_bits());
         assert_eq!(
             (judgement.evidence.to_bits(), judgement.pass_evidence.to_bits(), latency),
-            (4603248274335800539, 4531339409682563360, Some(4602678819172646912))
+            (4605725956437250283, 4531339409682563360, Some(4603804719079489536))
         );
     }
 }

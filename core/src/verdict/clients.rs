@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const WINDOW_MILLIS: u64 = 60_000;
 /// … for the last so many times.
 const WINDOWS: usize = 2;
+/// The part of the evidence since the rollout began; the windows share the rest.
+const WHOLE_PART: f64 = 0.75;
 /// The most clients that are remembered over a restart: those that have added most.
 const MOST_KEPT: usize = 32;
 
@@ -75,9 +77,9 @@ impl Clients {
             return;
         }
         self.count += 1;
-        // Over n ≥ 1, 1/(n(n + 1)) adds up to 1; the whole has the other half.
+        // Over n ≥ 1, 1/(n(n + 1)) adds up to 1.
         let count = self.count as f64;
-        let part = -libm::log(2.0 * count * (count + 1.0));
+        let part = libm::log((1.0 - WHOLE_PART) / (count * (count + 1.0)));
         self.windows.push_back(Window { part, run: Run::default() });
         if self.windows.len() > WINDOWS {
             self.windows.pop_front();
@@ -94,7 +96,7 @@ impl Clients {
 
     /// The logarithm of the evidence.
     pub(super) fn log(&self) -> f64 {
-        let whole = self.whole.log() - std::f64::consts::LN_2;
+        let whole = self.whole.log() + libm::log(WHOLE_PART);
         let windows = self.windows.iter().map(|window| window.run.log() + window.part);
         let logs: Vec<f64> = std::iter::once(whole).chain(windows).collect();
         log_mean_exp(&logs) + libm::log(logs.len() as f64)
@@ -108,8 +110,12 @@ impl Run {
         }
     }
 
+    /// Without the client that has added most.
     fn log(&self) -> f64 {
-        log_mean_exp(&self.sums)
+        let most = self.limits.most_added();
+        let mut sums = self.sums;
+        sums.iter_mut().zip(most).for_each(|(sum, most)| *sum -= most);
+        log_mean_exp(&sums)
     }
 }
 
@@ -191,6 +197,45 @@ mod tests {
         }
     }
 
+    /// It fails at the stable version only, every two seconds; each minute twenty others fail at the target.
+    #[test]
+    fn one_client_does_not_hide_a_bad_target() {
+        for share in [0.1, 0.5] {
+            let mut clients = Clients::default();
+            for i in 0..6_000u32 {
+                clients.pass(100);
+                if i.is_multiple_of(20) {
+                    clients.add(&bad(7, false), share, false, CAP);
+                }
+                if i.is_multiple_of(30) {
+                    clients.add(&bad(100 + i / 30 % 20, true), share, false, CAP);
+                }
+            }
+            assert!(clients.log() > libm::log(8_000.0), "{share}: {}", clients.log());
+        }
+    }
+
+    /// Others have errors now and then; what it adds changes nothing.
+    #[test]
+    fn one_client_changes_no_evidence_of_others() {
+        for share in [0.01, 0.1, 0.5, 0.9] {
+            let (mut with, mut without) = (Clients::default(), Clients::default());
+            for i in 0..3_000u32 {
+                if i.is_multiple_of(100) {
+                    let other = bad(100 + i, i.is_multiple_of(1_000));
+                    with.add(&other, share, false, CAP);
+                    without.add(&other, share, false, CAP);
+                }
+                with.add(&bad(7, true), share, false, CAP);
+                with.pass(100);
+                without.pass(100);
+                let most = without.whole.sums.iter().zip(&with.whole.sums).map(|(without, with)| with - without);
+                let left_out = with.whole.limits.most_added();
+                assert!(most.zip(left_out).all(|(more, left_out)| more <= left_out + 1e-9), "{share}");
+            }
+        }
+    }
+
     #[test]
     fn repetitions_are_one() {
         let (mut once, mut often) = (Clients::default(), Clients::default());
@@ -229,6 +274,20 @@ mod tests {
             clients.add(&bad(i * 7 % 50, true), 0.1, false, CAP);
         }
         assert!(clients.log() > libm::log(2_000.0), "{}", clients.log());
+    }
+
+    /// More than can be told apart had errors at the stable version.
+    #[test]
+    fn new_clients_count_after_many_others() {
+        let mut clients = Clients::default();
+        for i in 0..20_000u32 {
+            clients.pass(2);
+            clients.add(&bad(i, false), 0.1, false, CAP);
+        }
+        let before = clients.whole.sums;
+        clients.pass(3_000);
+        (20_000..20_010).for_each(|client| clients.add(&bad(client, true), 0.1, false, CAP));
+        assert!(clients.whole.sums.iter().zip(before).all(|(sum, before)| *sum > before));
     }
 
     #[test]

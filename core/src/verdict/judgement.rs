@@ -238,6 +238,10 @@ impl Judgement {
             let (evidence, bound) = (number(self.pass_evidence), number(self.pass_bound));
             write!(to, "; evidence for less than {} % at this step {evidence}, bound {bound}", percent(most))?;
         }
+        let would_pass = self.max_error_rate.is_some() && self.pass_evidence >= self.pass_bound;
+        if would_pass && self.outcome == Outcome::Undecided && !self.both_bad {
+            write!(to, "; no pass while far more of {target}'s requests are refused or given up than of {stable}'s")?;
+        }
         match self.both_bad {
             true => Ok(()),
             false => write!(to, ": {}", self.outcome),

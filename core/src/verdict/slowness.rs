@@ -83,7 +83,7 @@ impl Slowness {
             slow.freeze(|| news.recent.bound_above(*quantile, latency.min_difference));
             let Some(bound) = slow.bound else { continue };
             let [target, stable] = news.ended.map(|sample| sample.slower_than(bound));
-            slow.add(&Batch { target, stable, started, millis: news.millis }, news.share);
+            slow.add(&Batch { target, stable, started, millis: news.millis }, news.share, news.few);
             let is_slow = |request: &&Request| request.is_sampled && request.duration > bound;
             for request in news.requests.iter().filter(is_slow) {
                 slow.clients.add(request, news.largest, news.few, news.cap);
@@ -123,8 +123,11 @@ impl Slow {
         }
     }
 
-    fn add(&mut self, ended: &Batch, share: f64) {
+    fn add(&mut self, ended: &Batch, share: f64, few: bool) {
         self.all.add(ended);
+        if !few {
+            return;
+        }
         self.batch.add(ended);
         if !self.batch.is_full(share) {
             return;
