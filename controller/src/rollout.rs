@@ -84,6 +84,9 @@ pub struct Rollout {
     /// The share that it was paused at, beyond which it does not grow.
     #[serde(default)]
     frozen: Option<u32>,
+    /// Whether it stays at that share because an edit of the steps would have moved it ahead.
+    #[serde(default)]
+    edited: bool,
     /// The share that the target had when the present step began.
     #[serde(default)]
     before: Option<u32>,
@@ -287,6 +290,7 @@ impl Rollout {
             level: 0,
             level_since: now,
             frozen: None,
+            edited: false,
             before: None,
             reached: 0,
             counted_before: BTreeMap::new(),

@@ -176,7 +176,11 @@ impl Rollout {
 
     /// Stays at the present share.
     pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        self.frozen = Some(level_of(self.wanted(shift, world)));
+        self.freeze_at(level_of(self.wanted(shift, world)), now);
+    }
+
+    pub(super) fn freeze_at(&mut self, level: u32, now: Millis) {
+        self.frozen = Some(level);
         self.paused = true;
         if let Warming::Since(since) = self.warming {
             self.warming = Warming::Stopped(now.saturating_sub(since));
@@ -186,7 +190,7 @@ impl Rollout {
     /// Goes on where it stopped.
     pub(super) fn unpause(&mut self, now: Millis) {
         (self.paused, self.weight_by_hand, self.level_since) = (false, None, now);
-        self.frozen = None;
+        (self.frozen, self.edited) = (None, false);
         if let Warming::Stopped(passed) = self.warming {
             self.warming = Warming::Since(now.saturating_sub(passed));
         }
@@ -214,12 +218,18 @@ impl Rollout {
         }
         let has = || shortfall.words().unwrap_or_else(|| format!("{target} has {} %", percent(share)));
         if self.paused {
-            let reason = if self.weight_by_hand.is_some() { Reason::WeightSet } else { Reason::PausedByUser };
+            let (reason, paused) = match (self.weight_by_hand, self.edited) {
+                (Some(_), _) => (Reason::WeightSet, "paused by hand"),
+                (None, true) => {
+                    (Reason::StepsChanged, "the document's steps have changed; paused until it is promoted or resumed")
+                }
+                (None, false) => (Reason::PausedByUser, "paused by hand"),
+            };
             let missing = sentences(&shortfall.missing);
             let why = match has_it || !shortfall.strains.is_empty() {
-                true => format!("paused by hand; {}", has()),
-                false if missing.is_empty() => format!("paused by hand; {} of the {} % wanted", has(), percent(goal)),
-                false => format!("paused by hand; {} of the {} % wanted: {missing}", has(), percent(goal)),
+                true => format!("{paused}; {}", has()),
+                false if missing.is_empty() => format!("{paused}; {} of the {} % wanted", has(), percent(goal)),
+                false => format!("{paused}; {} of the {} % wanted: {missing}", has(), percent(goal)),
             };
             return Some((Phase::Paused, reason, why));
         }

@@ -837,6 +837,7 @@ mod properties {
             for happening in happenings {
                 let before = play.rollout.clone();
                 let mut said = false;
+                let mut promised = None;
                 match happening {
                     Happening::Ready(v, ready) => play.ready(&version(v), ready),
                     Happening::Count(v, ok, error) => play.count(&version(v), ok, error),
@@ -849,6 +850,7 @@ mod properties {
                         play.set("stable", json!(version(stable)));
                     }
                     Happening::Strategy(strategy) => {
+                        promised = before.phase.is_under_way().then(|| before.goal(&read(&play.document)));
                         play.set("strategy", strategy);
                         said = true;
                     }
@@ -866,6 +868,11 @@ mod properties {
                 let shift = read(&play.document);
                 play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now);
                 let (rollout, steps) = (&play.rollout, play.rollout.steps(&shift));
+                // An edit of the steps alone moves nobody ahead.
+                let is_edited = rollout.news.last().is_some_and(|news| news.reason == Reason::StepsChanged);
+                if let Some(promised) = promised.filter(|_| is_edited && rollout.number == before.number) {
+                    prop_assert!(rollout.wanted(&shift, &play.world) <= promised + 1e-9, "{:?}", rollout);
+                }
                 prop_assert!(rollout.number == before.number || rollout.number == before.number + 1);
                 if rollout.number == before.number && rollout.phase.is_under_way() && !said {
                     prop_assert!(rollout.step == before.step || rollout.step == before.step + 1, "{:?}", rollout);
