@@ -13,7 +13,9 @@ pub use applied::Applied;
 pub use drain::Idle;
 pub use judge::Judges;
 pub use recent::Recent;
+pub use world::Young;
 
+use crate::clock;
 use crate::compile;
 use crate::ledger::{Ledger, Taken};
 use crate::readiness::Readiness;
@@ -133,6 +135,8 @@ impl From<Refused> for CommandError {
 
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
 const CATCH_UP: Millis = 2_000;
+/// While something is held or waited for, the time is kept this often.
+const KEEP_TIME: Millis = 5_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
 const MAX_REVISION: u64 = u64::MAX / 2;
 
@@ -157,7 +161,7 @@ impl Control {
             state_error: None,
             hidden: Vec::new(),
             readiness: Arc::default(),
-            availability: Availability::new(&kept.ready),
+            availability: Availability::new(&kept.ready, &kept.young),
             proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
             counts_changed: false,
@@ -350,6 +354,7 @@ impl Control {
     pub fn evaluate(&mut self, now: Millis) -> Outcome {
         let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
         outcome.transitions = std::mem::take(&mut self.news);
+        self.attend(now);
         self.availability.look(&self.readiness, now);
         self.listen(now);
         self.judge(now);
@@ -393,14 +398,50 @@ impl Control {
             self.kept.ready = ready;
             outcome.keep = true;
         }
+        let young = self.availability.young(&self.shifts, now);
+        if self.kept.young != young {
+            self.kept.young = young;
+            outcome.keep = true;
+        }
         self.publish(services, &mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
         self.note(now);
+        // What has passed of a hold has passed after a restart, too.
+        let passes = self.kept.idle.is_under_way() || self.kept.rollouts.values().any(|of| of.phase.is_under_way());
+        outcome.keep |= passes && now.saturating_sub(self.kept.time) >= KEEP_TIME;
         self.counted.time = now;
         if outcome.keep {
-            self.kept.time = now;
+            (self.kept.time, self.kept.wall) = (now, clock::wall(now));
         }
         outcome
+    }
+
+    /// At the start, and whenever the process stood still, nobody was there to look: no time has passed for what is held,
+    /// waited for or drained.
+    fn attend(&mut self, now: Millis) {
+        let kept = &mut self.kept;
+        let (last, restated) = match self.looked {
+            Some(looked) => (looked, 0),
+            None => {
+                let ahead = |wall: Millis, time: Millis| wall.cast_signed().saturating_sub(time.cast_signed());
+                let before = if kept.wall > 0 { ahead(kept.wall, kept.time) } else { 0 };
+                (kept.time.max(self.counted.time), before.saturating_sub(ahead(clock::wall(now), now)))
+            }
+        };
+        let long = now.saturating_sub(last);
+        // A state of an older build does not say when it was kept.
+        let is_known = last > 0;
+        if !is_known || (self.looked.is_some() && long <= CATCH_UP) {
+            return;
+        }
+        for rollout in kept.rollouts.values_mut() {
+            rollout.was_unattended(long, restated);
+        }
+        for transition in kept.history.values_mut().flatten() {
+            transition.time = transition.time.saturating_add_signed(restated);
+        }
+        kept.idle.was_unattended(long, restated);
+        self.availability.was_unattended(long);
     }
 
     /// At the start, and whenever the process stood still, proxies were not listened to for a while.

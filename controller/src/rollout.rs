@@ -39,6 +39,9 @@ pub struct Rollout {
     pub message: String,
     /// Since when it is in this phase.
     pub since: Millis,
+    /// In so much of the time since then no controller was there.
+    #[serde(default)]
+    unattended: i64,
     /// When the rollout began.
     pub started: Millis,
     /// The version that serves what the target does not; the target itself once it has succeeded.
@@ -268,6 +271,7 @@ impl Rollout {
             reason: Reason::Serving,
             message: format!("{} serves", shift.stable),
             since: now,
+            unattended: 0,
             started: now,
             stable: shift.stable.clone(),
             target: None,
@@ -324,6 +328,27 @@ impl Rollout {
             self.look_at_rest(shift, world, now);
         }
         self
+    }
+
+    /// Time has passed in which no controller was there. Nothing was held, waited for or warmed up in it: what remained of
+    /// that remains. `restated` is by how much the same moment has another number than before.
+    pub fn was_unattended(&mut self, long: Millis, restated: i64) {
+        let later = |time: &mut Millis| *time = time.saturating_add(long);
+        self.held_since.iter_mut().for_each(later);
+        self.content.iter_mut().for_each(later);
+        if let Warming::Since(since) = &mut self.warming {
+            later(since);
+        }
+        later(&mut self.progressed);
+        later(&mut self.level_since);
+        self.since = self.since.saturating_add_signed(restated);
+        self.started = self.started.saturating_add_signed(restated);
+        self.unattended = self.unattended.saturating_add_unsigned(long).saturating_sub(restated);
+    }
+
+    /// For so long it has been in its phase, as far as a controller was there.
+    pub fn attended_since(&self) -> Millis {
+        self.since.saturating_add_signed(self.unattended)
     }
 
     /// Whether another state is the same, whatever is said of it.
@@ -436,7 +461,7 @@ impl Rollout {
 
     fn turn_to(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
         if self.phase != phase {
-            self.since = now;
+            (self.since, self.unattended) = (now, 0);
         }
         (self.phase, self.reason, self.message) = (phase, reason, message);
     }

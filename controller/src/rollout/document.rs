@@ -117,7 +117,7 @@ impl Rollout {
         self.unpause(now);
         self.begin_step(0, 0.0, shift, now);
         self.plan = self.planned(shift);
-        self.since = now;
+        (self.since, self.unattended) = (now, 0);
         self.announce(Phase::Progressing, reason, message, now);
     }
 
