@@ -23,8 +23,9 @@ use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
-use proxies::Proxies;
+use proxies::{Census, Proxies};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tideshift_core::policy::{Policy, Service};
@@ -65,6 +66,10 @@ pub struct Control {
     /// When everything was looked at last.
     looked: Option<Millis>,
     proxies: Proxies,
+    /// Who of them is there, when that was looked at, and at which revision.
+    census: (Census, Millis, u64),
+    /// The revision in which each service changed last.
+    changed_in: BTreeMap<String, u64>,
     /// What the last minutes were like.
     series: Series,
 }
@@ -135,6 +140,8 @@ impl From<Refused> for CommandError {
 
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
 const CATCH_UP: Millis = 2_000;
+/// From one look at which proxies are there to the next.
+const CENSUS: Millis = 100;
 /// While something is held or waited for, the time is kept this often.
 const KEEP_TIME: Millis = 5_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
@@ -171,6 +178,8 @@ impl Control {
             in_force: kept.policy().map(|policy| policy.services).unwrap_or_default(),
             catching_up: None,
             looked: None,
+            census: Default::default(),
+            changed_in: BTreeMap::new(),
             kept,
             series: Series::default(),
         };
@@ -291,6 +300,7 @@ impl Control {
             // nothing before it is newer than that.
             self.kept.revision = report.revision;
             self.kept.services.clear();
+            self.changed_in.clear();
             self.policy = None;
             self.dirty = true;
         }
@@ -453,6 +463,12 @@ impl Control {
             self.proxies.listen(now);
         }
         self.proxies.forget_silent(now);
+        // There may be thousands.
+        let (_, counted, revision) = &self.census;
+        let is_due = now.saturating_sub(*counted) >= CENSUS || *revision != self.kept.revision;
+        if is_due && self.kept.rollouts.values().any(|rollout| rollout.phase.is_under_way()) {
+            self.census = (self.proxies.census(now), now, self.kept.revision);
+        }
     }
 
     /// Gathers evidence from what is new in the counts.
@@ -489,7 +505,10 @@ impl Control {
         let up_to_date = self.is_up_to_date(now);
         let opinion = self.counted.judges.opinion(shift);
         let availability = self.availability.of(shift, &self.readiness, now);
-        World::new(&self.counted.ledger, availability, self.proxies.vetoes(), opinion, up_to_date)
+        let revision = |service: &ShiftService| self.changed_in.get(&service.name).copied();
+        let revision = shift.services.iter().map(|service| revision(service).unwrap_or(self.kept.revision)).max();
+        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
+            .with_proxies(&self.census.0, revision.unwrap_or_default())
     }
 
     fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
@@ -517,6 +536,12 @@ impl Control {
             outcome.keep = true;
         }
         let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
+        self.changed_in.retain(|name, _| policy.services.iter().any(|service| service.name == *name));
+        for service in &policy.services {
+            let is_same = self.in_force.contains(service);
+            let changed_in = self.changed_in.entry(service.name.clone()).or_insert(policy.revision);
+            *changed_in = if is_same { *changed_in } else { policy.revision };
+        }
         let deadline = |service: &str| drain_deadline(&self.shifts, service);
         outcome.keep |= self.kept.idle.publish(&policy, &self.in_force, deadline, now);
         self.in_force.clone_from(&policy.services);

@@ -5,12 +5,14 @@
 mod command;
 mod document;
 mod history;
+mod measured;
 mod parts;
 mod progress;
 mod words;
 
 pub use command::{Command, Refused};
 pub use history::{Transition, remember};
+pub use measured::Coverage;
 pub use parts::{Part, percent};
 
 use document::{Listed, Planned, Said, desired};
@@ -78,6 +80,12 @@ pub struct Rollout {
     /// Whether the present step has been held once.
     #[serde(default)]
     held: bool,
+    /// Since when nothing has been measured of the target, if nothing is.
+    #[serde(default)]
+    unmeasured_since: Option<Millis>,
+    /// What had been counted when the present step began.
+    #[serde(default)]
+    begun: measured::Stock,
     /// The most endpoints that the target has had in this step.
     most_ready: u32,
     warming: Warming,
@@ -192,6 +200,10 @@ pub enum Reason {
     Ramping,
     Holding,
     CatchingUp,
+    NoProxies,
+    ProxiesBehind,
+    NotRouted,
+    NoGoodAnswer,
     Undecided,
     BothFailing,
     PauseStep,
@@ -209,10 +221,11 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether it says no more than that endpoints have come or gone.
+    /// Whether it says no more than that endpoints or proxies have come or gone.
     fn is_to_and_fro(self) -> bool {
-        use Reason::{EndpointsBack, EndpointsLost, Holding, Ramping, WaitingForCapacity};
-        matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity)
+        use Reason::{EndpointsBack, EndpointsLost, Holding, NoProxies, ProxiesBehind, Ramping, WaitingForCapacity};
+        let of_endpoints = matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity);
+        of_endpoints || matches!(self, NoProxies | ProxiesBehind)
     }
 }
 
@@ -224,7 +237,12 @@ pub trait Observed {
     fn available(&self, service: &str, version: &str) -> u32;
     /// What was counted for a version, over all proxies, since ever.
     fn counts(&self, service: &str, version: &str) -> Counts;
-    /// The vetoes of the proxies' guards on a version.
+    /// What is known of the proxies.
+    fn coverage(&self) -> Coverage;
+    /// Requests of a version that did not reach its own cluster, over all proxies, since ever. None of them is in its
+    /// counts.
+    fn misrouted(&self, service: &str, version: &str) -> u64;
+    /// The vetoes of the guards of proxies that report, on a version: one for each proxy.
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto>;
     /// Whether the proxies have had the time to say what they counted while no controller was there.
     fn is_up_to_date(&self) -> bool;
@@ -289,6 +307,8 @@ impl Rollout {
             progressed: now,
             content: None,
             held: false,
+            unmeasured_since: None,
+            begun: BTreeMap::new(),
             most_ready: 0,
             warming: Warming::Due,
             level: 0,
@@ -336,6 +356,8 @@ impl Rollout {
         let later = |time: &mut Millis| *time = time.saturating_add(long);
         self.held_since.iter_mut().for_each(later);
         self.content.iter_mut().for_each(later);
+        self.unmeasured_since.iter_mut().for_each(later);
+        self.begun.values_mut().for_each(|begun| later(begun.last_time()));
         if let Warming::Since(since) = &mut self.warming {
             later(since);
         }

@@ -317,3 +317,84 @@ fn a_state_that_does_not_say_when_it_was_kept_goes_on_as_it_is() {
     play.pass(10_000, &EDGE);
     assert!(play.rollout().step == 1 || !play.rollout().phase.is_under_way());
 }
+
+#[test]
+fn a_rollout_ends_only_where_proxies_report_what_they_run() {
+    use crate::rollout::{Phase, Reason};
+    let steps = json!({"strategy": {"steps": [{"weight": 1, "holdSeconds": 20}, {"weight": 100}]}});
+    let mut play = Play::new(steps.clone());
+    play.pass(60_000, &[]);
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::NoProxies));
+    // One that runs what it was started with.
+    for _ in 0..10 {
+        let report = Report { epoch: String::new(), revision: 1, ..play.report("edge", 0) };
+        play.control.reported(&report, play.now);
+        play.pass(1_000, &[]);
+    }
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::ProxiesBehind));
+    let words = "step 1: proxy edge runs no policy of this controller and has not applied 1; tideshift status says what \
+                 it refused";
+    assert_eq!(play.rollout().message, words);
+    // One that is silent of two is more than a tenth.
+    play.pass(1_000, &[("edge", 0), ("other", 0)]);
+    play.pass(12_000, &[("edge", 0)]);
+    assert!(play.rollout().message.starts_with("step 1: proxy other of 2 proxies has been silent for 1"));
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::ProxiesBehind));
+    // Until it is forgotten.
+    play.pass(80_000, &[("edge", 0)]);
+    assert_eq!(play.rollout().phase, Phase::Succeeded);
+    let history = play.control.history("shop").unwrap();
+    let reasons: Vec<Reason> = history.iter().map(|transition| transition.reason).collect();
+    use Reason::{Completed, Holding, NoProxies, ProxiesBehind, Started, StepStarted};
+    assert_eq!(
+        reasons,
+        [Started, Holding, NoProxies, ProxiesBehind, Holding, ProxiesBehind, Holding, StepStarted, Completed]
+    );
+}
+
+#[test]
+fn proxies_are_behind_only_what_concerns_the_rollout() {
+    let other = |endpoint: &str| {
+        let document = json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "cart"},
+            "spec": {"hostnames": ["cart.example.com"], "stable": "v1",
+                "versions": [{"name": "v1", "endpoints": [endpoint]}, {"name": "v2", "endpoints": [endpoint]}]}});
+        (TrafficShift::read(&document).unwrap(), document)
+    };
+    let steps = json!({"hostnames": ["shop.example.com"], "strategy": {"steps": [{"weight": 10, "holdSeconds": 30}]}});
+    let all = |n: u64| {
+        let mut all = documents(&steps);
+        let mut cart = other("127.0.0.1:9001");
+        cart.0.services[0].hostnames = vec![format!("cart{n}.example.com").parse().unwrap()];
+        all.push(cart);
+        all
+    };
+    let mut play = Play::new(steps.clone());
+    let mut ready = (*readiness()).clone();
+    let shop = ready.services["shop"].clone();
+    ready.services.insert("cart".to_owned(), shop);
+    play.control.set_readiness(Arc::new(ready));
+    // Another service changes all the time, and proxies are always one revision behind.
+    for n in 0..60 {
+        play.control.set_documents(all(n));
+        let before = play.control.kept().revision;
+        play.pass(500, &[]);
+        assert!(play.control.kept().revision > before);
+        let report = Report { revision: before.max(1), ..play.report("edge", 0) };
+        play.control.reported(&report, play.now);
+    }
+    assert!(play.rollout().held(play.now) > Some(25_000), "{:?}", play.rollout());
+}
+
+#[test]
+fn a_restart_says_nothing_of_proxies_that_are_there() {
+    let steps = json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 60}, {"weight": 100}]}});
+    let mut play = Play::new(steps.clone());
+    play.pass(30_000, &EDGE);
+    play.restart(steps, 10_000, true);
+    play.pass(900, &[]);
+    play.pass(60_000, &EDGE);
+    let history = play.control.history("shop").unwrap();
+    let reasons: Vec<crate::rollout::Reason> = history.iter().map(|transition| transition.reason).collect();
+    use crate::rollout::Reason::{Completed, Holding, Started, StepStarted};
+    assert_eq!(reasons, [Started, Holding, StepStarted, Completed]);
+}

@@ -1,8 +1,9 @@
 //! What the rollout engine may see of the services of one shift.
 
+use super::proxies::Census;
 use crate::ledger::Ledger;
 use crate::readiness::{Readiness, RememberedReadiness};
-use crate::rollout::{Millis, Observed, Opinion};
+use crate::rollout::{Coverage, Millis, Observed, Opinion};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::guard::Veto;
@@ -18,6 +19,7 @@ pub(super) struct World<'a> {
     vetoes: Vec<(&'a str, &'a Veto)>,
     opinion: Opinion,
     up_to_date: bool,
+    coverage: Coverage,
 }
 
 impl<'a> World<'a> {
@@ -29,7 +31,12 @@ impl<'a> World<'a> {
         opinion: Opinion,
         up_to_date: bool,
     ) -> Self {
-        Self { ledger, ready, vetoes, opinion, up_to_date }
+        Self { ledger, ready, vetoes, opinion, up_to_date, coverage: Coverage::default() }
+    }
+
+    /// With what is known of the proxies that are to run a revision.
+    pub(super) fn with_proxies(self, census: &Census, revision: u64) -> Self {
+        Self { coverage: census.coverage(revision), ..self }
     }
 
     fn endpoints(&self, service: &str, version: &str) -> (u32, u32) {
@@ -48,6 +55,14 @@ impl Observed for World<'_> {
 
     fn counts(&self, service: &str, version: &str) -> Counts {
         self.ledger.total(service, version)
+    }
+
+    fn coverage(&self) -> Coverage {
+        self.coverage.clone()
+    }
+
+    fn misrouted(&self, _service: &str, _version: &str) -> u64 {
+        0
     }
 
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto> {

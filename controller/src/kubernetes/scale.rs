@@ -230,6 +230,14 @@ mod tests {
             Counts::default()
         }
 
+        fn coverage(&self) -> crate::rollout::Coverage {
+            crate::rollout::Coverage { live: 1, ..Default::default() }
+        }
+
+        fn misrouted(&self, _: &str, _: &str) -> u64 {
+            0
+        }
+
         fn vetoes(&self, _: &str, _: &str) -> impl Iterator<Item = &Veto> {
             std::iter::empty()
         }

@@ -100,6 +100,9 @@ impl Rollout {
     fn promote(&mut self, full: bool, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         let share = self.wanted(shift, world);
+        // It is for them to say; what they do not see, they are told.
+        let unmeasured = self.unmeasured(&target, shift, world, now);
+        let besides = unmeasured.map(|(_, why)| format!(", although {why}")).unwrap_or_default();
         let last = self.steps(shift).len().saturating_sub(1);
         if full {
             if self.step != last || self.paused {
@@ -109,7 +112,12 @@ impl Rollout {
                 self.allowed |= was_allowed;
             }
             self.waived = true;
-            self.announce(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
+            self.announce(
+                Phase::Progressing,
+                Reason::Promoted,
+                format!("{target} is to get everything, by hand{besides}"),
+                now,
+            );
             return Ok(());
         }
         if !self.allowed && !self.edited {
@@ -130,7 +138,12 @@ impl Rollout {
             _ => self.waived = has_had || !edited,
         }
         self.get_further(now);
-        self.announce(Phase::Progressing, Reason::Promoted, format!("{target}: on to the next step, by hand"), now);
+        self.announce(
+            Phase::Progressing,
+            Reason::Promoted,
+            format!("{target}: on to the next step, by hand{besides}"),
+            now,
+        );
         Ok(())
     }
 

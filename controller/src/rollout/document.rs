@@ -74,6 +74,8 @@ impl Rollout {
                 self.rest(shift, Reason::StableChanged, format!("{stable} serves instead of {old}, {why}"), now)
             }
             Some(old) => {
+                // What was counted of the old one measures nothing any longer.
+                self.begun.clear();
                 let message = format!("step {}: {stable} is the stable version instead of {old}, {why}", self.step + 1);
                 self.announce(self.phase, Reason::StableChanged, message, now);
             }
