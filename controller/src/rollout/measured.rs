@@ -182,6 +182,21 @@ impl Rollout {
     }
 }
 
+impl Rollout {
+    /// The errors and requests that the guards of half of the proxies or more have seen, if most failed there.
+    pub(super) fn fails_most(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<(u64, u64)> {
+        let live = world.coverage().live;
+        let of = |service: &ShiftService| {
+            let vetoes = world.vetoes(&service.name, target);
+            let (proxies, errors, requests) = vetoes.fold((0, 0_u64, 0_u64), |(proxies, errors, requests), veto| {
+                (proxies + 1, errors.saturating_add(veto.errors), requests.saturating_add(veto.requests))
+            });
+            (proxies > 0 && 2 * proxies >= live && errors.saturating_mul(2) > requests).then_some((errors, requests))
+        };
+        shift.services.iter().find_map(of)
+    }
+}
+
 fn proxies(number: usize) -> String {
     format!("{number} {}", if number == 1 { "proxy" } else { "proxies" })
 }

@@ -83,6 +83,8 @@ impl Rollout {
             let Opinion { words, errors, requests, worst, .. } = verdict;
             // How bad it is, is for the service to say that fails: others that are fine make it no better.
             let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
+            // What it did well before it began to fail makes it no better either, where guards have seen that.
+            let (errors, requests) = self.fails_most(target, shift, world).unwrap_or((errors, requests));
             return Some(Failure { reason: Reason::VerdictFail, why: format!("{target}: {words}"), errors, requests });
         }
         let (errors, requests) = self.counted(target, shift, world);

@@ -279,6 +279,11 @@ fn a_guards_veto_is_no_verdict() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
     play.pass(1).world.vetoes = vec![veto(play.now, 1)];
     assert_eq!(play.pass(1).rollout.message, "step 1: the guards of 1 of 2 proxies keep v2 out");
+    // The verdict's fail is another matter, and what guards have seen says how bad it is now.
+    play.world.opinion = Opinion { fails: true, requests: 53, errors: 21, ..Opinion::default() };
+    play.ready("v1", 1);
+    assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
+    assert_eq!(play.shares(), [100.0, 0.0, 0.0], "all at once");
 }
 
 #[test]
