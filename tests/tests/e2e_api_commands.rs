@@ -20,6 +20,7 @@ async fn start(weight: u32) -> anyhow::Result<(Rig, Controller)> {
     let controller = rig.start_controller().await?;
     until(&controller, "the first step", |seen| {
         ensure!(seen.weights() == [100.0 - f64::from(weight), f64::from(weight)]);
+        ensure!(seen.service()["reason"] == "Holding", "{}", seen.message());
         Ok(())
     })
     .await?;
