@@ -1,5 +1,6 @@
-//! The time as everything here is told it: the system's, which may be set back, but never going back or standing still
-//! with it. Holds, deadlines and evidence are made of differences, and would wait until the old time is reached again.
+//! The time as everything here is told it. Holds, deadlines and evidence are made of differences: only the first time of
+//! a process is the system's, all others are that and what a monotonic clock has counted since. Whoever sets the system's
+//! clock, to and fro, passes no hold and lengthens none. What people are shown is the system's time all the same.
 
 use crate::rollout::Millis;
 use std::sync::{Mutex, PoisonError};
@@ -7,22 +8,29 @@ use std::time::{Duration, Instant, SystemTime};
 
 static CLOCK: Mutex<Option<Clock>> = Mutex::new(None);
 
-/// Milliseconds since 1970; later than what was said before, whatever has become of the system's clock.
+/// The system's clock is read a moment apart from the other, and says no more than whole milliseconds.
+const TOLERANCE: Millis = 1_000;
+
+/// Milliseconds since 1970 as the system had it when the process began, and those that have passed since.
 pub fn now() -> Millis {
-    now_and_not_before(0)
+    with(|clock, _| clock.now(Instant::now()))
 }
 
-/// Goes on from there where the system's clock says that it is earlier, as after a restart.
+/// Goes on from there if it is earlier than that, as after a restart on a machine whose clock is behind.
 pub fn not_before(time: Millis) {
-    now_and_not_before(time);
+    with(|clock, _| clock.not_before(time, Instant::now()));
 }
 
-fn now_and_not_before(time: Millis) -> Millis {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let system = since.map_or(0, |since| since.as_millis() as Millis).max(time);
+/// What the system's clock says where [`now`] says this.
+pub fn wall(time: Millis) -> Millis {
+    with(|clock, system| clock.wall(time, Instant::now(), system))
+}
+
+fn with<T>(what: impl FnOnce(&mut Clock, Millis) -> T) -> T {
     let mut clock = CLOCK.lock().unwrap_or_else(PoisonError::into_inner);
-    let instant = Instant::now();
-    clock.get_or_insert(Clock { instant, time: system }).now(instant, system)
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let system = since.map_or(0, |since| since.as_millis() as Millis);
+    what(clock.get_or_insert_with(|| Clock { instant: Instant::now(), time: system }), system)
 }
 
 /// Where it goes on from.
@@ -33,14 +41,23 @@ struct Clock {
 }
 
 impl Clock {
-    /// Follows the system's clock forwards; where that goes back, time goes on as it would have.
-    fn now(&mut self, instant: Instant, system: Millis) -> Millis {
+    fn now(&self, instant: Instant) -> Millis {
         let passed = instant.checked_duration_since(self.instant).unwrap_or(Duration::ZERO);
-        let now = self.time + passed.as_millis() as Millis;
-        if system > now {
-            *self = Self { instant, time: system };
+        self.time + passed.as_millis() as Millis
+    }
+
+    fn not_before(&mut self, time: Millis, instant: Instant) {
+        if self.now(instant) < time {
+            *self = Self { instant, time };
         }
-        now.max(system)
+    }
+
+    fn wall(&self, time: Millis, instant: Instant, system: Millis) -> Millis {
+        let now = self.now(instant);
+        match now.abs_diff(system) {
+            0..TOLERANCE => time,
+            _ => (time + system).saturating_sub(now),
+        }
     }
 }
 
@@ -49,16 +66,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn time_goes_on_while_the_system_says_that_it_is_earlier() {
+    fn whatever_the_system_is_set_to_time_goes_on_and_is_shown_right() {
+        let begun = Instant::now();
+        let clock = Clock { instant: begun, time: 10_000_000 };
+        let at = |millis: u64| begun + Duration::from_millis(millis);
+        assert_eq!([0, 5, 3_700_000].map(|millis| clock.now(at(millis))), [10_000_000, 10_000_005, 13_700_000]);
+        // In step, an hour ahead, an hour behind: of an event that was 500 s ago.
+        for (system, shown) in
+            [(11_000_000, 10_500_000), (11_000_999, 10_500_000), (14_600_000, 14_100_000), (7_400_000, 6_900_000)]
+        {
+            assert_eq!((clock.now(at(1_000_000)), clock.wall(10_500_000, at(1_000_000), system)), (11_000_000, shown));
+        }
+    }
+
+    #[test]
+    fn it_goes_on_from_what_was_kept_where_the_system_is_behind() {
         let begun = Instant::now();
         let mut clock = Clock { instant: begun, time: 10_000 };
-        let mut at = |millis: u64, system| clock.now(begun + Duration::from_millis(millis), system);
-        assert_eq!(at(5, 10_005), 10_005);
-        // Forwards with the system.
-        assert_eq!(at(10, 20_000), 20_000);
-        // Set back, time passes all the same, also when it is asked more often than each millisecond.
-        assert_eq!([at(10, 1_000), at(11, 1_001), at(11, 1_001), at(510, 1_500)], [20_000, 20_001, 20_001, 20_500]);
-        // Once the system has caught up, it is followed again.
-        assert_eq!([at(1_010, 20_999), at(1_010, 21_007)], [21_000, 21_007]);
+        let at = |millis: u64| begun + Duration::from_millis(millis);
+        clock.not_before(10_004, at(5));
+        assert_eq!(clock.now(at(5)), 10_005);
+        clock.not_before(50_000, at(5));
+        assert_eq!([5, 6, 1_005].map(|millis| clock.now(at(millis))), [50_000, 50_001, 51_000]);
+        assert_eq!(clock.wall(50_000, at(1_005), 11_005), 10_005);
     }
 }

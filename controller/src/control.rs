@@ -14,7 +14,9 @@ pub use applied::Applied;
 pub use drain::Idle;
 pub use judge::Judges;
 pub use recent::Recent;
+pub use world::Young;
 
+use crate::clock;
 use crate::compile;
 use crate::ledger::{Ledger, Taken};
 use crate::readiness::Readiness;
@@ -22,9 +24,10 @@ use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
-use proxies::Proxies;
+use proxies::{Census, Proxies};
 use requests::Requests;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tideshift_core::policy::{Policy, Service};
@@ -67,6 +70,10 @@ pub struct Control {
     proxies: Proxies,
     /// Single requests that the verdict has yet to take.
     requests: Requests,
+    /// Who of them is there, when that was looked at, and at which revision.
+    census: (Census, Millis, u64),
+    /// The revision in which each service changed last.
+    changed_in: BTreeMap<String, u64>,
     /// What the last minutes were like.
     series: Series,
 }
@@ -144,6 +151,10 @@ impl From<Refused> for CommandError {
 
 /// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
 const CATCH_UP: Millis = 2_000;
+/// From one look at which proxies are there to the next.
+const CENSUS: Millis = 100;
+/// While something is held or waited for, the time is kept this often.
+const KEEP_TIME: Millis = 5_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
 const MAX_REVISION: u64 = u64::MAX / 2;
 
@@ -168,7 +179,7 @@ impl Control {
             state_error: None,
             hidden: Vec::new(),
             readiness: Arc::default(),
-            availability: Availability::new(&kept.ready),
+            availability: Availability::new(&kept.ready, &kept.young),
             proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
             requests: Requests::default(),
@@ -179,6 +190,8 @@ impl Control {
             in_force: kept.policy().map(|policy| policy.services).unwrap_or_default(),
             catching_up: None,
             looked: None,
+            census: Default::default(),
+            changed_in: BTreeMap::new(),
             kept,
             series: Series::default(),
         };
@@ -301,6 +314,7 @@ impl Control {
             // nothing before it is newer than that.
             self.kept.revision = report.revision;
             self.kept.services.clear();
+            self.changed_in.clear();
             self.policy = None;
             self.dirty = true;
         }
@@ -364,6 +378,7 @@ impl Control {
     pub fn evaluate(&mut self, now: Millis) -> Outcome {
         let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
         outcome.transitions = std::mem::take(&mut self.news);
+        self.attend(now);
         self.availability.look(&self.readiness, now);
         self.listen(now);
         self.judge(now);
@@ -407,14 +422,50 @@ impl Control {
             self.kept.ready = ready;
             outcome.keep = true;
         }
+        let young = self.availability.young(&self.shifts, now);
+        if self.kept.young != young {
+            self.kept.young = young;
+            outcome.keep = true;
+        }
         self.publish(services, &mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
         self.note(now);
+        // What has passed of a hold has passed after a restart, too.
+        let passes = self.kept.idle.is_under_way() || self.kept.rollouts.values().any(|of| of.phase.is_under_way());
+        outcome.keep |= passes && now.saturating_sub(self.kept.time) >= KEEP_TIME;
         self.counted.time = now;
         if outcome.keep {
-            self.kept.time = now;
+            (self.kept.time, self.kept.wall) = (now, clock::wall(now));
         }
         outcome
+    }
+
+    /// At the start, and whenever the process stood still, nobody was there to look: no time has passed for what is held,
+    /// waited for or drained.
+    fn attend(&mut self, now: Millis) {
+        let kept = &mut self.kept;
+        let (last, restated) = match self.looked {
+            Some(looked) => (looked, 0),
+            None => {
+                let ahead = |wall: Millis, time: Millis| wall.cast_signed().saturating_sub(time.cast_signed());
+                let before = if kept.wall > 0 { ahead(kept.wall, kept.time) } else { 0 };
+                (kept.time.max(self.counted.time), before.saturating_sub(ahead(clock::wall(now), now)))
+            }
+        };
+        let long = now.saturating_sub(last);
+        // A state of an older build does not say when it was kept.
+        let is_known = last > 0;
+        if !is_known || (self.looked.is_some() && long <= CATCH_UP) {
+            return;
+        }
+        for rollout in kept.rollouts.values_mut() {
+            rollout.was_unattended(long, restated);
+        }
+        for transition in kept.history.values_mut().flatten() {
+            transition.time = transition.time.saturating_add_signed(restated);
+        }
+        kept.idle.was_unattended(long, restated);
+        self.availability.was_unattended(long);
     }
 
     /// At the start, and whenever the process stood still, proxies were not listened to for a while.
@@ -426,6 +477,12 @@ impl Control {
             self.proxies.listen(now);
         }
         self.proxies.forget_silent(now);
+        // There may be thousands.
+        let (_, counted, revision) = &self.census;
+        let is_due = now.saturating_sub(*counted) >= CENSUS || *revision != self.kept.revision;
+        if is_due && self.kept.rollouts.values().any(|rollout| rollout.phase.is_under_way()) {
+            self.census = (self.proxies.census(now), now, self.kept.revision);
+        }
     }
 
     /// Gathers evidence from what is new in the counts.
@@ -465,7 +522,10 @@ impl Control {
         let up_to_date = self.is_up_to_date(now);
         let opinion = self.counted.judges.opinion(shift);
         let availability = self.availability.of(shift, &self.readiness, now);
-        World::new(&self.counted.ledger, availability, self.proxies.vetoes(), opinion, up_to_date)
+        let revision = |service: &ShiftService| self.changed_in.get(&service.name).copied();
+        let revision = shift.services.iter().map(|service| revision(service).unwrap_or(self.kept.revision)).max();
+        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
+            .with_proxies(&self.census.0, revision.unwrap_or_default())
     }
 
     fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
@@ -493,6 +553,12 @@ impl Control {
             outcome.keep = true;
         }
         let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
+        self.changed_in.retain(|name, _| policy.services.iter().any(|service| service.name == *name));
+        for service in &policy.services {
+            let is_same = self.in_force.contains(service);
+            let changed_in = self.changed_in.entry(service.name.clone()).or_insert(policy.revision);
+            *changed_in = if is_same { *changed_in } else { policy.revision };
+        }
         let deadline = |service: &str| drain_deadline(&self.shifts, service);
         outcome.keep |= self.kept.idle.publish(&policy, &self.in_force, deadline, now);
         self.in_force.clone_from(&policy.services);

@@ -5,12 +5,14 @@
 mod command;
 mod document;
 mod history;
+mod measured;
 mod parts;
 mod progress;
 mod words;
 
 pub use command::{Command, Refused};
 pub use history::{Transition, remember};
+pub use measured::Coverage;
 pub use parts::{Part, percent};
 
 use document::{Listed, Planned, Said, desired};
@@ -39,6 +41,9 @@ pub struct Rollout {
     pub message: String,
     /// Since when it is in this phase.
     pub since: Millis,
+    /// In so much of the time since then no controller was there.
+    #[serde(default)]
+    unattended: i64,
     /// When the rollout began.
     pub started: Millis,
     /// The version that serves what the target does not; the target itself once it has succeeded.
@@ -78,6 +83,12 @@ pub struct Rollout {
     /// Whether the present step has been held once.
     #[serde(default)]
     held: bool,
+    /// Since when nothing has been measured of the target, if nothing is.
+    #[serde(default)]
+    unmeasured_since: Option<Millis>,
+    /// What had been counted when the present step began.
+    #[serde(default)]
+    begun: measured::Stock,
     /// The most endpoints that the target has had in this step.
     most_ready: u32,
     warming: Warming,
@@ -87,6 +98,9 @@ pub struct Rollout {
     /// The share that it was paused at, beyond which it does not grow.
     #[serde(default)]
     frozen: Option<u32>,
+    /// Whether it stays at that share because an edit of the steps would have moved it ahead.
+    #[serde(default)]
+    edited: bool,
     /// The share that the target had when the present step began.
     #[serde(default)]
     before: Option<u32>,
@@ -189,6 +203,10 @@ pub enum Reason {
     Ramping,
     Holding,
     CatchingUp,
+    NoProxies,
+    ProxiesBehind,
+    NotRouted,
+    NoGoodAnswer,
     Undecided,
     BothFailing,
     PauseStep,
@@ -206,10 +224,11 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether it says no more than that endpoints have come or gone.
+    /// Whether it says no more than that endpoints or proxies have come or gone.
     fn is_to_and_fro(self) -> bool {
-        use Reason::{EndpointsBack, EndpointsLost, Holding, Ramping, WaitingForCapacity};
-        matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity)
+        use Reason::{EndpointsBack, EndpointsLost, Holding, NoProxies, ProxiesBehind, Ramping, WaitingForCapacity};
+        let of_endpoints = matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity);
+        of_endpoints || matches!(self, NoProxies | ProxiesBehind)
     }
 }
 
@@ -221,7 +240,12 @@ pub trait Observed {
     fn available(&self, service: &str, version: &str) -> u32;
     /// What was counted for a version, over all proxies, since ever.
     fn counts(&self, service: &str, version: &str) -> Counts;
-    /// The vetoes of the proxies' guards on a version.
+    /// What is known of the proxies.
+    fn coverage(&self) -> Coverage;
+    /// Requests of a version that did not reach its own cluster, over all proxies, since ever. None of them is in its
+    /// counts.
+    fn misrouted(&self, service: &str, version: &str) -> u64;
+    /// The vetoes of the guards of proxies that report, on a version: one for each proxy.
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto>;
     /// Whether the proxies have had the time to say what they counted while no controller was there.
     fn is_up_to_date(&self) -> bool;
@@ -268,6 +292,7 @@ impl Rollout {
             reason: Reason::Serving,
             message: format!("{} serves", shift.stable),
             since: now,
+            unattended: 0,
             started: now,
             stable: shift.stable.clone(),
             target: None,
@@ -286,11 +311,14 @@ impl Rollout {
             progressed: now,
             content: None,
             held: false,
+            unmeasured_since: None,
+            begun: BTreeMap::new(),
             most_ready: 0,
             warming: Warming::Due,
             level: 0,
             level_since: now,
             frozen: None,
+            edited: false,
             before: None,
             reached: 0,
             counted_before: BTreeMap::new(),
@@ -324,6 +352,29 @@ impl Rollout {
             self.look_at_rest(shift, world, now);
         }
         self
+    }
+
+    /// Time has passed in which no controller was there. Nothing was held, waited for or warmed up in it: what remained of
+    /// that remains. `restated` is by how much the same moment has another number than before.
+    pub fn was_unattended(&mut self, long: Millis, restated: i64) {
+        let later = |time: &mut Millis| *time = time.saturating_add(long);
+        self.held_since.iter_mut().for_each(later);
+        self.content.iter_mut().for_each(later);
+        self.unmeasured_since.iter_mut().for_each(later);
+        self.begun.values_mut().for_each(|begun| later(begun.last_time()));
+        if let Warming::Since(since) = &mut self.warming {
+            later(since);
+        }
+        later(&mut self.progressed);
+        later(&mut self.level_since);
+        self.since = self.since.saturating_add_signed(restated);
+        self.started = self.started.saturating_add_signed(restated);
+        self.unattended = self.unattended.saturating_add_unsigned(long).saturating_sub(restated);
+    }
+
+    /// For so long it has been in its phase, as far as a controller was there.
+    pub fn attended_since(&self) -> Millis {
+        self.since.saturating_add_signed(self.unattended)
     }
 
     /// Whether another state is the same, whatever is said of it.
@@ -442,7 +493,7 @@ impl Rollout {
 
     fn turn_to(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
         if self.phase != phase {
-            self.since = now;
+            (self.since, self.unattended) = (now, 0);
         }
         (self.phase, self.reason, self.message) = (phase, reason, message);
     }

@@ -197,8 +197,9 @@ impl From<&Transition> for TransitionStatus {
     }
 }
 
-/// Milliseconds since 1970 as RFC 3339 has them.
+/// A time of the controller's, as RFC 3339 has it and the system's clock shows it.
 pub fn timestamp(millis: u64) -> jiff::Timestamp {
+    let millis = crate::clock::wall(millis);
     jiff::Timestamp::from_millisecond(i64::try_from(millis).unwrap_or(i64::MAX)).unwrap_or(jiff::Timestamp::MAX)
 }
 

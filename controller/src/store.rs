@@ -2,7 +2,7 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle, Judges};
+use crate::control::{Applied, Counted, Idle, Judges, Young};
 use crate::readiness::RememberedReadiness;
 use crate::rollout::{Millis, Rollout, Transition};
 use serde::de::DeserializeOwned;
@@ -28,6 +28,9 @@ pub struct Kept {
     /// When this was decided.
     #[serde(default)]
     pub time: Millis,
+    /// What the system's clock said then; 0: not known.
+    #[serde(default)]
+    pub wall: Millis,
     /// Names this state; a new one is made when the state is lost, so that proxies do not compare its revisions.
     pub epoch: String,
     /// The revision of the last policy.
@@ -44,6 +47,9 @@ pub struct Kept {
     pub idle: Idle,
     /// The endpoints that were ready.
     pub ready: RememberedReadiness,
+    /// Those of them that have become so of late.
+    #[serde(default)]
+    pub young: Young,
     /// Signs the cookies of sessions whose document brings no secret of its own.
     #[serde(default)]
     pub session_secret: String,

@@ -31,6 +31,7 @@ pub mod play;
 pub mod policy_server;
 pub mod ports;
 pub mod process;
+pub mod reporter;
 pub mod rig;
 pub mod schemas;
 pub mod setup;

@@ -23,6 +23,7 @@ use crate::{
     load::{Load, Plan, Tally},
     metrics::Metrics,
     ports::Port,
+    reporter::Reporter,
     wait::eventually,
 };
 
@@ -52,6 +53,7 @@ pub struct Rig {
     /// The controller's port, for the Envoy; the controller itself takes one of the same number.
     controller: SocketAddr,
     reserved: Option<Port>,
+    reporter: Option<Reporter>,
 }
 
 impl Rig {
@@ -73,6 +75,7 @@ impl Rig {
             admin: Port::reserve()?,
             controller: reserved.address(),
             reserved: Some(reserved),
+            reporter: None,
         })
     }
 
@@ -131,6 +134,11 @@ impl Rig {
     pub async fn start_controller(&mut self) -> anyhow::Result<Controller> {
         let port = self.reserved.take().context("the controller was started before")?;
         Controller::start_on(port, &[&self.file()], &[]).await
+    }
+
+    /// A proxy that reports and serves nobody, for rollouts without traffic; before or after the controller.
+    pub fn start_reporter(&mut self) {
+        self.reporter = Some(Reporter::start(self.controller, "reporter"));
     }
 
     /// What `tideshift render envoy -f` the document prints.

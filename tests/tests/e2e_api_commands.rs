@@ -20,6 +20,7 @@ async fn start(weight: u32) -> anyhow::Result<(Rig, Controller)> {
     let controller = rig.start_controller().await?;
     until(&controller, "the first step", |seen| {
         ensure!(seen.weights() == [100.0 - f64::from(weight), f64::from(weight)]);
+        ensure!(seen.service()["reason"] == "Holding", "{}", seen.message());
         Ok(())
     })
     .await?;
@@ -170,10 +171,10 @@ async fn documents_come_and_go_through_the_api() -> anyhow::Result<()> {
     let in_force: Value = serde_json::from_str(&controller.get(&shift).await?)?;
     assert_eq!(in_force, rig.document(shifting(10)));
 
-    let answer = send(&controller, "PUT", &shift, &rig.document(shifting(25))).await?;
-    assert_eq!((answer.status, weights(&answer.json()?)), (200, vec![75.0, 25.0]));
+    let answer = send(&controller, "PUT", &shift, &rig.document(shifting(5))).await?;
+    assert_eq!((answer.status, weights(&answer.json()?)), (200, vec![95.0, 5.0]));
     let in_force: Value = serde_json::from_str(&controller.get(&shift).await?)?;
-    assert_eq!(in_force, rig.document(shifting(25)));
+    assert_eq!(in_force, rig.document(shifting(5)));
 
     let mut other = rig.document(json!({ "hostnames": ["other.example.com"] }));
     other["metadata"]["name"] = json!("other");
@@ -188,7 +189,7 @@ async fn documents_come_and_go_through_the_api() -> anyhow::Result<()> {
     wrong["spec"] = json!({ "x": "y".repeat(4 << 20) });
     assert_eq!(send(&controller, "PUT", &shift, &wrong).await?.status, 413);
     let in_force: Value = serde_json::from_str(&controller.get(&shift).await?)?;
-    assert_eq!(in_force, rig.document(shifting(25)), "what was in force stays");
+    assert_eq!(in_force, rig.document(shifting(5)), "what was in force stays");
 
     let drain: Value =
         serde_json::from_str(&controller.get(&format!("/v1/services/{SERVICE}/versions/v1/drain")).await?)?;

@@ -285,7 +285,7 @@ async fn applied_documents_hold_over_restarts_until_the_file_changes() -> anyhow
     let mut applied = rig.document(hold_at(30));
     applied["spec"]["target"] = json!("v2");
     let by_file =
-        rig.document(json!({ "target": "v2", "strategy": { "steps": [{ "weight": 60, "holdSeconds": FOR_EVER }] } }));
+        rig.document(json!({ "target": "v2", "strategy": { "steps": [{ "weight": 20, "holdSeconds": FOR_EVER }] } }));
     let file = rig.path("other.yaml");
     let apply = |document: &Value| -> anyhow::Result<String> {
         std::fs::write(&file, document.to_string())?;
@@ -314,7 +314,7 @@ async fn applied_documents_hold_over_restarts_until_the_file_changes() -> anyhow
     until_shares(&controller, "unchanged", &[70.0, 30.0]).await?;
 
     rig.write(&by_file)?;
-    until_shares(&controller, "the file again", &[40.0, 60.0]).await?;
+    until_shares(&controller, "the file again", &[80.0, 20.0]).await?;
     Ok(())
 }
 

@@ -21,6 +21,7 @@ const YES: Answer = Answer::Status(200, "");
 async fn start(webhooks: Value) -> anyhow::Result<(Rig, Controller)> {
     let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
     rig.write(&document(&rig, webhooks))?;
+    rig.start_reporter();
     let controller = rig.start_controller().await?;
     Ok((rig, controller))
 }
@@ -198,6 +199,7 @@ async fn what_happens_is_told_in_order_and_again_until_it_is_heard() -> anyhow::
     ]);
     rig.write(&document(&rig, webhooks))?;
     let mut rig = rig;
+    rig.start_reporter();
     let mut controller = rig.start_controller().await?;
     until_weights(&controller, [90.0, 10.0]).await?;
     for (command, body) in

@@ -218,17 +218,17 @@ async fn another_replica_takes_over_from_one_that_is_killed_and_no_request_and_n
     let tally = next_answers(&load, 600).await?;
     assert!((tally.share("v2") - 0.3).abs() < 0.06, "{:?}", tally.by);
     assert_eq!(after.service["since"], before.service["since"], "the rollout goes on where it was");
-    cluster.apply(shift("payment", hold_at(60))).await?;
-    until_in_force(&b, &service, &[40.0, 60.0]).await?;
+    cluster.apply(shift("payment", hold_at(25))).await?;
+    until_in_force(&b, &service, &[75.0, 25.0]).await?;
 
     // One that ends as it is asked to hands over at once.
     a.start_again().await?;
-    until_weights(&a, &service, &[40.0, 60.0]).await?;
+    until_weights(&a, &service, &[75.0, 25.0]).await?;
     let asked = Instant::now();
     let (status, led) = tokio::join!(b.terminate(), until_leads(&cluster, "a"));
     let (status, _) = (status?, led?);
     until(&a, &service, "the first leader again", |view| {
-        ensure!(view.weights() == [40.0, 60.0] && view.is_in_force());
+        ensure!(view.weights() == [75.0, 25.0] && view.is_in_force());
         Ok(())
     })
     .await?;
@@ -386,8 +386,15 @@ async fn an_autoscaler_is_told_the_least_and_a_disruption_budget_is_kept() -> an
     cluster.patch("Deployment", "payment-service-v2", json!({ "spec": { "replicas": 2 } })).await?;
     until_weights(&controller, &service, &[40.0, 60.0]).await?;
 
+    // An edit alone moves nobody ahead.
     document["spec"]["strategy"]["steps"] = json!([{ "weight": 100 }]);
     cluster.apply(document).await?;
+    until(&controller, &service, "it to stay where it is", |view| {
+        ensure!(view.service["reason"] == "StepsChanged" && view.weights() == [40.0, 60.0]);
+        Ok(())
+    })
+    .await?;
+    command(&controller, &service, "promote", json!({})).await?;
     cluster
         .until("all of 3", "HorizontalPodAutoscaler", "v2", least(3, json!("1")))
         .await

@@ -32,6 +32,9 @@ struct Since {
     /// deadline counts from then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     again: Option<Millis>,
+    /// In so much of the time since then no controller was there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    unattended: i64,
     /// The deadline, in milliseconds, by the last document that named the version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     deadline: Option<Millis>,
@@ -47,8 +50,23 @@ struct Since {
 #[serde(rename_all = "camelCase")]
 struct Ended {
     time: Millis,
+    /// In so much of the time since then no controller was there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    unattended: i64,
     state: DrainState,
     message: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+impl Ended {
+    /// For so long that has been so, as far as a controller was there.
+    fn attended_since(&self) -> Millis {
+        self.time.saturating_add_signed(self.unattended)
+    }
 }
 
 /// What a version waits for that is given nothing: the first of these that holds.
@@ -75,12 +93,17 @@ impl Waiting {
 
 impl Since {
     fn new(revision: u64, time: Millis) -> Self {
-        Self { revision, time, again: None, deadline: None, gone: false, ended: None }
+        Self { revision, time, again: None, unattended: 0, deadline: None, gone: false, ended: None }
     }
 
     /// Since when it has been draining.
     fn begun(&self) -> Millis {
         self.again.unwrap_or(self.time)
+    }
+
+    /// For how long a controller has been there to see it drain.
+    fn waited(&self, now: Millis) -> Millis {
+        now.saturating_sub(self.begun().saturating_add_signed(self.unattended))
     }
 }
 
@@ -134,14 +157,14 @@ impl Idle {
         let mut changed = false;
         for (key, since) in &mut self.0 {
             let waiting = proxies.waiting(key, since.revision, services);
-            let waited = now.saturating_sub(since.begun());
+            let waited = since.waited(now);
             let state = since.ended.as_ref().map(|ended| ended.state);
             let (state, message) = match waiting {
                 None if state != Some(DrainState::Drained) => {
                     (DrainState::Drained, format!("nothing is in flight on any proxy, after {}", shown(waited)))
                 }
                 Some(waiting) if state == Some(DrainState::Drained) && waiting.is_said() => {
-                    (since.ended, since.again, changed) = (None, Some(now), true);
+                    (since.ended, since.again, since.unattended, changed) = (None, Some(now), 0, true);
                     continue;
                 }
                 Some(waiting) if state.is_none() => {
@@ -153,15 +176,38 @@ impl Idle {
                 }
                 _ => continue,
             };
-            since.ended = Some(Ended { time: now, state, message });
+            since.ended = Some(Ended { time: now, unattended: 0, state, message });
             changed = true;
         }
         let before = self.0.len();
         let is_over = |since: &Since| {
-            since.gone && since.ended.as_ref().is_some_and(|ended| now.saturating_sub(ended.time) > REMEMBERED)
+            since.gone
+                && since.ended.as_ref().is_some_and(|ended| now.saturating_sub(ended.attended_since()) > REMEMBERED)
         };
         self.0.retain(|_, since| !is_over(since));
         changed || self.0.len() != before
+    }
+
+    /// Time has passed in which no controller was there: as [`crate::rollout::Rollout::was_unattended`].
+    pub(super) fn was_unattended(&mut self, long: Millis, restated: i64) {
+        for since in self.0.values_mut() {
+            let other = |time: &mut Millis| *time = time.saturating_add_signed(restated);
+            let more = |unattended: &mut i64| {
+                *unattended = unattended.saturating_add_unsigned(long).saturating_sub(restated);
+            };
+            other(&mut since.time);
+            since.again.iter_mut().for_each(other);
+            more(&mut since.unattended);
+            if let Some(ended) = &mut since.ended {
+                other(&mut ended.time);
+                more(&mut ended.unattended);
+            }
+        }
+    }
+
+    /// Whether something drains, and a deadline comes nearer.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.0.values().any(|since| since.ended.is_none())
     }
 
     /// Since when a version is given nothing, and when it had drained, or its deadline had passed: by the word of proxies
@@ -171,7 +217,7 @@ impl Idle {
         let ended = since.ended.as_ref()?;
         let waits = proxies.waiting(key, since.revision, services).is_some_and(Waiting::is_said);
         let at_rest = ended.state == DrainState::DeadlineExceeded || !waits;
-        (at_rest && proxies.are_there()).then_some((since.time, ended.time))
+        (at_rest && proxies.are_there()).then_some((since.time, ended.attended_since()))
     }
 
     /// Whether a version is known here: in a document or not, it is given nothing.

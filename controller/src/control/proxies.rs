@@ -2,7 +2,7 @@
 
 use super::drain::Waiting;
 use crate::ledger::{RunKey, VersionKey};
-use crate::rollout::Millis;
+use crate::rollout::{Coverage, Millis};
 use crate::status::{ProxyStatus, VetoStatus, timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::guard::Veto;
@@ -11,6 +11,8 @@ use tideshift_core::report::{Refused, Report};
 
 /// A proxy that is silent for longer is forgotten, and nobody waits for it.
 pub(super) const SILENT: Millis = 60_000;
+/// A proxy that is silent for longer is not known to be there: it reports every second.
+const LIVE: Millis = 5_000;
 /// A run that is silent for longer is over, if a newer one of the same proxy has been heard of.
 const SUPERSEDED: Millis = 5_000;
 /// The most proxies that are shown.
@@ -51,6 +53,31 @@ struct Said {
     refused: Option<Refused>,
     /// By service.
     vetoes: Vec<(String, Veto)>,
+}
+
+/// Which proxies are there, and what they run.
+#[derive(Debug, Default)]
+pub(super) struct Census {
+    /// How many of those that report run each revision, and the first of them.
+    live: BTreeMap<Option<u64>, (usize, String)>,
+    silent: usize,
+    first_silent: Option<(String, Millis)>,
+}
+
+impl Census {
+    /// As far as those are concerned that are to run a revision, or a newer one.
+    pub(super) fn coverage(&self, revision: u64) -> Coverage {
+        let behind = || self.live.range(..Some(revision));
+        let first = behind().min_by(|(_, (_, a)), (_, (_, b))| a.cmp(b));
+        Coverage {
+            live: self.live.values().map(|(number, _)| number).sum(),
+            silent: self.silent,
+            first_silent: self.first_silent.clone(),
+            behind: behind().map(|(_, (number, _))| number).sum(),
+            first_behind: first.map(|(revision, (_, id))| (id.clone(), *revision)),
+            revision,
+        }
+    }
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -225,10 +252,29 @@ impl Proxies {
         self.runs.len() > self.sums.awaited
     }
 
-    /// The vetoes of the proxies' guards, each with its service.
-    pub(super) fn vetoes(&self) -> Vec<(&str, &Veto)> {
-        let vetoes = self.vetoing().flat_map(|(_, vetoes)| vetoes);
-        vetoes.map(|(service, veto)| (service.as_str(), veto)).collect()
+    /// Who is there. Looks at all of them.
+    pub(super) fn census(&self, now: Millis) -> Census {
+        let mut census = Census::default();
+        for ((id, _), proxy) in &self.runs {
+            let silence = self.silence(proxy.heard, now);
+            match &proxy.said {
+                _ if silence > LIVE => {
+                    census.silent += 1;
+                    census.first_silent.get_or_insert_with(|| (id.clone(), silence));
+                }
+                Some(said) => census.live.entry(said.revision).or_insert_with(|| (0, id.clone())).0 += 1,
+                // It was there before this controller, and may well be.
+                None => {}
+            }
+        }
+        census
+    }
+
+    /// The vetoes of the guards of proxies that report, each with its service.
+    pub(super) fn vetoes(&self, now: Millis) -> Vec<(&str, &Veto)> {
+        let is_live = |run: &&RunKey| self.runs.get(*run).is_some_and(|proxy| self.silence(proxy.heard, now) <= LIVE);
+        let said = self.vetoing.iter().filter(is_live).filter_map(|run| self.runs.get(run)?.said.as_ref());
+        said.flat_map(|said| &said.vetoes).map(|(service, veto)| (service.as_str(), veto)).collect()
     }
 
     fn vetoing(&self) -> impl Iterator<Item = (&str, &[(String, Veto)])> {

@@ -130,7 +130,7 @@ impl Control {
             of: steps.len(),
             weight: rollout.weight_by_hand.unwrap_or(step.weight),
             hold_seconds: step.hold.as_secs(),
-            held_seconds: rollout.held_since.map(|since| now.saturating_sub(since) / 1_000),
+            held_seconds: rollout.held(now).map(|held| held / 1_000),
         });
         let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
             let endpoints = self.readiness.endpoints(&service.name, &part.version);

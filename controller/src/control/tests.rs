@@ -196,3 +196,205 @@ fn a_version_that_leaves_the_document_is_known_until_it_has_drained() {
     assert_eq!(play.control.drain("shop", "v1"), None);
     assert_eq!(play.control.drain("shop", "v9"), None);
 }
+
+impl Play {
+    fn rollout(&self) -> &Rollout {
+        &self.control.kept().rollouts["shop"]
+    }
+
+    /// What the status says of the step, or of the whole.
+    fn status(&self) -> crate::status::ServiceStatus {
+        self.control.status(self.now).services.remove(0)
+    }
+}
+
+const HOUR: Millis = 3_600_000;
+const EDGE: [(&str, u64); 1] = [("edge", 0)];
+
+#[test]
+fn no_hold_passes_while_no_controller_is_there() {
+    let steps = json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 60}, {"weight": 100, "holdSeconds": 60}]}});
+    for stands_still in [false, true] {
+        let mut play = Play::new(steps.clone());
+        play.pass(40_000, &EDGE);
+        let since = play.status().since;
+        for _ in 0..2 {
+            match stands_still {
+                true => play.now += HOUR,
+                false => play.restart(steps.clone(), HOUR, true),
+            }
+            play.pass(5_000, &EDGE);
+            assert_eq!(play.rollout().step, 0);
+        }
+        assert!((48..=50).contains(&play.status().step.unwrap().held_seconds.unwrap()), "{:?}", play.status().step);
+        assert_eq!(play.status().since, since, "what is shown stays as it was");
+        play.pass(15_000, &EDGE);
+        assert_eq!(play.rollout().step, 1);
+    }
+}
+
+#[test]
+fn no_deadline_passes_while_no_controller_is_there() {
+    let document = json!({"strategy": {"steps": [{"weight": 100}], "progressDeadlineSeconds": 60}});
+    let mut unready = (*readiness()).clone();
+    unready.services.get_mut("shop").unwrap().get_mut("v2").unwrap()[0].ready = false;
+    let unready = Arc::new(unready);
+    let mut play = Play::new(document.clone());
+    play.control.set_readiness(unready.clone());
+    play.pass(40_000, &EDGE);
+    play.restart(document, HOUR, true);
+    play.control.set_readiness(unready);
+    play.pass(10_000, &EDGE);
+    assert_eq!(play.rollout().reason, crate::rollout::Reason::WaitingForCapacity);
+    assert!(play.status().deadline > Some(timestamp(play.now + 8_000)), "{:?}", play.status().deadline);
+    play.pass(12_000, &EDGE);
+    assert_eq!(play.rollout().reason, crate::rollout::Reason::ProgressDeadlineExceeded);
+}
+
+#[test]
+fn no_drain_runs_out_while_no_controller_is_there() {
+    let document = json!({"drain": {"timeoutSeconds": 30}, "stable": "v2"});
+    let mut play = Play::new(json!({"drain": {"timeoutSeconds": 30}, "stable": "v1", "target": null}));
+    play.pass(5_000, &[("edge", 1)]);
+    play.control.set_documents(documents(&document));
+    play.pass(20_000, &[("edge", 1)]);
+    let since = play.drain().since;
+    play.restart(document, HOUR, true);
+    play.pass(8_000, &[("edge", 1)]);
+    assert_eq!((play.state(), play.drain().since), (DrainState::Draining, since));
+    play.pass(4_000, &[("edge", 1)]);
+    assert_eq!(
+        (play.state(), play.drain().message.as_str()),
+        (DrainState::DeadlineExceeded, "after 30.0 s still 1 in flight")
+    );
+}
+
+#[test]
+fn an_endpoint_is_no_longer_ready_for_a_time_in_which_no_controller_was_there() {
+    let document = json!({"strategy": {"steps": [{"weight": 100, "holdSeconds": 600}], "minReadySeconds": 60}});
+    let mut play = Play::new(document.clone());
+    let mut unready = (*readiness()).clone();
+    unready.services.get_mut("shop").unwrap().get_mut("v2").unwrap()[0].ready = false;
+    play.control.set_readiness(Arc::new(unready));
+    play.pass(5_000, &EDGE);
+    play.control.set_readiness(readiness());
+    play.pass(30_000, &EDGE);
+    play.restart(document, HOUR, true);
+    play.pass(25_000, &EDGE);
+    assert_eq!(play.status().versions[1].weight, 0.0);
+    play.pass(10_000, &EDGE);
+    assert_eq!(play.status().versions[1].weight, 100.0);
+}
+
+#[test]
+fn the_time_is_kept_while_something_is_held_and_only_then() {
+    let mut play = Play::new(json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 60}, {"weight": 100}]}}));
+    play.pass(5_000, &EDGE);
+    for _ in 0..100 {
+        play.pass(500, &EDGE);
+        assert!(play.now - play.control.kept().time <= 5_100, "{} {}", play.now, play.control.kept().time);
+    }
+    play.pass(30_000, &EDGE);
+    let quiet = play.control.kept().time;
+    play.pass(60_000, &EDGE);
+    assert_eq!((play.rollout().phase.is_under_way(), play.control.kept().time), (false, quiet));
+}
+
+#[test]
+fn a_state_that_does_not_say_when_it_was_kept_goes_on_as_it_is() {
+    let steps = json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 60}, {"weight": 100}]}});
+    let mut play = Play::new(steps.clone());
+    play.pass(40_000, &EDGE);
+    let mut kept = serde_json::to_value(play.control.kept()).unwrap();
+    for field in ["time", "wall", "young"] {
+        kept.as_object_mut().unwrap().remove(field);
+    }
+    let counted = Counted { time: 0, ..play.control.counted.clone() };
+    play.control = Control::new(documents(&steps), serde_json::from_value(kept).unwrap(), counted);
+    play.control.set_readiness(readiness());
+    play.pass(15_000, &EDGE);
+    assert_eq!(play.rollout().step, 0);
+    play.pass(10_000, &EDGE);
+    assert!(play.rollout().step == 1 || !play.rollout().phase.is_under_way());
+}
+
+#[test]
+fn a_rollout_ends_only_where_proxies_report_what_they_run() {
+    use crate::rollout::{Phase, Reason};
+    let steps = json!({"strategy": {"steps": [{"weight": 1, "holdSeconds": 20}, {"weight": 100}]}});
+    let mut play = Play::new(steps.clone());
+    play.pass(60_000, &[]);
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::NoProxies));
+    // One that runs what it was started with.
+    for _ in 0..10 {
+        let report = Report { epoch: String::new(), revision: 1, ..play.report("edge", 0) };
+        play.control.reported(&report, play.now);
+        play.pass(1_000, &[]);
+    }
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::ProxiesBehind));
+    let words = "step 1: proxy edge runs no policy of this controller and has not applied 1; tideshift status says what \
+                 it refused";
+    assert_eq!(play.rollout().message, words);
+    // One that is silent of two is more than a tenth.
+    play.pass(1_000, &[("edge", 0), ("other", 0)]);
+    play.pass(12_000, &[("edge", 0)]);
+    assert!(play.rollout().message.starts_with("step 1: proxy other of 2 proxies has been silent for 1"));
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::ProxiesBehind));
+    // Until it is forgotten.
+    play.pass(80_000, &[("edge", 0)]);
+    assert_eq!(play.rollout().phase, Phase::Succeeded);
+    let history = play.control.history("shop").unwrap();
+    let reasons: Vec<Reason> = history.iter().map(|transition| transition.reason).collect();
+    use Reason::{Completed, Holding, NoProxies, ProxiesBehind, Started, StepStarted};
+    assert_eq!(
+        reasons,
+        [Started, Holding, NoProxies, ProxiesBehind, Holding, ProxiesBehind, Holding, StepStarted, Completed]
+    );
+}
+
+#[test]
+fn proxies_are_behind_only_what_concerns_the_rollout() {
+    let other = |endpoint: &str| {
+        let document = json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "cart"},
+            "spec": {"hostnames": ["cart.example.com"], "stable": "v1",
+                "versions": [{"name": "v1", "endpoints": [endpoint]}, {"name": "v2", "endpoints": [endpoint]}]}});
+        (TrafficShift::read(&document).unwrap(), document)
+    };
+    let steps = json!({"hostnames": ["shop.example.com"], "strategy": {"steps": [{"weight": 10, "holdSeconds": 30}]}});
+    let all = |n: u64| {
+        let mut all = documents(&steps);
+        let mut cart = other("127.0.0.1:9001");
+        cart.0.services[0].hostnames = vec![format!("cart{n}.example.com").parse().unwrap()];
+        all.push(cart);
+        all
+    };
+    let mut play = Play::new(steps.clone());
+    let mut ready = (*readiness()).clone();
+    let shop = ready.services["shop"].clone();
+    ready.services.insert("cart".to_owned(), shop);
+    play.control.set_readiness(Arc::new(ready));
+    // Another service changes all the time, and proxies are always one revision behind.
+    for n in 0..60 {
+        play.control.set_documents(all(n));
+        let before = play.control.kept().revision;
+        play.pass(500, &[]);
+        assert!(play.control.kept().revision > before);
+        let report = Report { revision: before.max(1), ..play.report("edge", 0) };
+        play.control.reported(&report, play.now);
+    }
+    assert!(play.rollout().held(play.now) > Some(25_000), "{:?}", play.rollout());
+}
+
+#[test]
+fn a_restart_says_nothing_of_proxies_that_are_there() {
+    let steps = json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 60}, {"weight": 100}]}});
+    let mut play = Play::new(steps.clone());
+    play.pass(30_000, &EDGE);
+    play.restart(steps, 10_000, true);
+    play.pass(900, &[]);
+    play.pass(60_000, &EDGE);
+    let history = play.control.history("shop").unwrap();
+    let reasons: Vec<crate::rollout::Reason> = history.iter().map(|transition| transition.reason).collect();
+    use crate::rollout::Reason::{Completed, Holding, Started, StepStarted};
+    assert_eq!(reasons, [Started, Holding, StepStarted, Completed]);
+}

@@ -1,8 +1,10 @@
 //! What the rollout engine may see of the services of one shift.
 
+use super::proxies::Census;
 use crate::ledger::Ledger;
 use crate::readiness::{Readiness, RememberedReadiness};
-use crate::rollout::{Millis, Observed, Opinion};
+use crate::rollout::{Coverage, Millis, Observed, Opinion};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
@@ -17,6 +19,7 @@ pub(super) struct World<'a> {
     vetoes: Vec<(&'a str, &'a Veto)>,
     opinion: Opinion,
     up_to_date: bool,
+    coverage: Coverage,
 }
 
 impl<'a> World<'a> {
@@ -28,7 +31,12 @@ impl<'a> World<'a> {
         opinion: Opinion,
         up_to_date: bool,
     ) -> Self {
-        Self { ledger, ready, vetoes, opinion, up_to_date }
+        Self { ledger, ready, vetoes, opinion, up_to_date, coverage: Coverage::default() }
+    }
+
+    /// With what is known of the proxies that are to run a revision.
+    pub(super) fn with_proxies(self, census: &Census, revision: u64) -> Self {
+        Self { coverage: census.coverage(revision), ..self }
     }
 
     fn endpoints(&self, service: &str, version: &str) -> (u32, u32) {
@@ -49,6 +57,14 @@ impl Observed for World<'_> {
         self.ledger.judged_counts(service, version)
     }
 
+    fn coverage(&self) -> Coverage {
+        self.coverage.clone()
+    }
+
+    fn misrouted(&self, service: &str, version: &str) -> u64 {
+        self.ledger.misrouted(service, version)
+    }
+
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto> {
         let of = self.vetoes.iter().filter(move |(of, veto)| *of == service && veto.version == version);
         of.map(|(_, veto)| *veto)
@@ -63,6 +79,11 @@ impl Observed for World<'_> {
     }
 }
 
+/// The endpoints that have become ready of late, and when. Kept across restarts of the controller.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Young(#[serde(with = "crate::ledger::as_list")] BTreeMap<(String, String, String), Millis>);
+
 /// Since when endpoints have been ready.
 #[derive(Debug, Default)]
 pub(super) struct Availability {
@@ -73,8 +94,8 @@ pub(super) struct Availability {
 }
 
 impl Availability {
-    /// What was ready under the controller before has been for long.
-    pub(super) fn new(remembered: &RememberedReadiness) -> Self {
+    /// What was ready under the controller before has been for long, but for what had not been.
+    pub(super) fn new(remembered: &RememberedReadiness, young: &Young) -> Self {
         let seen = remembered.0.keys().cloned().collect();
         let mut since = BTreeMap::new();
         for (service, versions) in &remembered.0 {
@@ -83,7 +104,26 @@ impl Availability {
                 since.extend(endpoints.iter().map(|endpoint| (key(endpoint), 0)));
             }
         }
+        since.extend(young.0.iter().map(|(key, time)| (key.clone(), *time)));
         Self { since, seen }
+    }
+
+    /// Time has passed in which no controller was there: what was young is no older for that.
+    pub(super) fn was_unattended(&mut self, long: Millis) {
+        let young = self.since.values_mut().filter(|time| **time > 0);
+        young.for_each(|time| *time = time.saturating_add(long));
+    }
+
+    /// The endpoints that are ready, and have not been for as long as their shifts ask for.
+    pub(super) fn young(&self, shifts: &[TrafficShift], now: Millis) -> Young {
+        let mut young = BTreeMap::new();
+        for shift in shifts.iter().filter(|shift| !shift.strategy.min_ready.is_zero()) {
+            let long = shift.strategy.min_ready.as_millis() as u64;
+            let of_shift = self.since.iter().filter(|((service, ..), _)| shift.service(service).is_some());
+            let is_young = |(_, time): &(_, &Millis)| **time > 0 && now.saturating_sub(**time) < long;
+            young.extend(of_shift.filter(is_young).map(|(key, time)| (key.clone(), *time)));
+        }
+        Young(young)
     }
 
     /// Takes note of what is ready now.

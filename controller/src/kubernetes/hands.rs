@@ -115,7 +115,9 @@ impl Hands {
 
 fn is_trouble(reason: Reason) -> bool {
     use Reason::{BothFailing, EndpointsLost, GateClosed, ProgressDeadlineExceeded};
-    matches!(reason, BothFailing | EndpointsLost | GateClosed | ProgressDeadlineExceeded)
+    use Reason::{NoGoodAnswer, NoProxies, NotRouted, ProxiesBehind};
+    let is_unmeasured = matches!(reason, NoProxies | ProxiesBehind | NotRouted | NoGoodAnswer);
+    is_unmeasured || matches!(reason, BothFailing | EndpointsLost | GateClosed | ProgressDeadlineExceeded)
 }
 
 /// The status of one resource.

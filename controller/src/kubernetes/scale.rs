@@ -156,7 +156,10 @@ impl Facts<'_> {
         let delay = self.shift.strategy.scale_down_delay.as_millis() as u64;
         // While a rollout is under way, what it comes from may be needed again.
         let may_be_needed = rollout.phase.is_under_way() && rollout.leaving.as_ref() == Some(name);
-        !is_in_use && was_used && !may_be_needed && self.now.saturating_sub(drained.max(rollout.since)) >= delay
+        !is_in_use
+            && was_used
+            && !may_be_needed
+            && self.now.saturating_sub(drained.max(rollout.attended_since())) >= delay
     }
 
     /// How many pods of a version that nobody needs must stay, because a PodDisruptionBudget has promised them.
@@ -225,6 +228,14 @@ mod tests {
 
         fn counts(&self, _: &str, _: &str) -> Counts {
             Counts::default()
+        }
+
+        fn coverage(&self) -> crate::rollout::Coverage {
+            crate::rollout::Coverage { live: 1, ..Default::default() }
+        }
+
+        fn misrouted(&self, _: &str, _: &str) -> u64 {
+            0
         }
 
         fn vetoes(&self, _: &str, _: &str) -> impl Iterator<Item = &Veto> {

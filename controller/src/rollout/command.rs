@@ -100,6 +100,9 @@ impl Rollout {
     fn promote(&mut self, full: bool, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         let share = self.wanted(shift, world);
+        // It is for them to say; what they do not see, they are told.
+        let unmeasured = self.unmeasured(&target, shift, world, now);
+        let besides = unmeasured.map(|(_, why)| format!(", although {why}")).unwrap_or_default();
         let last = self.steps(shift).len().saturating_sub(1);
         if full {
             if self.step != last || self.paused {
@@ -109,25 +112,38 @@ impl Rollout {
                 self.allowed |= was_allowed;
             }
             self.waived = true;
-            self.announce(Phase::Progressing, Reason::Promoted, format!("{target} is to get everything, by hand"), now);
+            self.announce(
+                Phase::Progressing,
+                Reason::Promoted,
+                format!("{target} is to get everything, by hand{besides}"),
+                now,
+            );
             return Ok(());
         }
-        if !self.allowed {
+        if !self.allowed && !self.edited {
             return Err(self.conflict("its gate has not allowed the present step"));
         }
-        let by_hand = self.weight_by_hand;
+        let (by_hand, edited) = (self.weight_by_hand, self.edited);
+        // The next step is the present one where it has never had what that gives.
+        let has_had = self.reached >= self.present(shift).weight * 1_000;
         self.unpause(now);
         match by_hand {
             // The next step is one above what it has.
             Some(weight) if self.step < last => {
                 let steps = self.steps(shift);
-                let mut above = (self.step + 1..last).filter(|index| steps[*index].weight > weight);
+                let first = if has_had { self.step + 1 } else { self.step };
+                let mut above = (first..last).filter(|index| steps[*index].weight > weight);
                 self.begin_step(above.next().unwrap_or(last), share, shift, now);
             }
-            _ => self.waived = true,
+            _ => self.waived = has_had || !edited,
         }
         self.get_further(now);
-        self.announce(Phase::Progressing, Reason::Promoted, format!("{target}: on to the next step, by hand"), now);
+        self.announce(
+            Phase::Progressing,
+            Reason::Promoted,
+            format!("{target}: on to the next step, by hand{besides}"),
+            now,
+        );
         Ok(())
     }
 
@@ -154,9 +170,9 @@ impl Rollout {
         if let Some(weight) = by_hand {
             // On from the first step that is no step back.
             let next = self.step_from(f64::from(weight) / 100.0, shift);
-            let same = next == self.step;
+            let is_allowed = self.allowed && next == self.step;
             self.begin_step(next, share, shift, now);
-            self.allowed |= same;
+            self.allowed |= is_allowed;
         }
         self.get_further(now);
         self.announce(Phase::Progressing, Reason::Resumed, format!("{target}: resumed by hand"), now);

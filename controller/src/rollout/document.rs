@@ -74,6 +74,8 @@ impl Rollout {
                 self.rest(shift, Reason::StableChanged, format!("{stable} serves instead of {old}, {why}"), now)
             }
             Some(old) => {
+                // What was counted of the old one measures nothing any longer.
+                self.begun.clear();
                 let message = format!("step {}: {stable} is the stable version instead of {old}, {why}", self.step + 1);
                 self.announce(self.phase, Reason::StableChanged, message, now);
             }
@@ -117,7 +119,7 @@ impl Rollout {
         self.unpause(now);
         self.begin_step(0, 0.0, shift, now);
         self.plan = self.planned(shift);
-        self.since = now;
+        (self.since, self.unattended) = (now, 0);
         self.announce(Phase::Progressing, reason, message, now);
     }
 
@@ -161,7 +163,9 @@ impl Rollout {
     }
 
     /// A rollout under way whose steps have changed goes on from the last one that is no step ahead, and asks, holds
-    /// and judges there as ever. What has changed only later than the present step does not touch it yet.
+    /// and judges there as ever. What has changed only later than the present step does not touch it yet. Where it would
+    /// get more for the edit alone, and where a pause is gone from under it, it stays as it is until it is promoted or
+    /// resumed.
     fn heed_steps(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let plan = self.planned(shift);
         if plan == self.plan && (!self.phase.is_under_way() || self.step < plan.len()) {
@@ -184,15 +188,27 @@ impl Rollout {
         };
         let goal = goal.min(self.frozen.map_or(1.0, share_of));
         let share = self.wanted_of(goal, shift, world);
-        // Nothing that it has not had is given to it for an edit, unless every step is more than that.
+        // Nothing that it has not had is given to it for an edit.
         let has_had = |step: &Step| step.weight * 1_000 <= level_of(share);
-        let step = self.steps(shift).iter().rposition(has_had).unwrap_or(0);
+        let steps = self.steps(shift);
+        let step = steps.iter().rposition(has_had).unwrap_or(0);
+        let was_pause = self.allowed && !self.waived && old.get(self.step).is_some_and(|step| step.pause);
+        let is_pause = steps.get(step).is_some_and(|step| step.pause);
+        // What it was to have anyway, as soon as there are endpoints for it or it is warm, is nothing new either.
+        let was_whole = old.get(self.step).is_some_and(|step| step.whole);
+        let promised = if was_whole { share } else { share.max(goal) };
+        let is_ahead = goes_ahead(steps.get(step..).unwrap_or_default(), promised);
+        let stays = self.weight_by_hand.is_none() && (self.edited || is_ahead || (was_pause && !is_pause));
         self.begin_step(step, share, shift, now);
-        let message = format!(
-            "step {}: {words}; {target}, which has {} %, goes on at step {0} of {of}",
-            self.step + 1,
-            percent(share)
-        );
+        let has = percent(share);
+        if stays {
+            self.freeze_at(self.frozen.unwrap_or(level_of(share)), now);
+            self.edited = true;
+            let message =
+                format!("step {}: {words}; {target} stays at {has} % until it is promoted or resumed", step + 1);
+            return self.announce(Phase::Paused, Reason::StepsChanged, message, now);
+        }
+        let message = format!("step {}: {words}; {target}, which has {has} %, goes on at step {0} of {of}", step + 1);
         self.announce(self.phase, Reason::StepsChanged, message, now);
     }
 
@@ -244,6 +260,19 @@ impl Rollout {
         }
         self.listed = Some(listed);
     }
+}
+
+/// Whether these steps give more than a share before anything is held or paused.
+fn goes_ahead(steps: &[Step], share: f64) -> bool {
+    for step in steps {
+        if step.weight * 1_000 > level_of(share) {
+            return true;
+        }
+        if step.pause || !step.hold.is_zero() {
+            return false;
+        }
+    }
+    false
 }
 
 /// How many endpoints each service is meant to have of a version.

@@ -3,7 +3,6 @@
 use super::parts::{self, EPSILON, level_of, percent};
 use super::words::{Shortfall, of_service, sentences};
 use super::{Millis, Observed, Opinion, Phase, Reason, Rollout, Warming};
-use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
@@ -24,6 +23,7 @@ impl Rollout {
         self.gate_says = None;
         self.held_since = None;
         self.held = false;
+        self.begun.clear();
         self.waived = false;
         self.before = Some(level_of(share));
         self.reached = level_of(share);
@@ -52,11 +52,14 @@ impl Rollout {
         if !self.allowed && !self.needs_gate(shift) {
             self.allowed = true;
         }
+        self.take_stock(&target, shift, world, now);
+        let unmeasured = self.unmeasured(&target, shift, world, now);
+        self.count_measured(unmeasured.is_none(), now);
         self.warm_up(&target, shift, world, now);
         self.reached = self.reached.max(level_of(self.wanted(shift, world)));
         let shortfall = self.shortfall(shift, world);
         let steps = self.steps(shift);
-        if let Some((phase, reason, why)) = self.obstacle(&target, &shortfall, shift, world, now) {
+        if let Some((phase, reason, why)) = self.obstacle(&target, &shortfall, unmeasured, shift, world, now) {
             let message = format!("step {}: {why}", self.step + 1);
             self.enter(phase, reason, message, shortfall, now);
         } else if let Some(next) = steps.get(self.step + 1) {
@@ -76,23 +79,13 @@ impl Rollout {
         if self.goes_back(shift) {
             return None;
         }
-        for service in &shift.services {
-            let began = |veto: &Veto| veto.until.saturating_sub(service.guard.cool_down_for(veto.strikes)) / 1_000_000;
-            // One from before speaks of an earlier attempt.
-            let veto = world.vetoes(&service.name, target).find(|veto| began(veto) >= self.started);
-            if let Some(Veto { requests, errors, others_requests, others_errors, .. }) = veto {
-                let why = format!(
-                    "{target}: a proxy's guard stopped it: {errors} of {requests} requests failed there, of the \
-                     others' {others_errors} of {others_requests}"
-                );
-                return Some(Failure { reason: Reason::GuardVeto, why, errors: *errors, requests: *requests });
-            }
-        }
         let verdict = world.verdict();
         if verdict.fails {
             let Opinion { words, errors, requests, worst, .. } = verdict;
             // How bad it is, is for the service to say that fails: others that are fine make it no better.
             let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
+            // What it did well before it began to fail makes it no better either, where guards have seen that.
+            let (errors, requests) = self.fails_most(target, shift, world).unwrap_or((errors, requests));
             return Some(Failure { reason: Reason::VerdictFail, why: format!("{target}: {words}"), errors, requests });
         }
         let (errors, requests) = self.counted(target, shift, world);
@@ -115,7 +108,7 @@ impl Rollout {
 
     /// The time in which it waits for no endpoint does not count, and the first hold that it comes through is progress.
     fn count_waiting(&mut self, waits: bool, hold: Millis, now: Millis) {
-        let is_held = self.held_since.is_some_and(|since| now.saturating_sub(since) >= hold);
+        let is_held = self.held(now).is_some_and(|held| held >= hold);
         match (waits, self.content) {
             (true, Some(since)) => {
                 let is_progress = is_held && !self.held;
@@ -151,7 +144,7 @@ impl Rollout {
 
     /// Lets copies of requests, then a growing share of them reach the target. While it is paused, this stands still.
     fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        if self.frozen.is_some() {
+        if self.frozen.is_some() || self.is_unmeasured_for_long(now) {
             return;
         }
         let ramp = shift.strategy.warm_up.seconds.as_millis() as u64;
@@ -177,7 +170,11 @@ impl Rollout {
 
     /// Stays at the present share.
     pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
-        self.frozen = Some(level_of(self.wanted(shift, world)));
+        self.freeze_at(level_of(self.wanted(shift, world)), now);
+    }
+
+    pub(super) fn freeze_at(&mut self, level: u32, now: Millis) {
+        self.frozen = Some(level);
         self.paused = true;
         if let Warming::Since(since) = self.warming {
             self.warming = Warming::Stopped(now.saturating_sub(since));
@@ -187,7 +184,7 @@ impl Rollout {
     /// Goes on where it stopped.
     pub(super) fn unpause(&mut self, now: Millis) {
         (self.paused, self.weight_by_hand, self.level_since) = (false, None, now);
-        self.frozen = None;
+        (self.frozen, self.edited) = (None, false);
         if let Warming::Stopped(passed) = self.warming {
             self.warming = Warming::Since(now.saturating_sub(passed));
         }
@@ -198,11 +195,13 @@ impl Rollout {
         &mut self,
         target: &str,
         shortfall: &Shortfall,
+        unmeasured: Option<(Reason, String)>,
         shift: &TrafficShift,
         world: &impl Observed,
         now: Millis,
     ) -> Option<(Phase, Reason, String)> {
         let progressing = |reason, why| Some((Phase::Progressing, reason, why));
+        let for_long = unmeasured.clone().filter(|_| self.is_unmeasured_for_long(now));
         let step = self.present(shift);
         let hold = step.hold.as_millis() as u64;
         let (share, goal) = (self.share(target, shift, world), self.goal(shift));
@@ -215,12 +214,18 @@ impl Rollout {
         }
         let has = || shortfall.words().unwrap_or_else(|| format!("{target} has {} %", percent(share)));
         if self.paused {
-            let reason = if self.weight_by_hand.is_some() { Reason::WeightSet } else { Reason::PausedByUser };
+            let (reason, paused) = match (self.weight_by_hand, self.edited) {
+                (Some(_), _) => (Reason::WeightSet, "paused by hand"),
+                (None, true) => {
+                    (Reason::StepsChanged, "the document's steps have changed; paused until it is promoted or resumed")
+                }
+                (None, false) => (Reason::PausedByUser, "paused by hand"),
+            };
             let missing = sentences(&shortfall.missing);
             let why = match has_it || !shortfall.strains.is_empty() {
-                true => format!("paused by hand; {}", has()),
-                false if missing.is_empty() => format!("paused by hand; {} of the {} % wanted", has(), percent(goal)),
-                false => format!("paused by hand; {} of the {} % wanted: {missing}", has(), percent(goal)),
+                true => format!("{paused}; {}", has()),
+                false if missing.is_empty() => format!("{paused}; {} of the {} % wanted", has(), percent(goal)),
+                false => format!("{paused}; {} of the {} % wanted: {missing}", has(), percent(goal)),
             };
             return Some((Phase::Paused, reason, why));
         }
@@ -229,6 +234,9 @@ impl Rollout {
             return Some((Phase::Waiting, Reason::GateClosed, shortfall.beside(says.to_owned())));
         }
         if let Warming::Since(since) = self.warming {
+            if let Some((reason, why)) = for_long {
+                return progressing(reason, shortfall.beside(why));
+            }
             let left = shift.strategy.warm_up.seconds.as_secs().saturating_sub(now.saturating_sub(since) / 1_000);
             let why = format!("{target} gets copies of requests for {left} s more");
             return progressing(Reason::WarmingUp, shortfall.beside(why));
@@ -259,20 +267,24 @@ impl Rollout {
         }
         if !has_it {
             let why = format!("{target} has {} % on its way to {} %", percent(share), percent(goal));
-            return match shortfall.words() {
-                Some(words) => progressing(Reason::EndpointsLost, words),
-                None => progressing(Reason::Ramping, why),
+            return match (shortfall.words(), for_long) {
+                (Some(words), _) => progressing(Reason::EndpointsLost, words),
+                (None, Some((reason, why))) => progressing(reason, why),
+                (None, None) => progressing(Reason::Ramping, why),
             };
         }
-        if let Some(why) = kept_out(target, shift, world) {
+        if let Some(why) = self.kept_out(target, shift, world) {
             self.held_since = None;
             return progressing(Reason::GuardVeto, shortfall.beside(why));
         }
-        let since = *self.held_since.get_or_insert(now);
+        self.held_since.get_or_insert(now);
         if self.waived {
             return None;
         }
-        if now.saturating_sub(since) < hold {
+        if self.held(now).unwrap_or_default() < hold {
+            if let Some((reason, why)) = for_long {
+                return progressing(reason, shortfall.beside(why));
+            }
             let reason = if shortfall.strains.is_empty() { Reason::Holding } else { Reason::EndpointsLost };
             return progressing(reason, has());
         }
@@ -284,12 +296,39 @@ impl Rollout {
             return progressing(Reason::BothFailing, shortfall.beside(verdict.words));
         }
         if step.pause {
-            return Some((Phase::Paused, Reason::PauseStep, format!("{}; paused until it is promoted", has())));
+            let besides = for_long.map(|(_, why)| format!("; {why}")).unwrap_or_default();
+            let why = format!("{}; paused until it is promoted{besides}", has());
+            return Some((Phase::Paused, Reason::PauseStep, why));
+        }
+        if let Some((reason, why)) = unmeasured {
+            return match for_long {
+                Some(_) => progressing(reason, shortfall.beside(why)),
+                None => progressing(self.reason_in_between(), has()),
+            };
         }
         if !verdict.passes && !self.goes_back(shift) {
             return progressing(Reason::Undecided, shortfall.beside(verdict.words));
         }
+        if goal > 0.0
+            && !self.goes_back(shift)
+            && let Some(why) = self.no_good_answer(target, shift, world)
+        {
+            return progressing(Reason::NoGoodAnswer, shortfall.beside(why));
+        }
         None
+    }
+
+    /// Until proxies have applied a revision, which is soon, nothing is said but what has just been said.
+    fn reason_in_between(&self) -> Reason {
+        use Reason::{Promoted, Resumed, Started, StepStarted, StepsChanged, Superseded};
+        match self.reason {
+            as_it_is @ (Started | Superseded | StepStarted | StepsChanged | Promoted | Resumed)
+                if self.phase == Phase::Progressing =>
+            {
+                as_it_is
+            }
+            _ => Reason::Holding,
+        }
     }
 
     /// What endpoints are missing for the next step: of the target, or of it and the stable version together.
@@ -311,18 +350,4 @@ impl Rollout {
             })
         })
     }
-}
-
-/// Whether proxies' guards keep the target out after an earlier attempt, in words. Its users are the others' then, so
-/// that the step is not held, whatever share the target has on paper.
-fn kept_out(target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
-    shift.services.iter().find_map(|service| {
-        let proxies = world.vetoes(&service.name, target).count();
-        let of = of_service(shift, service);
-        match proxies {
-            0 => None,
-            1 => Some(format!("a proxy's guard still keeps {target}{of} out after what failed before")),
-            _ => Some(format!("the guards of {proxies} proxies still keep {target}{of} out after what failed before")),
-        }
-    })
 }

@@ -2,6 +2,7 @@
 
 mod edits;
 mod endpoints;
+mod measured;
 mod pauses;
 mod waiting;
 
@@ -22,6 +23,8 @@ struct World {
     counts: BTreeMap<String, Counts>,
     vetoes: Vec<Veto>,
     behind: bool,
+    coverage: Coverage,
+    misrouted: u64,
 }
 
 impl Observed for World {
@@ -36,6 +39,14 @@ impl Observed for World {
 
     fn counts(&self, _: &str, version: &str) -> Counts {
         self.counts.get(version).copied().unwrap_or_default()
+    }
+
+    fn coverage(&self) -> Coverage {
+        self.coverage.clone()
+    }
+
+    fn misrouted(&self, _: &str, version: &str) -> u64 {
+        if version == "v2" { self.misrouted } else { 0 }
     }
 
     fn verdict(&self) -> Opinion {
@@ -78,7 +89,8 @@ impl Play {
             },
         });
         let opinion = Opinion { passes: true, ..Opinion::default() };
-        let world = World { opinion, ..World::default() };
+        let coverage = Coverage { live: 2, ..Coverage::default() };
+        let world = World { opinion, coverage, ..World::default() };
         let mut play = Self { world, rollout: Rollout::new(&read(&document), 0), document, now: 0 };
         for version in ["v1", "v2", "v3"] {
             play.ready(version, 4);
@@ -250,30 +262,28 @@ fn veto(at: u64, strikes: u32) -> Veto {
 }
 
 #[test]
-fn a_guards_veto_takes_the_target_back() {
+fn a_guards_veto_is_no_verdict() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
-    assert_eq!(play.pass(1).shares(), [90.0, 10.0, 0.0]);
-    play.world.vetoes = vec![veto(play.now, 2)];
-    assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
-    assert_eq!(
-        (play.rollout.phase, play.rollout.taken_back, play.rollout.message.as_str()),
-        (
-            Phase::Failed,
-            1,
-            "v2: a proxy's guard stopped it: 9 of 9 requests failed there, of the others' 0 of 81; back to v1 all at once"
-        )
-    );
-    // Tried again while that veto still lasts: it speaks of the first attempt.
-    play.set("target", json!(null));
-    play.pass(1);
-    play.set("target", json!("v2"));
-    assert_eq!(play.pass(2).shares(), [90.0, 10.0, 0.0]);
-    // But as long as it lasts, that share is on paper only, and nothing is held.
-    play.pass(300);
-    assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::GuardVeto));
-    assert_eq!(play.rollout.message, "step 1: a proxy's guard still keeps v2 out after what failed before");
-    play.world.vetoes.clear();
+    play.world.coverage.live = 3;
+    play.pass(30).world.vetoes = vec![veto(play.now, 2)];
+    // One proxy of three does not stop it.
+    assert_eq!(play.pass(20).stands(), (Phase::Progressing, Reason::Holding));
+    // On most of them its share is on paper only, and nothing is held.
+    play.world.vetoes.push(veto(play.now, 1));
+    assert_eq!(play.pass(300).stands(), (Phase::Progressing, Reason::GuardVeto));
+    assert_eq!(play.rollout.message, "step 1: the guards of 2 of 3 proxies keep v2 out");
+    assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
+    play.world.vetoes.pop();
     assert_eq!((play.pass(59).rollout.reason, play.pass(2).rollout.phase), (Reason::Holding, Phase::Succeeded));
+    // A half is too many, too.
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
+    play.pass(1).world.vetoes = vec![veto(play.now, 1)];
+    assert_eq!(play.pass(1).rollout.message, "step 1: the guards of 1 of 2 proxies keep v2 out");
+    // The verdict's fail is another matter, and what guards have seen says how bad it is now.
+    play.world.opinion = Opinion { fails: true, requests: 53, errors: 21, ..Opinion::default() };
+    play.ready("v1", 1);
+    assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
+    assert_eq!(play.shares(), [100.0, 0.0, 0.0], "all at once");
 }
 
 #[test]
@@ -837,6 +847,7 @@ mod properties {
             for happening in happenings {
                 let before = play.rollout.clone();
                 let mut said = false;
+                let mut promised = None;
                 match happening {
                     Happening::Ready(v, ready) => play.ready(&version(v), ready),
                     Happening::Count(v, ok, error) => play.count(&version(v), ok, error),
@@ -849,6 +860,7 @@ mod properties {
                         play.set("stable", json!(version(stable)));
                     }
                     Happening::Strategy(strategy) => {
+                        promised = before.phase.is_under_way().then(|| before.goal(&read(&play.document)));
                         play.set("strategy", strategy);
                         said = true;
                     }
@@ -866,6 +878,11 @@ mod properties {
                 let shift = read(&play.document);
                 play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now);
                 let (rollout, steps) = (&play.rollout, play.rollout.steps(&shift));
+                // An edit of the steps alone moves nobody ahead.
+                let is_edited = rollout.news.last().is_some_and(|news| news.reason == Reason::StepsChanged);
+                if let Some(promised) = promised.filter(|_| is_edited && rollout.number == before.number) {
+                    prop_assert!(rollout.wanted(&shift, &play.world) <= promised + 1e-9, "{:?}", rollout);
+                }
                 prop_assert!(rollout.number == before.number || rollout.number == before.number + 1);
                 if rollout.number == before.number && rollout.phase.is_under_way() && !said {
                     prop_assert!(rollout.step == before.step || rollout.step == before.step + 1, "{:?}", rollout);

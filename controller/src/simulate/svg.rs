@@ -636,7 +636,6 @@ impl Kind {
         match reason {
             Reason::Completed => Self::Good,
             Reason::VerdictFail
-            | Reason::GuardVeto
             | Reason::TooManyErrors
             | Reason::Aborted
             | Reason::RolledBack
@@ -647,6 +646,11 @@ impl Kind {
             | Reason::ProgressDeadlineExceeded
             | Reason::EndpointsLost
             | Reason::Undecided
+            | Reason::GuardVeto
+            | Reason::NoProxies
+            | Reason::ProxiesBehind
+            | Reason::NotRouted
+            | Reason::NoGoodAnswer
             | Reason::BothFailing => Self::Trouble,
             Reason::Started | Reason::StepStarted | Reason::Superseded | Reason::StepsChanged => Self::Step,
             _ => Self::Other,
@@ -688,7 +692,11 @@ fn word(reason: Reason) -> Option<&'static str> {
         Reason::WeightSet => "set by hand",
         Reason::Completed => "succeeded",
         Reason::VerdictFail => "failed: verdict",
-        Reason::GuardVeto => "failed: guard",
+        Reason::GuardVeto => "guards keep it out",
+        Reason::NoProxies => "no proxy",
+        Reason::ProxiesBehind => "proxies behind",
+        Reason::NotRouted => "not routed",
+        Reason::NoGoodAnswer => "no good answer",
         Reason::TooManyErrors => "failed: errors",
         Reason::Aborted => "aborted",
         Reason::RolledBack => "rolled back",

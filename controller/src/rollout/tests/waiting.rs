@@ -92,3 +92,28 @@ fn a_preview_is_held_while_there_is_all_of_it() {
     assert_eq!(play.shares(), [100.0, 0.0, 0.0]);
     assert_eq!(play.pass(3).shares(), [0.0, 100.0, 0.0]);
 }
+
+#[test]
+fn what_remains_of_a_warm_up_remains_while_no_controller_is_there() {
+    let mut play = Play::new("v1", Some("v2"), json!([{"weight": 100}]));
+    let steps = json!([{"weight": 100, "holdSeconds": 60}]);
+    play.set("strategy", json!({"steps": steps, "warmUp": {"seconds": 30, "mirrorPercent": 5}}));
+    let absent = |play: &mut Play| {
+        play.now += 3_600_000;
+        play.rollout.was_unattended(3_600_000, 0);
+    };
+    play.pass(20);
+    absent(&mut play);
+    assert_eq!(play.pass(9).rollout.message, "step 1: v2 gets copies of requests for 2 s more");
+    assert_eq!(play.pass(2).rollout.reason, Reason::Ramping);
+    let before = play.pass(10).shares()[1];
+    absent(&mut play);
+    let after = play.pass(2).shares()[1];
+    assert!(after > before && after < before + 11.0, "{before} {after}");
+    play.pass(30).rollout.since = 7_000_000;
+    let (held, attended) = (play.rollout.held_since.unwrap(), play.rollout.attended_since());
+    // The same moments have other numbers after the system's clock was set, which is no time that has passed.
+    play.rollout.was_unattended(5_000, 3_000);
+    assert_eq!((play.rollout.held_since, play.rollout.since), (Some(held + 5_000), 7_003_000));
+    assert_eq!(play.rollout.attended_since(), attended + 5_000);
+}
