@@ -59,7 +59,11 @@ impl Routes {
 
     /// Whether a request of a version that ended at this cluster reached the version. `None`: no cluster.
     pub fn reached(&mut self, version: usize, cluster: Option<&[u8]>) -> bool {
-        let reached = cluster.is_some_and(|cluster| self.is_own(version, hash(cluster)));
+        let reached = match cluster {
+            Some(cluster) => self.is_own(version, hash(cluster)),
+            // A proxy that never names clusters does not say where requests went.
+            None => self.0.iter().all(|version| version.learned.is_empty() && version.named.is_none()),
+        };
         if let Some(of) = self.0.get_mut(version) {
             of.is_misrouted = !reached;
             of.reached = if reached { of.reached.saturating_add(1) } else { 0 };
@@ -115,6 +119,7 @@ mod tests {
         assert!(!routes.reached(V3, Some(b"shop_v1")), "the default route");
         assert!(!routes.reached(V3, Some(b"shop_v2")) && !routes.reached(V3, None));
         assert!(routes.asks_for(V3), "until it has a route");
+        assert!(Routes::default().reached(V3, None), "a proxy that never names clusters");
         assert!((0..3).all(|_| routes.reached(V3, Some(b"shop_v3"))));
         assert!(!routes.asks_for(V3));
         // The next policy asks again, and what was learned stays.

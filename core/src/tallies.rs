@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub const DURATIONS: usize = DURATION_BOUNDS.len() + 1;
 /// The most single requests of a service that a VM publishes at once.
 pub const MAX_LOGGED: usize = 64;
-/// A sample of so many requests tells whether there are only a few clients.
+/// A sample over so many ticks tells whether there are only a few clients.
 const ENOUGH_SAMPLES: u64 = 20;
 
 /// Of several services.
@@ -28,7 +28,7 @@ pub struct ServiceTally {
     pub name: String,
     /// Requests that found no version in service.
     pub unrouted: u64,
-    /// How many requests were looked at as a sample of all, in the last minutes.
+    /// Between how many ticks requests were looked at as a sample of all.
     pub samples: u64,
     /// The clients of that sample with the smallest hashes, in ascending order; at most [`MAX_CLIENTS`].
     pub clients: Vec<u32>,

@@ -5,16 +5,18 @@
 
 use crate::exchange::Exchange;
 use crate::host;
-use crate::root::Root;
+use crate::root::{Root, VmState};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::rc::Rc;
 
 /// Everything that this VM holds, by context id.
 #[derive(Default)]
 struct Vm {
     /// One for each plugin configuration that is alive; usually one.
     roots: Vec<(u32, Root)>,
+    state: Rc<VmState>,
     exchanges: HashMap<u32, Exchange, BuildHasherDefault<IdHasher>>,
 }
 
@@ -89,7 +91,8 @@ extern "C" fn proxy_on_context_create(id: u32, parent: u32) {
     with_vm(|vm| {
         if parent == 0 {
             vm.roots.retain(|(root, _)| *root != id);
-            vm.roots.push((id, Root::new()));
+            let root = Root::new(vm.state.clone());
+            vm.roots.push((id, root));
         } else if let Some(root) = vm.root(parent) {
             let exchange = root.exchange(parent);
             vm.exchanges.insert(id, exchange);

@@ -28,29 +28,33 @@ const GONE_AFTER: Duration = Duration::from_secs(120);
 /// The most durations that wait for the next tick to become part of Envoy's histogram.
 const MOST_TIMES: usize = 65_536;
 
-/// Everything that this VM has counted for, also what is gone from the policy.
+/// Everything that this VM has counted for, for all plugin configurations and also what is gone from their policies: a
+/// configuration that takes another's place counts on.
 #[derive(Default)]
 pub struct Counters {
     services: BTreeMap<String, Rc<ServiceCounters>>,
-    /// Whether anything was counted since the totals were taken last.
-    changed: Rc<Cell<Change>>,
+    changes: Rc<Changes>,
 }
 
-/// What happened since the totals were taken last.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-enum Change {
-    #[default]
-    Nothing,
-    Something,
-    /// A first error: it should be known at once.
-    Error,
+/// How often something was counted, and how often an error.
+#[derive(Default)]
+struct Changes {
+    all: Cell<u64>,
+    errors: Cell<u64>,
+}
+
+/// What of a VM's counts has been published.
+#[derive(Default, Clone, Copy)]
+pub struct Seen {
+    changes: u64,
+    errors: u64,
 }
 
 /// The counters of one service.
 pub struct ServiceCounters {
     name: String,
     unrouted: Cell<u64>,
-    /// Of all versions that were ever in the policy, and the time at which they were there last; 0: they are.
+    /// All versions, and since when no policy in force, nor any request, knows of them; 0: one does.
     known: RefCell<Vec<(Rc<VersionCounters>, u64)>>,
     /// Whether requests of this service are gRPC requests, as far as was seen: then each is asked.
     speaks_grpc: Cell<bool>,
@@ -60,12 +64,15 @@ pub struct ServiceCounters {
     sample: Cell<u32>,
     bad: Cell<u32>,
     clients: RefCell<BTreeMap<u32, u64>>,
+    /// Between how many ticks there were any, and whether there were since the last one: a crowd of requests within a moment
+    /// tells nothing of how many clients there are.
     samples: Cell<u64>,
+    sampled: Cell<bool>,
     logged: Cell<u64>,
     log: RefCell<Vec<Event>>,
     routes: RefCell<Routes>,
     unrouted_stat: FlushedStat,
-    changed: Rc<Cell<Change>>,
+    changes: Rc<Changes>,
 }
 
 /// The counters of one service of a plan, with its versions in the plan's order.
@@ -92,6 +99,7 @@ pub struct VersionCounters {
 
 struct VersionStats {
     outcomes: [FlushedStat; Outcome::ALL.len()],
+    misrouted: RefCell<Option<FlushedStat>>,
     in_flight: Stat,
     milliseconds: Stat,
     labels: String,
@@ -134,25 +142,13 @@ pub struct Ended {
 impl Counters {
     /// The counters of a plan's services, in its order.
     pub fn cover(&mut self, plan: &Plan) -> Vec<PlanCounters> {
-        let now = host::now();
-        let covered: Vec<_> = plan.services.iter().map(|service| self.cover_service(service, now)).collect();
-        for service in self.services.values() {
-            let of_plan = covered.iter().find(|covered| Rc::ptr_eq(&covered.service, service));
-            for (version, left) in service.known.borrow_mut().iter_mut() {
-                let is_there = of_plan.is_some_and(|of| of.versions.iter().any(|known| Rc::ptr_eq(known, version)));
-                *left = if is_there { 0 } else { (*left).max(1) };
-                if !is_there {
-                    service.routes.borrow_mut().forget(version.index);
-                }
-            }
-        }
-        covered
+        plan.services.iter().map(|service| self.cover_service(service)).collect()
     }
 
-    fn cover_service(&mut self, service: &ServicePlan, now: u64) -> PlanCounters {
-        let changed = self.changed.clone();
+    fn cover_service(&mut self, service: &ServicePlan) -> PlanCounters {
+        let changes = self.changes.clone();
         let known = self.services.entry(service.name.clone());
-        let counters = known.or_insert_with(|| Rc::new(ServiceCounters::new(&service.name, changed))).clone();
+        let counters = known.or_insert_with(|| Rc::new(ServiceCounters::new(&service.name, changes))).clone();
         let mut versions = Vec::with_capacity(service.versions.len());
         for (i, name) in service.versions.iter().enumerate() {
             let mut known = counters.known.borrow_mut();
@@ -160,7 +156,7 @@ impl Counters {
             let version = found.unwrap_or_else(|| {
                 let index = known.iter().map(|(version, _)| version.index + 1).max().unwrap_or_default();
                 let version = Rc::new(VersionCounters::new(&service.name, name, index));
-                known.push((version.clone(), now));
+                known.push((version.clone(), 0));
                 version
             });
             let cluster = service.clusters.get(i).and_then(Option::as_deref);
@@ -170,14 +166,16 @@ impl Counters {
         PlanCounters { service: counters, versions }
     }
 
-    /// Whether there is an error that the VM that leads should know of at once.
-    pub fn is_urgent(&self) -> bool {
-        self.changed.get() == Change::Error
+    /// Whether there was an error that the VM that leads should know of at once.
+    pub fn is_urgent(&self, seen: Seen) -> bool {
+        self.changes.errors.get() != seen.errors
     }
 
-    /// What this VM has counted, if that is more than when this was asked last.
-    pub fn take(&mut self, now: u64) -> Option<Tallies> {
-        if self.changed.replace(Change::Nothing) == Change::Nothing {
+    /// What this VM has counted, if that is more than what was seen.
+    pub fn news(&self, now: u64, seen: &mut Seen) -> Option<Tallies> {
+        let before =
+            std::mem::replace(seen, Seen { changes: self.changes.all.get(), errors: self.changes.errors.get() });
+        if before.changes == seen.changes {
             return None;
         }
         let services: Vec<_> = self.services.values().map(|service| service.tally(now)).collect();
@@ -204,7 +202,7 @@ impl Counters {
 }
 
 impl ServiceCounters {
-    fn new(name: &str, changed: Rc<Cell<Change>>) -> Self {
+    fn new(name: &str, changes: Rc<Changes>) -> Self {
         let stat = format!("service=.={name};.;tideshift_unrouted_requests_total");
         Self {
             name: name.to_owned(),
@@ -216,24 +214,23 @@ impl ServiceCounters {
             bad: Cell::new(BAD),
             clients: RefCell::default(),
             samples: Cell::new(0),
+            sampled: Cell::new(false),
             logged: Cell::new(0),
             log: RefCell::default(),
             routes: RefCell::default(),
             unrouted_stat: FlushedStat::define(&stat),
-            changed,
+            changes,
         }
     }
 
-    fn change(&self, change: Change) {
-        if change > self.changed.get() {
-            self.changed.set(change);
-        }
+    fn changed(&self) {
+        self.changes.all.set(self.changes.all.get().wrapping_add(1));
     }
 
     /// Counts a request that found nothing in service.
     pub fn count_unrouted(&self) {
         self.unrouted.set(self.unrouted.get().saturating_add(1));
-        self.change(Change::Something);
+        self.changed();
     }
 
     /// Whether to ask what kind of request this is: where gRPC is spoken always, else now and then.
@@ -279,7 +276,7 @@ impl ServiceCounters {
         if let Some(tally) = version.chosen.borrow_mut().get_mut(chosen as usize) {
             tally.started = tally.started.saturating_add(1);
         }
-        self.change(Change::Something);
+        self.changed();
     }
 
     /// Takes back that it began: Envoy goes on with the request by itself, and it will come again.
@@ -288,7 +285,7 @@ impl ServiceCounters {
         if let Some(tally) = version.chosen.borrow_mut().get_mut(chosen as usize) {
             tally.started = tally.started.saturating_sub(1);
         }
-        self.change(Change::Something);
+        self.changed();
     }
 
     /// It ended at another version's cluster, or at none.
@@ -311,8 +308,10 @@ impl ServiceCounters {
                 times.push(u32::try_from(milliseconds).unwrap_or(u32::MAX));
             }
         }
-        let is_error = ended.outcome == Outcome::Error;
-        self.change(if is_error { Change::Error } else { Change::Something });
+        self.changed();
+        if ended.outcome == Outcome::Error {
+            self.changes.errors.set(self.changes.errors.get().wrapping_add(1));
+        }
         if ended.is_sampled || (ended.outcome != Outcome::Ok && ended.is_compared && self.bad.get() > 0) {
             self.look_at(version, ended, duration);
         }
@@ -322,7 +321,7 @@ impl ServiceCounters {
     fn look_at(&self, version: &VersionCounters, ended: &Ended, duration: usize) {
         let client = host::property("source\0address").map_or(0, |address| clients::client(&address));
         if ended.is_sampled && client != 0 {
-            self.samples.set(self.samples.get().saturating_add(1));
+            self.sampled.set(true);
             self.clients.borrow_mut().insert(client, 0);
         }
         if !ended.is_compared {
@@ -375,6 +374,9 @@ impl ServiceCounters {
     fn tick(&self, now: u64) {
         self.sample.set(SAMPLE);
         self.bad.set(BAD);
+        if self.sampled.replace(false) {
+            self.samples.set(self.samples.get().saturating_add(1));
+        }
         self.unrouted_stat.flush(self.unrouted.get());
         {
             let mut clients = self.clients.borrow_mut();
@@ -386,14 +388,19 @@ impl ServiceCounters {
         let mut known = self.known.borrow_mut();
         for (version, left) in known.iter_mut() {
             version.flush();
-            if *left == 1 {
-                *left = now.max(2);
+            match (Rc::strong_count(version), *left) {
+                (1, 0) => {
+                    *left = now;
+                    self.routes.borrow_mut().forget(version.index);
+                }
+                (1, _) => {}
+                _ => *left = 0,
             }
         }
         let gone_before = now.saturating_sub(GONE_AFTER.as_nanos() as u64);
         let mut gone = BTreeSet::new();
         known.retain(|(version, left)| {
-            let is_gone = *left > 1 && *left < gone_before && version.in_flight.get() == 0;
+            let is_gone = *left > 0 && *left < gone_before && version.in_flight.get() == 0;
             if is_gone {
                 gone.insert(version.index);
             }
@@ -401,7 +408,7 @@ impl ServiceCounters {
         });
         if !gone.is_empty() {
             self.log.borrow_mut().retain(|event| !gone.contains(&usize::from(event.2)));
-            self.change(Change::Something);
+            self.changed();
         }
     }
 }
@@ -432,6 +439,12 @@ impl VersionCounters {
 
     fn flush(&self) {
         let times = std::mem::take(&mut *self.times.borrow_mut());
+        let misrouted = self.misrouted.get();
+        if misrouted > 0 {
+            let name = || format!("{}tideshift_misrouted_requests_total", self.stats.labels);
+            let mut stat = self.stats.misrouted.borrow_mut();
+            stat.get_or_insert_with(|| FlushedStat::define(&name())).flush(misrouted);
+        }
         if times.is_empty() && self.chosen.borrow().iter().all(|tally| tally.started == 0) {
             return;
         }
@@ -455,6 +468,7 @@ impl VersionStats {
         };
         Self {
             outcomes: Outcome::ALL.map(outcome),
+            misrouted: RefCell::default(),
             in_flight: Stat::define(StatKind::Gauge, &format!("{labels}tideshift_requests_in_flight")),
             milliseconds: Stat::define(
                 StatKind::Histogram,

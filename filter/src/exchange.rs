@@ -1,7 +1,7 @@
 //! One request and its answer: gets its version, and is counted for it when it ends, whichever way.
 
 use crate::counters::{Ended, PlanCounters, ServiceCounters, VersionCounters};
-use crate::headers::Headers;
+use crate::headers::{Headers, is_grpc};
 use crate::host::{self, Map};
 use crate::root::{InForce, Worker};
 use std::rc::Rc;
@@ -149,8 +149,13 @@ impl Exchange {
         }
     }
 
+    /// The status of a gRPC answer; where it was not known before that this is one, its request's type is asked for.
     fn take_grpc_status(&mut self, map: Map) {
         let Some(status) = host::header(map, "grpc-status").and_then(|status| number(&status)) else { return };
+        if !self.ending.is_grpc && !host::property("request\0headers\0content-type").is_some_and(|kind| is_grpc(&kind))
+        {
+            return;
+        }
         self.ending.grpc_status = Some(status);
         if let Some((counters, _)) = self.taken.as_ref().and_then(Taken::counters) {
             counters.service.note_grpc();

@@ -43,12 +43,17 @@ impl Headers<'_> {
     /// the body.
     pub fn is_grpc(&self) -> bool {
         const KIND: &str = "content-type";
-        let is_grpc = |kind: &[u8]| kind.starts_with(b"application/grpc") && !kind.starts_with(b"application/grpc-web");
         match self {
             Self::All(_) => self.header(KIND).is_some_and(|kind| is_grpc(&kind)),
             Self::Few(..) => host::header(Map::Request, KIND).is_some_and(|kind| is_grpc(&kind)),
         }
     }
+}
+
+/// Whether a content type is that of gRPC, but not gRPC-Web.
+pub fn is_grpc(kind: &[u8]) -> bool {
+    let rest = kind.strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| rest.first().is_none_or(|next| matches!(next, b'+' | b';' | b' ')))
 }
 
 impl AllHeaders {

@@ -1,6 +1,6 @@
 //! One VM of the plugin: the policy in force, its changes, and the exchanges that it chooses for.
 
-use crate::counters::{Counters, PlanCounters};
+use crate::counters::{Counters, PlanCounters, Seen};
 use crate::events::EventLog;
 use crate::exchange::Exchange;
 use crate::guards::{Guards, Noted};
@@ -13,6 +13,7 @@ use crate::totals::{Published, Totals};
 use crate::workers::Workers;
 use fastrand::Rng;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 use tideshift_core::plan::{Decision, Plan, Turns};
@@ -27,10 +28,34 @@ const TICK: Duration = Duration::from_millis(100);
 /// How long the right to lead lasts without a renewal.
 const LEASE: Duration = Duration::from_secs(2);
 
+/// What all plugin configurations of a VM have together.
+#[derive(Default)]
+pub struct VmState {
+    counters: RefCell<Counters>,
+    /// This VM among the others of the proxy, in each corner of the shared data.
+    members: RefCell<BTreeMap<String, Rc<RefCell<Member>>>>,
+}
+
+/// This VM among the others of the proxy. A configuration that takes another's place in the same corner goes on as the
+/// same one, so that what was counted is not counted twice.
+#[derive(Default)]
+struct Member {
+    /// `None` until the first tick.
+    workers: Option<Workers>,
+    published: Published,
+    seen: Seen,
+    /// The tick after which a first error was published at once.
+    urgent_at: Option<u64>,
+    ticks: u64,
+    /// The configuration that acts for it, the newest one, and the one that is woken for it: they are numbered.
+    newest: u64,
+    woken: u64,
+}
+
 /// The plugin's root context: state of its own, because Envoy may keep several configurations alive in one VM.
 pub struct Root {
+    vm: Rc<VmState>,
     worker: Rc<Worker>,
-    counters: Counters,
     /// The policy in force, as it was written.
     policy: Policy,
     place: Place,
@@ -39,9 +64,6 @@ pub struct Root {
     /// `None` until configured.
     fleet: Option<Fleet>,
     random: Rng,
-    /// Counts ticks; and the tick after which a first error was published at once.
-    ticks: u64,
-    urgent_at: Option<u64>,
 }
 
 /// What exchanges need of their VM.
@@ -76,12 +98,12 @@ struct Fleet {
     shared: Shared,
     link: Option<Link>,
     guards: Guards,
-    published: Published,
+    member: Rc<RefCell<Member>>,
+    /// This configuration's number there.
+    number: u64,
     /// What all VMs have counted, on the one that leads.
     totals: Totals,
     events: EventLog,
-    /// `None` until the first tick.
-    workers: Option<Workers>,
     /// Whether this VM had the lease at its last tick: one of them talks to the controller and guards.
     leads: bool,
     /// The version of the shared vetoes that this VM has applied.
@@ -113,21 +135,19 @@ impl Worker {
 
 impl Root {
     /// A VM that has not been configured.
-    pub fn new() -> Self {
+    pub fn new(vm: Rc<VmState>) -> Self {
         Self {
+            vm,
             worker: Rc::new(Worker {
                 in_force: RefCell::default(),
                 turns: RefCell::default(),
                 random: RefCell::new(Rng::with_seed(0)),
             }),
-            counters: Counters::default(),
             policy: Policy::default(),
             place: Place::default(),
             own: Own::default(),
             fleet: None,
             random: Rng::with_seed(0),
-            ticks: 0,
-            urgent_at: None,
         }
     }
 
@@ -142,14 +162,20 @@ impl Root {
                 let shared = Shared::new(policy.controller.as_ref(), &json);
                 let link = policy.controller.as_ref().map(|controller| Link::new(controller, &shared));
                 let place = Place { epoch: String::new(), revision: policy.revision };
+                let member = self.vm.members.borrow_mut().entry(shared.key("")).or_default().clone();
+                let number = {
+                    let member = &mut *member.borrow_mut();
+                    member.newest = member.newest.wrapping_add(1);
+                    member.newest
+                };
                 self.fleet = Some(Fleet {
                     shared,
                     link,
                     guards: Guards::default(),
-                    published: Published::default(),
+                    member,
+                    number,
                     totals: Totals::default(),
                     events: EventLog::default(),
-                    workers: None,
                     leads: false,
                     vetoes: 0,
                     tick: FIRST_TICK,
@@ -188,7 +214,7 @@ impl Root {
             vetoes.iter().any(|noted| noted.in_force && noted.service == service && noted.veto.version == version)
         };
         let plan = Plan::new(&self.policy, is_vetoed);
-        let counters = self.counters.cover(&plan);
+        let counters = self.vm.counters.borrow_mut().cover(&plan);
         let old = self.worker.in_force();
         let turns = {
             let turns = self.worker.turns.borrow();
@@ -215,28 +241,36 @@ impl Root {
         }
     }
 
-    fn beat(&mut self, now: u64) {
-        if let Some(Fleet { workers: Some(workers), published, .. }) = &self.fleet {
-            workers.beat(now, &self.place, published.number);
+    fn beat(&self, now: u64) {
+        let Some(Fleet { member, .. }) = &self.fleet else { return };
+        let member = member.borrow();
+        if let Some(workers) = &member.workers {
+            workers.beat(now, &self.place, member.published.number);
         }
     }
 
     /// Publishes what this VM has counted since it last did, if there is anything.
-    fn publish(&mut self, now: u64) {
-        let Some(Fleet { workers: Some(workers), published, shared, .. }) = &mut self.fleet else { return };
-        if let Some(tallies) = self.counters.take(now) {
+    fn publish(&self, now: u64) {
+        let Some(Fleet { member, shared, .. }) = &self.fleet else { return };
+        let Member { workers: Some(workers), published, seen, .. } = &mut *member.borrow_mut() else { return };
+        if let Some(tallies) = self.vm.counters.borrow().news(now, seen) {
             published.publish(shared, workers.id, tallies);
         }
     }
 
     /// A request of this worker has ended. The VM that leads should know of a first error at once.
-    pub fn exchange_ended(&mut self) {
-        if self.counters.is_urgent() && self.urgent_at.is_none_or(|at| at != self.ticks) {
-            self.urgent_at = Some(self.ticks);
-            let now = host::now();
-            self.publish(now);
-            self.beat(now);
+    pub fn exchange_ended(&self) {
+        let Some(Fleet { member, .. }) = &self.fleet else { return };
+        {
+            let member = &mut *member.borrow_mut();
+            let is_news = self.vm.counters.borrow().is_urgent(member.seen);
+            if !is_news || member.urgent_at.replace(member.ticks) == Some(member.ticks) {
+                return;
+            }
         }
+        let now = host::now();
+        self.publish(now);
+        self.beat(now);
     }
 
     /// A request that has just arrived, for the root context of this number.
@@ -248,21 +282,31 @@ impl Root {
     pub fn tick(&mut self) {
         let now = host::now();
         self.catch_up();
-        let Some(fleet) = &mut self.fleet else { return };
-        if fleet.workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
-            fleet.workers = None;
-            fleet.published.start_again();
+        let Some(fleet) = &self.fleet else { return };
+        {
+            let Member { workers, published, ticks, newest, woken, .. } = &mut *fleet.member.borrow_mut();
+            if *newest != fleet.number {
+                return;
+            }
+            if workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
+                *workers = None;
+                published.start_again();
+            }
+            if workers.is_none() {
+                *workers = Some(Workers::join(fleet.shared.clone()));
+            } else if *woken != fleet.number {
+                workers.iter_mut().for_each(Workers::listen);
+            }
+            *woken = fleet.number;
+            *ticks = ticks.wrapping_add(1);
         }
-        if fleet.workers.is_none() {
-            fleet.workers = Some(Workers::join(fleet.shared.clone()));
-        }
-        self.ticks = self.ticks.wrapping_add(1);
-        self.counters.tick(now);
+        self.vm.counters.borrow_mut().tick(now);
         self.publish(now);
         self.beat(now);
         let Some(fleet) = &mut self.fleet else { return };
-        let Some(workers) = &fleet.workers else { return };
-        fleet.leads = fleet.shared.lease(workers.id, now, now.saturating_add(LEASE.as_nanos() as u64));
+        let id = fleet.member.borrow().workers.as_ref().map(|workers| workers.id);
+        let until = now.saturating_add(LEASE.as_nanos() as u64);
+        fleet.leads = id.is_some_and(|id| fleet.shared.lease(id, now, until));
         if std::mem::replace(&mut fleet.tick, TICK) != TICK {
             host::tick_every(TICK);
         }
@@ -275,14 +319,14 @@ impl Root {
     }
 
     fn lead(&mut self, now: u64) {
-        let Some(Fleet { shared, link, guards, workers: Some(workers), totals, events, .. }) = &mut self.fleet else {
-            return;
-        };
+        let Some(Fleet { shared, link, guards, member, totals, events, .. }) = &mut self.fleet else { return };
+        let member = member.borrow();
+        let Some(workers) = &member.workers else { return };
         let live = workers.live(now);
         let number = shared.next_number();
         let news = totals.gather(shared, &live.published);
         events.add(workers.id, &news);
-        self.counters.show_in_flight(&totals.sum);
+        self.vm.counters.borrow().show_in_flight(&totals.sum);
         let left = || shared.vetoes().map_or_else(Vec::new, |(text, _)| Noted::read(&text));
         let vetoes_changed = guards.look(now, &self.policy, &totals.sum, &news, left);
         if vetoes_changed {
@@ -298,6 +342,7 @@ impl Root {
             let services = || services(&self.policy, &totals.sum, guards, events);
             link.report(now, live, pulse, (shared, number), services);
         }
+        drop(member);
         if vetoes_changed {
             self.compile();
         }
@@ -305,11 +350,8 @@ impl Root {
 
     /// Another VM says that there is something new.
     pub fn woken(&mut self, queue: u32) {
-        let woken = match &self.fleet {
-            Some(Fleet { workers: Some(workers), .. }) => workers.is_woken_by(queue),
-            _ => false,
-        };
-        if woken {
+        let is_woken = |fleet: &Fleet| fleet.member.borrow().workers.as_ref().is_some_and(|w| w.is_woken_by(queue));
+        if self.fleet.as_ref().is_some_and(is_woken) {
             self.catch_up();
             self.beat(host::now());
         }
@@ -321,7 +363,9 @@ impl Root {
         let Some(Fleet { shared, link: Some(link), .. }) = &mut self.fleet else { return };
         match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
             Answer::Policy => {
-                if let Some(Fleet { workers: Some(workers), .. }) = &self.fleet {
+                if let Some(Fleet { member, .. }) = &self.fleet
+                    && let Some(workers) = &member.borrow().workers
+                {
                     workers.wake();
                 }
                 self.catch_up();
@@ -336,9 +380,17 @@ impl Root {
     }
 
     /// This configuration has been replaced, or the proxy ends: others need not wait for it.
-    pub fn leave(mut self) {
-        self.publish(host::now());
-        if let Some(Fleet { shared, workers: Some(workers), .. }) = self.fleet {
+    pub fn leave(self) {
+        let now = host::now();
+        self.vm.counters.borrow_mut().tick(now);
+        self.publish(now);
+        let Some(Fleet { shared, member, .. }) = self.fleet else { return };
+        // Another configuration in the same corner goes on: this one and the list have the only other two.
+        if Rc::strong_count(&member) > 2 {
+            return;
+        }
+        self.vm.members.borrow_mut().remove(&shared.key(""));
+        if let Some(workers) = &member.borrow().workers {
             workers.leave();
             shared.end_lease(workers.id);
         }

@@ -12,6 +12,8 @@ pub struct Workers {
     /// This VM's number, unlike that of any other VM of this proxy.
     pub id: u32,
     queue: Option<u32>,
+    /// How many queues it has had.
+    queues: u32,
 }
 
 /// What a VM says of itself.
@@ -52,10 +54,16 @@ impl Workers {
             }
         }
         let id = id as u32;
-        let queue = host::queue(&shared.key(&format!("worker/{id}/queue")));
-        let workers = Self { shared, id, queue };
+        let mut workers = Self { shared, id, queue: None, queues: 0 };
+        workers.listen();
         workers.change_list(|list| list.push(id));
         workers
+    }
+
+    /// Lets the plugin configuration that is being called be the one that is woken.
+    pub fn listen(&mut self) {
+        self.queues = self.queues.saturating_add(1);
+        self.queue = host::queue(&self.shared.key(&format!("worker/{}/queue/{}", self.id, self.queues)));
     }
 
     /// Says that this VM lives, which policy it runs, and how often it has published what it counted.
