@@ -197,8 +197,9 @@ impl Exchange {
     /// Whether it went to its version's cluster.
     fn is_at_home(&self, service: &ServiceCounters, version: &VersionCounters, outcome: Outcome) -> bool {
         let cluster = host::property("xds\0cluster_name").filter(|cluster| !cluster.is_empty());
-        // A client that went away, or a cluster that is not there, leaves no trace of a cluster.
-        if cluster.is_none() && matches!(outcome, Outcome::Error | Outcome::Cancelled) {
+        // A client that went away, or a cluster that is not there, leaves no trace of a cluster. An answer that Envoy was
+        // told to give, or a redirection, has no flag.
+        if cluster.is_none() && (outcome == Outcome::Cancelled || self.ending.flags & !NO_ROUTE != 0) {
             return true;
         }
         service.reached(version, cluster.as_deref())
