@@ -271,6 +271,9 @@ impl Root {
         let now = host::now();
         self.publish(now);
         self.beat(now);
+        if let Some(workers) = &member.borrow().workers {
+            workers.wake_leader();
+        }
     }
 
     /// A request that has just arrived, for the root context of this number.
@@ -348,12 +351,16 @@ impl Root {
         }
     }
 
-    /// Another VM says that there is something new.
+    /// Another VM says that there is something new: a policy, vetoes or, for the one that leads, an error.
     pub fn woken(&mut self, queue: u32) {
         let is_woken = |fleet: &Fleet| fleet.member.borrow().workers.as_ref().is_some_and(|w| w.is_woken_by(queue));
         if self.fleet.as_ref().is_some_and(is_woken) {
+            let now = host::now();
             self.catch_up();
-            self.beat(host::now());
+            self.beat(now);
+            if self.fleet.as_ref().is_some_and(|fleet| fleet.leads) {
+                self.lead(now);
+            }
         }
     }
 

@@ -156,6 +156,12 @@ impl Shared {
         (ours || expired) && host::shared_replace(&key, &value, version)
     }
 
+    /// The VM that leads.
+    pub fn leader(&self) -> Option<u32> {
+        let (held, _) = host::shared(&self.key(LEASE))?;
+        u32::try_from(integer(&held, 0)).ok().filter(|holder| *holder != 0)
+    }
+
     /// Gives the lease up, if this VM has it.
     pub fn end_lease(&self, worker: u32) {
         let key = self.key(LEASE);

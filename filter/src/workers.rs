@@ -101,6 +101,14 @@ impl Workers {
         }
     }
 
+    /// Wakes the VM that leads, unless this is it.
+    pub fn wake_leader(&self) {
+        let leader = self.shared.leader().filter(|leader| *leader != self.id);
+        if let Some(heartbeat) = leader.and_then(|leader| self.heartbeat(leader)) {
+            host::enqueue(heartbeat.queue);
+        }
+    }
+
     /// Whether a queue is the one that wakes this VM; empties it.
     pub fn is_woken_by(&self, queue: u32) -> bool {
         // No more than were ever put there, should the queue seem to have no end.
