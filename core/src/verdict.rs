@@ -782,7 +782,7 @@ mod tests {
         let latency = judgement.latency.map(|latency| latency.evidence.to_bits());
         assert_eq!(
             (judgement.evidence.to_bits(), judgement.pass_evidence.to_bits(), latency),
-            (4605725956437250283, 4531339409682563360, Some(4603804719079489536))
+            (4617088725920532106, 4531339409682563360, Some(4603804719079489536))
         );
     }
 }

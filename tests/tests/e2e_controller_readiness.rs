@@ -7,8 +7,9 @@ use anyhow::ensure;
 use serde_json::json;
 use tideshift_tests::{
     backend::Backend,
+    client::Request,
     load::Load,
-    rig::{DEADLINE, FOR_EVER, Rig, assert_counts_agree, assert_shares, next_answers, until, until_shares},
+    rig::{DEADLINE, FOR_EVER, Rig, SERVICE, assert_counts_agree, assert_shares, next_answers, until, until_shares},
     wait::eventually,
 };
 
@@ -66,6 +67,15 @@ async fn an_endpoint_that_is_not_ready_is_spared_and_its_version_carries_less() 
 
     // The target never gets more than it can carry, which is half of the load.
     rig.write(&rig.document(hold_at(90)))?;
+    // An edit alone moves no user ahead.
+    until(&controller, "the edit to be taken", |seen| {
+        ensure!(seen.message().contains("paused until it is promoted or resumed"), "{}", seen.message());
+        Ok(())
+    })
+    .await?;
+    let resume = Request::new(controller.address(), "POST", &format!("/v1/rollouts/{SERVICE}/resume"));
+    let answer = resume.header("content-type", "application/json").body("{}").send().await?;
+    ensure!(answer.status == 200, "{}", answer.text());
     until_shares(&controller, "v2 at 90 %", &[10.0, 90.0]).await?;
     v2[0].set_ready(false);
     let seen = until_shares(&controller, "v2 at what it carries", &[50.0, 50.0]).await?;

@@ -1,6 +1,7 @@
 //! Only what was measured counts: whether proxies that are there run what was decided and lead requests to the target,
 //! and what came of those. A step that nobody can have tried is neither held nor ended by time alone.
 
+use super::parts::EPSILON;
 use super::words::of_service;
 use super::{Millis, Observed, Reason, Rollout, Warming};
 use serde::{Deserialize, Serialize};
@@ -150,7 +151,9 @@ impl Rollout {
             let begun = self.begun.get(&service.name)?;
             let got = world.counts(&service.name, target).since(&begun.target);
             let others = world.counts(&service.name, &self.stable).ok.saturating_sub(begun.stable);
-            if got.ok > 0 || others == 0 {
+            // With everything at the target, what the stable version still answers was sent before.
+            let are_late = got.total() == 0 && self.goal(shift) + EPSILON >= 1.0;
+            if got.ok > 0 || others == 0 || are_late {
                 return None;
             }
             let ended = [(got.error, "failed"), (got.client_error, "with client errors"), (got.cancelled, "cancelled")];
