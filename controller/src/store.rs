@@ -269,10 +269,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rollouts.json");
         for (text, why) in [
-            ("{\"format\": 4}", "format 4, of another version"),
-            ("{\"format\": 3, \"chec", "EOF while parsing"),
+            ("{\"format\": 5}", "format 5, of another version"),
+            ("{\"format\": 4, \"chec", "EOF while parsing"),
+            ("{\"format\": 4}", "missing field `checksum`"),
             ("{\"format\": 3}", "missing field `checksum`"),
-            ("{\"format\": 3, \"checksum\": \"\", \"content\": {}}", "damaged"),
+            ("{\"format\": 4, \"checksum\": \"\", \"content\": {}}", "damaged"),
             ("{\"format\": 2}", "missing field `epoch`"),
             ("[]", "no format"),
         ] {

@@ -27,6 +27,9 @@ struct OfService {
     /// Each with its version's name.
     waiting: Vec<(String, Event)>,
     clients: BTreeMap<u32, Millis>,
+    /// When a filter reported last that does not tell clients apart. Its requests are judged by their counts, as they were
+    /// then.
+    untold: Option<Millis>,
 }
 
 /// What is new of two versions.
@@ -43,6 +46,9 @@ impl Requests {
     pub(super) fn reported(&mut self, run: &RunKey, report: &Report, is_compared: impl Fn(&str) -> bool, now: Millis) {
         for service in report.services.iter().filter(|service| is_compared(&service.name)) {
             let of = self.services.entry(service.name.clone()).or_default();
+            if report.format < Report::FORMAT {
+                of.untold = Some(now);
+            }
             of.clients.extend(service.clients.iter().map(|client| (*client, now)));
             while of.clients.len() > MOST_CLIENTS {
                 of.clients.pop_last();
@@ -67,7 +73,8 @@ impl Requests {
             _ => None,
         };
         let ended = std::mem::take(&mut of.waiting).into_iter().filter_map(of_either).collect();
-        News { ended, few_clients: (1..MAX_CLIENTS).contains(&of.clients.len()) }
+        let untold = of.untold.is_some_and(|time| now.saturating_sub(time) <= CLIENTS);
+        News { ended, few_clients: untold || (1..MAX_CLIENTS).contains(&of.clients.len()) }
     }
 }
 

@@ -202,7 +202,8 @@ impl Rollout {
         self.begin_step(step, share, shift, now);
         let has = percent(share);
         if stays {
-            self.freeze_at(self.frozen.unwrap_or(level_of(share)), now);
+            let level = self.frozen.map_or(level_of(share), |frozen| frozen.min(level_of(promised)));
+            self.freeze_at(level, now);
             self.edited = true;
             let message =
                 format!("step {}: {words}; {target} stays at {has} % until it is promoted or resumed", step + 1);
