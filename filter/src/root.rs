@@ -287,13 +287,15 @@ impl Root {
         self.catch_up();
         let Some(fleet) = &self.fleet else { return };
         {
-            let Member { workers, published, ticks, newest, woken, .. } = &mut *fleet.member.borrow_mut();
+            let Member { workers, published, seen, ticks, newest, woken, .. } = &mut *fleet.member.borrow_mut();
             if *newest != fleet.number {
                 return;
             }
             if workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
                 *workers = None;
                 published.start_again();
+                // Also what is in flight, which nobody took over.
+                *seen = Seen::default();
             }
             if workers.is_none() {
                 *workers = Some(Workers::join(fleet.shared.clone()));
