@@ -62,6 +62,9 @@ impl Exchange {
 
     /// The request's headers are there: gives it its version.
     pub fn request(&mut self) {
+        if self.taken.is_some() {
+            return;
+        }
         let in_force = self.worker.in_force();
         let headers = in_force.headers();
         if let Headers::All(all) = &headers {
