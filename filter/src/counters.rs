@@ -320,7 +320,8 @@ impl ServiceCounters {
     /// Tells apart whose request it was.
     fn look_at(&self, version: &VersionCounters, ended: &Ended, duration: usize) {
         let client = host::property("source\0address").map_or(0, |address| clients::client(&address));
-        if ended.is_sampled && client != 0 {
+        // Whom rules take is no client of those that are compared.
+        if ended.is_sampled && client != 0 && ended.chosen != Chosen::Rule {
             self.sampled.set(true);
             self.clients.borrow_mut().insert(client, 0);
         }

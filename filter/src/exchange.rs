@@ -62,6 +62,9 @@ impl Exchange {
 
     /// The request's headers are there: gives it its version.
     pub fn request(&mut self) {
+        if self.taken.is_some() {
+            return;
+        }
         let in_force = self.worker.in_force();
         let headers = in_force.headers();
         if let Headers::All(all) = &headers {
@@ -170,9 +173,10 @@ impl Exchange {
         let is_sampled = service.samples();
         let is_looked_at = is_sampled || service.asks_for_route(version);
         // The flags are dear, and hardly ever say more of an answer that is whole and no failure: that Envoy made it, and
-        // was told to make it look well. A sample finds that out.
+        // was told to make it look well. A sample finds that out. A 404 may be Envoy's, which found no route.
         let failed = self.ending.status.is_none_or(|status| status >= 500) || self.ending.grpc_status.unwrap_or(0) > 0;
-        if !self.is_whole || failed || is_looked_at || service.are_answers_rewritten() {
+        let is_404 = self.ending.status == Some(404);
+        if !self.is_whole || failed || is_404 || is_looked_at || service.are_answers_rewritten() {
             self.ending.flags = host::property_integer("response\0flags").unwrap_or_default();
         }
         self.ending.is_closed = self.frames.as_ref().is_some_and(|frames| frames.is_closed());

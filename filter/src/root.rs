@@ -287,13 +287,15 @@ impl Root {
         self.catch_up();
         let Some(fleet) = &self.fleet else { return };
         {
-            let Member { workers, published, ticks, newest, woken, .. } = &mut *fleet.member.borrow_mut();
+            let Member { workers, published, seen, ticks, newest, woken, .. } = &mut *fleet.member.borrow_mut();
             if *newest != fleet.number {
                 return;
             }
             if workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
                 *workers = None;
                 published.start_again();
+                // Also what is in flight, which nobody took over.
+                *seen = Seen::default();
             }
             if workers.is_none() {
                 *workers = Some(Workers::join(fleet.shared.clone()));
@@ -391,15 +393,21 @@ impl Root {
         let now = host::now();
         self.vm.counters.borrow_mut().tick(now);
         self.publish(now);
-        let Some(Fleet { shared, member, .. }) = self.fleet else { return };
+        let Some(Fleet { shared, link, member, .. }) = self.fleet else { return };
         // Another configuration in the same corner goes on: this one and the list have the only other two.
         if Rc::strong_count(&member) > 2 {
             return;
         }
-        self.vm.members.borrow_mut().remove(&shared.key(""));
-        if let Some(workers) = &member.borrow().workers {
+        // A controller that is configured again is not told again what it was told before. Guards only go by what is new.
+        if link.is_none() {
+            self.vm.members.borrow_mut().remove(&shared.key(""));
+        }
+        let member = &mut *member.borrow_mut();
+        if let Some(workers) = member.workers.take() {
             workers.leave();
             shared.end_lease(workers.id);
+            member.published.start_again();
+            member.seen = Seen::default();
         }
     }
 }

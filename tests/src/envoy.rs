@@ -33,17 +33,31 @@ pub struct Options {
     pub concurrency: usize,
     /// Envoy's `--component-log-level`, such as `wasm:debug`; its other logs are at `warning`.
     pub component_log_level: String,
+    /// Which process of a hot restart it is, from 0; `None`: it is none of one.
+    pub restart_epoch: Option<u32>,
 }
 
 impl Options {
     /// Two workers, and what the module logs.
     pub fn new(bootstrap: impl Into<String>, admin: u16) -> Self {
-        Self { bootstrap: bootstrap.into(), admin, concurrency: 2, component_log_level: "wasm:info".to_owned() }
+        Self {
+            bootstrap: bootstrap.into(),
+            admin,
+            concurrency: 2,
+            component_log_level: "wasm:info".to_owned(),
+            restart_epoch: None,
+        }
     }
 
     /// With so many workers.
     pub fn concurrency(mut self, workers: usize) -> Self {
         self.concurrency = workers;
+        self
+    }
+
+    /// As one process of a hot restart: each takes over from the one before, which ends two seconds later.
+    pub fn restart_epoch(mut self, epoch: u32) -> Self {
+        self.restart_epoch = Some(epoch);
         self
     }
 
@@ -86,6 +100,13 @@ impl Envoy {
             .args(["--log-level", "warning", "--component-log-level", &options.component_log_level])
             // Access logs and drains should not make tests wait.
             .args(["--file-flush-interval-msec", "50", "--drain-time-s", "1"]);
+        match options.restart_epoch {
+            // Processes with the same base id take over from each other; the port is nobody else's.
+            Some(epoch) => command
+                .args(["--base-id", &options.admin.to_string(), "--restart-epoch", &epoch.to_string()])
+                .args(["--parent-shutdown-time-s", "2"]),
+            None => command.arg("--disable-hot-restart"),
+        };
         let process = Process::start("Envoy", command, &directory.path().join("envoy.log"))?;
         Ok(Self { process, admin: (Ipv4Addr::LOCALHOST, options.admin).into(), _directory: directory })
     }
@@ -93,7 +114,7 @@ impl Envoy {
     /// What `--mode validate` says of a bootstrap: `Err` with Envoy's own words if it refuses it.
     pub fn validate(bootstrap: &str) -> anyhow::Result<()> {
         let directory = tempfile::tempdir()?;
-        let output = command(&directory, bootstrap)?.args(["--mode", "validate"]).output()?;
+        let output = command(&directory, bootstrap)?.args(["--disable-hot-restart", "--mode", "validate"]).output()?;
         if !output.status.success() {
             bail!("Envoy refuses the bootstrap:\n{}", String::from_utf8_lossy(&output.stderr));
         }
@@ -172,6 +193,6 @@ fn command(directory: &TempDir, bootstrap: &str) -> anyhow::Result<Command> {
     let file: PathBuf = directory.path().join("envoy.yaml");
     fs::write(&file, bootstrap).with_context(|| format!("cannot write {}", file.display()))?;
     let mut command = Command::new(artifacts::envoy()?);
-    command.arg("--config-path").arg(file).arg("--disable-hot-restart");
+    command.arg("--config-path").arg(file);
     Ok(command)
 }

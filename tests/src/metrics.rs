@@ -60,6 +60,12 @@ impl Metrics {
         self.sum("tideshift_requests_total", &labels).unwrap_or_default() as u64
     }
 
+    /// `tideshift_misrouted_requests_total` of a service's version; 0 where nothing was counted yet.
+    pub fn misrouted_total(&self, service: &str, version: &str) -> u64 {
+        let labels = [("service", service), ("version", version)];
+        self.sum("tideshift_misrouted_requests_total", &labels).unwrap_or_default() as u64
+    }
+
     /// `tideshift_requests_total` of a service by version and outcome.
     pub fn requests_by_version(&self, service: &str) -> BTreeMap<(String, String), u64> {
         let label = |series: &Series, name: &str| series.labels.get(name).cloned().unwrap_or_default();

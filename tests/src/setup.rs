@@ -66,6 +66,18 @@ impl Setup {
         build: impl FnOnce(Bootstrap) -> Bootstrap,
         patch: impl FnOnce(&mut Value),
     ) -> anyhow::Result<Self> {
+        Self::start_as(None, policy, versions, workers, build, patch).await
+    }
+
+    /// The same, as the first process of a hot restart if there is an epoch.
+    pub async fn start_as(
+        restart_epoch: Option<u32>,
+        policy: Value,
+        versions: &[&str],
+        workers: usize,
+        build: impl FnOnce(Bootstrap) -> Bootstrap,
+        patch: impl FnOnce(&mut Value),
+    ) -> anyhow::Result<Self> {
         let mut backends = BTreeMap::new();
         let mut bootstrap = Bootstrap::new(policy)?;
         for &name in versions {
@@ -77,7 +89,8 @@ impl Setup {
         let mut json = bootstrap.to_json()?;
         patch(&mut json);
         let admin = json["admin"]["address"]["socket_address"]["port_value"].as_u64().context("no admin port")?;
-        let options = envoy::Options::new(json.to_string(), u16::try_from(admin)?).concurrency(workers);
+        let mut options = envoy::Options::new(json.to_string(), u16::try_from(admin)?).concurrency(workers);
+        options.restart_epoch = restart_epoch;
         let (envoy, vms) = Self::started(options.clone()).await?;
         Ok(Self { envoy, backends, bootstrap, options, vms })
     }
@@ -94,6 +107,16 @@ impl Setup {
         self.envoy.kill()?;
         (self.envoy, self.vms) = Self::started(self.options.clone()).await?;
         Ok(())
+    }
+
+    /// Starts the next process of a hot restart, which takes over from this one. This one is handed back: it ends by
+    /// itself.
+    pub async fn hot_restart(&mut self) -> anyhow::Result<Envoy> {
+        let next = self.options.restart_epoch.map_or(0, |epoch| epoch + 1);
+        self.options.restart_epoch = Some(next);
+        let (envoy, vms) = Self::started(self.options.clone()).await?;
+        self.vms = vms;
+        Ok(std::mem::replace(&mut self.envoy, envoy))
     }
 
     /// Where clients call.

@@ -80,7 +80,6 @@ async fn each_status_counts_by_whose_fault_it_is_and_a_service_may_see_it_otherw
         let outcome = |code: i32| match code {
             0 => Outcome::Ok,
             code if errors.contains(&code) => Outcome::Error,
-            1 => Outcome::Cancelled,
             _ => Outcome::ClientError,
         };
         let client = Client::connect(setup.address(), host).await?;
@@ -259,6 +258,29 @@ async fn what_the_proxy_or_the_network_ends_is_the_versions_error() -> anyhow::R
     }
 
     counted(&setup, "shop", &VERSIONS.map(error).into()).await?;
+    setup.no_trap().await
+}
+
+/// A call whose answer ends without a status, as one does that something in between cut off.
+#[tokio::test]
+async fn an_answer_without_a_status_is_an_error() -> anyhow::Result<()> {
+    const VERSIONS: [&str; 3] = ["nothing", "a-body", "a-status"];
+    const TIMES: u64 = 5;
+    let build = |bootstrap: Bootstrap| bootstrap.http2(&VERSIONS);
+    let setup = Setup::start_with(policy(&VERSIONS), &VERSIONS, WORKERS, build, |_| ()).await?;
+    let is_grpc = || ("content-type".to_owned(), "application/grpc".to_owned());
+    setup.backends().for_each(|backend| backend.set(|b| b.headers = vec![is_grpc()]));
+    setup.backend("nothing").set(|b| b.status = 204);
+    setup.backend("a-status").set(|b| b.trailers = vec![("grpc-status".to_owned(), "0".to_owned())]);
+    for version in VERSIONS {
+        for _ in 0..TIMES {
+            let request = setup.request("POST", HOST, "/shop.Cart/Add").header(WANT, version);
+            request.header("content-type", "application/grpc").body("").send().await?;
+        }
+    }
+    let expected = [("nothing", Outcome::Error), ("a-body", Outcome::Error), ("a-status", Outcome::Ok)];
+    let expected = expected.map(|(version, outcome)| ((version.to_owned(), outcome), TIMES));
+    counted(&setup, "shop", &expected.into()).await?;
     setup.no_trap().await
 }
 

@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 use tideshift_core::guard::Veto;
 use tideshift_tests::{
     backend::Errors,
-    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, type_url},
+    bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, socket_address, type_url},
     load::{Load, NOBODY, Plan, Tally},
     policy_server::{PolicyServer, held_after},
+    ports::Port,
     setup::{DEADLINE, EachWorker, Setup},
     wait::eventually,
 };
@@ -252,23 +253,88 @@ async fn users_get_a_vetoed_version_at_once_when_no_other_one_is_left() -> anyho
     setup.no_trap().await
 }
 
-/// A version that only testers reach by a rule, with no weight of its own.
+/// Whoever a rule takes chooses their version: what they see says nothing of what users would.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn testers_of_a_version_that_fails_fall_through_to_the_users_version() -> anyhow::Result<()> {
-    let mut shop = service("shop", &[("v1", 1), ("v2", 0)]);
+async fn what_testers_see_takes_no_version_from_the_users() -> anyhow::Result<()> {
+    const TESTS: u64 = 300;
+    let mut shop = service("shop", &[("v1", 90), ("v2", 10)]);
     let is_beta = json!([{ "headers": [{ "name": "x-beta", "type": "Present" }] }]);
     shop["rules"] = json!([{ "name": "beta", "matches": is_beta, "versions": [{ "name": "v2" }] }]);
-    shop["guard"] = json!({ "coolDownSeconds": 60 });
     let setup = Setup::start(json!({ "revision": 1, "services": [shop] }), &["v1", "v2"], WORKERS).await?;
-    fails(&setup, "v2", ALL);
+    setup.backend("v2").set(|behaviour| behaviour.bad_input = Some("/bad"));
     let users = hundred_a_second(&setup);
-    let testers = Plan::new(setup.address(), HOST).header("x-beta", "1").connections(WORKERS).rate(10.0).start();
-    logged(&setup, "guard: v2 of shop is out of service for 60 s").await?;
-    let mut each = EachWorker::open(&setup, setup.get(HOST, "/").header("x-beta", "1")).await?;
-    each.all_to("v1").await?;
-    let tally = testers.stop().await?;
-    assert!(tally.bad() <= MOST_FAILED, "{} testers' requests failed", tally.bad());
-    assert_eq!(users.stop().await?.bad(), 0);
+    let testers = Plan { path: "/bad".to_owned(), ..Plan::new(setup.address(), HOST).header("x-beta", "1") };
+    let tally = testers.connections(2 * WORKERS).callers(5).rate(100.0).run(TESTS).await?;
+    assert_eq!(tally.of_class("v2", 5), TESTS, "they are given v2, however it fails: {tally:?}");
+    let tally = users.tally();
+    assert!(tally.bad() == 0 && tally.of("v2") > 0, "{tally:?}");
+    let log = setup.envoy.log();
+    assert!(!log.contains("guard: "), "{:?}", log.lines().find(|line| line.contains("guard: ")));
+    // It is awake.
+    fails(&setup, "v2", ALL);
+    logged(&setup, "guard: v2 of shop is out of service for 2 s").await?;
+    users.stop().await?;
+    setup.no_trap().await
+}
+
+/// Two listeners with a policy each and no controller: both plugin configurations live in one VM of each worker.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_static_policies_are_both_guarded() -> anyhow::Result<()> {
+    let policy = |name: &str| json!({ "revision": 1, "services": [service(name, &[("v1", 80), ("v2", 20)])] });
+    let port = Port::reserve()?;
+    let patch = |bootstrap: &mut Value| {
+        let mut other = bootstrap["static_resources"]["listeners"][0].clone();
+        (other["name"], other["address"]) = (json!("other"), socket_address(port.address()));
+        let filter = &mut other["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][0];
+        filter["typed_config"]["config"]["configuration"]["value"] = json!(policy("pay").to_string());
+        bootstrap["static_resources"]["listeners"].as_array_mut().into_iter().for_each(|l| l.push(other.clone()));
+    };
+    let setup = Setup::start_with(policy("shop"), &["v1", "v2"], WORKERS, |bootstrap| bootstrap, patch).await?;
+    let shop = hundred_a_second(&setup);
+    let pay = Plan::new(port.address(), "pay.example.com").connections(2 * WORKERS).rate(100.0).start();
+    next(&shop, 50).await?;
+    next(&pay, 50).await?;
+    fails(&setup, "v2", ALL);
+    for (name, load) in [("shop", &shop), ("pay", &pay)] {
+        logged(&setup, &format!("guard: v2 of {name} is out of service for 2 s")).await?;
+        ensure!(load.tally().bad() <= 2 * MOST_FAILED, "{name}: {} failed requests", load.tally().bad());
+    }
+    fails(&setup, "v2", NONE);
+    shop.stop().await?;
+    pay.stop().await?;
+    setup.no_trap().await
+}
+
+/// A usual way to have fewer stats leaves ours out, which Envoy does not tell the filter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guard_and_reports_see_without_envoys_stats() -> anyhow::Result<()> {
+    let server = PolicyServer::start().await?;
+    let mut policy = json!({ "revision": 1, "services": [service("shop", &[("v1", 90), ("v2", 10)])] });
+    policy["controller"] = json!({ "cluster": CONTROLLER_CLUSTER });
+    let few = |bootstrap: &mut Value| {
+        let prefixes = ["cluster.", "http.", "listener.", "wasm."].map(|prefix| json!({ "prefix": prefix }));
+        bootstrap["stats_config"]["stats_matcher"] = json!({ "inclusion_list": { "patterns": prefixes } });
+    };
+    let build = |bootstrap: Bootstrap| bootstrap.controller(server.address());
+    let setup = Setup::start_with(policy, &["v1", "v2"], WORKERS, build, few).await?;
+    let load = hundred_a_second(&setup);
+    fails_and_is_taken_out(&setup, &load, "no stats").await.map(drop)?;
+    let tally = load.stop().await?;
+    let stats = setup.envoy.stats().await?;
+    ensure!(!stats.contains("tideshift_requests"), "the stats are there");
+    eventually("a report of all requests, and of the veto", DEADLINE, async || {
+        let report = server.last_report()?;
+        let of =
+            |name: &str| report.services.iter().flat_map(|s| &s.versions).find(|v| v.name == name).map(|v| v.ended);
+        let (v1, v2) = (of("v1").unwrap_or_default(), of("v2").unwrap_or_default());
+        let seen = (v1.ok, v1.error, v2.ok, v2.error);
+        // Also those that the last step sent.
+        let sent = (tally.of_class("v1", 2) + 30 * WORKERS as u64, 0, tally.of_class("v2", 2), tally.of_class("v2", 5));
+        ensure!(seen == sent, "{seen:?}, and clients {sent:?}");
+        ensure!(told(&server)?.iter().any(|veto| veto.version == "v2"));
+        Ok(())
+    })
+    .await?;
     setup.no_trap().await
 }
 

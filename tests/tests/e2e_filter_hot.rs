@@ -2,11 +2,17 @@
 //! files, and both at once, under load on several workers. Not one request fails, and clients, upstreams, Envoy's stats
 //! and the reports say the same of each version, to the request.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tideshift_core::{outcome::Outcome, report::Counts};
+use tideshift_core::{
+    outcome::Outcome,
+    report::{Counts, Report},
+};
 use tideshift_tests::{
     backend::{Errors, Mode},
     bootstrap::{Bootstrap, CONTROLLER_CLUSTER},
@@ -245,6 +251,55 @@ async fn a_hundred_plugin_configurations_by_renamed_files_lose_nothing() -> anyh
     .await?;
     println!("{SWAPS} plugin configurations in {took:.1?} under {} requests, 0 failed: {:?}", tally.sent, tally.by);
     setup.no_panic()
+}
+
+/// Over Envoy's hot restart the new process takes over the stats of the old one, but what it reports is its own: each
+/// request is told once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hot_restart_tells_of_each_request_once() -> anyhow::Result<()> {
+    let server = PolicyServer::start().await?;
+    let policy = controlled(of(5, [("v1", 1), ("v2", 1), ("v3", 1)]));
+    let build = |bootstrap: Bootstrap| bootstrap.controller(server.address());
+    let node = |bootstrap: &mut Value| bootstrap["node"] = json!({ "id": "restarted", "cluster": "tests" });
+    let mut setup = Setup::start_as(Some(0), policy, &VERSIONS, WORKERS, build, node).await?;
+    let load = Plan::new(setup.address(), HOST).connections(2 * WORKERS).rate(200.0).start();
+    let answered = async |requests: u64| {
+        let before = load.tally().answered;
+        eventually("more answers", DEADLINE, async || {
+            ensure!(load.tally().answered >= before + requests);
+            Ok(())
+        })
+        .await
+    };
+    answered(200).await?;
+    let mut old = setup.hot_restart().await?;
+    eventually("the old Envoy to end", DEADLINE, async || {
+        ensure!(!old.is_running());
+        Ok(())
+    })
+    .await?;
+    answered(200).await?;
+    let tally = load.stop().await?;
+    ensure!((tally.sent, tally.failed) == (tally.answered, 0), "{tally:?}");
+    eventually("the reports of both to have each request once", DEADLINE, async || {
+        let mut last: BTreeMap<String, Report> = BTreeMap::new();
+        for report in server.reports() {
+            ensure!(report.proxy == "restarted", "{report:?}");
+            last.insert(report.start.clone(), report);
+        }
+        let of = |report: &Report, name: &str| {
+            let versions = report.services.iter().flat_map(|service| &service.versions);
+            versions.filter(|version| version.name == name).map(|version| version.ended.total()).sum::<u64>()
+        };
+        ensure!(last.len() == 2 && last.values().all(|report| of(report, "v1") > 0), "{last:?}");
+        for version in VERSIONS {
+            let told: Vec<u64> = last.values().map(|report| of(report, version)).collect();
+            ensure!(told.iter().sum::<u64>() == tally.of(version), "{version}: {told:?} of {}", tally.of(version));
+        }
+        Ok(())
+    })
+    .await?;
+    setup.no_trap().await
 }
 
 /// Also: what the controller said counts, not what the plugin configurations say by the way.

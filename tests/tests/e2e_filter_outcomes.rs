@@ -14,7 +14,7 @@ use tideshift_tests::{
     bootstrap::{Bootstrap, CONTROLLER_CLUSTER},
     policy_server::PolicyServer,
     ports::Port,
-    setup::{DEADLINE, Setup},
+    setup::{DEADLINE, EachWorker, Setup},
     wait::eventually,
 };
 use tokio::net::TcpStream;
@@ -130,28 +130,28 @@ async fn start() -> anyhow::Result<(Setup, PolicyServer, Port)> {
     Ok((setup, server, nobody))
 }
 
-/// The outcome of each version's exchanges, and what the client sees of them: a status, or none if the answer breaks
+/// The outcome of each version's exchanges (none for those that are misrouted), and what the client sees of them: a status, or none if the answer breaks
 /// off.
-const EXPECTED: [(&str, Outcome, Option<u16>); 19] = [
-    ("ok", Outcome::Ok, Some(200)),
-    ("redirect", Outcome::Ok, Some(302)),
-    ("not-found", Outcome::ClientError, Some(404)),
-    ("teapot", Outcome::ClientError, Some(418)),
-    ("broken", Outcome::Error, Some(500)),
-    ("reset", Outcome::Error, Some(503)),
-    ("reset-in-body", Outcome::Error, None),
-    ("hangs", Outcome::Error, Some(504)),
-    ("grpc-ok", Outcome::Ok, Some(200)),
-    ("grpc-unavailable", Outcome::Error, Some(200)),
-    ("grpc-not-found", Outcome::ClientError, Some(200)),
-    ("grpc-trailers", Outcome::Error, Some(200)),
-    ("grpc-trailers-fine", Outcome::Ok, Some(200)),
-    ("retried", Outcome::Ok, Some(200)),
-    ("retried-in-vain", Outcome::Error, Some(500)),
-    ("refuses", Outcome::Error, Some(503)),
-    ("no-cluster", Outcome::Error, Some(503)),
-    ("no-route", Outcome::ClientError, Some(404)),
-    ("unknown", Outcome::ClientError, Some(404)),
+const EXPECTED: [(&str, Option<Outcome>, Option<u16>); 19] = [
+    ("ok", Some(Outcome::Ok), Some(200)),
+    ("redirect", Some(Outcome::Ok), Some(302)),
+    ("not-found", Some(Outcome::ClientError), Some(404)),
+    ("teapot", Some(Outcome::ClientError), Some(418)),
+    ("broken", Some(Outcome::Error), Some(500)),
+    ("reset", Some(Outcome::Error), Some(503)),
+    ("reset-in-body", Some(Outcome::Error), None),
+    ("hangs", Some(Outcome::Error), Some(504)),
+    ("grpc-ok", Some(Outcome::Ok), Some(200)),
+    ("grpc-unavailable", Some(Outcome::Error), Some(200)),
+    ("grpc-not-found", Some(Outcome::ClientError), Some(200)),
+    ("grpc-trailers", Some(Outcome::Error), Some(200)),
+    ("grpc-trailers-fine", Some(Outcome::Ok), Some(200)),
+    ("retried", Some(Outcome::Ok), Some(200)),
+    ("retried-in-vain", Some(Outcome::Error), Some(500)),
+    ("refuses", Some(Outcome::Error), Some(503)),
+    ("no-cluster", Some(Outcome::Error), Some(503)),
+    ("no-route", None, Some(404)),
+    ("unknown", None, Some(404)),
 ];
 
 /// Those where the client goes away.
@@ -161,6 +161,11 @@ const LEFT: [&str; 2] = ["left", "left-in-body"];
 async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::Result<()> {
     let (setup, server, _nobody) = start().await?;
     let setup = Arc::new(setup);
+
+    // Each worker sees at its first request that this service speaks gRPC; later it might be a moment late.
+    let grpc = setup.get(HOST, "/").header("x-want", "grpc-ok").header("content-type", "application/grpc");
+    EachWorker::open(&setup, grpc.clone()).await?.send(&grpc).await?;
+    let times = |version: &str| if version == "grpc-ok" { TIMES + WORKERS as u64 } else { TIMES };
 
     let mut clients = tokio::task::JoinSet::new();
     for (version, _, status) in EXPECTED {
@@ -201,19 +206,21 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
         client??;
     }
 
-    let total = TIMES * (EXPECTED.len() + LEFT.len()) as u64;
-    let metrics = setup.settled("shop", total).await?;
-    let expected: BTreeMap<&str, Outcome> = EXPECTED
+    let expected: BTreeMap<&str, Option<Outcome>> = EXPECTED
         .iter()
         .map(|(version, outcome, _)| (*version, *outcome))
-        .chain(LEFT.map(|version| (version, Outcome::Cancelled)))
+        .chain(LEFT.map(|version| (version, Some(Outcome::Cancelled))))
         .collect();
-    let of_outcome = |other: Outcome, version: &str| if expected[version] == other { TIMES } else { 0 };
+    let of_outcome = |other: Outcome, version: &str| if expected[version] == Some(other) { times(version) } else { 0 };
+    let misrouted = |version: &str| if expected[version].is_none() { TIMES } else { 0 };
+    let total = TIMES * expected.values().flatten().count() as u64 + WORKERS as u64;
+    let metrics = setup.settled("shop", total).await?;
     for version in expected.keys() {
         for outcome in Outcome::ALL {
             let counted = metrics.requests_total("shop", version, outcome.label());
             assert_eq!(counted, of_outcome(outcome, version), "{version}: {}", outcome.label());
         }
+        assert_eq!(metrics.misrouted_total("shop", version), misrouted(version), "{version}");
     }
     assert_eq!(setup.backend("retried").counts().requests, 2 * TIMES - 1, "all but the first were retried");
     assert_eq!(setup.backend("retried-in-vain").counts().requests, 4 * TIMES);
@@ -224,7 +231,7 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
         for version in expected.keys() {
             let labels = [("service", "shop"), ("version", *version)];
             let observed = metrics.sum("tideshift_request_duration_milliseconds_count", &labels).unwrap_or_default();
-            let wanted = if LEFT.contains(version) { 0 } else { TIMES };
+            let wanted = if LEFT.contains(version) { 0 } else { times(version) - misrouted(version) };
             ensure!(observed as u64 == wanted, "{version}: {observed}");
         }
         let slow = metrics.sum("tideshift_request_duration_milliseconds_sum", &[("version", "hangs")]);
@@ -250,7 +257,7 @@ async fn each_ending_is_counted_once_for_the_version_it_speaks_of() -> anyhow::R
         for outcome in Outcome::ALL {
             assert_eq!(version.ended.of(outcome), of_outcome(outcome, name), "{name}: {}", outcome.label());
         }
-        assert_eq!(version.in_flight, 0, "{name}");
+        assert_eq!((version.in_flight, version.misrouted), (0, misrouted(name)), "{name}");
     }
     assert_eq!(services[0].versions.len(), BACKENDS.len() + OTHERS.len());
     assert_eq!(server.strange(), [""; 0]);

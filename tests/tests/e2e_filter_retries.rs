@@ -13,7 +13,7 @@ use tideshift_tests::{
     load::Plan,
     metrics::Metrics,
     ports::Port,
-    setup::{DEADLINE, Setup, WANT, picked_service},
+    setup::{DEADLINE, EachWorker, Setup, WANT, picked_service},
     wait::eventually,
 };
 use tokio::task::JoinSet;
@@ -259,6 +259,9 @@ async fn what_envoy_answers_by_itself_is_counted_by_what_the_client_got() -> any
         Ok(())
     })
     .await?;
+    let behind = setup.request("POST", HOST, "/").header(WANT, "behind-filters");
+    // Each worker has to have seen that Envoy names clusters.
+    EachWorker::open(&setup, behind.clone()).await?.send(&behind.clone().body("fine")).await?;
     for (version, status) in [
         ("no-endpoint", 503),
         ("unhealthy", 503),
@@ -272,7 +275,6 @@ async fn what_envoy_answers_by_itself_is_counted_by_what_the_client_got() -> any
     ] {
         assert_eq!(call(&setup, version).await?.status, status, "{version}");
     }
-    let behind = setup.request("POST", HOST, "/").header(WANT, "behind-filters");
     for (status, request) in [
         (200, behind.clone().body("fine")),
         (413, behind.clone().body(vec![b'x'; 2_000])),
@@ -281,22 +283,23 @@ async fn what_envoy_answers_by_itself_is_counted_by_what_the_client_got() -> any
     ] {
         assert_eq!(request.send().await?.status, status);
     }
-    assert_eq!(setup.backend("behind-filters").counts().requests, 1, "the others reached it too");
+    assert_eq!(setup.backend("behind-filters").counts().requests, 1 + WORKERS as u64, "the others reached it too");
 
     // ok, error, client_error, cancelled
-    let metrics = setup.settled("shop", 9 + 4).await?;
+    let misrouted = ["no-route", "direct-fine", "direct-sorry", "redirected"];
+    let metrics = setup.settled("shop", 5 + 4 + WORKERS as u64).await?;
     for (version, expected) in [
         ("no-endpoint", [0, 1, 0, 0]),
         ("unhealthy", [0, 1, 0, 0]),
         ("no-cluster", [0, 1, 0, 0]),
-        ("no-route", [0, 0, 1, 0]),
-        ("direct-fine", [1, 0, 0, 0]),
-        ("direct-sorry", [0, 1, 0, 0]),
-        ("redirected", [1, 0, 0, 0]),
         ("limited", [1, 0, 1, 0]),
-        ("behind-filters", [1, 1, 2, 0]),
+        ("behind-filters", [1 + WORKERS as u64, 1, 2, 0]),
     ] {
-        assert_eq!(outcomes(&metrics, version), expected, "{version}");
+        assert_eq!((outcomes(&metrics, version), metrics.misrouted_total("shop", version)), (expected, 0), "{version}");
+    }
+    // What Envoy was told to answer, or has no route for, no version has answered.
+    for version in misrouted {
+        assert_eq!((outcomes(&metrics, version), metrics.misrouted_total("shop", version)), ([0; 4], 1), "{version}");
     }
     setup.no_trap().await
 }

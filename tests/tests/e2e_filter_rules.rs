@@ -1,12 +1,15 @@
 //! Hosts, rules and versions out of service in a real Envoy: who gets which version.
 
-use anyhow::Context as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::{
     backend::{Mode, SERVED_BY},
     bootstrap::VERSION_HEADER,
-    client::Request,
-    setup::Setup,
+    client::{Connection, Request},
+    setup::{DEADLINE, Setup, served_by},
+    wait::eventually,
 };
 
 const WORKERS: usize = 3;
@@ -14,7 +17,7 @@ const WORKERS: usize = 3;
 /// Who answered, and whether marked as that version; the default route leads to v1 unmarked.
 async fn chosen(request: &Request) -> anyhow::Result<String> {
     let response = request.send().await?;
-    anyhow::ensure!(response.status == 200, "{}: {}", response.status, response.text());
+    ensure!(response.status == 200, "{}: {}", response.status, response.text());
     let by = response.header(SERVED_BY).context("nobody served it")?;
     let echo = response.json()?;
     let headers = echo["headers"].as_array().context("no headers in the echo")?;
@@ -42,7 +45,7 @@ async fn check(cases: Vec<(&str, Request, &str)>) -> anyhow::Result<()> {
             Err(error) => wrong.push(format!("{name}: {error:#}")),
         }
     }
-    anyhow::ensure!(wrong.is_empty(), "{wrong:#?}");
+    ensure!(wrong.is_empty(), "{wrong:#?}");
     Ok(())
 }
 
@@ -279,8 +282,14 @@ async fn all_fields_of_one_match_any_match_of_a_rule_the_first_rule_that_can() -
     .await?;
 
     let metrics = setup.settled("nobody", 1).await?;
-    let unrouted = |service: &str| metrics.sum("tideshift_unrouted_requests_total", &[("service", service)]);
-    assert_eq!((unrouted("nobody"), unrouted("order")), (Some(2.0), Some(0.0)));
+    eventually("two requests that nothing was in service for", DEADLINE, async || {
+        let metrics = setup.envoy.prometheus().await?;
+        let unrouted = |service: &str| metrics.sum("tideshift_unrouted_requests_total", &[("service", service)]);
+        let seen = (unrouted("nobody"), unrouted("order"));
+        ensure!(seen == (Some(2.0), Some(0.0)), "{seen:?}");
+        Ok(())
+    })
+    .await?;
     assert_eq!(metrics.requests_total("nobody", "v3", "ok"), 1);
     assert_eq!(setup.backend("v4").counts().requests, 0, "a version out of service was asked");
 
@@ -327,9 +336,48 @@ async fn the_most_specific_hostname_decides_and_other_hosts_are_left_alone() -> 
     let envoys = ["x-forwarded-proto", "x-request-id", "x-envoy-expected-rq-timeout-ms"];
     let rest: Vec<_> = names.into_iter().filter(|name| !envoys.contains(name)).collect();
     assert_eq!(rest, ["host", "x-a", "x-a", "x-empty"]);
-    let metrics = setup.settled("exact", 4).await?;
+    for (service, requests) in [("exact", 4), ("wildcard", 4), ("longer", 2)] {
+        setup.settled(service, requests).await?;
+    }
+    let metrics = setup.envoy.prometheus().await?;
     assert_eq!(metrics.sum("tideshift_requests_total", &[]), Some(10.0), "the others are counted for nobody");
     assert_eq!(metrics.sum("tideshift_unrouted_requests_total", &[]), Some(0.0));
+    setup.no_trap().await
+}
+
+/// Longer values match no expression, so that nobody can keep a worker busy.
+#[tokio::test]
+async fn a_long_header_costs_little_where_an_expression_looks_at_it() -> anyhow::Result<()> {
+    const ROUNDS: usize = 200;
+    let is_browser = json!([{ "headers": [{ "name": "user-agent", "type": "RegularExpression", "value": ".*(Chrome|Firefox)/[0-9]+.*" }] }]);
+    let services = json!([
+        { "name": "shop", "hostnames": ["shop.example.com"], "versions": [{ "name": "v1" }, { "name": "v2", "weight": 0 }],
+          "rules": [{ "matches": is_browser, "versions": [{ "name": "v2" }] }] },
+        { "name": "plain", "hostnames": ["plain.example.com"], "versions": [{ "name": "v1" }] },
+    ]);
+    let setup = start(json!({ "revision": 1, "stripClientHeaders": false, "services": services })).await?;
+    setup.backends().for_each(|backend| backend.set(|behaviour| behaviour.mode = Mode::Answer));
+    let short = setup.get("shop.example.com", "/").header("user-agent", "Mozilla Firefox/1 of the tests");
+    assert_eq!(served_by(&short.send().await?)?, "v2");
+    let long = "ab ".repeat(50_000 / 3);
+    let mut connection = Connection::open(setup.address()).await?;
+    let mut times: [Vec<Duration>; 2] = Default::default();
+    let requests =
+        ["shop.example.com", "plain.example.com"].map(|host| setup.get(host, "/").header("user-agent", &long));
+    for _ in 0..ROUNDS {
+        for (request, times) in requests.iter().zip(&mut times) {
+            let begun = Instant::now();
+            let response = connection.send(request).await?;
+            times.push(begun.elapsed());
+            assert_eq!((response.status, served_by(&response)?.as_str()), (200, "v1"));
+        }
+    }
+    let [with, without] = times.map(|mut times| {
+        times.sort_unstable();
+        times[ROUNDS / 2]
+    });
+    println!("{with:?} with an expression, {without:?} without");
+    assert!(with < without + Duration::from_millis(1), "{with:?} with an expression, {without:?} without");
     setup.no_trap().await
 }
 

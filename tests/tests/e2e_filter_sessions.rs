@@ -112,9 +112,8 @@ async fn apply(
 
 #[tokio::test]
 async fn a_cookie_is_set_when_there_is_something_to_remember_and_only_then() -> anyhow::Result<()> {
-    let shared = json!({ "secret": "of-both" });
     let services =
-        [service("shop", &[("v1", 1), ("v2", 1)], &shared), service("single", &[("v1", 1), ("v2", 0)], &shared)];
+        [service("shop", &[("v1", 1), ("v2", 1)], &json!({})), service("single", &[("v1", 1), ("v2", 0)], &json!({}))];
     let setup = Setup::start(policy(1, &services), &VERSIONS, WORKERS).await?;
     let of_app = [("set-cookie", "app=1; Path=/app"), ("set-cookie", "tideshift_other=v2; Secure")];
     let headers = of_app.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
@@ -146,17 +145,17 @@ async fn a_cookie_is_set_when_there_is_something_to_remember_and_only_then() -> 
         }
     }
 
-    // Where there is but one version, nobody is given a cookie, but one that does not hold any more is replaced.
+    // Where there is but one version, nobody is given a cookie, but one that does not hold is replaced.
     for response in workers.send(&setup.get("single.example.com", "/")).await? {
-        assert_eq!((served_by(&response)?.as_str(), set_cookies(&response)), ("v1", apps_own.clone()));
-    }
-    for response in workers.send(&users["v1"].request(&setup, "single.example.com")).await? {
         assert_eq!((served_by(&response)?.as_str(), set_cookies(&response)), ("v1", apps_own.clone()));
     }
     for response in workers.send(&users["v2"].request(&setup, "single.example.com")).await? {
         let user = User::of(&response)?;
         assert_eq!(user.version, "v1");
         assert!(user.cookie.starts_with(&format!("{COOKIE}=v1~")), "{user:?}");
+        for response in workers.send(&user.request(&setup, "single.example.com")).await? {
+            assert_eq!((served_by(&response)?.as_str(), set_cookies(&response)), ("v1", apps_own.clone()));
+        }
     }
     setup.no_trap().await
 }
@@ -219,49 +218,53 @@ async fn the_cookie_is_secure_where_the_client_speaks_tls() -> anyhow::Result<()
 #[tokio::test]
 async fn cookies_that_do_not_hold_are_replaced_and_choose_nothing() -> anyhow::Result<()> {
     let both = [("v1", 1), ("v2", 1)];
-    let services = [
-        service("shop", &[("v1", 999), ("v2", 1)], &json!({ "secret": "ours", "generation": 1 })),
-        service("neighbour", &both, &json!({ "secret": "ours", "generation": 1 })),
-        service("foreign", &both, &json!({ "secret": "theirs", "generation": 1 })),
-        service("older", &both, &json!({ "secret": "ours", "generation": 0 })),
-        service("newer", &both, &json!({ "secret": "ours", "generation": 2 })),
-        service("retired", &[("v1", 1), ("v3", 1)], &json!({ "secret": "ours", "generation": 1 })),
-    ];
-    let setup = Setup::start(policy(1, &services), &VERSIONS, WORKERS).await?;
+    let session = |secret: &str, generation: u64| json!({ "secret": secret, "generation": generation });
+    let server = PolicyServer::start().await?;
+    let setup = controlled(&server, &both, &session("ours", 1)).await?;
     let mut workers = each_worker(&setup).await?;
-    // The cookies of another service's users of a version.
-    let mut cookies_of = async |service: &str, version: &str| {
-        let users = newcomers(&setup, &mut workers, &format!("{service}.example.com"), 45).await?;
+    let mut revision = 100;
+    // The cookies of users of a version, of a service as it was before or is elsewhere.
+    let mut cookies_of = async |name: &str, versions: &[(&str, u32)], session: Value, version: &str| {
+        revision += 1;
+        let service = service(name, versions, &session);
+        apply(&server, revision, service, &mut [(&setup, &mut workers)]).await?;
+        let users = newcomers(&setup, &mut workers, &format!("{name}.example.com"), 45).await?;
         let of_version = users.into_iter().filter(|user| user.version == version).take(15);
         let cookies: Vec<_> = of_version.map(|user| user.cookie).collect();
         ensure!(cookies.len() == 15, "only {} users of {version}", cookies.len());
         Ok(cookies)
     };
-    let holding = cookies_of("neighbour", "v2").await?;
-    let foreign = cookies_of("foreign", "v2").await?;
-    let older = cookies_of("older", "v2").await?;
-    let newer = cookies_of("newer", "v2").await?;
-    let retired = cookies_of("retired", "v3").await?;
-    let own: Vec<_> = cookies_of("neighbour", "v1").await?;
+    let holding = cookies_of("shop", &both, session("ours", 1), "v2").await?;
+    let neighbour = cookies_of("neighbour", &both, session("ours", 1), "v2").await?;
+    let foreign = cookies_of("shop", &both, session("theirs", 1), "v2").await?;
+    let older = cookies_of("shop", &both, session("ours", 0), "v2").await?;
+    let newer = cookies_of("shop", &both, session("ours", 2), "v2").await?;
+    let retired = cookies_of("shop", &[("v1", 1), ("v3", 1)], session("ours", 1), "v3").await?;
+    let own: Vec<_> = cookies_of("shop", &both, session("ours", 1), "v1").await?;
+    let now = service("shop", &[("v1", 999), ("v2", 1)], &session("ours", 1));
+    apply(&server, 200, now, &mut [(&setup, &mut workers)]).await?;
     let altered = |cookie: &str, from: &str, to: &str| cookie.replacen(from, to, 1);
     let forged = own.iter().map(|cookie| altered(cookie, "=v1~", "=v2~")).collect();
-    let other_id = holding.iter().map(|cookie| altered(cookie, "v2~1~", "v2~1~0")).collect();
+    let other_id = holding.iter().map(|cookie| altered(cookie, "v2~1~0~", "v2~1~0~0")).collect();
+    let other_step = holding.iter().map(|cookie| altered(cookie, "v2~1~0~", "v2~1~1~")).collect();
     let other_generation = older.iter().map(|cookie| altered(cookie, "v2~0~", "v2~1~")).collect();
     let upper_case = holding.iter().map(|cookie| cookie.replace("v2~", "V2~")).collect();
     let cut = holding.iter().map(|cookie| cookie[..cookie.len() - 1].to_owned()).collect();
     let quoted = holding.iter().map(|cookie| format!("{}\"", altered(cookie, "=", "=\""))).collect();
     let of_another_name = holding.iter().map(|cookie| format!("x{cookie}")).collect();
-    let long = format!("{COOKIE}=v2~1~{}~0123456789abcdef", "0".repeat(8_000));
-    let made_up = ["", "v2", "v2~", "~~~", "v2~1~0000000000000001~0000000000000000", "v2;v2", "v2~1~0~0~0~0"];
+    let long = format!("{COOKIE}=v2~1~0~{}~0123456789abcdef", "0".repeat(8_000));
+    let made_up = ["", "v2", "v2~", "~~~~", "v2~1~0~0000000000000001~0000000000000000", "v2;v2", "v2~1~0~0~0~0"];
     let made_up = made_up.map(|value| format!("{COOKIE}={value}")).into_iter().chain([COOKIE.to_owned(), long]);
 
     for (what, cookies) in [
+        ("another service, of the same secret", neighbour),
         ("another secret", foreign),
         ("an older generation", older),
         ("a generation that is not there yet", newer),
         ("a version that the service does not have", retired),
         ("another version put in", forged),
         ("another id", other_id),
+        ("another step", other_step),
         ("another generation put in", other_generation),
         ("another case", upper_case),
         ("cut", cut),
@@ -490,7 +493,7 @@ async fn clients_that_send_no_cookies_get_an_even_split_and_each_an_id_of_their_
     assert!((97..=103).contains(&on_v2), "{on_v2} of 1,000 by turn, at 10 %");
     let mut workers = each_worker(&setup).await?;
     let users = newcomers(&setup, &mut workers, HOST, 300).await?;
-    let ids: BTreeSet<_> = users.iter().filter_map(|user| user.cookie.split('~').nth(2)).collect();
+    let ids: BTreeSet<_> = users.iter().filter_map(|user| user.cookie.split('~').nth(3)).collect();
     assert_eq!(ids.len(), users.len(), "two users have the same id");
     setup.no_trap().await
 }

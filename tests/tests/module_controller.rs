@@ -184,6 +184,45 @@ fn reports_are_cumulative_and_come_each_second_from_one_vm() -> anyhow::Result<(
     Ok(())
 }
 
+/// A plugin configuration for another controller comes and goes; what the first one is told goes on, and begins with
+/// nothing that it was told before.
+#[test]
+fn a_configuration_that_comes_back_counts_nothing_twice() -> anyhow::Result<()> {
+    let mut host = host()?;
+    let requests = |host: &mut WasmHost| -> anyhow::Result<()> {
+        for n in 0..10 * WORKERS {
+            let exchange = host.request(1 + n % WORKERS, &[(":path", "/")])?;
+            host.end(exchange, &Ending::status(200))?;
+        }
+        // All of them are counted by the time of the next report.
+        pass(host, 300)
+    };
+    let configure = |host: &mut WasmHost, authority: &str, revision: u64| -> anyhow::Result<()> {
+        let mut policy = policy(revision, "v1");
+        policy["controller"] = json!({"cluster": "tideshift_controller", "authority": authority});
+        ensure!(host.configure(&policy.to_string())?);
+        for _ in 0..3 {
+            pass(host, 1_000)?;
+            look(host)?;
+        }
+        Ok(())
+    };
+    requests(&mut host)?;
+    report(&mut host)?;
+    for round in 0..2 {
+        configure(&mut host, "other", 2 + 2 * round)?;
+        requests(&mut host)?;
+        report(&mut host)?;
+        configure(&mut host, "c", 3 + 2 * round)?;
+        requests(&mut host)?;
+        let report = report(&mut host)?;
+        let v1 = &report["services"][0]["versions"][0];
+        let sent = (3 + 2 * round) * 10 * WORKERS as u64;
+        ensure!(v1["ok"] == sent && v1["inFlight"] == 0, "{sent} were sent: {report}");
+    }
+    Ok(())
+}
+
 /// So that one that was held up on its way can be told from news, whichever VM has sent it.
 #[test]
 fn reports_are_numbered_over_all_vms_of_a_run() -> anyhow::Result<()> {

@@ -1,16 +1,21 @@
 //! The real module in the wasm host: vetoes when the VM that guards goes away, which no Envoy does on demand.
 
 use anyhow::ensure;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_tests::wasm_host::{Ending, MAIN, WasmHost};
 
 const WORKERS: usize = 2;
 
+/// A controller that never answers. What configurations with the same one know, they share.
+fn controller() -> Value {
+    json!({"cluster": "tideshift_controller"})
+}
+
 /// A proxy whose v2, which has a tenth of the requests, fails them all and is taken out for a second.
 fn host_with_veto() -> anyhow::Result<WasmHost> {
     let mut host = WasmHost::new(WORKERS)?;
-    let policy = json!({"revision": 1, "services": [{
+    let policy = json!({"controller": controller(), "revision": 1, "services": [{
         "name": "checkout",
         "versions": [{"name": "v1", "weight": 90}, {"name": "v2", "weight": 10}],
         "guard": {"coolDownSeconds": 1},
@@ -60,7 +65,7 @@ fn a_veto_ends_when_its_time_is_up() -> anyhow::Result<()> {
 #[test]
 fn a_veto_is_heeded_no_more_as_soon_as_nobody_else_is_in_service() -> anyhow::Result<()> {
     let mut host = host_with_veto()?;
-    let alone = json!({"revision": 2, "services": [{
+    let alone = json!({"controller": controller(), "revision": 2, "services": [{
         "name": "checkout",
         "versions": [{"name": "v1", "weight": 0, "serving": false}, {"name": "v2", "weight": 10}],
         "guard": {"coolDownSeconds": 1},

@@ -172,7 +172,7 @@ impl Soak {
         Ok(())
     }
 
-    /// All policies come by, and everything else that can, with few requests.
+    /// All policies come by, and everything else that can, mostly with few requests.
     fn warm_up(&mut self) -> anyhow::Result<()> {
         for n in 0..1_000 {
             (0..10).try_for_each(|_| self.request())?;
@@ -181,7 +181,8 @@ impl Soak {
                 self.configure()?;
             }
         }
-        Ok(())
+        // As many at once as there will be.
+        self.run(20_000)
     }
 
     /// All streams end.
@@ -191,6 +192,51 @@ impl Soak {
         }
         Ok(())
     }
+}
+
+/// What was counted for versions and services that are gone is forgotten in the end.
+#[test]
+fn memory_stays_however_many_versions_come_and_go() -> anyhow::Result<()> {
+    const KEPT: u64 = 30;
+    let policy = |n: u64| {
+        let versions = [json!({"name": format!("v{n}")}), json!({"name": format!("v{}", n + 1)})];
+        let of_this = json!({"name": format!("s{n}"), "hostnames": ["gone.example.com"], "versions": versions});
+        json!({
+            "controller": {"cluster": "tideshift_controller"},
+            "revision": n,
+            "services": [of_this, {"name": "shop", "versions": versions, "stable": format!("v{n}"), "step": n}],
+        })
+    };
+    let mut host = WasmHost::new(WORKERS)?;
+    let mut pass = |policies: std::ops::Range<u64>| {
+        for n in policies {
+            // By configurations and by the controller in turn.
+            if n % 2 == 0 {
+                ensure!(host.configure(&policy(n).to_string())?, "refused: {:?}", host.log().pop());
+            }
+            for request in 0..20 {
+                let authority = if request % 4 == 0 { "gone.example.com" } else { "shop.example.com" };
+                let exchange = host.request(1 + request % WORKERS, &[(":authority", authority), (":path", "/")])?;
+                host.end(exchange, &Ending::status(if request % 5 == 0 { 500 } else { 200 }))?;
+            }
+            host.advance(Duration::from_secs(300 / KEPT))?;
+            for call in host.take_callouts() {
+                let answer = match call.header(":path").as_deref() {
+                    Some("/v1/reports") => Answer::new(204, ""),
+                    _ => Answer::new(200, policy(n).to_string()).header("x-tideshift-epoch", format!("e{n}")),
+                };
+                host.answer(&call, &answer)?;
+                host.wake()?;
+            }
+        }
+        host.clear_log();
+        Ok((MAIN..=WORKERS).map(|thread| host.pages(thread)).collect::<Vec<u64>>())
+    };
+    let before = pass(2..3 * KEPT)?;
+    let after = pass(3 * KEPT..12 * KEPT)?;
+    println!("pages of 64 KiB by VM: {before:?} when warm, {after:?} at the end");
+    ensure!(after == before, "memory grew from {before:?} to {after:?} pages");
+    Ok(())
 }
 
 #[test]
@@ -210,6 +256,7 @@ fn memory_stays_and_no_count_is_lost() -> anyhow::Result<()> {
         took.as_secs_f64() * 1e6 / requests as f64
     );
     ensure!(after == before, "memory grew from {before:?} to {after:?} pages");
+    soak.host.advance(Duration::from_secs(1))?;
     let metrics = soak.host.metrics();
     let sum = |what: &str| metrics.iter().filter(|(name, _)| name.ends_with(what)).map(|(_, value)| value).sum::<u64>();
     ensure!(sum("tideshift_requests_total") == soak.marked, "{metrics:?}\nof {}", soak.marked);

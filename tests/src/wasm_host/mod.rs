@@ -7,6 +7,7 @@
 //! * a configuration is tried by a canary VM on the main thread first, which is thrown away, then given to the main
 //!   thread's VM ([`MAIN`]) and to each worker's; a new one gets a new root context in the same VMs;
 //! * shared data, queues and metrics belong to the proxy, metric ids and callout tokens to a VM;
+//! * an answered request went to the cluster that is called like the version which its header names;
 //! * `on_log` comes before `on_done`, and also for exchanges whose headers the module never saw.
 //!
 //! ```no_run
@@ -73,7 +74,8 @@ impl WasmHost {
 
     /// The same with another module, as wasm or as text.
     ///
-    /// Its clock stands at 2026-01-01; it knows the controller's cluster and the properties of the plugin.
+    /// Its clock stands at 2026-01-01; it knows the controller's cluster and the properties of the plugin; all
+    /// requests come from one client, until [`set_property`](Self::set_property) says otherwise of `source.address`.
     pub fn with_module(module: &[u8], workers: usize) -> anyhow::Result<Self> {
         let engine = Engine::new(Config::default().consume_fuel(true));
         let module = Module::new(&engine, module).context("not a wasm module")?;
@@ -93,6 +95,7 @@ impl WasmHost {
         for path in ["plugin_name", "plugin_root_id", "plugin_vm_id"] {
             shared.properties.insert(abi::property_path(path), VM_ID.as_bytes().to_vec());
         }
+        shared.properties.insert(abi::property_path("source.address"), b"127.0.0.1:40000".to_vec());
         drop(shared);
         Ok(host)
     }

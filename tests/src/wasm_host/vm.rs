@@ -17,6 +17,7 @@ use super::{
     shared::{Kind, Shared},
     wasi,
 };
+use crate::bootstrap::VERSION_HEADER;
 
 /// What the host calls of one VM see and change.
 #[derive(Debug)]
@@ -66,14 +67,28 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// A property of its own; `request.headers.NAME` is all values of a header of the request, joined.
+    /// A property of its own; `request.headers.NAME` is all values of a header of the request, joined, and
+    /// `xds.cluster_name` the version's cluster, as long as the test does not say otherwise.
     pub(super) fn property(&self, path: &[u8]) -> Option<Vec<u8>> {
+        if path == property_path("xds.cluster_name") {
+            return self.properties.get(path).cloned().or_else(|| self.cluster());
+        }
         let Some(name) = path.strip_prefix(b"request\0headers\0") else {
             return self.properties.get(path).cloned();
         };
         let named = self.request.iter().flatten().filter(|(other, _)| other == name);
         let values: Vec<&[u8]> = named.map(|(_, value)| value.as_slice()).collect();
         (!values.is_empty()).then(|| values.join(&b","[..]))
+    }
+}
+
+impl Stream {
+    /// The cluster that a route for each version, and a default one, lead an answered request to.
+    fn cluster(&self) -> Option<Vec<u8>> {
+        self.response.as_ref()?;
+        let mut headers = self.request.as_ref()?.iter();
+        let version = headers.find(|(name, _)| name == VERSION_HEADER.as_bytes());
+        Some(version.map_or(b"default".to_vec(), |(_, version)| version.clone()))
     }
 }
 
