@@ -263,7 +263,9 @@ impl Root {
         let Some(Fleet { member, .. }) = &self.fleet else { return };
         {
             let member = &mut *member.borrow_mut();
-            let is_news = self.vm.counters.borrow().is_urgent(member.seen);
+            // What is published by a VM that was taken for gone would be lost.
+            let is_gone = || member.workers.as_ref().is_none_or(Workers::is_taken_for_gone);
+            let is_news = self.vm.counters.borrow().is_urgent(member.seen) && !is_gone();
             if !is_news || member.urgent_at.replace(member.ticks) == Some(member.ticks) {
                 return;
             }
@@ -291,14 +293,13 @@ impl Root {
             if *newest != fleet.number {
                 return;
             }
-            if workers.as_ref().is_some_and(Workers::is_taken_for_gone) {
-                *workers = None;
-                published.start_again();
+            if let Some(gone) = workers.take_if(|workers| workers.is_taken_for_gone()) {
+                published.start_again(&fleet.shared, gone.id);
                 // Also what is in flight, which nobody took over.
                 *seen = Seen::default();
             }
             if workers.is_none() {
-                *workers = Some(Workers::join(fleet.shared.clone()));
+                *workers = Some(Workers::join(fleet.shared.clone(), now, &self.place, published.number));
             } else if *woken != fleet.number {
                 workers.iter_mut().for_each(Workers::listen);
             }
@@ -406,7 +407,7 @@ impl Root {
         if let Some(workers) = member.workers.take() {
             workers.leave();
             shared.end_lease(workers.id);
-            member.published.start_again();
+            member.published.start_again(&shared, workers.id);
             member.seen = Seen::default();
         }
     }

@@ -74,10 +74,16 @@ impl Published {
         }
     }
 
-    /// This VM was taken for gone, and what it had published last was taken over: it starts again from there.
-    pub fn start_again(&mut self) {
-        self.taken_over.add(&self.last, false);
-        self.last = Tallies::default();
+    /// This VM was taken for gone, or leaves: if what it had published last was taken over, it starts again from there;
+    /// else that is withdrawn, and published again under another number.
+    pub fn start_again(&mut self, shared: &Shared, id: u32) {
+        let last = std::mem::take(&mut self.last);
+        let is_taken_over = read::<Retired>(&shared.key(RETIRED)).is_some_and(|(retired, _)| retired.ids.contains(&id));
+        if is_taken_over {
+            self.taken_over.add(&last, false);
+        } else {
+            host::shared_set(&key(shared, id), b"");
+        }
     }
 }
 

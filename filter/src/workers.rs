@@ -43,7 +43,7 @@ impl Workers {
     /// Joins the others.
     ///
     /// Not while being configured: Envoy configures a VM that it throws away before it configures the real ones.
-    pub fn join(shared: Shared) -> Self {
+    pub fn join(shared: Shared, now: u64, applied: &Place, published: u64) -> Self {
         let next = shared.key(NEXT_WORKER);
         let mut id = 0;
         for _ in 0..Self::TRIES {
@@ -56,6 +56,8 @@ impl Workers {
         let id = id as u32;
         let mut workers = Self { shared, id, queue: None, queues: 0 };
         workers.listen();
+        // Before it is on the list: a VM there without a heartbeat is taken for gone.
+        workers.beat(now, applied, published);
         workers.change_list(|list| list.push(id));
         workers
     }
