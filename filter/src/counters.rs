@@ -99,26 +99,33 @@ pub struct VersionCounters {
 
 struct VersionStats {
     outcomes: [FlushedStat; Outcome::ALL.len()],
-    misrouted: RefCell<Option<FlushedStat>>,
-    in_flight: Stat,
-    milliseconds: Stat,
+    misrouted: FlushedStat,
+    in_flight: Cell<Stat>,
+    milliseconds: Cell<Stat>,
     labels: String,
-    durations: RefCell<Vec<Option<FlushedStat>>>,
+    durations: [FlushedStat; DURATIONS],
 }
 
 /// A counter of Envoy's, and what it has been told.
 #[derive(Default)]
-struct FlushedStat(Stat, Cell<u64>);
+struct FlushedStat {
+    /// `None`: not defined yet, or to be defined again.
+    stat: Cell<Option<Stat>>,
+    told: Cell<u64>,
+}
 
 impl FlushedStat {
-    fn define(name: &str) -> Self {
-        Self(Stat::define(StatKind::Counter, name), Cell::new(0))
+    fn define(&self, name: &str) {
+        self.stat.set(Some(Stat::define(StatKind::Counter, name)));
     }
 
-    fn flush(&self, total: u64) {
-        let more = total.saturating_sub(self.1.replace(total));
+    fn flush(&self, total: u64, name: impl FnOnce() -> String) {
+        let more = total.saturating_sub(self.told.replace(total));
         if more > 0 {
-            self.0.add(i64::try_from(more).unwrap_or(i64::MAX));
+            if self.stat.get().is_none() {
+                self.define(&name());
+            }
+            self.stat.get().unwrap_or_default().add(i64::try_from(more).unwrap_or(i64::MAX));
         }
     }
 }
@@ -140,6 +147,11 @@ pub struct Ended {
 }
 
 impl Counters {
+    /// Finds Envoy's stats again, should it not have told the truth about one.
+    pub fn define_again(&self) {
+        self.services.values().for_each(|service| service.define());
+    }
+
     /// The counters of a plan's services, in its order.
     pub fn cover(&mut self, plan: &Plan) -> Vec<PlanCounters> {
         plan.services.iter().map(|service| self.cover_service(service)).collect()
@@ -195,7 +207,7 @@ impl Counters {
         for service in self.services.values() {
             for (version, _) in service.known.borrow().iter() {
                 let of = totals.service(&service.name).and_then(|of| of.version(&version.name));
-                version.stats.in_flight.record(of.map_or(0, |of| of.in_flight));
+                version.stats.in_flight.get().record(of.map_or(0, |of| of.in_flight));
             }
         }
     }
@@ -203,8 +215,7 @@ impl Counters {
 
 impl ServiceCounters {
     fn new(name: &str, changes: Rc<Changes>) -> Self {
-        let stat = format!("service=.={name};.;tideshift_unrouted_requests_total");
-        Self {
+        let new = Self {
             name: name.to_owned(),
             unrouted: Cell::new(0),
             known: RefCell::default(),
@@ -218,9 +229,16 @@ impl ServiceCounters {
             logged: Cell::new(0),
             log: RefCell::default(),
             routes: RefCell::default(),
-            unrouted_stat: FlushedStat::define(&stat),
+            unrouted_stat: FlushedStat::default(),
             changes,
-        }
+        };
+        new.define();
+        new
+    }
+
+    fn define(&self) {
+        self.unrouted_stat.define(&format!("service=.={};.;tideshift_unrouted_requests_total", self.name));
+        self.known.borrow().iter().for_each(|(version, _)| version.stats.define());
     }
 
     fn changed(&self) {
@@ -378,7 +396,7 @@ impl ServiceCounters {
         if self.sampled.replace(false) {
             self.samples.set(self.samples.get().saturating_add(1));
         }
-        self.unrouted_stat.flush(self.unrouted.get());
+        self.unrouted_stat.flush(self.unrouted.get(), String::new);
         {
             let mut clients = self.clients.borrow_mut();
             clients.retain(|_, seen| *seen == 0 || now.saturating_sub(*seen) < CLIENT_NANOS);
@@ -423,7 +441,7 @@ impl VersionCounters {
             misrouted: Cell::new(0),
             chosen: RefCell::default(),
             times: RefCell::default(),
-            stats: VersionStats::define(service, name),
+            stats: VersionStats::new(service, name),
         }
     }
 
@@ -441,11 +459,8 @@ impl VersionCounters {
     fn flush(&self) {
         let times = std::mem::take(&mut *self.times.borrow_mut());
         let misrouted = self.misrouted.get();
-        if misrouted > 0 {
-            let name = || format!("{}tideshift_misrouted_requests_total", self.stats.labels);
-            let mut stat = self.stats.misrouted.borrow_mut();
-            stat.get_or_insert_with(|| FlushedStat::define(&name())).flush(misrouted);
-        }
+        let name = || format!("{}tideshift_misrouted_requests_total", self.stats.labels);
+        self.stats.misrouted.flush(misrouted, name);
         if times.is_empty() && self.chosen.borrow().iter().all(|tally| tally.started == 0) {
             return;
         }
@@ -456,42 +471,44 @@ impl VersionCounters {
             sum.durations.iter_mut().zip(&tally.durations).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
         }
         self.stats.flush(&sum);
-        times.into_iter().for_each(|time| self.stats.milliseconds.record(u64::from(time)));
+        times.into_iter().for_each(|time| self.stats.milliseconds.get().record(u64::from(time)));
     }
 }
 
 impl VersionStats {
-    fn define(service: &str, version: &str) -> Self {
-        let labels = format!("service=.={service};.;version=.={version};.;");
-        let outcome = |outcome: Outcome| {
-            let name = format!("{labels}outcome=.={};.;tideshift_requests_total", outcome.label());
-            FlushedStat::define(&name)
+    fn new(service: &str, version: &str) -> Self {
+        let new = Self {
+            outcomes: Default::default(),
+            misrouted: FlushedStat::default(),
+            in_flight: Cell::default(),
+            milliseconds: Cell::default(),
+            labels: format!("service=.={service};.;version=.={version};.;"),
+            durations: Default::default(),
         };
-        Self {
-            outcomes: Outcome::ALL.map(outcome),
-            misrouted: RefCell::default(),
-            in_flight: Stat::define(StatKind::Gauge, &format!("{labels}tideshift_requests_in_flight")),
-            milliseconds: Stat::define(
-                StatKind::Histogram,
-                &format!("{labels}tideshift_request_duration_milliseconds"),
-            ),
-            labels,
-            durations: RefCell::default(),
+        new.define();
+        new
+    }
+
+    /// Defines the stats, or finds them again; those that few versions need when they are needed.
+    fn define(&self) {
+        let labels = &self.labels;
+        for (outcome, stat) in Outcome::ALL.iter().zip(&self.outcomes) {
+            stat.define(&format!("{labels}outcome=.={};.;tideshift_requests_total", outcome.label()));
         }
+        let define = |kind, name| Stat::define(kind, &format!("{labels}{name}"));
+        self.in_flight.set(define(StatKind::Gauge, "tideshift_requests_in_flight"));
+        self.milliseconds.set(define(StatKind::Histogram, "tideshift_request_duration_milliseconds"));
+        std::iter::once(&self.misrouted).chain(&self.durations).for_each(|stat| stat.stat.set(None));
     }
 
     fn flush(&self, sum: &ChoiceTally) {
-        self.outcomes.iter().zip(sum.ended).for_each(|(stat, total)| stat.flush(total));
-        let mut durations = self.durations.borrow_mut();
-        durations.resize_with(DURATIONS, || None);
-        let used = durations.iter_mut().zip(&sum.durations).enumerate().filter(|(_, (_, total))| **total > 0);
-        for (bucket, (stat, total)) in used {
-            stat.get_or_insert_with(|| {
+        let unnamed = String::new;
+        self.outcomes.iter().zip(sum.ended).for_each(|(stat, total)| stat.flush(total, unnamed));
+        for (bucket, (stat, total)) in self.durations.iter().zip(&sum.durations).enumerate() {
+            stat.flush(*total, || {
                 let bound = DURATION_BOUNDS.get(bucket).map_or("+Inf".to_owned(), u64::to_string);
-                let name = format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels);
-                FlushedStat::define(&name)
-            })
-            .flush(*total);
+                format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels)
+            });
         }
     }
 }

@@ -181,6 +181,7 @@ impl Root {
                     tick: FIRST_TICK,
                 });
                 log::info!("policy revision {} of the plugin configuration in force", policy.revision);
+                self.vm.counters.borrow().define_again();
                 self.adopt(policy, place);
                 self.catch_up();
                 host::tick_every(FIRST_TICK);
