@@ -440,7 +440,7 @@ impl Control {
         outcome
     }
 
-    /// At the start, and whenever the process stood still, nobody was there to look: no time has passed for what is held,
+    /// At the start, and whenever the process stood still, nothing was evaluated: no time has passed for what is held,
     /// waited for or drained.
     fn attend(&mut self, now: Millis) {
         let kept = &mut self.kept;

@@ -386,7 +386,7 @@ async fn an_autoscaler_is_told_the_least_and_a_disruption_budget_is_kept() -> an
     cluster.patch("Deployment", "payment-service-v2", json!({ "spec": { "replicas": 2 } })).await?;
     until_weights(&controller, &service, &[40.0, 60.0]).await?;
 
-    // An edit alone moves nobody ahead.
+    // An edit alone moves no user ahead.
     document["spec"]["strategy"]["steps"] = json!([{ "weight": 100 }]);
     cluster.apply(document).await?;
     until(&controller, &service, "it to stay where it is", |view| {

@@ -1,5 +1,5 @@
 //! Only what was measured counts: whether proxies that are there run what was decided and lead requests to the target,
-//! and what came of those. A step that nobody can have tried is neither held nor ended by time alone.
+//! and what came of those. A step that no request can have tried is neither held nor ended by time alone.
 
 use super::parts::EPSILON;
 use super::words::of_service;

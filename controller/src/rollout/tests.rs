@@ -878,7 +878,7 @@ mod properties {
                 let shift = read(&play.document);
                 play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now);
                 let (rollout, steps) = (&play.rollout, play.rollout.steps(&shift));
-                // An edit of the steps alone moves nobody ahead.
+                // An edit of the steps alone moves no user ahead.
                 let is_edited = rollout.news.last().is_some_and(|news| news.reason == Reason::StepsChanged);
                 if let Some(promised) = promised.filter(|_| is_edited && rollout.number == before.number) {
                     prop_assert!(rollout.wanted(&shift, &play.world) <= promised + 1e-9, "{:?}", rollout);

@@ -17,7 +17,7 @@ fn steps_that_are_gone_are_not_done() {
     let mut play = at_a_quarter();
     let hour = |weight| json!({"weight": weight, "holdSeconds": 3600});
     play.set("strategy", json!({"steps": [hour(30), hour(60), hour(100)]}));
-    // Each gives more than it has: that is for somebody to say, not for an edit.
+    // Each gives more than it has: that takes a command, not an edit.
     assert_eq!(play.pass(300).shares(), [75.0, 25.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged));
     let words = "step 1: the document's steps have changed; paused until it is promoted or resumed; v2 has 25 %";

@@ -1,4 +1,4 @@
-//! Proxies that are not there, that are behind or that lead requests elsewhere, and targets that answer nobody.
+//! Proxies that are not there, that are behind or that lead requests elsewhere, and targets that give no good answer.
 
 use super::*;
 

@@ -168,7 +168,9 @@ async fn check_counts(measured: &[(Cost, Client)], envoy: &Envoy) -> anyhow::Res
         for (Counted { stat, service }, due) in &due {
             // In a chain the last filter decides where a request goes: for the others it may be misrouted.
             let misrouted = match *stat {
-                "tideshift_requests_total" => metrics.sum("tideshift_misrouted_requests_total", &[("service", service)]),
+                "tideshift_requests_total" => {
+                    metrics.sum("tideshift_misrouted_requests_total", &[("service", service)])
+                }
                 _ => None,
             };
             let count = metrics.sum(stat, &[("service", service)]).unwrap_or_default() + misrouted.unwrap_or_default();
