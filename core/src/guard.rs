@@ -201,7 +201,7 @@ struct Watched {
     since_looks: u64,
     /// The evidence from clients, and what ended since that began.
     clients: Clients,
-    /// Its part of the weight in service, the largest one lately and until when that is asked for.
+    /// The largest part of the weight in service that it had in the last minute, and until when that holds.
     share: (f64, u64),
 }
 

@@ -1,7 +1,8 @@
 //! The proxy-wasm module: it hands what Envoy knows to `tideshift-core` and applies the answers. It decides nothing.
 //!
 //! Envoy enters at [`callbacks`]. A request's way: an [`exchange`] asks the plan in force for a version, sets the header,
-//! and counts in [`counters`] how it ended. A policy's way: [`root`] takes it from the plugin configuration; a newer one
+//! and counts in [`counters`] how it ended; [`totals`] adds up what all VMs of the proxy have counted, for [`guards`] and
+//! for the reports of [`link`]. A policy's way: [`root`] takes it from the plugin configuration; a newer one
 //! comes by [`link`], on one VM of the proxy, and reaches the others through [`shared`] and [`workers`]. What the module
 //! asks of Envoy goes through [`host`].
 //!

@@ -35,7 +35,7 @@ pub enum Users {
     None,
     /// So many users by a hash of a header.
     Header(u32),
-    /// By cookie. So many of the requests are of clients that keep none, and fail so often whoever serves.
+    /// By cookie. So many of the requests are of clients that keep none, and fail so often at either version.
     Cookie { without: f64, fails: f64 },
 }
 
@@ -59,7 +59,7 @@ pub enum Fault {
     BrokenClient(f64),
     /// One user in so many fails with each request.
     BrokenUsers(u32),
-    /// Testers whom a rule sends to the target: so many requests a second, of which so many fail.
+    /// Testers that a rule sends to the target: so many requests a second, of which so many fail.
     Testers(f64, f64),
     /// The only client repeats so many calls, one of which fails.
     Serial(u64),

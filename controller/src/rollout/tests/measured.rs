@@ -119,7 +119,7 @@ fn requests_that_go_elsewhere_are_no_test() {
     play.pass(2).count("v2", 1, 0);
     assert_eq!(play.pass(45).stands(), (Phase::Progressing, Reason::Holding));
     assert_eq!(play.pass(8).rollout.step, 1);
-    // The next step begins anew.
+    // The next step starts with no counts of its own.
     assert_eq!(play.pass(5).stands(), (Phase::Progressing, Reason::Holding));
     // Most of them reach it from the beginning.
     let mut play = held();
