@@ -731,6 +731,8 @@ async fn one_rollout_of_several_services() -> anyhow::Result<()> {
     });
     browser.run("location.hash = '#/'", &[]).await?;
     browser.says(".rollouts li:first-child", "v1 75 % · v2 25 %").await?;
+    // The page shows a rate over a second or more, and this status is the last one.
+    tokio::time::sleep(Duration::from_secs(1)).await;
     stage.change(|status| {
         for (service, errors) in [(0, 42), (1, 52)] {
             let requests = &mut status["services"][service]["versions"][1]["requests"];
