@@ -20,8 +20,8 @@ use crate::{artifacts, client::get, metrics::Metrics, ports::Port, process::Proc
 
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(20);
-/// How long a command that ends by itself may take.
-const CLI: Duration = Duration::from_secs(30);
+/// How long a command that ends by itself may take: a guard may keep its target out twice, for ten seconds and for twenty.
+const CLI: Duration = Duration::from_secs(60);
 
 /// A controller on a port of its own; dropping it kills it.
 ///
