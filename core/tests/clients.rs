@@ -8,53 +8,32 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)] // Tests unwrap; tables are printed.
 #![allow(unreachable_pub, missing_docs)] // Nothing here is for others.
 
-#[path = "clients/dice.rs"]
+#[path = "simulated/dice.rs"]
 mod dice;
+#[path = "simulated/runs.rs"]
+mod runs;
 #[path = "clients/thresholds.rs"]
 mod thresholds;
 #[path = "clients/world.rs"]
 mod world;
 
+use runs::{For, divided, what_for};
 use tideshift_core::outcome::Outcome as Ended;
 use tideshift_core::verdict::{Latency, Settings};
 use world::{Bad, End, Fault, STABLE, Scene, TARGET, Users, Way};
 
 const ROLLOUT: [(f64, f64); 5] = [(0.01, 120.0), (0.1, 120.0), (0.25, 120.0), (0.5, 120.0), (0.9, 120.0)];
 
-/// What the run is for. Without optimization it would take an hour, so no table is.
-#[derive(Clone, Copy, PartialEq)]
-enum For {
-    Tables,
-    Assertions,
-    Nothing,
-}
-
-fn what_for() -> For {
-    match std::env::var_os("VERDICT_TABLES") {
-        Some(_) => For::Tables,
-        None if cfg!(debug_assertions) => For::Nothing,
-        None => For::Assertions,
-    }
-}
-
 fn runs(table: u64, asserted: u64) -> u64 {
-    let divisor = std::env::var("DIVIDE_RUNS").ok().and_then(|by| by.parse().ok()).unwrap_or(1);
     match what_for() {
-        For::Tables => (table / divisor).max(1),
+        For::Tables => divided(table),
         For::Assertions => asserted,
         For::Nothing => 2,
     }
 }
 
-/// What comes of so many rollouts, by their seeds, on all cores.
 fn many(runs: u64, scene: Scene<'_>) -> Vec<End> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-    std::thread::scope(|scope| {
-        let play =
-            |core| (1..=runs).filter(move |seed| seed % cores == core).map(|seed| scene.play(seed)).collect::<Vec<_>>();
-        let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || play(core))).collect();
-        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
-    })
+    runs::many(runs, |seed| scene.play(seed))
 }
 
 fn asking() -> Settings {
@@ -100,7 +79,7 @@ fn table_a_independent_errors() {
     let settings = asking();
     header();
     for callers in [1, 10, 100, 1_000] {
-        for (rate, table, asserted) in [(5.0, 1_000, 40), (100.0, 1_000, 20), (1_000.0, 60, 2)] {
+        for (rate, table, asserted) in [(5.0, 1_000, 40), (100.0, 1_000, 20), (1_000.0, 1_000, 2)] {
             for base in [0.001, 0.01, 0.03] {
                 let scene = Scene { rate, callers, base, ..Scene::new(&settings, &ROLLOUT) };
                 let name = format!("{} % errors, {rate} requests/s, {callers} callers", base * 100.0);
@@ -152,7 +131,7 @@ fn table_c_clumps_for_an_hour() {
     let settings = asking();
     let steps = [(0.1, 3_600.0)];
     header();
-    for (proxies, table, asserted) in [(1, 300, 6), (10, 40, 1), (100, 5, 0)] {
+    for (proxies, table, asserted) in [(1, 1_000, 6), (10, 200, 1), (100, 20, 0)] {
         let scene = Scene {
             proxies,
             rate: 100.0 * proxies as f64,
@@ -207,7 +186,7 @@ fn table_e_hostile_clients() {
             ("the testers' header", Way::Rule),
         ] {
             let name = format!("{name}; others {rate}/s, {} %", share * 100.0);
-            let ends = row(&name, (200, 8), 0, Scene { fault: Fault::Hostile(way), ..usual });
+            let ends = row(&name, (1_000, 8), 0, Scene { fault: Fault::Hostile(way), ..usual });
             let is_harmed = |end: &&End| end.vetoes[TARGET] > 0 || end.held > 0.0 || end.passes == 0;
             assert_eq!(ends.iter().filter(is_harmed).count(), 0, "{name}: vetoed, held or not passed");
         }
@@ -223,7 +202,7 @@ fn table_f_hidden_targets() {
     }
     let settings = asking();
     let ways = [
-        ("nobody", Fault::None),
+        ("none", Fault::None),
         ("keeps v1's cookie, fails", Fault::Hostile(Way::Cookie(STABLE, Ended::Error))),
         ("knows what is dealt, fails at v1", Fault::Hostile(Way::Predicts(STABLE))),
     ];

@@ -6,6 +6,10 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)] // Tests unwrap; tables are printed.
 
+#[path = "simulated/dice.rs"]
+mod dice;
+
+use dice::Dice;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use tideshift_core::guard::{Guard, GuardPolicy, Observed};
@@ -21,28 +25,6 @@ const NAMES: [&str; 3] = ["v1", "v2", "v3"];
 
 fn nanos(seconds: f64) -> u64 {
     (seconds * 1e9) as u64
-}
-
-/// SplitMix64.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// 0 to 1.
-    fn unit(&mut self) -> f64 {
-        (self.roll() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Seconds until the next of so many events a second.
-    fn wait(&mut self, rate: f64) -> f64 {
-        -(1.0 - self.unit()).ln() / rate
-    }
 }
 
 /// Errors that come together, all of one version, as when one client tries again and again.
@@ -96,13 +78,13 @@ struct Proxy<'a> {
 
 impl<'a> Proxy<'a> {
     fn new(traffic: Traffic<'a>, false_veto_rate: f64, seed: u64) -> Self {
-        let mut dice = Dice(seed);
-        let clump = traffic.clumps.map_or(f64::INFINITY, |clumps| dice.wait(clumps.per_minute / 60.0));
+        let mut dice = Dice::new(seed);
+        let clump = traffic.clumps.map_or(f64::INFINITY, |clumps| dice.wait(60.0 / clumps.per_minute));
         Self {
             guard: Guard::new(GuardPolicy { false_veto_rate, ..GuardPolicy::default() }),
             sequence: EvenSequence::new(dice.roll()),
             now: 0.0,
-            next_request: dice.wait(traffic.rate),
+            next_request: dice.wait(1.0 / traffic.rate),
             next_clump: clump,
             under_way: BinaryHeap::new(),
             counts: [Counts::default(); 3],
@@ -152,7 +134,7 @@ impl<'a> Proxy<'a> {
             } else {
                 self.unrouted += 1;
             }
-            self.next_request += self.dice.wait(self.traffic.rate);
+            self.next_request += self.dice.wait(1.0 / self.traffic.rate);
         }
         while let Some(clumps) = self.traffic.clumps.filter(|_| self.next_clump < self.now) {
             let version = self.deal().unwrap();
@@ -160,7 +142,7 @@ impl<'a> Proxy<'a> {
                 let at = self.next_clump + self.dice.unit() * clumps.seconds;
                 self.under_way.push(Reverse((nanos(at), version, true)));
             }
-            self.next_clump += self.dice.wait(clumps.per_minute / 60.0);
+            self.next_clump += self.dice.wait(60.0 / clumps.per_minute);
         }
         while let Some(Reverse((_, version, failed))) = self.under_way.peek().filter(|next| next.0.0 <= nanos(self.now))
         {

@@ -7,63 +7,16 @@
 #![cfg(not(target_arch = "wasm32"))] // Thousands of rollouts are slow there.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)] // Tests unwrap; tables are printed.
 
+#[path = "simulated/dice.rs"]
+mod dice;
+#[path = "simulated/runs.rs"]
+mod runs;
+
+use dice::Dice;
+use runs::{For, divided, many, what_for};
 use std::time::Duration;
 use tideshift_core::report::{DURATION_BOUNDS, duration_bucket};
 use tideshift_core::verdict::{Analysis, Judgement, Lately, Latency, Outcome, Sample, Settings, Tick};
-
-/// SplitMix64.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// 0 to 1, not 0.
-    fn unit(&mut self) -> f64 {
-        ((self.roll() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Normally distributed.
-    fn normal(&mut self) -> f64 {
-        (-2.0 * self.unit().ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
-    }
-
-    /// How many events there are where so many are to be expected.
-    fn events(&mut self, mean: f64) -> u64 {
-        if mean > 40.0 {
-            return (mean + self.normal() * mean.sqrt()).round().max(0.0) as u64;
-        }
-        let (mut events, mut product, least) = (0, self.unit(), (-mean).exp());
-        while product > least {
-            events += 1;
-            product *= self.unit();
-        }
-        events
-    }
-
-    /// How many of so many happen, each with this probability.
-    fn of(&mut self, all: u64, probability: f64) -> u64 {
-        match probability {
-            ..=0.0 => 0,
-            1.0.. => all,
-            _ if probability > 0.5 => all - self.of(all, 1.0 - probability),
-            _ => {
-                let (mut at, mut happen) = (0.0, 0);
-                loop {
-                    at += (self.unit().ln() / (1.0 - probability).ln()).floor() + 1.0;
-                    if at > all as f64 {
-                        return happen;
-                    }
-                    happen += 1;
-                }
-            }
-        }
-    }
-}
 
 /// Errors that come together, besides other requests: a client that tries again and again.
 #[derive(Clone, Copy)]
@@ -179,7 +132,7 @@ const SLOT: f64 = 0.05;
 
 impl<'a> Rollout<'a> {
     fn new(traffic: Traffic<'a>, settings: &'a Settings, seed: u64) -> Self {
-        let mut dice = Dice(seed.wrapping_mul(0xD6E8_FEB8_6659_FD93));
+        let mut dice = Dice::new(seed);
         let owed = dice.unit();
         let waited = if traffic.reports == Reports::Many { 0 } else { dice.roll() as usize % 20 };
         let analysis = Analysis::new(Lately::default());
@@ -331,29 +284,10 @@ fn asking() -> Settings {
     Settings { max_error_rate: Some(0.02), ..Settings::default() }
 }
 
-/// What the run is for. Without optimization it would take an hour, so hardly anything is run.
-#[derive(Clone, Copy, PartialEq)]
-enum For {
-    Tables,
-    Assertions,
-    Nothing,
-}
-
-fn what_for() -> For {
-    match std::env::var_os("VERDICT_TABLES") {
-        Some(_) => For::Tables,
-        None if cfg!(debug_assertions) => For::Nothing,
-        None => For::Assertions,
-    }
-}
-
 /// So many rollouts for a table, so many where its numbers are only asserted.
 fn rollouts(table: u64, asserted: u64) -> u64 {
     match what_for() {
-        For::Tables => {
-            let by = std::env::var("DIVIDE_RUNS").ok().and_then(|by| by.parse().ok()).unwrap_or(1);
-            (table / by).max(20)
-        }
+        For::Tables => divided(table).max(20),
         For::Assertions => asserted,
         For::Nothing => (asserted / 200).max(4),
     }
@@ -370,17 +304,6 @@ fn parts<T: Copy>(all: &[T], asserted: &[usize]) -> Vec<T> {
 /// Medians and the like are nothing if there are only a few.
 fn are_enough() -> bool {
     what_for() != For::Nothing
-}
-
-/// What comes of so many rollouts, by their seeds, on all cores.
-fn many<T: Send>(rollouts: u64, run: impl Fn(u64) -> T + Sync) -> Vec<T> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-    let run = &run;
-    std::thread::scope(|scope| {
-        let of = |core| (1..=rollouts).filter(move |seed| seed % cores == core).map(run).collect::<Vec<_>>();
-        let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || of(core))).collect();
-        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
-    })
 }
 
 /// How many of so many rollouts of so many seconds fail.
