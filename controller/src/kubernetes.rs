@@ -1,5 +1,6 @@
 //! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
 
+pub mod admission;
 pub mod clusters;
 pub mod crd;
 pub mod eyes;

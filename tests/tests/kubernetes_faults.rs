@@ -383,13 +383,12 @@ async fn another_cluster_out_of_sight_freezes_its_weights_and_no_others() -> any
     let cluster = Cluster::stand_in().await?;
     let west = ApiServer::start().await?;
     let lead_to = async |kubeconfig: &str| {
-        cluster
-            .apply(json!({
-                "kind": "Secret",
-                "metadata": { "name": "west", "labels": { "tideshift.dev/cluster": "west" } },
-                "stringData": { "kubeconfig": kubeconfig },
-            }))
-            .await
+        let labels = json!({ "tideshift.dev/cluster": "west" });
+        // Also the default, since the Secret is in this namespace.
+        let annotations = json!({ "tideshift.dev/namespaces": cluster.namespace });
+        let metadata = json!({ "name": "west", "labels": labels, "annotations": annotations });
+        let secret = json!({ "kind": "Secret", "metadata": metadata, "stringData": { "kubeconfig": kubeconfig } });
+        cluster.apply(secret).await
     };
     let service = payment(&cluster).await?;
     let mut moved = shift("audit", hold_at(50));

@@ -1,5 +1,6 @@
 //! The clusters: the controller's own, and those that Secrets of its namespace lead to.
 
+use super::picture::Place;
 use super::reason;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
@@ -16,6 +17,9 @@ use tokio::sync::watch;
 
 /// The label of a Secret that leads to a cluster; its value is the cluster's name in documents.
 pub const CLUSTER_LABEL: &str = "tideshift.dev/cluster";
+/// The annotation of such a Secret that names the namespaces whose documents may use the cluster, separated by commas; `*` is
+/// every namespace. Without it: the namespace that the Secret is in.
+pub const NAMESPACES_ANNOTATION: &str = "tideshift.dev/namespaces";
 /// The key of the Secret's data that holds the kubeconfig.
 const KUBECONFIG: &str = "kubeconfig";
 /// How long a connection may take.
@@ -34,11 +38,21 @@ pub struct Clusters {
 struct Remote {
     /// Clients by cluster, or why there is none.
     clients: BTreeMap<String, Result<Client, String>>,
+    /// The namespaces whose documents may use a cluster.
+    namespaces: BTreeMap<String, BTreeSet<String>>,
     /// What they were made from.
-    secrets: BTreeMap<String, (String, Option<Vec<u8>>)>,
+    secrets: BTreeMap<String, ClusterSecret>,
     changed: BTreeSet<String>,
     /// Why the Secrets cannot be seen, if so.
     lost: Option<String>,
+}
+
+/// What a Secret says of a cluster.
+#[derive(Clone)]
+struct ClusterSecret {
+    cluster: String,
+    namespaces: BTreeSet<String>,
+    kubeconfig: Option<Vec<u8>>,
 }
 
 /// The client of the controller's own cluster, and the namespace that goes with it: by a kubeconfig, or else by what
@@ -81,14 +95,25 @@ impl Clusters {
         self.home.clone()
     }
 
-    /// The client of a cluster.
+    /// The client of a cluster, for what documents of this namespace say.
     ///
     /// # Errors
     ///
-    /// If there is no such cluster, or what leads to it makes no sense.
-    pub fn client(&self, cluster: Option<&String>) -> Result<Client, String> {
-        let Some(cluster) = cluster else { return Ok(self.home()) };
+    /// If there is no such cluster, what leads to it makes no sense, or it is not open to the namespace.
+    pub fn client(&self, place: &Place) -> Result<Client, String> {
+        let Some(cluster) = &place.cluster else { return Ok(self.home()) };
         let remote = self.lock();
+        if let Some(open) = remote.namespaces.get(cluster)
+            && !is_open(open, &place.namespace)
+        {
+            let open = open.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return Err(format!(
+                "not open to namespace {}; the annotation {NAMESPACES_ANNOTATION} of its Secret in namespace {} allows: {}",
+                place.namespace,
+                self.namespace,
+                if open.is_empty() { "none" } else { &open }
+            ));
+        }
         match (remote.clients.get(cluster), &remote.lost) {
             (Some(client), _) => client.clone(),
             (None, Some(why)) => Err(format!("Secrets in namespace {} cannot be seen: {why}", self.namespace)),
@@ -123,11 +148,13 @@ impl Clusters {
             match event {
                 Ok(watcher::Event::Init) => continue,
                 Ok(watcher::Event::InitApply(secret)) => {
-                    coming.insert(secret.name_any(), kubeconfig(&secret));
+                    coming.insert(secret.name_any(), ClusterSecret::read(&secret));
                     continue;
                 }
                 Ok(watcher::Event::InitDone) => secrets = std::mem::take(&mut coming),
-                Ok(watcher::Event::Apply(secret)) => _ = secrets.insert(secret.name_any(), kubeconfig(&secret)),
+                Ok(watcher::Event::Apply(secret)) => {
+                    _ = secrets.insert(secret.name_any(), ClusterSecret::read(&secret))
+                }
                 Ok(watcher::Event::Delete(secret)) => _ = secrets.remove(&secret.name_any()),
                 Err(error) => {
                     coming.clear();
@@ -139,11 +166,16 @@ impl Clusters {
         }
     }
 
-    async fn take_in(&self, secrets: BTreeMap<String, (String, Option<Vec<u8>>)>, lost: Option<String>) {
-        let before = std::mem::replace(&mut self.lock().secrets, secrets.clone());
-        self.lock().lost = lost;
-        let by_cluster = |secrets: &BTreeMap<String, (String, Option<Vec<u8>>)>| {
-            secrets.values().cloned().collect::<BTreeMap<String, Option<Vec<u8>>>>()
+    async fn take_in(&self, secrets: BTreeMap<String, ClusterSecret>, lost: Option<String>) {
+        let before = {
+            let mut remote = self.lock();
+            let namespaces = secrets.values().map(|secret| (secret.cluster.clone(), secret.namespaces.clone()));
+            (remote.namespaces, remote.lost) = (namespaces.collect(), lost);
+            std::mem::replace(&mut remote.secrets, secrets.clone())
+        };
+        let by_cluster = |secrets: &BTreeMap<String, ClusterSecret>| {
+            let pairs = secrets.values().map(|secret| (secret.cluster.clone(), secret.kubeconfig.clone()));
+            pairs.collect::<BTreeMap<String, Option<Vec<u8>>>>()
         };
         let (before, now) = (by_cluster(&before), by_cluster(&secrets));
         for cluster in before.keys().chain(now.keys()).collect::<BTreeSet<_>>() {
@@ -171,10 +203,23 @@ impl std::fmt::Debug for Clusters {
     }
 }
 
-/// The cluster's name and the kubeconfig of a Secret.
-fn kubeconfig(secret: &Secret) -> (String, Option<Vec<u8>>) {
-    let name = secret.labels().get(CLUSTER_LABEL).cloned().unwrap_or_default();
-    (name, secret.data.as_ref().and_then(|data| data.get(KUBECONFIG)).map(|bytes| bytes.0.clone()))
+impl ClusterSecret {
+    fn read(secret: &Secret) -> Self {
+        let named = secret.annotations().get(NAMESPACES_ANNOTATION).map(|text| {
+            let names = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|name| !name.is_empty());
+            names.map(str::to_owned).collect()
+        });
+        Self {
+            cluster: secret.labels().get(CLUSTER_LABEL).cloned().unwrap_or_default(),
+            namespaces: named.unwrap_or_else(|| secret.namespace().into_iter().collect()),
+            kubeconfig: secret.data.as_ref().and_then(|data| data.get(KUBECONFIG)).map(|bytes| bytes.0.clone()),
+        }
+    }
+}
+
+/// Whether documents of a namespace may use a cluster that is open to these.
+fn is_open(namespaces: &BTreeSet<String>, namespace: &str) -> bool {
+    namespaces.contains(namespace) || namespaces.contains("*")
 }
 
 /// A client from the text of a kubeconfig. One that runs programs or reads files of this machine is refused.
@@ -195,4 +240,26 @@ async fn remote(text: &[u8]) -> Result<Client, String> {
     }
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
     client(config.map_err(|error| format!("its kubeconfig: {error}"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn opened(annotations: Value) -> BTreeSet<String> {
+        let metadata = json!({"name": "west", "namespace": "tideshift-system", "annotations": annotations});
+        ClusterSecret::read(&serde_json::from_value(json!({"metadata": metadata})).unwrap()).namespaces
+    }
+
+    #[test]
+    fn a_cluster_is_open_to_the_namespaces_that_its_secret_names() {
+        let named = opened(json!({NAMESPACES_ANNOTATION: "shop, store"}));
+        assert!(is_open(&named, "shop") && is_open(&named, "store") && !is_open(&named, "shop2"));
+        assert!(!is_open(&named, "tideshift-system"), "what is named is all");
+        assert!(is_open(&opened(json!({NAMESPACES_ANNOTATION: "*"})), "anything"));
+        let unnamed = opened(json!({}));
+        assert!(is_open(&unnamed, "tideshift-system") && !is_open(&unnamed, "shop"));
+        assert!(opened(json!({NAMESPACES_ANNOTATION: ""})).is_empty(), "an empty list is nobody");
+    }
 }

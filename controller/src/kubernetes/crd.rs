@@ -71,7 +71,7 @@ fn object_schema() -> Value {
     for (kind, field, bounds) in bounds() {
         merge(&mut types[kind]["properties"][field], bounds);
     }
-    for rule in RULES {
+    for rule in RULES.iter().chain(CLUSTER_RULES) {
         if let Value::Object(kind) = &mut types[rule.of] {
             let rules = kind.entry("x-kubernetes-validations").or_insert_with(|| json!([]));
             rules.as_array_mut().into_iter().for_each(|rules| rules.push(rule.written()));
@@ -334,6 +334,23 @@ const RULES: &[Rule] = &[
         expected: "steps and periodSeconds only with type Gate" },
     Rule { of: "Webhook", about: "", holds: "self.type == 'Notification' || !(has(self.phases) || has(self.retries) || has(self.format))",
         expected: "phases, retries and format only with type Notification" },
+];
+
+/// What only clusters refuse ([`crate::kubernetes::admission`]).
+#[rustfmt::skip]
+const CLUSTER_RULES: &[Rule] = &[
+    Rule { of: "ShiftVersion", about: ".endpoints", holds: "!has(self.endpoints) || size(self.endpoints) == 0",
+        expected: "service, selector or workloadRef in a cluster, where the controller sends requests to pods of the document's namespace alone" },
+    Rule { of: "HttpGet", about: ".host", holds: "!has(self.host)",
+        expected: "no host in a cluster, where probes go to the pod's own address (a Host among httpHeaders may say another name)" },
+    Rule { of: "TcpSocket", about: ".host", holds: "!has(self.host)",
+        expected: "no host in a cluster, where probes go to the pod's own address" },
+    Rule { of: "Probe", about: ".exec", holds: "!has(self.exec)",
+        expected: "no exec in a cluster, as it runs a command on the controller's machine" },
+    Rule { of: "Probe", about: ".periodMillis", holds: "!has(self.periodMillis) || self.periodMillis >= 1000",
+        expected: "1000 or more in a cluster" },
+    Rule { of: "Webhook", about: ".secretFile", holds: "!has(self.secretFile)",
+        expected: "no secretFile in a cluster, as it names a file of the controller's machine" },
 ];
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use super::picture::{Need, Picture, Place, Table, View, Workload};
 use super::views::{self, Written};
-use super::{Clusters, Retry, reason, resolve};
+use super::{Clusters, Retry, admission, reason, resolve};
 use crate::documents;
 use crate::readiness::Outlook;
 use futures_util::StreamExt;
@@ -265,27 +265,32 @@ impl Watches {
             return Ok(shift.clone());
         }
         let shift = TrafficShift::read(&written.document).map_err(|errors| errors.to_string())?.qualified();
-        documents::comes_from_elsewhere(&shift).map(|()| shift)
+        admission::admit(&shift).map(|()| shift)
     }
 
     fn watch(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {
-        let clusters: BTreeSet<Option<String>> =
-            needs.keys().map(|place| place.cluster.clone()).chain([None]).collect();
+        let home = Place { cluster: None, namespace: String::new() };
+        let mut clients: BTreeMap<Option<String>, Client> = BTreeMap::new();
+        let mut open: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
+        picture.closed.clear();
+        for place in needs.keys().chain([&home]) {
+            match self.clusters.client(place) {
+                Ok(client) => {
+                    clients.entry(place.cluster.clone()).or_insert(client);
+                    open.insert(place.clone(), needs.get(place).cloned().unwrap_or_default());
+                }
+                Err(why) => _ = picture.closed.insert(place.clone(), why),
+            }
+        }
+        let needs = &open;
         let wanted = |key: &Watched| match key {
-            (cluster, None) => clusters.contains(cluster),
+            (cluster, None) => clients.contains_key(cluster),
             (_, Some((place, need))) => needs.get(place).is_some_and(|needs| needs.contains(need)),
         };
         self.running.retain(|key, _| wanted(key));
         picture.views.retain(|place, _| needs.contains_key(place));
-        picture.lost.retain(|cluster, _| clusters.contains(cluster));
-        for cluster in clusters {
-            let client = match self.clusters.client(cluster.as_ref()) {
-                Ok(client) => client,
-                Err(why) => {
-                    picture.lost.insert(cluster, why);
-                    continue;
-                }
-            };
+        picture.lost.retain(|cluster, _| clients.contains_key(cluster));
+        for (cluster, client) in clients {
             self.running.entry((cluster.clone(), None)).or_insert_with(|| {
                 // Not known to be there before it has said so.
                 picture.lost.insert(cluster.clone(), "it has not answered yet".to_owned());

@@ -339,7 +339,7 @@ async fn scale(
 }
 
 async fn make(clusters: &Clusters, place: &Place, change: &Change) -> Result<(), String> {
-    let client = clusters.client(place.cluster.as_ref())?;
+    let client = clusters.client(place)?;
     let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
     match change {
         Change::Replicas { workload, replicas } => {

@@ -19,6 +19,8 @@ pub struct Picture {
     pub views: BTreeMap<Place, View>,
     /// The clusters that cannot be seen, and why; the controller's own has no name.
     pub lost: BTreeMap<Option<String>, String>,
+    /// The places that nobody looks at, and why: there is no such cluster, or it is not open to documents of the namespace.
+    pub closed: BTreeMap<Place, String>,
 }
 
 /// What is known of one namespace.
@@ -65,7 +67,7 @@ pub struct Slice {
 pub struct SliceEndpoint {
     /// Its address; all of an endpoint's addresses are the same to clients.
     pub address: String,
-    /// The pod behind it.
+    /// The pod of the slice's namespace behind it.
     pub pod: Option<String>,
     /// It should get traffic. Unknown counts as yes.
     pub ready: bool,
@@ -139,7 +141,7 @@ impl Picture {
 
     /// Why something of what a version needs to be known there is not, if so.
     pub fn unseen(&self, place: &Place, needs: &BTreeSet<Need>) -> Option<String> {
-        if let Some(why) = self.lost.get(&place.cluster) {
+        if let Some(why) = self.closed.get(place).or_else(|| self.lost.get(&place.cluster)) {
             return Some(format!("{} cannot be seen: {why}", place.cluster_name()));
         }
         let nothing = View::default();

@@ -6,6 +6,10 @@ use crate::readiness::{HeldBack, Outlook};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::shift::{Discovery, Endpoint, PortRef, ShiftVersion, TrafficShift};
 
+/// Why an endpoint gets no probe and no warm-up. Whoever may write EndpointSlices could send the controller's requests
+/// to any address otherwise.
+const NO_POD: &str = "its EndpointSlice names no pod of this namespace, and only pods are probed and warmed up";
+
 /// What must be watched for a document's sake.
 pub fn needs(shift: &TrafficShift) -> BTreeMap<Place, BTreeSet<Need>> {
     let mut needs: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
@@ -88,8 +92,10 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
         for (n, endpoints) in found {
             let version = &mut service.versions[n];
             let held_back = absent.entry(n).or_default();
+            let is_asked = version.readiness_probe.is_some() || unresolved.strategy.warm_up.requests.is_some();
             for found in endpoints {
-                match (found.obstacle(last_resort), found.endpoint) {
+                let stranger = (is_asked && found.state.pod.is_none()).then_some(NO_POD);
+                match (stranger.or_else(|| found.obstacle(last_resort)), found.endpoint) {
                     (None, Some(endpoint)) => version.endpoints.push(endpoint),
                     (obstacle, endpoint) => held_back.push(HeldBack {
                         endpoint: endpoint.map_or(found.name, |endpoint| endpoint.to_string()),
@@ -207,6 +213,7 @@ mod tests {
     use super::*;
     use crate::kubernetes::picture::Table;
     use serde_json::{Value, json};
+    use tideshift_core::shift::WarmUpRequests;
 
     fn shift(v1: Value, v2: Value) -> TrafficShift {
         let mut versions = [v1, v2];
@@ -253,7 +260,7 @@ mod tests {
             budgets: Table { synced: true, ..Table::default() },
         };
         let place = Place { cluster: None, namespace: "store".to_owned() };
-        Picture { views: BTreeMap::from([(place, view)]), lost: BTreeMap::new() }
+        Picture { views: BTreeMap::from([(place, view)]), ..Picture::default() }
     }
 
     /// The versions' endpoints, and those held back.
@@ -298,6 +305,23 @@ mod tests {
         );
         let (_, held_back) = resolved(shift(json!({"service": "other", "port": "ftp"}), json!({})), &picture);
         assert_eq!(held_back[0], "pod-1: its EndpointSlice has no such port");
+    }
+
+    #[test]
+    fn only_pods_are_probed_and_warmed_up() {
+        let stranger = SliceEndpoint { pod: None, ..endpoint(2, "rs") };
+        let picture = picture(&[slice("v1", &[endpoint(1, "rs"), stranger])], &[]);
+        let probed = json!({"service": "v1", "readinessProbe": {"httpGet": {"port": 8080}}});
+        let (endpoints, held_back) = resolved(shift(probed, json!({})), &picture);
+        assert_eq!(
+            (endpoints[0].as_slice(), held_back.as_slice()),
+            (&["10.0.0.1:8080".to_owned()][..], &[format!("10.0.0.2:8080: {NO_POD}")][..])
+        );
+        let mut warmed_up = shift(json!({"service": "v1"}), json!({}));
+        let unasked = resolved(warmed_up.clone(), &picture).0;
+        assert_eq!(unasked[0].len(), 2, "the controller asks neither, so the slice's word is enough: {unasked:?}");
+        warmed_up.strategy.warm_up.requests = Some(WarmUpRequests::default());
+        assert_eq!(resolved(warmed_up, &picture).0[0], ["10.0.0.1:8080"]);
     }
 
     #[test]

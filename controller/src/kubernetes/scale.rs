@@ -318,7 +318,7 @@ mod tests {
 
         fn picture(&self) -> Picture {
             let place = Place { cluster: None, namespace: "shop".to_owned() };
-            Picture { views: BTreeMap::from([(place, self.view.clone())]), lost: BTreeMap::new() }
+            Picture { views: BTreeMap::from([(place, self.view.clone())]), ..Picture::default() }
         }
 
         /// Two looks, a second apart.

@@ -64,14 +64,17 @@ pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
         service: slice.labels().get("kubernetes.io/service-name").cloned(),
         is_ipv6: slice.address_type == "IPv6",
         ports: ports.collect(),
-        endpoints: slice.endpoints.iter().flatten().map(endpoint).collect(),
+        endpoints: slice.endpoints.iter().flatten().map(|one| endpoint(one, slice.namespace().as_deref())).collect(),
     })
 }
 
-fn endpoint(endpoint: &Endpoint) -> SliceEndpoint {
+/// An endpoint of a slice in this namespace. A pod of another one is none of the slice's.
+fn endpoint(endpoint: &Endpoint, namespace: Option<&str>) -> SliceEndpoint {
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);
-    let pod = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    let pod = endpoint.target_ref.as_ref().filter(|target| {
+        target.kind.as_deref() == Some("Pod") && target.namespace.as_deref().is_none_or(|own| Some(own) == namespace)
+    });
     SliceEndpoint {
         address: endpoint.addresses.first().cloned().unwrap_or_default(),
         pod: pod.and_then(|pod| pod.name.clone()),
@@ -135,4 +138,25 @@ fn selector(selector: &v1::LabelSelector) -> Option<LabelSelector> {
         match_labels: selector.match_labels.clone().unwrap_or_default(),
         match_expressions: expressions.collect::<Option<_>>()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_is_one_of_the_slices_own_namespace() {
+        let pod_of = |target: Value| {
+            let slice = json!({
+                "metadata": {"name": "a", "namespace": "shop"}, "addressType": "IPv4",
+                "endpoints": [{"addresses": ["10.0.0.1"], "targetRef": target}],
+            });
+            let slice = super::slice(&serde_json::from_value(slice).unwrap()).unwrap();
+            slice.endpoints[0].pod.clone()
+        };
+        assert_eq!(pod_of(json!({"kind": "Pod", "name": "a", "namespace": "shop"})).as_deref(), Some("a"));
+        assert_eq!(pod_of(json!({"kind": "Pod", "name": "a", "namespace": "vault"})), None);
+        assert_eq!(pod_of(json!({"kind": "Node", "name": "a", "namespace": "shop"})), None);
+        assert_eq!(pod_of(Value::Null), None);
+    }
 }

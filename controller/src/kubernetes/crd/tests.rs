@@ -3,6 +3,7 @@
 //! rules.
 
 use super::*;
+use crate::kubernetes::admission::admit;
 use cel::{Context, Env, Program};
 use jsonschema::Validator;
 use proptest::prelude::*;
@@ -35,7 +36,7 @@ fn what_is_said_of_types_and_fields_is_said_of_some_that_there_are() {
     for (kind, field, _) in bounds() {
         assert!(types[kind]["properties"][field].is_object(), "{kind}.{field}");
     }
-    for rule in RULES {
+    for rule in RULES.iter().chain(CLUSTER_RULES) {
         let field = rule.about.trim_start_matches('.');
         assert!(types[rule.of].is_object(), "{}", rule.of);
         assert!(field.is_empty() || types[rule.of]["properties"][field].is_object(), "{}.{field}", rule.of);
@@ -55,7 +56,7 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
     let mut env = Env::stdlib();
     env.add_extension(cel::extensions::strings).unwrap();
     let program = |rule: &Rule| (rule.holds.to_owned(), env.compile(rule.holds).unwrap());
-    let programs = RULES.iter().map(program).collect();
+    let programs = RULES.iter().chain(CLUSTER_RULES).map(program).collect();
     let mut strict = schema.clone();
     refuse_unknown(&mut strict);
     Server { validator: jsonschema::validator_for(&strict).unwrap(), schema, env: Arc::new(env), programs }
@@ -98,15 +99,23 @@ fn fill_in(schema: &Value, value: &mut Value) {
 }
 
 impl Server {
-    /// The document as it is kept, or what is wrong with it.
+    /// The document as it is kept, or what is wrong with it anywhere, in a cluster or not.
     fn take(&self, document: &Value) -> Result<Value, Vec<String>> {
+        let is_of_clusters = |error: &String| CLUSTER_RULES.iter().any(|rule| rule.holds == error);
+        let (document, mut errors) = self.look_at(document);
+        errors.retain(|error| !is_of_clusters(error));
+        if errors.is_empty() { Ok(document) } else { Err(errors) }
+    }
+
+    /// The document with its defaults, and everything that is wrong with it.
+    fn look_at(&self, document: &Value) -> (Value, Vec<String>) {
         let mut document = document.clone();
         fill_in(&self.schema, &mut document);
         let mut errors: Vec<_> = self.validator.iter_errors(&document).map(|error| error.to_string()).collect();
         if errors.is_empty() {
             self.run_rules(&self.schema, &document, &mut errors);
         }
-        if errors.is_empty() { Ok(document) } else { Err(errors) }
+        (document, errors)
     }
 
     /// Gathers the rules that do not hold, and the lists that have something twice.
@@ -153,6 +162,11 @@ fn cel_value(value: &Value) -> cel::Value {
             fields.iter().map(|(name, value)| (name.as_str(), cel_value(value))).collect::<HashMap<_, _>>().into()
         }
     }
+}
+
+/// Whether a cluster's controller puts the document in force.
+fn is_admitted(document: &Value) -> bool {
+    TrafficShift::read(document).is_ok_and(|shift| admit(&shift).is_ok())
 }
 
 fn is_read(document: &Value) -> bool {
@@ -213,6 +227,40 @@ fn what_is_wrong_is_refused_and_every_rule_is_needed() {
             rule.of,
             rule.holds
         );
+    }
+}
+
+#[test]
+fn what_reaches_out_of_the_namespace_is_refused_by_a_rule_of_its_own() {
+    let v1 = |field: &str, value: Value| json!({"name": "v1", "service": "a", field: value});
+    let probe = |probe: Value| ("/versions/0", v1("readinessProbe", probe));
+    let spec = || json!({"versions": [{"name": "v1", "service": "a"}], "stable": "v1"});
+    let hook = |field: &str, value: Value| {
+        ("/webhooks", json!([{"name": "a", "type": "Gate", "url": "https://ci.example.com", field: value}]))
+    };
+    assert_eq!(SERVER.look_at(&documents::document(spec())).1, [""; 0]);
+    let mut broken = BTreeSet::new();
+    for (pointer, value) in [
+        ("/versions/0", json!({"name": "v1", "endpoints": ["169.254.169.254:80"]})),
+        probe(json!({"httpGet": {"host": "metadata.google.internal", "path": "/computeMetadata/v1/"}})),
+        probe(json!({"tcpSocket": {"host": "10.0.0.1", "port": 22}})),
+        probe(json!({"exec": {"command": ["id"]}})),
+        probe(json!({"httpGet": {}, "periodMillis": 1})),
+        hook("secretFile", json!("/var/run/secrets/kubernetes.io/serviceaccount/token")),
+    ] {
+        let document = documents::with(spec(), pointer, value);
+        let (_, errors) = SERVER.look_at(&document);
+        assert_eq!(errors.len(), 1, "{document}: {errors:?}");
+        assert!(is_read(&document) && !is_admitted(&document), "{document}");
+        broken.extend(errors);
+    }
+    for rule in CLUSTER_RULES {
+        assert!(broken.contains(rule.holds), "nothing here breaks the rule of {}: {}", rule.of, rule.holds);
+    }
+    for document in [json!(["10.0.0.1:80"]), json!([])]
+        .map(|endpoints| documents::with(spec(), "/versions/0", v1("endpoints", endpoints)))
+    {
+        assert!(!SERVER.look_at(&document).1.is_empty(), "{document}: never beside a service");
     }
 }
 
@@ -356,6 +404,15 @@ proptest! {
         document["spec"][name] = some_value(field, &mut random, often);
         let kept = SERVER.take(&document);
         prop_assert_eq!(kept.is_ok(), is_read(&document), "{}\n{:?}\n{:?}", document, kept, TrafficShift::read(&document));
+        // What goes in a cluster: the same with versions that say where they run there.
+        let mut here = document.clone();
+        let services = here["spec"]["services"].as_array().into_iter().flatten().count();
+        for n in 0..services.max(1) {
+            let at = if services > 0 { format!("/spec/services/{n}/versions") } else { "/spec/versions".to_owned() };
+            let versions = here.pointer_mut(&at).and_then(Value::as_array_mut);
+            versions.into_iter().flatten().for_each(|version| _ = version.as_object_mut().and_then(|version| version.remove("endpoints")));
+        }
+        prop_assert_eq!(SERVER.look_at(&here).1.is_empty(), is_admitted(&here), "{}\n{:?}", here, SERVER.look_at(&here).1);
         if let Ok(kept) = kept {
             prop_assert_eq!(TrafficShift::read(&document), TrafficShift::read(&kept), "{}\nis kept as\n{}", document, kept);
         }

@@ -1,0 +1,143 @@
+//! What a document may say in a cluster. Whoever may write TrafficShifts in one namespace must not get further through the
+//! controller, which has an address in the cluster's network and more rights than they have: its requests go to pods of the
+//! document's own namespace, it runs no commands and reads no files for them. The CRD has the same rules in CEL; these
+//! hold also for what was stored before the rules were there.
+
+use std::fmt;
+use std::time::Duration;
+use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
+
+/// The shortest period of a probe, which is that of Kubernetes.
+const SHORTEST_PERIOD: Duration = Duration::from_secs(1);
+
+/// Whether a document may be in force in a cluster.
+///
+/// # Errors
+///
+/// What may not be in it, one line for each field.
+pub fn admit(shift: &TrafficShift) -> Result<(), String> {
+    let mut refused = Refused::default();
+    let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
+    for (n, service) in shift.services.iter().enumerate() {
+        let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
+        for (i, version) in service.versions.iter().enumerate() {
+            let at = format!("{at}.versions[{i}]");
+            if !version.endpoints.is_empty() {
+                let why = "the controller sends requests to pods of the document's namespace alone; expected service, \
+                           selector or workloadRef";
+                refused.push(format!("{at}.endpoints"), why);
+            }
+            if let Some(probe) = &version.readiness_probe {
+                admit_probe(&format!("{at}.readinessProbe"), probe, &mut refused);
+            }
+        }
+    }
+    for (i, webhook) in shift.webhooks.iter().enumerate() {
+        if matches!(webhook.secret, Some(HookSecret::File(_))) {
+            refused.push(format!("spec.webhooks[{i}].secretFile"), "it names a file of the controller's machine");
+        }
+    }
+    refused.into_result()
+}
+
+fn admit_probe(at: &str, probe: &Probe, refused: &mut Refused) {
+    let to_the_pod = "probes go to the pod's own address";
+    match &probe.check {
+        Check::HttpGet(get) if get.host.is_some() => {
+            let why = format!("{to_the_pod}; expected a Host among httpHeaders instead");
+            refused.push(format!("{at}.httpGet.host"), &why);
+        }
+        Check::TcpSocket { host: Some(_), .. } => refused.push(format!("{at}.tcpSocket.host"), to_the_pod),
+        Check::Exec { .. } => refused.push(format!("{at}.exec"), "it runs a command on the controller's machine"),
+        Check::HttpGet(_) | Check::TcpSocket { .. } | Check::Grpc { .. } => {}
+    }
+    if probe.period < SHORTEST_PERIOD {
+        refused.push(format!("{at}.periodMillis"), "expected 1000 or more");
+    }
+}
+
+/// What may not be in a document.
+#[derive(Debug, Default)]
+struct Refused(Vec<String>);
+
+impl Refused {
+    fn push(&mut self, field: impl fmt::Display, why: &str) {
+        self.0.push(format!("{field}: not allowed in a cluster: {why}"));
+    }
+
+    fn into_result(self) -> Result<(), String> {
+        if self.0.is_empty() { Ok(()) } else { Err(self.0.join("\n")) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// What is refused of a document with this `v1` and these fields of its spec.
+    fn refused(v1: Value, fields: Value) -> Vec<String> {
+        let mut v1 = v1;
+        v1["name"] = json!("v1");
+        let mut spec = json!({"versions": [v1, {"name": "v2", "service": "shop-v2"}], "stable": "v1"});
+        spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let document = json!({
+            "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+            "metadata": {"name": "shop", "namespace": "store"}, "spec": spec,
+        });
+        let shift = TrafficShift::read(&document).unwrap().qualified();
+        admit(&shift).err().iter().flat_map(|errors| errors.lines()).map(str::to_owned).collect()
+    }
+
+    fn probed(probe: Value) -> Vec<String> {
+        refused(json!({"service": "shop-v1", "readinessProbe": probe}), json!({}))
+    }
+
+    #[test]
+    fn what_stays_within_the_namespace_is_admitted() {
+        let get = json!({"path": "/", "port": 8080, "httpHeaders": [{"name": "Host", "value": "shop.example.com"}]});
+        for probe in [json!({"httpGet": get, "periodSeconds": 1}), json!({"tcpSocket": {}}), json!({"grpc": {}})] {
+            assert_eq!(probed(probe), [""; 0]);
+        }
+        let hook = json!({"name": "ci", "type": "Gate", "url": "https://ci.example.com"});
+        let whole = refused(json!({"workloadRef": {"name": "shop-v1"}}), json!({"webhooks": [hook]}));
+        assert_eq!(whole, [""; 0]);
+    }
+
+    #[test]
+    fn addresses_of_the_users_choosing_are_refused_with_the_field() {
+        let listed = refused(json!({"endpoints": ["169.254.169.254:80"]}), json!({}));
+        assert!(listed[0].starts_with("spec.versions[0].endpoints: not allowed in a cluster: "), "{listed:?}");
+        let http = probed(json!({"httpGet": {"host": "metadata.internal"}}));
+        assert!(http[0].starts_with("spec.versions[0].readinessProbe.httpGet.host: not allowed"), "{http:?}");
+        let tcp = probed(json!({"tcpSocket": {"host": "10.0.0.1", "port": 22}}));
+        assert!(tcp[0].starts_with("spec.versions[0].readinessProbe.tcpSocket.host: not allowed"), "{tcp:?}");
+    }
+
+    #[test]
+    fn commands_files_and_haste_are_refused_all_at_once() {
+        let v1 = json!({"service": "shop-v1", "readinessProbe": {"exec": {"command": ["id"]}, "periodMillis": 999}});
+        let hook = json!({"name": "ci", "type": "Gate", "url": "https://ci.example.com", "secretFile": "/etc/passwd"});
+        let errors = refused(v1, json!({"webhooks": [hook]}));
+        let fields: Vec<_> = errors.iter().filter_map(|error| error.split(": ").next()).collect();
+        let probe = "spec.versions[0].readinessProbe";
+        let expected =
+            [format!("{probe}.exec"), format!("{probe}.periodMillis"), "spec.webhooks[0].secretFile".to_owned()];
+        assert_eq!(fields, expected);
+    }
+
+    #[test]
+    fn fields_of_several_services_have_their_index() {
+        let service = |name: &str, version: Value| json!({"name": name, "versions": [version]});
+        let document = json!({
+            "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+            "metadata": {"name": "shop", "namespace": "store"},
+            "spec": {"stable": "v1", "services": [
+                service("cart", json!({"name": "v1", "service": "cart"})),
+                service("till", json!({"name": "v1", "endpoints": ["10.0.0.1:80"]})),
+            ]},
+        });
+        let errors = admit(&TrafficShift::read(&document).unwrap().qualified()).unwrap_err();
+        assert!(errors.starts_with("spec.services[1].versions[0].endpoints: "), "{errors}");
+    }
+}
