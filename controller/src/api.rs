@@ -13,7 +13,7 @@ use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode, header};
-use axum::middleware::{Next, from_fn_with_state, map_response};
+use axum::middleware::{Next, from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Extension, Json, Router};
@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
+mod admission;
 mod auth;
 mod events;
 mod leader;
@@ -38,6 +39,7 @@ mod status;
 mod turns;
 mod twin;
 
+pub use admission::{Admission, Ticket};
 pub use auth::{TokenError, TokenFiles, Tokens};
 pub use events::{Events, keep_telling};
 pub use leader::Leader;
@@ -216,8 +218,27 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .method_not_allowed_fallback(async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(map_response(for_nobody_else))
+        .layer(from_fn(one_host))
         .layer(from_fn_with_state(shared.clone(), count))
         .with_state(shared)
+}
+
+/// What the kubelet asks: whether this replica lives, and whether it can take requests. For a listener of its own.
+pub fn health_router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/healthz", get(status::healthy))
+        .route("/readyz", get(status::ready))
+        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "only /healthz and /readyz are here"))
+        .layer(map_response(for_nobody_else))
+        .with_state(shared)
+}
+
+/// Refuses what two readers could take for two hosts.
+async fn one_host(request: Request, next: Next) -> Response {
+    match request.headers().get_all(header::HOST).iter().count() {
+        0 | 1 => next.run(request).await,
+        number => Problem::bad_request(format!("{number} host headers; expected one")).into_response(),
+    }
 }
 
 /// Counts answers, whoever gave them.

@@ -6,7 +6,7 @@ pub mod classic;
 mod done;
 mod process;
 
-pub use done::Done;
+pub use done::{Claim, Done};
 
 use crate::rollout::Phase;
 use crate::status::{

@@ -36,6 +36,8 @@ pub use tls::{TlsError, TlsFiles};
 
 /// How often files are looked at; one that changes is read once it has been the same twice.
 const LOOK: Duration = Duration::from_millis(250);
+/// The most connections that are asked for health: kubelets', and those of anyone else who finds the port.
+const HEALTH_CONNECTIONS: usize = 256;
 /// How long requests may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -46,6 +48,8 @@ pub struct Options {
     pub documents: Documents,
     /// Where to listen; must be a loopback address where there are no tokens.
     pub listen: SocketAddr,
+    /// Where `/healthz` and `/readyz` are served as well, to everybody.
+    pub health_listen: Option<SocketAddr>,
     /// Who may ask.
     pub tokens: TokenFiles,
     /// How to speak TLS, if at all.
@@ -113,8 +117,8 @@ pub enum ServeError {
     #[error(transparent)]
     Certificate(#[from] TlsError),
     /// The address cannot be listened on.
-    #[error("--listen {0}: {1}")]
-    Listen(SocketAddr, io::Error),
+    #[error("{0} {1}: {2}")]
+    Listen(&'static str, SocketAddr, io::Error),
     /// The TLS library for probes and webhooks cannot be set up.
     #[error("cannot set up TLS for probes and webhooks: {0}")]
     Tls(reqwest::Error),
@@ -148,14 +152,14 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
             "the state is of a rollout {name}, which no document names any longer; what is known of it goes"
         );
     }
-    let listener = listen(&options).await?;
-    let address = listener.local_addr()?;
+    let listeners = listen(&options).await?;
+    let address = listeners.api.local_addr()?;
 
     let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
     let control = Control::new(documents, kept, counted);
     prober.set(control.shifts());
     let role = watch::Sender::new(Role::Alone);
-    let service = Service::start(&options, listener, secrets, control, role.subscribe(), None);
+    let service = Service::start(&options, listeners, secrets, control, role.subscribe(), None);
     tracing::info!(%address, tls = options.tls.is_some(), ?files, "serving");
 
     let keeper = Keeper::new(store, service.shared.done.clone());
@@ -167,8 +171,21 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     Ok(())
 }
 
-async fn listen(options: &Options) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(options.listen).await.map_err(|error| ServeError::Listen(options.listen, error))
+/// Where connections come in.
+struct Listeners {
+    api: TcpListener,
+    health: Option<TcpListener>,
+}
+
+async fn listen(options: &Options) -> Result<Listeners, ServeError> {
+    let bind = async |flag, address| {
+        TcpListener::bind(address).await.map_err(|error| ServeError::Listen(flag, address, error))
+    };
+    let health = match options.health_listen {
+        Some(address) => Some(bind("--health-listen", address).await?),
+        None => None,
+    };
+    Ok(Listeners { api: bind("--listen", options.listen).await?, health })
 }
 
 /// Ends when somebody asks the process to end.
@@ -193,7 +210,7 @@ struct Service {
 impl Service {
     fn start(
         options: &Options,
-        listener: TcpListener,
+        listeners: Listeners,
         secrets: Secrets,
         control: Control,
         role: watch::Receiver<Role>,
@@ -209,7 +226,13 @@ impl Service {
         let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
         let shared = Arc::new(shared);
         let api = api::router(shared.clone());
-        let server = tokio::spawn(http::serve(listener, http::max_connections(), tls, api, ending_too));
+        let admission = api::Admission::new(http::max_connections(), shared.done.evicted());
+        let server = tokio::spawn(http::serve(listeners.api, admission, tls, api, ending_too));
+        if let Some(listener) = listeners.health {
+            let admission = api::Admission::new(HEALTH_CONNECTIONS, shared.done.evicted());
+            let health = api::health_router(shared.clone());
+            tokio::spawn(http::serve(listener, admission, None, health, shared.ending.clone()));
+        }
         tokio::spawn(secrets.keep_fresh(options.clone()));
         tokio::spawn(api::keep_telling(shared.clone()));
         Self { shared, publish, end, server }

@@ -5,11 +5,11 @@
 //! user's name: its `Origin` gives it away, and so does the host name by which it calls us, should that have been
 //! pointed here (DNS rebinding).
 
-use super::Problem;
+use super::{Problem, Ticket};
 use crate::kubernetes::Reviewer;
 use crate::net::io_reason;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header, uri::Authority};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -177,6 +177,9 @@ pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Ne
     if let Err(refusal) = guard.admit(request.headers(), reviewed) {
         return refusal.into_response();
     }
+    if let Some(ticket) = request.extensions().get::<Arc<Ticket>>().filter(|_| !guard.allowed.is_empty()) {
+        ticket.trust(None);
+    }
     match guard.patience {
         None => next.run(request).await,
         Some(patience) => timeout(patience, next.run(request)).await.unwrap_or_else(|_| {
@@ -259,12 +262,18 @@ fn from_this_machine(headers: &HeaderMap) -> Result<(), Problem> {
         );
         return Err(Problem::new(StatusCode::FORBIDDEN, why));
     }
+    let of_others = || Problem::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token");
+    // Browsers send no origin with a GET that a page only causes, such as that of an image.
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    if site.is_some_and(|site| site != b"same-origin" && site != b"none") {
+        return Err(of_others());
+    }
     let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
     let origin = origin.to_str().unwrap_or_default();
     let is_ours = ["http://", "https://"].iter().any(|scheme| origin.strip_prefix(scheme) == Some(host));
     match is_ours {
         true => Ok(()),
-        false => Err(Problem::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token")),
+        false => Err(of_others()),
     }
 }
 
@@ -400,6 +409,10 @@ mod tests {
             assert_eq!(status(&[("host", host)]), 403, "{host}");
         }
         assert_eq!(status(&[]), 200, "no browser");
+        // Of a GET that has no origin, the browser says which site's page made it.
+        for (site, expected) in [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)] {
+            assert_eq!(status(&[("host", "127.0.0.1:7460"), ("sec-fetch-site", site)]), expected, "{site}");
+        }
         // A token is not sent for a page that was not given it.
         let authorization = format!("Bearer {OPERATE}");
         let of = [("host", "tideshift.example"), ("authorization", authorization.as_str())];

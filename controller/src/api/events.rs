@@ -3,19 +3,21 @@
 //! The status is made once for all who listen, and each of them is sent the newest that there is when the one before has
 //! left: whoever is slow misses statuses but holds up nobody and costs no memory.
 
-use super::{Problem, Shared};
+use super::{Peer, Problem, Shared};
 use crate::clock::now;
 use crate::rollout::Transition;
 use crate::status::{Status, TransitionStatus};
-use axum::extract::State;
+use axum::Extension;
+use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderName, StatusCode};
 use axum::response::IntoResponse;
 use axum::response::sse::{Event, Sse};
 use futures_util::stream::unfold;
 use schemars::JsonSchema;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -26,6 +28,8 @@ const AT_MOST: Duration = Duration::from_millis(250);
 const AT_LEAST: Duration = Duration::from_secs(1);
 /// The most who may listen at a time.
 const MAX_LISTENERS: usize = 100;
+/// The most of them that one caller may be: a credential with a name, else all that come from one address.
+const MAX_PER_CALLER: usize = 25;
 /// Whoever is so many transitions behind misses the oldest.
 const MAX_BEHIND: usize = 256;
 
@@ -35,6 +39,7 @@ pub struct Events {
     transitions: broadcast::Sender<Arc<str>>,
     statuses: watch::Sender<Arc<str>>,
     places: Arc<Semaphore>,
+    by_caller: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
 /// A transition and whose it is.
@@ -52,6 +57,7 @@ impl Default for Events {
             transitions: broadcast::Sender::new(MAX_BEHIND),
             statuses: watch::Sender::new("".into()),
             places: Arc::new(Semaphore::new(MAX_LISTENERS)),
+            by_caller: Arc::default(),
         }
     }
 }
@@ -100,10 +106,45 @@ struct Listener {
     transitions: broadcast::Receiver<Arc<str>>,
     statuses: watch::Receiver<Arc<str>>,
     ending: watch::Receiver<bool>,
-    _place: OwnedSemaphorePermit,
+    _place: (OwnedSemaphorePermit, CallersPlace),
 }
 
-pub(super) async fn events(State(shared): State<Arc<Shared>>) -> Result<impl IntoResponse, Problem> {
+/// One of the places of a caller, until it is dropped.
+struct CallersPlace {
+    caller: String,
+    of: Arc<Mutex<BTreeMap<String, usize>>>,
+}
+
+impl CallersPlace {
+    fn take(caller: String, of: &Arc<Mutex<BTreeMap<String, usize>>>) -> Option<Self> {
+        let mut places = of.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = places.entry(caller.clone()).or_default();
+        if *taken >= MAX_PER_CALLER {
+            return None;
+        }
+        *taken += 1;
+        Some(Self { caller, of: of.clone() })
+    }
+}
+
+impl Drop for CallersPlace {
+    fn drop(&mut self) {
+        let mut places = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = places.get_mut(&self.caller) {
+            *taken -= 1;
+            if *taken == 0 {
+                places.remove(&self.caller);
+            }
+        }
+    }
+}
+
+pub(super) async fn events(State(shared): State<Arc<Shared>>, peer: Peer) -> Result<impl IntoResponse, Problem> {
+    let caller = peer.map_or_else(String::new, |Extension(ConnectInfo(peer))| peer.ip().to_canonical().to_string());
+    let own = CallersPlace::take(caller, &shared.events.by_caller).ok_or_else(|| {
+        let why = format!("you listen {MAX_PER_CALLER} times already, the most for one caller; close one of them");
+        Problem::new(StatusCode::TOO_MANY_REQUESTS, why)
+    })?;
     let place = shared.events.places.clone().try_acquire_owned();
     let place = place.map_err(|_| {
         let why = format!("{MAX_LISTENERS} listen already, the most there may be; ask for /v1/status instead");
@@ -113,7 +154,7 @@ pub(super) async fn events(State(shared): State<Arc<Shared>>) -> Result<impl Int
     let (transitions, statuses) = (shared.events.transitions.subscribe(), shared.events.statuses.subscribe());
     let status: Status = shared.control().status(now());
     let first = Some(json(&status));
-    let listener = Listener { first, transitions, statuses, ending: shared.ending.clone(), _place: place };
+    let listener = Listener { first, transitions, statuses, ending: shared.ending.clone(), _place: (place, own) };
     let stream = unfold(listener, async |mut listener| {
         let event = listener.next().await?;
         Some((Ok::<_, Infallible>(event), listener))

@@ -69,8 +69,13 @@ pub(super) struct Arguments {
     proxy_token_audience: Option<String>,
 
     /// Where to listen: a loopback address, unless there are tokens.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7460", env = "TIDESHIFT_LISTEN")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7460", env = "TIDESHIFT_LISTEN", value_parser = address)]
     listen: SocketAddr,
+
+    /// Where /healthz and /readyz are served as well, to anyone and without TLS: for a kubelet, whose probes then need no
+    /// connection among those of clients.
+    #[arg(long, value_name = "ADDRESS", env = "TIDESHIFT_HEALTH_LISTEN", value_parser = address)]
+    health_listen: Option<SocketAddr>,
 
     /// Bearer tokens that may look: one on a line, any of which will do. Read again when it changes, as all files here.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_READ_TOKEN_FILE")]
@@ -123,6 +128,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     let options = Options {
         documents,
         listen: arguments.listen,
+        health_listen: arguments.health_listen,
         tokens: TokenFiles {
             read: arguments.read_token_file,
             operate: arguments.operate_token_file,
@@ -139,11 +145,32 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     })
 }
 
+/// An address to listen on. `:7460` is all addresses, as in Go programs; a name is not looked up.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
+    full.parse()
+        .map_err(|_| "expected ADDRESS:PORT, such as 127.0.0.1:7460, [::1]:7460, or :7460 for all addresses".to_owned())
+}
+
 /// What this machine calls itself; in a pod, the pod's name.
 fn host_name() -> Result<String, Failure> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     match name.is_empty() {
         false => Ok(name),
         true => Err(Failure::Usage("--pod-name: missing, and this machine has no host name".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_leave_out_the_host() {
+        assert_eq!(address(":7461").unwrap(), "[::]:7461".parse().unwrap());
+        assert_eq!(address("0.0.0.0:80").unwrap(), "0.0.0.0:80".parse().unwrap());
+        for wrong in ["7461", "localhost:7461", ":x", "", ":"] {
+            assert!(address(wrong).unwrap_err().contains(":7460 for all addresses"), "{wrong}");
+        }
     }
 }

@@ -16,6 +16,37 @@ pub struct Done {
     leads: Gauge<i64>,
     writes: Counter,
     write_errors: Counter,
+    evicted: Counter,
+    claims: Family<Labels, Counter>,
+    reviews: Family<Labels, Counter>,
+    certificate: Gauge<f64, AtomicU64>,
+}
+
+/// What a report claims that its sender cannot know, or may not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// To be another proxy than its credential's.
+    Proxy,
+    /// To have sent more reports than there was time for.
+    Sequence,
+    /// To run a policy that was not published.
+    Revision,
+    /// A veto that the guard cannot have issued.
+    Veto,
+    /// Counts of a service that its credential may not see.
+    Service,
+}
+
+impl Claim {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Proxy => "proxy",
+            Self::Sequence => "sequence",
+            Self::Revision => "revision",
+            Self::Veto => "veto",
+            Self::Service => "service",
+        }
+    }
 }
 
 type Labels = Vec<(&'static str, String)>;
@@ -61,6 +92,26 @@ impl Done {
         self.write_errors.inc_by(u64::from(!is_safe));
     }
 
+    /// Counts connections that were closed, or refused, to have room for others.
+    pub fn evicted(&self) -> Counter {
+        self.evicted.clone()
+    }
+
+    /// A report claimed what cannot be, or is not its sender's to say; that part of it was ignored.
+    pub fn ignored_claim(&self, claim: Claim) {
+        self.claims.get_or_create(&vec![("claim", claim.name().to_owned())]).inc();
+    }
+
+    /// A token was to be reviewed.
+    pub fn reviewed(&self, answer: &str) {
+        self.reviews.get_or_create(&vec![("answer", answer.to_owned())]).inc();
+    }
+
+    /// Until when the certificate is valid, in seconds since 1970.
+    pub fn certificate_expires(&self, at: f64) {
+        self.certificate.set(at);
+    }
+
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register("http_requests", "Requests answered, by route and status", self.answers.clone());
         let help = "When a report was last taken; 0: not since the start";
@@ -74,5 +125,15 @@ impl Done {
         registry.register("state_writes", "Times that state was to be made safe", self.writes.clone());
         let help = "Times that it could not be: a restart would go on from what was kept before";
         registry.register("state_write_errors", help, self.write_errors.clone());
+        let help = "Connections without a good token that were closed or refused, to have room for others";
+        registry.register("connections_evicted", help, self.evicted.clone());
+        let help = "Claims in reports that were ignored, by what they were about; left out before the first";
+        registry.register("report_claims_ignored", help, self.claims.clone());
+        let help = "TokenReviews by their answer, and tokens that none was made for";
+        registry.register("token_reviews", help, self.reviews.clone());
+        if self.certificate.get() > 0.0 {
+            let help = "Until when the certificate of --tls-cert is valid; left out without TLS";
+            registry.register("tls_certificate_expiry_timestamp_seconds", help, self.certificate.clone());
+        }
     }
 }

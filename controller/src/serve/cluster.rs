@@ -29,13 +29,13 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let secrets = Secrets::load(&options)?;
     let (client, namespace) = clusters::home(cluster.kubeconfig.as_deref()).await.map_err(ServeError::NoCluster)?;
     let namespace = cluster.namespace.clone().unwrap_or(namespace);
-    let listener = listen(&options).await?;
-    let address = listener.local_addr()?;
+    let listeners = listen(&options).await?;
+    let address = listeners.api.local_addr()?;
     let reviewer = cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience));
     let role = watch::Sender::new(Role::Follows(None));
     let nothing = Control::new(Vec::new(), Kept::default(), Counted::default());
     let shown = watch::Sender::new(Role::Follows(None));
-    let service = Service::start(&options, listener, secrets, nothing, shown.subscribe(), reviewer.map(Arc::new));
+    let service = Service::start(&options, listeners, secrets, nothing, shown.subscribe(), reviewer.map(Arc::new));
     tracing::info!(%address, tls = options.tls.is_some(), namespace, identity = cluster.identity, "serving");
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };

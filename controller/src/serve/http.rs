@@ -1,6 +1,8 @@
 //! The listening side: takes connections, as many as there may be, speaks TLS with them if there is a certificate, and
-//! leaves their requests to the API. Whoever is slow to say what he wants is sent away.
+//! leaves their requests to the API. A client that is slow to say what it wants is disconnected; which connections give way
+//! where there are too many, `api/admission` decides.
 
+use crate::api::{Admission, Ticket};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
@@ -12,22 +14,25 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tower::ServiceExt;
 
 /// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE: Duration = Duration::from_secs(5);
 /// How long the head of a request may take, and how long a connection may have none under way.
-const HEAD: Duration = Duration::from_secs(15);
+const HEAD: Duration = Duration::from_secs(5);
 /// The longest head of a request, in bytes.
-const MAX_HEAD: usize = 64 << 10;
+const MAX_HEAD: usize = 16 << 10;
 /// How long a client may leave what it is sent unread.
 #[cfg(target_os = "linux")]
 const UNREAD_MILLIS: u32 = 30_000;
@@ -41,29 +46,29 @@ const OTHER_FILES: u64 = 512;
 /// The TLS configuration for connections from now on.
 pub(super) type Tls = watch::Receiver<Arc<ServerConfig>>;
 
-/// Serves until `ending` is true and every request that had begun by then has its answer. Of more than so many
-/// connections at a time, the others wait.
+/// Serves until `ending` is true and every request that had begun by then has its answer.
 pub(super) async fn serve(
     listener: TcpListener,
-    connections: usize,
+    admission: Arc<Admission>,
     tls: Option<Tls>,
     api: Router,
     mut ending: watch::Receiver<bool>,
 ) {
-    let slots = Arc::new(Semaphore::new(connections));
     let graceful = GracefulShutdown::new();
     loop {
-        // The semaphore is never closed.
-        let next = async { (slots.clone().acquire_owned().await.ok(), accept(&listener).await) };
-        let (slot, (stream, peer)) = tokio::select! {
-            next = next => next,
+        let (stream, peer) = tokio::select! {
+            accepted = accept(&listener) => accepted,
             _ = ending.wait_for(|ending| *ending) => break,
         };
-        let connection = Connection { peer, api: api.clone(), watcher: graceful.watcher(), _slot: slot };
+        let Some(ticket) = admission.admit(peer.ip(), Instant::now()).map(Arc::new) else {
+            tracing::debug!(%peer, "too many connections without a good token");
+            continue;
+        };
+        let connection = Connection { peer, api: api.clone(), watcher: graceful.watcher(), ticket };
         // Each in a task of its own kind: thousands that speak no TLS need not have the room for it.
         match tls.as_ref().map(|tls| TlsAcceptor::from(tls.borrow().clone())) {
-            None => tokio::spawn(connection.serve(stream)),
-            Some(acceptor) => tokio::spawn(connection.serve_tls(stream, acceptor)),
+            None => tokio::spawn(connection.run(stream)),
+            Some(acceptor) => tokio::spawn(connection.run_tls(stream, acceptor)),
         };
     }
     drop(listener);
@@ -75,28 +80,101 @@ struct Connection {
     peer: SocketAddr,
     api: Router,
     watcher: Watcher,
-    _slot: Option<OwnedSemaphorePermit>,
+    ticket: Arc<Ticket>,
 }
 
 impl Connection {
-    async fn serve_tls(self, stream: TcpStream, acceptor: TlsAcceptor) {
-        match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => self.serve(stream).await,
-            Ok(Err(error)) => tracing::debug!(peer = %self.peer, "no TLS: {error}"),
-            Err(_) => tracing::debug!(peer = %self.peer, "no TLS within {} s", HANDSHAKE.as_secs()),
-        }
+    async fn run_tls(self, stream: TcpStream, acceptor: TlsAcceptor) {
+        let (peer, ticket) = (self.peer, self.ticket.clone());
+        let serve = async {
+            match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => self.serve(stream).await,
+                Ok(Err(error)) => tracing::debug!(%peer, "no TLS: {error}"),
+                Err(_) => tracing::debug!(%peer, "no TLS within {} s", HANDSHAKE.as_secs()),
+            }
+        };
+        unless_evicted(peer, &ticket, serve).await;
+    }
+
+    async fn run(self, stream: TcpStream) {
+        let (peer, ticket) = (self.peer, self.ticket.clone());
+        unless_evicted(peer, &ticket, self.serve(stream)).await;
     }
 
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
-        let Self { peer, api, watcher, _slot } = self;
-        let service = service_fn(|mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
-            api.clone().oneshot(request.map(Body::new))
+        let Self { peer, api, watcher, ticket } = self;
+        let phase = Arc::new(InHead(AtomicBool::new(true)));
+        let stream = Metered { stream, ticket: ticket.clone(), phase: phase.clone() };
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            phase.0.store(false, Ordering::Relaxed);
+            ticket.end_head();
+            let extensions = request.extensions_mut();
+            extensions.insert(ConnectInfo(peer));
+            extensions.insert(ticket.clone());
+            let (answer, phase) = (api.clone().oneshot(request.map(Body::new)), phase.clone());
+            async move {
+                let answer = answer.await;
+                phase.0.store(true, Ordering::Relaxed);
+                answer
+            }
         });
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_header_size(MAX_HEAD);
         // What fails now is the client's: it went away, or it does not speak HTTP.
         let _ = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await;
+    }
+}
+
+async fn unless_evicted(peer: SocketAddr, ticket: &Ticket, serve: impl Future<Output = ()>) {
+    tokio::select! {
+        () = serve => {}
+        () = ticket.evicted() => tracing::debug!(%peer, "closed for another: it has shown no good token"),
+    }
+}
+
+/// Whether what is read is a request's head: from the answer to one until the next is complete.
+struct InHead(AtomicBool);
+
+/// A connection whose incomplete heads are counted.
+struct Metered<S> {
+    stream: S,
+    ticket: Arc<Ticket>,
+    phase: Arc<InHead>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        std::task::ready!(Pin::new(&mut self.stream).poll_read(cx, into))?;
+        let read = into.filled().len() - before;
+        let fits = read == 0 || !self.phase.0.load(Ordering::Relaxed) || self.ticket.read_head(read);
+        Poll::Ready(if fits { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) })
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 }
 
@@ -152,27 +230,45 @@ mod tests {
         String::from_utf8_lossy(&bytes[..read]).into_owned()
     }
 
-    async fn start(api: Router) -> (SocketAddr, watch::Sender<bool>, tokio::task::JoinHandle<()>) {
+    async fn start(api: Router, connections: usize) -> (SocketAddr, watch::Sender<bool>, tokio::task::JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (end, ending) = watch::channel(false);
-        (address, end, tokio::spawn(serve(listener, 2, None, api, ending)))
+        (
+            address,
+            end,
+            tokio::spawn(serve(listener, Admission::new(connections, Default::default()), None, api, ending)),
+        )
     }
 
     #[tokio::test]
-    async fn connections_beyond_the_most_wait_their_turn() {
-        let (address, _end, _server) = start(Router::new().route("/", get(async || "hello"))).await;
-        let mut idle = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
-        for stream in &mut idle {
-            stream.write_all(REQUEST).await.unwrap();
-            assert!(answer(stream).await.ends_with("hello"));
+    async fn strangers_that_hold_their_connections_give_way_and_clients_with_a_token_do_not() {
+        let hello = get(async || "hello").layer(axum::middleware::from_fn(
+            async |request: axum::extract::Request, next: axum::middleware::Next| {
+                if request.uri().query() == Some("token") {
+                    request.extensions().get::<Arc<Ticket>>().unwrap().trust(None);
+                }
+                next.run(request).await
+            },
+        ));
+        // Of 64 connections 16 are for strangers, 4 for each address.
+        let (address, _end, _server) = start(Router::new().route("/", hello), 64).await;
+        let mut trusted = TcpStream::connect(address).await.unwrap();
+        trusted.write_all(b"GET /?token HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        assert!(answer(&mut trusted).await.ends_with("hello"));
+        let mut idle = Vec::new();
+        for _ in 0..4 {
+            idle.push(TcpStream::connect(address).await.unwrap());
+            idle.last_mut().unwrap().write_all(REQUEST).await.unwrap();
+            assert!(answer(idle.last_mut().unwrap()).await.ends_with("hello"));
         }
-        let mut third = TcpStream::connect(address).await.unwrap();
-        third.write_all(REQUEST).await.unwrap();
-        let turn = timeout(Duration::from_millis(200), answer(&mut third)).await;
-        assert!(turn.is_err(), "it was answered beyond the most: {turn:?}");
-        drop(idle);
-        assert!(answer(&mut third).await.ends_with("hello"));
+        sleep(Duration::from_millis(1_100)).await;
+        let mut another = TcpStream::connect(address).await.unwrap();
+        another.write_all(REQUEST).await.unwrap();
+        assert!(answer(&mut another).await.ends_with("hello"));
+        assert_eq!(answer(&mut idle[0]).await, "", "the oldest is closed");
+        trusted.write_all(REQUEST).await.unwrap();
+        assert!(answer(&mut trusted).await.ends_with("hello"), "a good token keeps its connection");
     }
 
     #[tokio::test]
@@ -183,7 +279,7 @@ mod tests {
             let _ = gone.clone().wait_for(|gone| *gone).await;
             "at last"
         });
-        let (address, end, server) = start(Router::new().route("/", get("hello")).route("/slow", slow)).await;
+        let (address, end, server) = start(Router::new().route("/", get("hello")).route("/slow", slow), 64).await;
         let mut idle = TcpStream::connect(address).await.unwrap();
         idle.write_all(REQUEST).await.unwrap();
         assert!(answer(&mut idle).await.ends_with("hello"));

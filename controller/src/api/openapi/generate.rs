@@ -91,6 +91,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             types.answer::<TransitionEvent<'_>>();
             let answers = vec![
                 (200, "Server-sent events, until the controller ends.", Content::Text(&["text/event-stream"])),
+                (429, "This caller listens as often as it may.", Content::Problem),
                 (503, "As many listen as may, or no replica leads at the moment.", Content::Problem),
             ];
             let description = "`event: status` with a Status at once, when it changes (at most four times a second), and at \
