@@ -15,7 +15,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post, put};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use rollouts::{Nothing, Promote, Rollback, SetTarget, SetWeight, command};
@@ -98,6 +98,15 @@ impl Shared {
 
     /// How a rollout stands once what was asked for is done.
     async fn after(&self, turn: u64, rollout: &str) -> Result<Services, Problem> {
+        let services = self.after_which_may_be_gone(turn, rollout).await?;
+        match services.services.is_empty() {
+            true => Err(Problem::not_found("it is gone already")),
+            false => Ok(services),
+        }
+    }
+
+    /// The same where it need not be there any longer.
+    async fn after_which_may_be_gone(&self, turn: u64, rollout: &str) -> Result<Services, Problem> {
         self.counted.notify_one();
         let mut ending = self.ending.clone();
         tokio::select! {
@@ -107,8 +116,7 @@ impl Shared {
             }
         }
         let control = self.control();
-        let services =
-            control.rollout_status(rollout, now()).ok_or_else(|| Problem::not_found("it is gone already"))?;
+        let services = control.rollout_status(rollout, now()).unwrap_or_default();
         Ok(Services { services, unchanged: false, state_error: control.state_error().map(str::to_owned) })
     }
 }
@@ -193,6 +201,7 @@ fn routes() -> Vec<Route> {
         // A document may hold secrets.
         get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
         Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),
+        Route::new(Method::DELETE, "/v1/shifts/{name}", OPERATORS, delete(shifts::delete)),
         get_by("/metrics", READERS, get(status::metrics)).by_all(),
         get_by("/healthz", EVERYBODY, get(status::healthy)).by_all(),
         get_by("/readyz", EVERYBODY, get(status::ready)).by_all(),

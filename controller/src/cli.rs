@@ -3,6 +3,7 @@
 
 mod completions;
 mod crd;
+mod delete;
 mod explain;
 mod history;
 mod install;
@@ -50,6 +51,7 @@ From a document to moving traffic:
 While it runs:
   tideshift set-target v2 --wait                   A rollout; 0 when it has succeeded, 6 when it has failed
   tideshift promote | pause | resume | abort | rollback --to v1 | set-weight 25
+  tideshift apply -f shift.yaml | delete checkout  A document into the running controller, and out of it again
   tideshift watch                                  Each transition as it happens
   tideshift wait-drained checkout v1               Until nothing of v1 is in flight any more
 
@@ -74,6 +76,7 @@ enum Command {
     Watch(history::Watch),
     History(history::History),
     Apply(steer::Apply),
+    Delete(delete::Arguments),
     SetTarget(steer::SetTarget),
     Promote(steer::Promote),
     Pause(steer::Pause),
@@ -118,6 +121,7 @@ impl Cli {
             Command::Watch(arguments) => arguments.run().await,
             Command::History(arguments) => arguments.run().await,
             Command::Apply(arguments) => arguments.run().await,
+            Command::Delete(arguments) => arguments.run().await,
             Command::SetTarget(arguments) => arguments.run().await,
             Command::Promote(arguments) => arguments.run().await,
             Command::Pause(arguments) => arguments.run().await,

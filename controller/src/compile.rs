@@ -1,6 +1,7 @@
 //! From a TrafficShift to what a proxy runs: its services, with the weights and the readiness of the moment put in.
 
-use tideshift_core::policy::{Service, Version};
+use tideshift_core::matching::Match;
+use tideshift_core::policy::{Rule, Service, Version, WeightedVersion};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// What proxies run for a service of a TrafficShift. `state` gives for each version's name its weight, 0 to
@@ -42,4 +43,45 @@ pub fn service_at_rest(of: &ShiftService, stable: &str) -> Service {
 /// All services of a shift before anything is known of readiness.
 pub fn at_rest(shift: &TrafficShift) -> impl Iterator<Item = Service> {
     shift.services.iter().map(|service| service_at_rest(service, &shift.stable))
+}
+
+/// The rule that leads some requests to a version whatever its share is, while a rollout has such a step.
+pub fn testers(version: &str, matches: Vec<Match>) -> Rule {
+    let versions = vec![WeightedVersion { name: version.to_owned(), weight: 1 }];
+    Rule { name: Some("testers of the rollout".to_owned()), matches, versions, mirror: None }
+}
+
+/// Puts a rule that no document has before those of a service. No two rules of a service have the same name, and the
+/// document's may have any: this one gets another name where its own is taken.
+pub fn put_first(service: &mut Service, mut rule: Rule) {
+    if let Some(name) = &rule.name {
+        let is_free = |name: &String| service.rules.iter().all(|rule| rule.name.as_ref() != Some(name));
+        let names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name} ({n})")));
+        rule.name = names.into_iter().find(is_free);
+    }
+    service.rules.insert(0, rule);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use tideshift_core::policy::Policy;
+
+    #[test]
+    fn a_generated_rule_has_a_name_that_no_rule_of_the_document_has() {
+        let named = |name: &str| json!({"name": name, "versions": [{"name": "v1"}]});
+        let rules = [named("testers of the rollout"), named("testers of the rollout (2)")];
+        let document = json!({
+            "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "shop"},
+            "spec": {"versions": [{"name": "v1"}], "stable": "v1", "rules": rules},
+        });
+        let shift = TrafficShift::read(&document).unwrap();
+        let mut service = at_rest(&shift).next().unwrap();
+        put_first(&mut service, testers("v1", Vec::new()));
+        let name = service.rules[0].name.clone();
+        assert_eq!(name.as_deref(), Some("testers of the rollout (3)"));
+        let policy = Policy { revision: 1, services: vec![service], ..Policy::default() };
+        Policy::read(&serde_json::to_value(&policy).unwrap()).unwrap();
+    }
 }

@@ -11,11 +11,13 @@ mod requests;
 mod world;
 
 pub use applied::Applied;
+use applied::InForce;
 pub use drain::Idle;
 pub use judge::Judges;
 pub use recent::Recent;
 pub use world::Young;
 
+use crate::admission::{self, Held};
 use crate::clock;
 use crate::compile;
 use crate::ledger::{Ledger, Taken};
@@ -30,6 +32,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tideshift_core::decode::Errors;
 use tideshift_core::policy::{Policy, Service};
 use tideshift_core::report::Report;
 use tideshift_core::session::Secret;
@@ -41,6 +44,11 @@ use world::{Availability, World};
 pub struct Control {
     /// What is in force: the files' documents, and over them those that came through the API.
     shifts: Vec<TrafficShift>,
+    /// The same as they are written, where they do not come from a cluster.
+    held: Vec<Arc<Held>>,
+    /// Why documents are not in force as they are now, by name: they, or what becomes of them, are refused.
+    refused: BTreeMap<String, Errors>,
+    unreadable: BTreeMap<String, Errors>,
     /// The files' documents, as they were read and as they are written.
     files: Vec<(TrafficShift, Value)>,
     /// Whether what is in force has changed since this was last asked.
@@ -161,7 +169,9 @@ const MAX_REVISION: u64 = u64::MAX / 2;
 impl Control {
     /// Goes on from what was kept.
     pub fn new(files: Vec<(TrafficShift, Value)>, kept: Kept, counted: Counted) -> Self {
-        Self::with_hidden(files, Vec::new(), kept, counted)
+        let mut control = Self::empty(kept, counted);
+        control.set_documents(files);
+        control
     }
 
     /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
@@ -171,8 +181,17 @@ impl Control {
         kept: Kept,
         counted: Counted,
     ) -> Self {
-        let mut control = Self {
+        let mut control = Self::empty(kept, counted);
+        control.set_documents_but(files, hidden);
+        control
+    }
+
+    fn empty(kept: Kept, counted: Counted) -> Self {
+        Self {
             shifts: Vec::new(),
+            held: Vec::new(),
+            refused: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             files: Vec::new(),
             shifts_changed: false,
             document_errors: Vec::new(),
@@ -194,28 +213,39 @@ impl Control {
             changed_in: BTreeMap::new(),
             kept,
             series: Series::default(),
-        };
-        control.set_documents_but(files, hidden);
-        control
+        }
     }
 
-    /// New files' documents; rollouts of services that are gone are forgotten.
+    /// New files' documents; rollouts of services that are gone are forgotten. Each is taken or refused on its own.
     pub fn set_documents(&mut self, files: Vec<(TrafficShift, Value)>) {
-        self.set_documents_but(files, Vec::new());
+        self.files = files;
+        self.document_errors.clear();
+        let admitted = applied::admit(&self.held, &self.files, &self.kept.applied);
+        self.take_in(admitted);
     }
 
-    /// The same, but for the documents of namespaces that cannot be seen.
+    /// The documents of a cluster, which agree, but for those of namespaces that cannot be seen.
     pub fn set_documents_but(&mut self, files: Vec<(TrafficShift, Value)>, hidden: Vec<Option<String>>) {
         self.hidden = hidden;
         self.files = files;
         self.document_errors.clear();
+        self.shifts = self.files.iter().map(|(shift, _)| shift.clone()).collect();
         self.put_in_force();
     }
 
+    fn take_in(&mut self, admitted: InForce) {
+        for name in &admitted.overtaken {
+            self.kept.applied.remove(name);
+            self.dirty = true;
+        }
+        self.refused = admitted.refused;
+        self.held = admitted.held;
+        self.shifts = self.held.iter().map(|held| held.shift.clone()).collect();
+        self.put_in_force();
+    }
+
+    /// What is no longer in force is forgotten.
     fn put_in_force(&mut self) {
-        let before = self.kept.applied.len();
-        self.shifts = applied::in_force(&self.files, &mut self.kept.applied);
-        self.dirty |= self.kept.applied.len() != before;
         let hidden = &self.hidden;
         let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name) || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
@@ -248,14 +278,22 @@ impl Control {
         std::mem::take(&mut self.shifts_changed).then_some(&self.shifts)
     }
 
-    /// Documents that are wrong: what they said before stays.
+    /// Documents that cannot be read: what they said before stays.
     pub fn set_document_errors(&mut self, errors: Vec<String>) {
         self.document_errors = errors;
     }
 
-    /// What is wrong with the documents.
-    pub fn document_errors(&self) -> &[String] {
-        &self.document_errors
+    /// What is wrong with the documents, one line each.
+    pub fn document_errors(&self) -> Vec<String> {
+        let refused = self.refused.iter().chain(&self.unreadable);
+        let lines = refused.flat_map(|(name, errors)| errors.0.iter().map(move |error| format!("{name}: {error}")));
+        self.document_errors.iter().cloned().chain(lines).collect()
+    }
+
+    /// Why a document is not in force as it is now, if so.
+    pub fn refusal(&self, name: &str) -> Option<String> {
+        let mut refused = self.refused.get(name).into_iter().chain(self.unreadable.get(name));
+        refused.next().map(Errors::to_string)
     }
 
     /// Why what is decided cannot be kept; none if it can.
@@ -271,20 +309,48 @@ impl Control {
     ///
     /// If it is wrong, or contradicts another document; what was in force stays.
     pub fn put_shift(&mut self, name: &str, document: Value) -> Result<bool, CommandError> {
-        applied::check(name, &document, &self.shifts).map_err(CommandError::Invalid)?;
+        applied::check(name, &document).map_err(CommandError::Invalid)?;
         let over = self.files.iter().find(|(file, _)| file.name == name).map(|(_, value)| value.clone());
+        let mut all = self.kept.applied.clone();
+        all.insert(name.to_owned(), Applied { document, over });
+        let admitted = applied::admit(&self.held, &self.files, &all);
+        if let Some(errors) = admitted.refused.get(name) {
+            return Err(CommandError::Invalid(errors.to_string()));
+        }
         let is_new = !self.shifts.iter().any(|shift| shift.name == name);
-        self.kept.applied.insert(name.to_owned(), Applied { document, over });
+        self.kept.applied = all;
         self.dirty = true;
-        self.put_in_force();
+        self.take_in(admitted);
         Ok(is_new)
+    }
+
+    /// Takes back a document that came through the API; the file's of the same name, if there is one, is in force again.
+    ///
+    /// # Errors
+    ///
+    /// If there is none of this name, or it is a file's.
+    pub fn delete_shift(&mut self, name: &str) -> Result<(), CommandError> {
+        let mut all = self.kept.applied.clone();
+        if all.remove(name).is_none() {
+            return Err(match self.document(name) {
+                Some(_) => CommandError::Conflict(format!(
+                    "the TrafficShift {name} comes from a file that the controller was given; remove it there"
+                )),
+                None => CommandError::NotFound(format!("there is no TrafficShift {name}")),
+            });
+        }
+        let admitted = applied::admit(&self.held, &self.files, &all);
+        self.kept.applied = all;
+        self.dirty = true;
+        self.take_in(admitted);
+        Ok(())
     }
 
     /// The document in force of this name, as it is written.
     pub fn document(&self, name: &str) -> Option<Value> {
-        let applied = self.kept.applied.get(name).map(|applied| &applied.document);
+        let held = self.held.iter().find(|held| held.shift.name == name).map(|held| &held.document);
         let file = self.files.iter().find(|(shift, _)| shift.name == name).map(|(_, value)| value);
-        applied.or(file).cloned()
+        held.or(file).cloned()
     }
 
     /// What the probes say now.
@@ -542,7 +608,15 @@ impl Control {
             true => services.is_empty() && !self.hidden.is_empty(),
             false => !self.shifts.iter().any(|shift| self.is_known(shift)),
         };
-        if nothing_known || self.policy.as_ref().is_some_and(|policy| policy.services == services) {
+        if nothing_known {
+            return;
+        }
+        if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
+            self.unreadable.clear();
+            return;
+        }
+        self.leave_out_unreadable(&mut services);
+        if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             return;
         }
         let json = serde_json::to_string(&services).unwrap_or_default();
@@ -564,6 +638,38 @@ impl Control {
         self.in_force.clone_from(&policy.services);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
+    }
+
+    /// What becomes of a document is read back as proxies would read it. If they could not, its services stay as they
+    /// are, and no other document is held up by it.
+    fn leave_out_unreadable(&mut self, services: &mut Vec<Service>) {
+        let before: BTreeMap<&str, &Service> = self.in_force.iter().map(|of| (of.name.as_str(), of)).collect();
+        let names = services.iter().enumerate().map(|(n, service)| (service.name.clone(), n));
+        let places: BTreeMap<String, usize> = names.collect();
+        let mut left_out = Vec::new();
+        let mut unreadable = BTreeMap::new();
+        for shift in &self.shifts {
+            let of_shift = || shift.services.iter().filter_map(|service| places.get(&service.name).copied());
+            let is_as_before = |n: usize| before.get(services[n].name.as_str()).copied() == services.get(n);
+            if of_shift().all(is_as_before) {
+                continue;
+            }
+            let compiled: Vec<Service> = of_shift().map(|n| services[n].clone()).collect();
+            let Err(errors) = admission::readable(shift, &compiled) else { continue };
+            unreadable.insert(shift.name.clone(), errors);
+            for n in of_shift().collect::<Vec<_>>() {
+                match before.get(services[n].name.as_str()) {
+                    Some(before) => services[n] = (*before).clone(),
+                    None => left_out.push(n),
+                }
+            }
+        }
+        left_out.sort_unstable();
+        left_out.into_iter().rev().for_each(|n| drop(services.remove(n)));
+        for (name, errors) in unreadable.iter().filter(|(name, errors)| self.unreadable.get(*name) != Some(errors)) {
+            tracing::error!(rollout = name, "not published, what it was before stays: {errors}");
+        }
+        self.unreadable = unreadable;
     }
 
     fn look_at_drains(&mut self, now: Millis) -> bool {
@@ -622,7 +728,7 @@ fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, w
         let part = parts.iter().find(|part| part.version == version);
         part.map_or((0, false), |part| (part.weight, part.serving))
     });
-    compiled.rules.splice(0..0, rollout.testers(shift));
+    rollout.testers(shift).into_iter().for_each(|rule| compile::put_first(&mut compiled, rule));
     compiled.mirror = compiled.mirror.or_else(|| rollout.mirror(shift));
     compiled.stable = Some(rollout.stable.clone());
     compiled.step = rollout.compared_step(shift);

@@ -1,9 +1,13 @@
 //! Documents in files: from YAML or JSON to types, with every error of every file at once, each with its place.
 //! What a document means, and what is allowed in it, is `tideshift-core`'s.
 
+mod last_good;
+
+pub use last_good::LastGood;
+
+use crate::admission::{self, Admission, Size};
 use crate::net::io_reason;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -66,31 +70,8 @@ pub fn load(files: &[PathBuf]) -> Result<Vec<TrafficShift>, DocumentErrors> {
 ///
 /// As [`load`].
 pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, DocumentErrors> {
-    let mut values = Vec::new();
-    let documents = read_files(files, |value| {
-        let shift = TrafficShift::read(value)?;
-        values.push(value.clone());
-        Ok(Document::Shift(shift))
-    })?;
-    let shift = |((_, document), value)| match document {
-        Document::Shift(shift) => Some((shift, value)),
-        Document::Policy(_) => None,
-    };
-    Ok(documents.into_iter().zip(values).filter_map(shift).collect())
-}
-
-/// The same, for a controller without a cluster.
-///
-/// # Errors
-///
-/// As [`load`], and if a document says something that only a cluster could tell.
-pub fn load_to_serve(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, DocumentErrors> {
-    let documents = load_as_written(files)?;
-    let wrong = documents.iter().filter_map(|(shift, _)| needs_no_cluster(shift).err());
-    let source =
-        || Source { file: files.iter().map(|file| shown_name(file)).collect::<Vec<_>>().join(", "), number: None };
-    let errors: Vec<_> = wrong.map(|why| source().error("", why)).collect();
-    if errors.is_empty() { Ok(documents) } else { Err(DocumentErrors(errors)) }
+    let documents = read_files(files, |value| TrafficShift::read(value).map(Document::Shift))?;
+    Ok(documents.into_iter().flatten().filter_map(ReadOne::shift).collect())
 }
 
 /// Reads a file that holds one document, of whatever kind `read` reads; `-` is standard input.
@@ -107,72 +88,90 @@ pub fn load_one<T>(file: &Path, read: impl FnOnce(&Value) -> Result<T, Errors>) 
         [] => return Err(whole_file("no document in it".to_owned())),
         several => return Err(whole_file(format!("{} documents in it; expected one", several.len()))),
     };
-    let all = |errors: Errors| errors.0.into_iter().map(|error| DocumentError { source: source.clone(), error });
-    read(value).map_err(|errors| DocumentErrors(all(errors).collect()))
-}
-
-/// Whether another document can stand beside these.
-///
-/// # Errors
-///
-/// What it contradicts, one line for each.
-pub fn agree(others: &[TrafficShift], another: TrafficShift) -> Result<(), Vec<String>> {
-    let source = |file: &str| Source { file: file.to_owned(), number: None };
-    let others = others.iter().map(|shift| (source("force"), Document::Shift(shift.clone())));
-    let documents: Vec<_> = others.chain([(source("the request"), Document::Shift(another))]).collect();
-    let errors = contradictions(&documents);
-    match errors.is_empty() {
-        true => Ok(()),
-        false => Err(errors.iter().map(|error| error.error.to_string()).collect()),
-    }
+    read(value).map_err(|errors| DocumentErrors(source.errors(errors).collect()))
 }
 
 /// Reads documents of either kind, each with where it is from; else as [`load`].
 pub fn load_any(files: &[PathBuf]) -> Result<Vec<(Source, Document)>, DocumentErrors> {
-    read_files(files, |value| {
+    let documents = read_files(files, |value| {
         let has = |name| value.get(name).is_some();
         let is_policy = (has("services") || has("revision")) && !has("apiVersion") && !has("kind");
         match is_policy {
             true => Policy::read(value).map(Document::Policy),
             false => TrafficShift::read(value).map(Document::Shift),
         }
-    })
+    })?;
+    Ok(documents.into_iter().flatten().map(|one| (one.source, one.document)).collect())
 }
 
+/// A document that is right for itself.
+struct ReadOne {
+    source: Source,
+    document: Document,
+    size: Size,
+    value: Value,
+}
+
+impl ReadOne {
+    fn shift(self) -> Option<(TrafficShift, Value)> {
+        match self.document {
+            Document::Shift(shift) => Some((shift, self.value)),
+            Document::Policy(_) => None,
+        }
+    }
+}
+
+/// The documents of each file.
 fn read_files(
     files: &[PathBuf],
-    mut read: impl FnMut(&Value) -> Result<Document, Errors>,
-) -> Result<Vec<(Source, Document)>, DocumentErrors> {
+    read: impl Fn(&Value) -> Result<Document, Errors>,
+) -> Result<Vec<Vec<ReadOne>>, DocumentErrors> {
     let mut documents = Vec::new();
     let mut errors = Vec::new();
     for (i, file) in files.iter().enumerate() {
-        let name = shown_name(file);
-        let whole_file = Source { file: name.clone(), number: None };
         if let Some(earlier) = files.iter().take(i).find(|earlier| is_same_file(earlier, file)) {
-            errors.push(whole_file.error("", format!("given twice (as {} before)", shown_name(earlier))));
+            let source = Source { file: shown_name(file), number: None };
+            errors.push(source.error("", format!("given twice (as {} before)", shown_name(earlier))));
             continue;
         }
-        match read_text(file).and_then(|text| values(&text)) {
-            Err(why) => errors.push(whole_file.error("", why)),
-            Ok(values) if values.is_empty() => errors.push(whole_file.error("", "no document in it".to_owned())),
-            Ok(values) => {
-                let several = values.len() > 1;
-                for (n, value) in values.iter().enumerate() {
-                    let source = Source { file: name.clone(), number: several.then_some(n + 1) };
-                    match read(value) {
-                        Ok(document) => documents.push((source, document)),
-                        Err(Errors(found)) => errors
-                            .extend(found.into_iter().map(|error| DocumentError { source: source.clone(), error })),
-                    }
-                }
-            }
+        let (good, bad) = read_file(file, &read);
+        documents.push(good);
+        errors.extend(bad);
+    }
+    let mut admission = Admission::default();
+    for ReadOne { source, document, size, .. } in documents.iter().flatten() {
+        if let Document::Shift(shift) = document
+            && let Err(found) = admission.take(shift, *size, &source.to_string())
+        {
+            errors.extend(source.errors(found));
         }
     }
-    errors.extend(contradictions(&documents));
-    match errors.is_empty() {
-        true => Ok(documents),
-        false => Err(DocumentErrors(errors)),
+    if errors.is_empty() { Ok(documents) } else { Err(DocumentErrors(errors)) }
+}
+
+/// The documents of one file that are right, each for itself, and what is wrong with the others.
+fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> (Vec<ReadOne>, Vec<DocumentError>) {
+    let name = shown_name(file);
+    let whole_file = |why: String| Source { file: name.clone(), number: None }.error("", why);
+    let values = match read_text(file).and_then(|text| values(&text)) {
+        Err(why) => return (Vec::new(), vec![whole_file(why)]),
+        Ok(values) if values.is_empty() => return (Vec::new(), vec![whole_file("no document in it".to_owned())]),
+        Ok(values) => values,
+    };
+    let (mut documents, mut errors) = (Vec::new(), Vec::new());
+    let several = values.len() > 1;
+    for (n, value) in values.into_iter().enumerate() {
+        let source = Source { file: name.clone(), number: several.then_some(n + 1) };
+        let checked = read(&value).and_then(|document| match &document {
+            Document::Shift(shift) => admission::check(shift, &value).map(|size| (document, size)),
+            Document::Policy(_) => Ok((document, Size::default())),
+        });
+        match checked {
+            Ok((document, size)) => documents.push(ReadOne { source, document, size, value }),
+            Err(found) => errors.extend(source.errors(found)),
+        }
     }
+    (documents, errors)
 }
 
 /// Whether a document says nothing that only a cluster could tell.
@@ -218,50 +217,6 @@ pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// TrafficShifts that cannot both hold: of the same name, or for the same hostname.
-fn contradictions(documents: &[(Source, Document)]) -> Vec<DocumentError> {
-    let mut names: BTreeMap<&str, &Source> = BTreeMap::new();
-    let mut services: BTreeMap<&str, (&str, &Source)> = BTreeMap::new();
-    let mut hostnames: BTreeMap<&str, (&str, &Source)> = BTreeMap::new();
-    let mut errors = Vec::new();
-    let shifts = documents.iter().filter_map(|(source, document)| match document {
-        Document::Shift(shift) => Some((source, shift)),
-        Document::Policy(_) => None,
-    });
-    for (source, shift) in shifts {
-        if let Some(earlier) = names.get(shift.name.as_str()) {
-            let why = format!("\"{}\" is already the name of the TrafficShift in {earlier}", shift.name);
-            errors.push(source.error("metadata.name", why));
-        }
-        names.entry(&shift.name).or_insert(source);
-        let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
-        for (n, service) in shift.services.iter().enumerate() {
-            let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
-            let taken = services.get(service.name.as_str()).filter(|(name, _)| several || *name != service.name);
-            if let Some((name, earlier)) = taken {
-                let why = format!("\"{}\" is already a service of the TrafficShift {name} in {earlier}", service.name);
-                let path = if several { format!("{at}.name") } else { "metadata.name".to_owned() };
-                errors.push(source.error(&path, why));
-            }
-            services.entry(&service.name).or_insert((&shift.name, source));
-            let mut take = |hostname, path: String, what: &str| {
-                if let Some((name, earlier)) = hostnames.get(hostname) {
-                    errors.push(source.error(&path, format!("{what} the TrafficShift {name} in {earlier}")));
-                }
-                hostnames.entry(hostname).or_insert((&shift.name, source));
-            };
-            if service.hostnames.is_empty() {
-                take("*", format!("{at}.hostnames"), "missing, which means every host; so does");
-            }
-            for (i, hostname) in service.hostnames.iter().enumerate() {
-                let what = format!("\"{hostname}\" is already a hostname of");
-                take(hostname, format!("{at}.hostnames[{i}]"), &what);
-            }
-        }
-    }
-    errors
 }
 
 /// The whole text of a file, if it is a text and not too long.
@@ -323,6 +278,10 @@ fn shown_name(file: &Path) -> String {
 }
 
 impl Source {
+    fn errors(&self, errors: Errors) -> impl Iterator<Item = DocumentError> {
+        errors.0.into_iter().map(|error| DocumentError { source: self.clone(), error })
+    }
+
     fn error(&self, path: &str, why: String) -> DocumentError {
         let error = FieldError { path: path.to_owned(), problem: Problem::Unreadable(why) };
         DocumentError { source: self.clone(), error }
@@ -428,11 +387,12 @@ spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
         assert_eq!(
             load_texts(&texts).unwrap_err().lines().collect::<Vec<_>>(),
             [
+                "6.yaml: spec.hostnames[1]: \"x.example.com\" is already a hostname of the TrafficShift x in the same \
+                 document",
                 "2.yaml: metadata.name: \"checkout\" is already the name of the TrafficShift in 1.yaml",
                 "3.yaml: spec.hostnames[0]: \"checkout.example.com\" is already a hostname of the TrafficShift \
                  checkout in 1.yaml",
                 "5.yaml: spec.hostnames: missing, which means every host; so does the TrafficShift a in 4.yaml",
-                "6.yaml: spec.hostnames[1]: \"x.example.com\" is already a hostname of the TrafficShift x in 6.yaml",
             ]
         );
     }

@@ -1,5 +1,6 @@
 //! The controller of Tideshift: what the one binary `tideshift` does, as a library.
 
+pub mod admission;
 pub mod api;
 pub mod cli;
 pub mod clock;

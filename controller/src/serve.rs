@@ -4,7 +4,7 @@
 use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns};
 use crate::clock::{self, now};
 use crate::control::{Control, Counted};
-use crate::documents::{self, DocumentErrors};
+use crate::documents::{DocumentErrors, LastGood};
 use crate::kubernetes::{MemoryError, Role};
 use crate::metrics::Done;
 use crate::readiness::Prober;
@@ -143,7 +143,8 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let secrets = Secrets::load(&options)?;
     // Looked at before they are read: what changes in between is read again.
     let watched = Files::new(&files);
-    let documents = documents::load_to_serve(&files)?;
+    let good = LastGood::open(&files)?;
+    let documents = good.documents();
     let (store, kept, counted) = open_store(&files, state_dir.as_deref())?;
     clock::not_before(kept.time.max(counted.time));
     let is_known = |name: &String| documents.iter().any(|(shift, _)| shift.name == *name);
@@ -163,7 +164,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     tracing::info!(%address, tls = options.tls.is_some(), ?files, "serving");
 
     let keeper = Keeper::new(store, service.shared.done.clone());
-    let mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, Source::Files(watched));
+    let mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, Source::Files(watched, good));
     let mut mind = mind.map_err(ServeError::Tls)?;
     mind.run(signals()?).await;
     tracing::info!("ending");

@@ -194,6 +194,32 @@ async fn documents_come_and_go_through_the_api() -> anyhow::Result<()> {
     let drain: Value =
         serde_json::from_str(&controller.get(&format!("/v1/services/{SERVICE}/versions/v1/drain")).await?)?;
     assert_eq!(drain["state"], "Serving", "{drain}");
+
+    // What another claims is refused with that one's name, and so is what there is no room for.
+    let mut taking = rig.document(json!({ "hostnames": ["other.example.com"] }));
+    taking["metadata"]["name"] = json!("taking");
+    let answer = send(&controller, "PUT", "/v1/shifts/taking", &taking).await?;
+    let error = answer.json()?["error"].as_str().unwrap_or_default().to_owned();
+    let why = "spec.hostnames[0]: \"other.example.com\" is already a hostname of the TrafficShift other in force";
+    assert_eq!((answer.status, error.as_str()), (400, why));
+    let rule = json!({ "matches": [{ "path": { "value": format!("/{}", "x".repeat(300_000)) } }], "versions": [{ "name": "v1" }] });
+    taking["spec"]["hostnames"] = json!(["taking.example.com"]);
+    taking["spec"]["rules"] = json!([rule]);
+    let answer = send(&controller, "PUT", "/v1/shifts/taking", &taking).await?;
+    let error = answer.json()?["error"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(answer.status, 400);
+    assert!(error.contains(" bytes, as proxies get it or as JSON; at most 262144 are allowed"), "{error}");
+
+    let delete = async |name: &str| send(&controller, "DELETE", &format!("/v1/shifts/{name}"), &json!({})).await;
+    let gone = delete("other").await?;
+    assert_eq!((gone.status, gone.json()?), (200, json!({ "services": [] })));
+    assert_eq!(delete("other").await?.status, 404);
+    let back = delete(SERVICE).await?;
+    assert_eq!((back.status, back.json()?["services"][0]["rollout"].clone()), (200, json!(SERVICE)));
+    let in_force: Value = serde_json::from_str(&controller.get(&shift).await?)?;
+    assert_eq!(in_force, rig.document(shifting(10)), "the file's document is in force again");
+    let of_file = delete(SERVICE).await?;
+    assert_eq!((of_file.status, of_file.text().contains("comes from a file")), (409, true), "{}", of_file.text());
     Ok(())
 }
 

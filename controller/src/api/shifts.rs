@@ -26,10 +26,7 @@ pub(super) async fn put(
     peer: Peer,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<Services>), Problem> {
-    if shared.leader.role() != Role::Alone {
-        let why = "documents are resources of the cluster here; expected `kubectl apply`";
-        return Err(Problem::new(StatusCode::CONFLICT, why));
-    }
+    outside_of_clusters(&shared, "apply")?;
     let document: Value = parse(body, "a TrafficShift")?;
     let (is_new, turn) = {
         let mut control = shared.control();
@@ -39,4 +36,31 @@ pub(super) async fn put(
     tracing::info!(shift = name, peer = super::shown(&peer), "a document came through the API");
     let services = shared.after(turn, &name).await?;
     Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(services)))
+}
+
+/// Takes back a document that came through the API. Its services as they stand now: none, or those of the file's document
+/// of the same name, which is in force again.
+pub(super) async fn delete(
+    State(shared): State<Arc<Shared>>,
+    Part(Path(name)): Part<Path<String>>,
+    peer: Peer,
+) -> Result<Json<Services>, Problem> {
+    outside_of_clusters(&shared, "delete trafficshift")?;
+    let turn = {
+        let mut control = shared.control();
+        control.delete_shift(&name)?;
+        shared.turns.ask()
+    };
+    tracing::info!(shift = name, peer = super::shown(&peer), "a document was deleted through the API");
+    Ok(Json(shared.after_which_may_be_gone(turn, &name).await?))
+}
+
+fn outside_of_clusters(shared: &Shared, instead: &str) -> Result<(), Problem> {
+    match shared.leader.role() {
+        Role::Alone => Ok(()),
+        _ => {
+            let why = format!("documents are resources of the cluster here; expected `kubectl {instead}`");
+            Err(Problem::new(StatusCode::CONFLICT, why))
+        }
+    }
 }

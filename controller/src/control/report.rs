@@ -18,7 +18,7 @@ impl Control {
         Status {
             epoch: self.kept.epoch.clone(),
             revision: self.policy.as_ref().map_or(0, |policy| policy.revision),
-            document_errors: self.document_errors.clone(),
+            document_errors: self.document_errors(),
             state_error: self.state_error.clone(),
             services: self.shifts.iter().flat_map(|shift| self.shift_status(shift, now)).collect(),
             proxies: self.proxies.status(),

@@ -1,5 +1,7 @@
 //! Drains over restarts of the controller, and reports that arrive in another order than they were sent.
 
+mod isolation;
+
 use super::*;
 use crate::readiness::EndpointState;
 use crate::status::{DrainState, DrainStatus};

@@ -1,10 +1,11 @@
 //! Watches what documents speak of, in every cluster, and says what follows for them: one watch for each kind and
 //! namespace that some document needs, none that nobody needs, and no polling.
 
+use super::admission::admit;
 use super::picture::{Need, Picture, Place, Table, View, Workload};
 use super::views::{self, Written};
-use super::{Clusters, Retry, admission, reason, resolve};
-use crate::documents;
+use super::{Clusters, Retry, reason, resolve};
+use crate::admission::{self, Admitted, Held};
 use crate::readiness::Outlook;
 use futures_util::StreamExt;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
@@ -23,6 +24,7 @@ use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tideshift_core::decode::Errors;
 use tideshift_core::shift::TrafficShift;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -120,7 +122,13 @@ impl Eyes {
         for scope in scopes {
             tasks.spawn(follow_shifts(clusters.home(), scope, notes.clone()));
         }
-        let watches = Watches { clusters, notes: notes.clone(), running: BTreeMap::new(), good: BTreeMap::new() };
+        let watches = Watches {
+            clusters,
+            notes: notes.clone(),
+            running: BTreeMap::new(),
+            good: BTreeMap::new(),
+            generations: BTreeMap::new(),
+        };
         tasks.spawn(watches.run(send));
         Self { scene, _tasks: tasks }
     }
@@ -150,8 +158,9 @@ struct Watches {
     clusters: Clusters,
     notes: Notes,
     running: BTreeMap<Watched, Running>,
-    /// The documents that were right last, by rollout.
-    good: BTreeMap<String, (TrafficShift, Value, i64)>,
+    /// The documents that were right last, by rollout, and their generations.
+    good: BTreeMap<String, Arc<Held>>,
+    generations: BTreeMap<String, i64>,
 }
 
 impl Watches {
@@ -219,53 +228,43 @@ impl Watches {
         scene
     }
 
-    /// The documents in force: what is wrong is left as it was, and of two that contradict each other the older one
-    /// stays.
+    /// The documents in force: what is wrong is left as it was, and of two that contradict each other the one that is in
+    /// force already, or else the older resource.
     fn read(&mut self, sight: &Sight, scene: &mut Scene) {
         let mut written: Vec<&Written> = sight.shifts.values().flat_map(|table| table.objects.values()).collect();
         written.sort_by(|a, b| (a.created, &a.uid).cmp(&(b.created, &b.uid)));
-        let read: Vec<_> = written.into_iter().map(|written| (written, self.read_one(written))).collect();
-        let all: Vec<_> = read.iter().filter_map(|(_, read)| read.as_ref().ok().cloned()).collect();
-        // Hardly ever does one contradict another; only then is it worth finding out which.
-        let agree = all.split_last().is_none_or(|(last, others)| documents::agree(others, last.clone()).is_ok());
-        let mut in_force: Vec<TrafficShift> = Vec::new();
-        let mut good = BTreeMap::new();
-        for (written, read) in read {
+        let documents = written.iter().map(|written| (written.rollout(), self.read_one(written)));
+        let Admitted { held, refused } = admission::agree(&self.good, documents);
+        for written in written {
             let rollout = written.rollout();
-            let fits = |shift: &TrafficShift| match agree {
-                true => Ok(()),
-                false => documents::agree(&in_force, shift.clone()).map_err(|errors| errors.join("\n")),
-            };
-            let read = read.and_then(|shift| fits(&shift).map(|()| shift));
-            let error = read.as_ref().err().cloned();
-            let document = match read {
-                Ok(shift) => Some((shift, written.document.clone(), written.generation)),
-                Err(_) => {
-                    let before = self.good.get(&rollout).cloned();
-                    before.filter(|(shift, ..)| documents::agree(&in_force, shift.clone()).is_ok())
-                }
-            };
+            let error = refused.get(&rollout).map(Errors::to_string);
             let lines = error.iter().flat_map(|error| error.lines());
             scene.errors.extend(lines.map(|line| format!("{}/{}: {line}", written.namespace, written.name)));
-            let generation = document.as_ref().map_or(0, |(.., generation)| *generation);
+            let held = held.get(&rollout);
+            let before = self.generations.get(&rollout).copied().unwrap_or_default();
+            let generation = match (&error, held) {
+                (None, _) => written.generation,
+                (Some(_), Some(_)) => before,
+                (Some(_), None) => 0,
+            };
+            self.generations.insert(rollout.clone(), generation);
             let (namespace, name, uid) = (written.namespace.clone(), written.name.clone(), written.uid.clone());
-            scene.objects.insert(rollout.clone(), Object { namespace, name, uid, generation, error });
-            if let Some((shift, value, generation)) = document {
-                in_force.push(shift.clone());
-                scene.documents.push((shift.clone(), value.clone()));
-                good.insert(rollout, (shift, value, generation));
-            }
+            scene.objects.insert(rollout, Object { namespace, name, uid, generation, error });
+            scene.documents.extend(held.map(|held| (held.shift.clone(), held.document.clone())));
         }
-        self.good = good;
+        self.generations.retain(|rollout, _| scene.objects.contains_key(rollout));
+        self.good = held;
     }
 
-    fn read_one(&self, written: &Written) -> Result<TrafficShift, String> {
+    fn read_one(&self, written: &Written) -> Result<Arc<Held>, Errors> {
         let before = self.good.get(&written.rollout());
-        if let Some((shift, ..)) = before.filter(|(_, document, _)| *document == written.document) {
-            return Ok(shift.clone());
+        if let Some(before) = before.filter(|before| before.document == written.document) {
+            return Ok(before.clone());
         }
-        let shift = TrafficShift::read(&written.document).map_err(|errors| errors.to_string())?.qualified();
-        admission::admit(&shift).map(|()| shift)
+        let shift = TrafficShift::read(&written.document)?.qualified();
+        admit(&shift).map_err(Errors::of_document)?;
+        let size = admission::check(&shift, &written.document)?;
+        Ok(Arc::new(Held { shift, document: written.document.clone(), size }))
     }
 
     fn watch(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {

@@ -137,7 +137,7 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
         message: message.to_owned(),
     };
     let is = |so: bool| if so { ConditionStatus::True } else { ConditionStatus::False };
-    let accepted = match &object.error {
+    let accepted = match object.error.clone().or_else(|| control.refusal(rollout)).as_ref() {
         None => condition("Accepted", is(true), "Valid", "in force", timestamp(now)),
         Some(error) => condition("Accepted", is(false), "Invalid", error, timestamp(now)),
     };

@@ -1,9 +1,10 @@
 //! Each version's part in the traffic, by where the rollout stands and what can be carried.
 
 use super::{Observed, Rollout, Warming};
+use crate::compile;
 use crate::shares::{Claim, shares, weights};
 use tideshift_core::matching::Match;
-use tideshift_core::policy::{Mirror, Rule, WeightedVersion};
+use tideshift_core::policy::{Mirror, Rule};
 use tideshift_core::shift::{ShiftService, ShiftVersion, Strategy, TrafficShift};
 
 /// A version's part in the traffic right now.
@@ -174,9 +175,7 @@ impl Rollout {
     pub fn testers(&self, shift: &TrafficShift) -> Option<Rule> {
         let target = self.target.clone().filter(|_| self.phase.is_under_way() && self.allowed)?;
         let matches: Vec<Match> = self.steps(shift).get(self.step)?.matches.clone();
-        let versions = vec![WeightedVersion { name: target, weight: 1 }];
-        let rule = Rule { name: Some("testers of the rollout".to_owned()), matches, versions, mirror: None };
-        (!rule.matches.is_empty()).then_some(rule)
+        (!matches.is_empty()).then(|| compile::testers(&target, matches))
     }
 
     /// The copies that warm the target up, while they do.

@@ -18,10 +18,6 @@ impl Files {
         Self { seen: taken.clone(), taken, paths }
     }
 
-    pub(super) fn paths(&self) -> &[PathBuf] {
-        &self.paths
-    }
-
     /// Whether they have changed since the last time that this was true, and have stayed the same since the last
     /// look: a file that is being written is left to be finished.
     pub(super) fn have_changed(&mut self) -> bool {

@@ -6,7 +6,7 @@ use super::keeper::{Disk, Keeper, Safety};
 use crate::api::{Published, Shared};
 use crate::clock::now;
 use crate::control::Outcome;
-use crate::documents;
+use crate::documents::LastGood;
 use crate::hooks::{Answer, Hooks};
 use crate::kubernetes::{Hands, Scene};
 use crate::readiness::Prober;
@@ -29,8 +29,8 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// Where documents come from.
 pub(super) enum Source {
-    /// Files.
-    Files(Files),
+    /// Files, and what was right in them last.
+    Files(Files, LastGood),
     /// A cluster.
     Cluster {
         /// What is seen of it.
@@ -120,7 +120,7 @@ impl<D: Disk> Mind<D> {
             let mut control = self.shared.control();
             if let Some(shifts) = control.changed_shifts() {
                 match &self.source {
-                    Source::Files(_) => self.prober.set(shifts),
+                    Source::Files(..) => self.prober.set(shifts),
                     Source::Cluster { shown, .. } => self.prober.set_with(shifts, shown.outlook.clone()),
                 }
                 self.hooks.set(shifts);
@@ -203,22 +203,17 @@ impl<D: Disk> Mind<D> {
     }
 
     fn look_at_files(&mut self) {
-        let Source::Files(files) = &mut self.source else { return };
+        let Source::Files(files, good) = &mut self.source else { return };
         if !files.have_changed() {
             return;
         }
-        match documents::load_to_serve(files.paths()) {
-            Ok(documents) => {
-                tracing::info!("documents have changed");
-                self.shared.control().set_documents(documents);
-            }
-            Err(errors) => {
-                let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();
-                for error in &errors {
-                    tracing::error!("{error}; what it said before stays in force");
-                }
-                self.shared.control().set_document_errors(errors);
-            }
+        let errors: Vec<String> = good.read_again().iter().map(ToString::to_string).collect();
+        tracing::info!("documents have changed");
+        let mut control = self.shared.control();
+        control.set_documents(good.documents());
+        control.set_document_errors(errors);
+        for error in control.document_errors() {
+            tracing::error!("{error}; what it said before stays in force");
         }
     }
 

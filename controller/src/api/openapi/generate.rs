@@ -154,7 +154,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             tag: "documents",
             summary: "Put a document in force",
             description: "In place of the file's of the same name, until that file changes. Everything that is wrong with it \
-                          is said at once, one error on a line.",
+                          is said at once, one error on a line: also what another document claims already, and bytes \
+                          beyond what a document or a namespace may have.",
             query: Vec::new(),
             body: Some(shift()),
             answers: vec![
@@ -163,6 +164,22 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                 (409, "In Kubernetes, where documents are resources of the cluster.", Content::Problem),
             ],
         },
+        ("DELETE", "/v1/shifts/{name}") => {
+            let answers = vec![
+                (
+                    200,
+                    "It is gone. The services of the file's document of the same name, if that is in force again.",
+                    types.answer::<Services>(),
+                ),
+                (
+                    409,
+                    "It comes from a file; or in Kubernetes, where documents are resources of the cluster.",
+                    Content::Problem,
+                ),
+            ];
+            let description = "One that was put here before; what a file says is removed in that file.";
+            get("deleteShift", "documents", "Take a document back", description, answers)
+        }
         ("GET", "/v1/policy") => Operation {
             id: "getPolicy",
             tag: "proxies",

@@ -171,6 +171,10 @@ async fn every_route_answers_as_documented() {
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), Some(shift("shop", 20)), 200),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), Some(shift("till", 20)), 201),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/else".to_owned(), Some(shift("till", 20)), 400),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), None, 200),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), None, 404),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 200),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 409),
         (
             "GET",
             "/v1/services/{service}/versions/{version}/drain",

@@ -1,0 +1,315 @@
+//! Which documents may be in force together, whatever they come from: files, the API, a cluster. A document alone must
+//! compile to something that proxies take, and fit into its bytes; no two may claim the same name or hostname. What is
+//! refused keeps nothing of another document from being taken.
+
+use crate::compile;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::Arc;
+use tideshift_core::decode::{Errors, FieldError, Problem};
+use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
+use tideshift_core::session::Secret;
+use tideshift_core::shift::{ShiftService, TrafficShift};
+
+/// The most bytes of one document: of its JSON, and of the services that proxies get for it.
+pub const MAX_DOCUMENT_BYTES: usize = 256 << 10;
+/// The most bytes of all documents of one namespace together; those without a namespace count as one.
+pub const MAX_NAMESPACE_BYTES: usize = 512 << 10;
+/// The most bytes of all documents together, each packed by gzip. The state is packed, too, and in Kubernetes it must
+/// fit into a Secret of 1 MiB: this leaves a third of that for rollouts and what is ready.
+pub const MAX_PACKED_BYTES: usize = 640 << 10;
+
+/// How much room a document takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Size {
+    /// The larger of its JSON and of the services that proxies get for it.
+    pub bytes: usize,
+    /// The same packed.
+    pub packed: usize,
+}
+
+/// A document that can be in force, as it was read and as it is written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Held {
+    /// As it was read.
+    pub shift: TrafficShift,
+    /// As it is written.
+    pub document: Value,
+    /// How much room it takes.
+    pub size: Size,
+}
+
+/// Whether a document alone can be in force: proxies can read what becomes of it at every step, and it is not too large.
+///
+/// # Errors
+///
+/// Everything that is wrong with it.
+pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
+    let contradictions = Admission::default().contradictions(shift, "the same document");
+    if !contradictions.is_empty() {
+        return Err(Errors(contradictions));
+    }
+    let services: Vec<Service> = shift.services.iter().map(|service| at_its_largest(service, shift)).collect();
+    let json = read_back(shift, &services)?;
+    // Testers of one step at a time, and the same in each service.
+    let mut testers = 0;
+    for step in shift.strategy.steps.iter().filter(|step| !step.matches.is_empty()) {
+        let first = services.iter().take(1).cloned().map(|mut service| {
+            let target = shift.target.as_ref().unwrap_or(&shift.stable);
+            compile::put_first(&mut service, compile::testers(target, step.matches.clone()));
+            service
+        });
+        let rule = serde_json::to_vec(&step.matches).map_or(0, |json| json.len());
+        testers = testers.max(rule * services.len());
+        read_back(shift, &first.collect::<Vec<_>>())?;
+    }
+    let document = serde_json::to_vec(document).unwrap_or_default();
+    let bytes = document.len().max(json.len() + testers);
+    if bytes > MAX_DOCUMENT_BYTES {
+        return Err(Errors::of_document(format!(
+            "{bytes} bytes, as proxies get it or as JSON; at most {MAX_DOCUMENT_BYTES} are allowed for one document"
+        )));
+    }
+    let packed = packed(&json).max(packed(&document)) + testers;
+    Ok(Size { bytes, packed })
+}
+
+/// A service with as many digits as it may ever have.
+fn at_its_largest(service: &ShiftService, shift: &TrafficShift) -> Service {
+    let mut compiled = compile::service(service, |_| (MAX_WEIGHT, false));
+    compiled.stable = Some(shift.stable.clone());
+    compiled.step = u64::MAX;
+    if let Some(session) = &mut compiled.session {
+        session.secret.get_or_insert_with(|| Secret::new("0".repeat(32)));
+    }
+    compiled
+}
+
+/// Reads services as a proxy would. The JSON that they are read from.
+///
+/// # Errors
+///
+/// What proxies would refuse, by the document's fields.
+fn read_back(shift: &TrafficShift, services: &[Service]) -> Result<Vec<u8>, Errors> {
+    let policy = Policy { revision: 1, services: services.to_vec(), ..Policy::default() };
+    let json = serde_json::to_vec(&policy).unwrap_or_default();
+    match Policy::from_json(&json) {
+        Ok(_) => Ok(json),
+        Err(errors) => Err(in_document(shift, errors)),
+    }
+}
+
+/// What proxies would refuse of some of a document's services, by the document's fields.
+fn in_document(shift: &TrafficShift, errors: Errors) -> Errors {
+    let alone = shift.services.len() == 1;
+    let field = |path: &str| match path.strip_prefix("services[0]") {
+        Some(rest) if alone => format!("spec{rest}"),
+        _ => format!("spec.{path}"),
+    };
+    let told = |error: FieldError| FieldError {
+        path: field(&error.path),
+        problem: Problem::Unreadable(format!(
+            "proxies would refuse what becomes of it: {}",
+            FieldError { path: String::new(), ..error }
+        )),
+    };
+    Errors(errors.0.into_iter().map(told).collect())
+}
+
+/// Why proxies would not take services that are about to be published, by the document's fields; none if they would.
+///
+/// # Errors
+///
+/// What proxies would refuse.
+pub fn readable(shift: &TrafficShift, services: &[Service]) -> Result<(), Errors> {
+    read_back(shift, services).map(|_| ())
+}
+
+fn packed(json: &[u8]) -> usize {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    // Writing to memory does not fail.
+    let _ = encoder.write_all(json);
+    encoder.finish().map_or(json.len(), |packed| packed.len())
+}
+
+/// The documents that were taken so far, by what each of them claims.
+#[derive(Debug, Default)]
+pub struct Admission {
+    /// Who has each name, service and hostname: the TrafficShift's name, and where that one is from.
+    names: BTreeMap<String, String>,
+    services: BTreeMap<String, (String, String)>,
+    hostnames: BTreeMap<String, (String, String)>,
+    bytes: BTreeMap<Option<String>, usize>,
+    packed: usize,
+}
+
+impl Admission {
+    /// Takes a document with everything that it claims, or nothing of it. `from` says where it is from, for the errors of
+    /// those that come later.
+    ///
+    /// # Errors
+    ///
+    /// Everything that another document has already, with that one's name, and what there is no room for.
+    pub fn take(&mut self, shift: &TrafficShift, size: Size, from: &str) -> Result<(), Errors> {
+        let mut errors = self.contradictions(shift, from);
+        let of_namespace = self.bytes.get(&shift.namespace).copied().unwrap_or_default() + size.bytes;
+        if of_namespace > MAX_NAMESPACE_BYTES {
+            let all = match &shift.namespace {
+                Some(namespace) => format!("all documents of namespace {namespace}"),
+                None => "all documents".to_owned(),
+            };
+            errors.extend(whole(format!(
+                "with its {} bytes {all} have {of_namespace}; at most {MAX_NAMESPACE_BYTES} are allowed for one \
+                 namespace",
+                size.bytes
+            )));
+        }
+        let packed = self.packed + size.packed;
+        if packed > MAX_PACKED_BYTES {
+            errors.extend(whole(format!(
+                "with it all documents together have {packed} bytes by gzip; at most {MAX_PACKED_BYTES} are allowed"
+            )));
+        }
+        if !errors.is_empty() {
+            return Err(Errors(errors));
+        }
+        self.bytes.insert(shift.namespace.clone(), of_namespace);
+        self.packed = packed;
+        let claim = || (shift.name.clone(), from.to_owned());
+        self.names.insert(shift.name.clone(), from.to_owned());
+        for service in &shift.services {
+            self.services.insert(service.name.clone(), claim());
+            for hostname in hostnames(service) {
+                self.hostnames.insert(hostname.to_owned(), claim());
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what a document claims that was taken.
+    pub fn give_back(&mut self, shift: &TrafficShift, size: Size) {
+        self.names.remove(&shift.name);
+        for service in &shift.services {
+            self.services.remove(&service.name);
+            hostnames(service).for_each(|hostname| drop(self.hostnames.remove(hostname)));
+        }
+        if let Some(bytes) = self.bytes.get_mut(&shift.namespace) {
+            *bytes = bytes.saturating_sub(size.bytes);
+        }
+        self.packed = self.packed.saturating_sub(size.packed);
+    }
+
+    fn contradictions(&self, shift: &TrafficShift, from: &str) -> Vec<FieldError> {
+        let mut errors = Vec::new();
+        let mut wrong = |path: String, why: String| errors.push(FieldError { path, problem: Problem::Unreadable(why) });
+        if let Some(earlier) = self.names.get(&shift.name) {
+            let why = format!("\"{}\" is already the name of the TrafficShift in {earlier}", shift.name);
+            wrong("metadata.name".to_owned(), why);
+        }
+        let mut own = BTreeMap::new();
+        let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
+        for (n, service) in shift.services.iter().enumerate() {
+            let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
+            let taken = self.services.get(&service.name).filter(|(name, _)| several || *name != service.name);
+            if let Some((name, earlier)) = taken {
+                let why = format!("\"{}\" is already a service of the TrafficShift {name} in {earlier}", service.name);
+                wrong(if several { format!("{at}.name") } else { "metadata.name".to_owned() }, why);
+            }
+            for (i, hostname) in hostnames(service).enumerate() {
+                let own_claim = own.insert(hostname, ()).map(|()| (shift.name.as_str(), from));
+                let claim = self.hostnames.get(hostname).map(|(name, from)| (name.as_str(), from.as_str()));
+                let Some((name, earlier)) = claim.or(own_claim) else { continue };
+                let (path, what) = match hostname {
+                    EVERY_HOST => (format!("{at}.hostnames"), "missing, which means every host; so does".to_owned()),
+                    _ => (format!("{at}.hostnames[{i}]"), format!("\"{hostname}\" is already a hostname of")),
+                };
+                wrong(path, format!("{what} the TrafficShift {name} in {earlier}"));
+            }
+        }
+        errors
+    }
+}
+
+/// What a service without hostnames claims.
+const EVERY_HOST: &str = "*";
+
+fn hostnames(service: &ShiftService) -> impl Iterator<Item = &str> {
+    let every = service.hostnames.is_empty().then_some(EVERY_HOST);
+    service.hostnames.iter().map(String::as_str).chain(every)
+}
+
+fn whole(why: String) -> Option<FieldError> {
+    Some(FieldError { path: String::new(), problem: Problem::Unreadable(why) })
+}
+
+/// What is in force of some documents.
+#[derive(Debug, Default)]
+pub struct Admitted {
+    /// By name.
+    pub held: BTreeMap<String, Arc<Held>>,
+    /// Why others are not in force as they are now, by name.
+    pub refused: BTreeMap<String, Errors>,
+}
+
+/// Which documents are in force, of those that are there now, each by its name: all of them if they agree. Otherwise the
+/// older claim counts: what is in force already keeps what it has, and of those that are new the first one in the list
+/// gets it. A document that is refused stays as it was before.
+pub fn agree(
+    before: &BTreeMap<String, Arc<Held>>,
+    documents: impl IntoIterator<Item = (String, Result<Arc<Held>, Errors>)>,
+) -> Admitted {
+    let (mut held, mut refused, mut waiting) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+    let mut there = Vec::new();
+    for (name, document) in documents {
+        there.push(name.clone());
+        match document {
+            Ok(document) => waiting.push((name, document)),
+            Err(errors) => {
+                held.extend(before.get(&name).map(|before| (name.clone(), before.clone())));
+                refused.insert(name, errors);
+            }
+        }
+    }
+    let mut admission = Admission::default();
+    let mut take = |held: &Held| admission.take(&held.shift, held.size, FORCE).is_ok();
+    if held.values().all(|held| take(held)) && waiting.iter().all(|(_, held)| take(held)) {
+        held.extend(waiting);
+        return Admitted { held, refused };
+    }
+    // One after the other, from what is in force. What one gives up, another may take in the next round.
+    let of_before = there.into_iter().filter_map(|name| before.get(&name).map(|before| (name, before.clone())));
+    held.extend(of_before);
+    let mut admission = Admission::default();
+    held.retain(|_, held| admission.take(&held.shift, held.size, FORCE).is_ok());
+    loop {
+        let were_waiting = waiting.len();
+        waiting.retain(|(name, document)| {
+            let before = held.get(name).cloned();
+            before.iter().for_each(|before| admission.give_back(&before.shift, before.size));
+            match admission.take(&document.shift, document.size, FORCE) {
+                Ok(()) => {
+                    held.insert(name.clone(), document.clone());
+                    refused.remove(name);
+                    false
+                }
+                Err(errors) => {
+                    before.iter().for_each(|before| drop(admission.take(&before.shift, before.size, FORCE)));
+                    refused.insert(name.clone(), errors);
+                    true
+                }
+            }
+        });
+        if waiting.len() == were_waiting {
+            return Admitted { held, refused };
+        }
+    }
+}
+
+/// Where documents in force are from, in the errors of those that contradict them.
+const FORCE: &str = "force";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,102 @@
+//! The documents of the files that a controller was given, each as it was right last: what is wrong with one of them
+//! changes nothing for the others.
+
+use super::{Document, DocumentError, DocumentErrors, ReadOne, needs_no_cluster, read_file, read_files};
+use serde_json::Value;
+use std::path::PathBuf;
+use tideshift_core::decode::Errors;
+use tideshift_core::shift::TrafficShift;
+
+/// As it was read, and as it is written.
+type AsWritten = (TrafficShift, Value);
+
+/// Files, and the documents of each.
+#[derive(Debug)]
+pub struct LastGood {
+    files: Vec<(PathBuf, Vec<AsWritten>)>,
+}
+
+impl LastGood {
+    /// Reads files for the first time; all of them, and all documents in them, must be right.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](super::load), and if a document says something that only a cluster could tell.
+    pub fn open(files: &[PathBuf]) -> Result<Self, DocumentErrors> {
+        let documents = read_files(files, read)?.into_iter().map(shifts);
+        Ok(Self { files: files.iter().cloned().zip(documents).collect() })
+    }
+
+    /// All documents, in the order of the files.
+    pub fn documents(&self) -> Vec<AsWritten> {
+        self.files.iter().flat_map(|(_, documents)| documents.iter().cloned()).collect()
+    }
+
+    /// Reads the files again. A document that is wrong stays as it was. While something is wrong with a file, no document
+    /// of it goes: the one that is missed may be the one that is wrong.
+    pub fn read_again(&mut self) -> Vec<DocumentError> {
+        let mut all = Vec::new();
+        for (file, good) in &mut self.files {
+            let (documents, errors) = read_file(file, read);
+            let documents = shifts(documents);
+            let is_there = |name: &str| documents.iter().any(|(shift, _)| shift.name == name);
+            good.retain(|(shift, _)| !errors.is_empty() && !is_there(&shift.name));
+            good.splice(0..0, documents);
+            all.extend(errors);
+        }
+        all
+    }
+}
+
+fn read(value: &Value) -> Result<Document, Errors> {
+    let shift = TrafficShift::read(value)?;
+    needs_no_cluster(&shift).map_err(Errors::of_document)?;
+    Ok(Document::Shift(shift))
+}
+
+fn shifts(documents: Vec<ReadOne>) -> Vec<AsWritten> {
+    documents.into_iter().filter_map(ReadOne::shift).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(name: &str, rest: &str) -> String {
+        format!(
+            "apiVersion: tideshift.dev/v1alpha1\nkind: TrafficShift\nmetadata: {{name: {name}}}\n\
+             spec: {{hostnames: [{name}.example.com], versions: [{{name: v1}}], stable: v1{rest}}}\n"
+        )
+    }
+
+    #[test]
+    fn what_is_wrong_with_one_document_changes_nothing_for_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = ["a.yaml", "b.yaml"].map(|name| folder.path().join(name));
+        let write = |n: usize, text: &str| std::fs::write(&files[n], text).unwrap();
+        write(0, &format!("{}---\n{}", document("one", ""), document("two", "")));
+        write(1, &document("three", ""));
+        let mut good = LastGood::open(&files).unwrap();
+        let drains = |good: &LastGood| {
+            let of = |(shift, _): AsWritten| format!("{} {}", shift.name, shift.drain_timeout.as_secs());
+            good.documents().into_iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(drains(&good), ["one 300", "two 300", "three 300"]);
+        let (long, wrong) = (", drain: {timeoutSeconds: 400}", ", drain: {timeoutSeconds: -1}");
+        write(0, &format!("{}---\n{}", document("one", long), document("two", wrong)));
+        write(1, &document("three", long));
+        let errors: Vec<_> = good.read_again().iter().map(ToString::to_string).collect();
+        assert!(errors.len() == 1 && errors[0].contains("a.yaml (document 2): spec.drain"), "{errors:?}");
+        assert_eq!(drains(&good), ["one 400", "two 300", "three 400"]);
+        std::fs::remove_file(&files[0]).unwrap();
+        write(1, "[");
+        assert_eq!(good.read_again().len(), 2);
+        assert_eq!(drains(&good), ["one 400", "two 300", "three 400"]);
+        write(0, &document("two", ""));
+        write(1, &document("three", ""));
+        assert_eq!(
+            (good.read_again(), drains(&good)),
+            (Vec::new(), vec!["two 300".to_owned(), "three 300".to_owned()])
+        );
+    }
+}
