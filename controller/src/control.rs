@@ -20,7 +20,7 @@ pub use world::Young;
 use crate::admission::{self, Held};
 use crate::clock;
 use crate::compile;
-use crate::ledger::{Ledger, Taken};
+use crate::ledger::{Ledger, Taken, Written};
 use crate::readiness::Readiness;
 use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::series::Series;
@@ -29,7 +29,7 @@ use crate::store::Kept;
 use proxies::{Census, Proxies};
 use requests::Requests;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tideshift_core::decode::Errors;
@@ -49,6 +49,8 @@ pub struct Control {
     /// Why documents are not in force as they are now, by name: they, or what becomes of them, are refused.
     refused: BTreeMap<String, Errors>,
     unreadable: BTreeMap<String, Errors>,
+    /// Where each service is in these: the document, and which one of it.
+    places: HashMap<String, (usize, usize)>,
     /// The files' documents, as they were read and as they are written.
     files: Vec<(TrafficShift, Value)>,
     /// Whether what is in force has changed since this was last asked.
@@ -63,6 +65,10 @@ pub struct Control {
     counted: Counted,
     /// Whether counts have changed since they were last asked for.
     counts_changed: bool,
+    /// Whether they have since targets were last measured by them.
+    recounted: bool,
+    /// When it was last looked for counts that nobody needs any longer.
+    tidied: Millis,
     kept: Kept,
     /// Whether what is kept has changed since it was last looked at.
     dirty: bool,
@@ -70,6 +76,8 @@ pub struct Control {
     policy: Option<Policy>,
     /// The services that proxies have run last, under this controller or the one before.
     in_force: Vec<Service>,
+    /// Those of them whose versions are compared.
+    compared: HashSet<String>,
     /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
     /// before everything is looked at for the first time.
     catching_up: Option<Millis>,
@@ -107,6 +115,29 @@ impl Counted {
     /// Nothing is known of what was before: what proxies that run already have counted is the base line for verdicts.
     pub fn beginning(now: Millis) -> Self {
         Self { ledger: Ledger::beginning(now), ..Self::default() }
+    }
+
+    /// What to write down where there is room for so many bytes of single runs of proxies: see [`Ledger::written`].
+    pub fn written(&self, room: usize) -> WrittenCounts<'_> {
+        let Self { time, ledger, judges, recent } = self;
+        WrittenCounts { time: *time, ledger: ledger.written(room), judges, recent }
+    }
+}
+
+/// [`Counted`] as it is written.
+#[derive(Debug, serde::Serialize)]
+pub struct WrittenCounts<'a> {
+    time: Millis,
+    #[serde(flatten)]
+    ledger: Written,
+    judges: &'a Judges,
+    recent: &'a Recent,
+}
+
+impl WrittenCounts<'_> {
+    /// What single runs of proxies take of it.
+    pub fn bytes_of_runs(&self) -> usize {
+        self.ledger.bytes_of_runs()
     }
 }
 
@@ -161,6 +192,8 @@ impl From<Refused> for CommandError {
 const CATCH_UP: Millis = 2_000;
 /// From one look at which proxies are there to the next.
 const CENSUS: Millis = 100;
+/// From one look for counts that nobody needs any longer to the next.
+const TIDY: Millis = 10_000;
 /// While something is held or waited for, the time is kept this often.
 const KEEP_TIME: Millis = 5_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
@@ -187,11 +220,12 @@ impl Control {
     }
 
     fn empty(kept: Kept, counted: Counted) -> Self {
-        Self {
+        let mut control = Self {
             shifts: Vec::new(),
             held: Vec::new(),
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            places: HashMap::new(),
             files: Vec::new(),
             shifts_changed: false,
             document_errors: Vec::new(),
@@ -203,17 +237,23 @@ impl Control {
             counted,
             requests: Requests::default(),
             counts_changed: false,
+            recounted: true,
+            tidied: 0,
             dirty: false,
             news: Vec::new(),
             policy: None,
-            in_force: kept.policy().map(|policy| policy.services).unwrap_or_default(),
+            in_force: Vec::new(),
+            compared: HashSet::new(),
             catching_up: None,
             looked: None,
             census: Default::default(),
             changed_in: BTreeMap::new(),
             kept,
             series: Series::default(),
-        }
+        };
+        let in_force = control.kept.policy().map(|policy| policy.services).unwrap_or_default();
+        control.put_services_in_force(&in_force);
+        control
     }
 
     /// New files' documents; rollouts of services that are gone are forgotten. Each is taken or refused on its own.
@@ -246,12 +286,17 @@ impl Control {
 
     /// What is no longer in force is forgotten.
     fn put_in_force(&mut self) {
+        let places = self.shifts.iter().enumerate().flat_map(|(i, shift)| {
+            shift.services.iter().enumerate().map(move |(j, service)| (service.name.clone(), (i, j)))
+        });
+        self.places = places.collect();
+        self.recounted = true;
         let hidden = &self.hidden;
         let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name) || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
         self.counted.judges.retain(is_known);
-        let has_service = |name: &String| self.shifts.iter().any(|shift| shift.service(name).is_some());
+        let has_service = |name: &String| self.places.contains_key(name);
         self.counted.recent.retain(|name| has_service(name) || is_in(name, hidden));
         self.shifts_changed = true;
     }
@@ -360,12 +405,8 @@ impl Control {
 
     /// A proxy reports. Returns whether anything changed that something may follow from.
     pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
-        let services = || self.shifts.iter().flat_map(|shift| &shift.services);
-        let idle = &self.kept.idle;
-        let knows = |service: &str, version: &str| {
-            let is_wanted = services().any(|known| known.name == service && known.version(version).is_some());
-            is_wanted || idle.has(service, version)
-        };
+        let (shifts, places, idle) = (&self.shifts, &self.places, &self.kept.idle);
+        let knows = |service: &str, version: &str| is_known(shifts, places, idle, service, version);
         let run = (report.proxy.clone(), report.start.clone());
         let taken = self.counted.ledger.take(&run, report, knows, now);
         if taken == Taken::Old {
@@ -373,8 +414,11 @@ impl Control {
         }
         let decides = self.proxies.reported(&run, report, &self.kept.epoch, knows, now);
         self.counts_changed |= taken == Taken::News;
-        let in_force = &self.in_force;
-        self.requests.reported(&run, report, |name| is_compared(in_force, name), now);
+        self.recounted |= taken == Taken::News;
+        if !self.compared.is_empty() {
+            let compared = &self.compared;
+            self.requests.reported(&run, report, |name| compared.contains(name), now);
+        }
         if report.epoch == self.kept.epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
             // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
             // nothing before it is newer than that.
@@ -543,6 +587,7 @@ impl Control {
             self.proxies.listen(now);
         }
         self.proxies.forget_silent(now);
+        self.tidy(now);
         // There may be thousands.
         let (_, counted, revision) = &self.census;
         let is_due = now.saturating_sub(*counted) >= CENSUS || *revision != self.kept.revision;
@@ -551,11 +596,24 @@ impl Control {
         }
     }
 
+    /// Forgets what was counted of versions and proxies that are long gone.
+    fn tidy(&mut self, now: Millis) {
+        if now.saturating_sub(self.tidied) < TIDY {
+            return;
+        }
+        self.tidied = now;
+        let (shifts, places, idle, hidden) = (&self.shifts, &self.places, &self.kept.idle, &self.hidden);
+        let is_known =
+            |service: &str, version: &str| is_known(shifts, places, idle, service, version) || is_in(service, hidden);
+        self.counted.ledger.tidy(is_known, now);
+    }
+
     /// Gathers evidence from what is new in the counts.
     fn judge(&mut self, now: Millis) {
-        let mut changed = self.counted.recent.look(&self.shifts, &self.counted.ledger);
-        let (in_force, proxies) = (&self.in_force, &self.proxies);
-        self.requests.retain(|name| is_compared(in_force, name), |run| proxies.has(run));
+        let recounted = std::mem::take(&mut self.recounted);
+        let mut changed = recounted && self.counted.recent.look(&self.shifts, &self.counted.ledger);
+        let (compared, proxies) = (&self.compared, &self.proxies);
+        self.requests.retain(|name| compared.contains(name), |run| proxies.has(run));
         let mut judges = std::mem::take(&mut self.counted.judges);
         let mut requests = std::mem::take(&mut self.requests);
         for shift in self.shifts.iter().filter(|shift| self.is_known(shift)) {
@@ -635,7 +693,7 @@ impl Control {
         }
         let deadline = |service: &str| drain_deadline(&self.shifts, service);
         outcome.keep |= self.kept.idle.publish(&policy, &self.in_force, deadline, now);
-        self.in_force.clone_from(&policy.services);
+        self.put_services_in_force(&policy.services);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
     }
@@ -672,6 +730,12 @@ impl Control {
         self.unreadable = unreadable;
     }
 
+    fn put_services_in_force(&mut self, services: &[Service]) {
+        services.clone_into(&mut self.in_force);
+        let compared = services.iter().filter(|service| service.step > 0);
+        self.compared = compared.map(|service| service.name.clone()).collect();
+    }
+
     fn look_at_drains(&mut self, now: Millis) -> bool {
         // Before, not everybody can have said what he has.
         if now.saturating_sub(self.proxies.listening_since()) < CATCH_UP {
@@ -705,9 +769,16 @@ impl Control {
     }
 }
 
-/// Whether the versions of a service are compared by the last policy.
-fn is_compared(services: &[Service], name: &str) -> bool {
-    services.iter().any(|service| service.name == name && service.step > 0)
+/// Whether a version is in a document, or given nothing since it is in none.
+fn is_known(
+    shifts: &[TrafficShift],
+    places: &HashMap<String, (usize, usize)>,
+    idle: &Idle,
+    service: &str,
+    version: &str,
+) -> bool {
+    let place = places.get(service).and_then(|(shift, at)| shifts.get(*shift)?.services.get(*at));
+    place.is_some_and(|service| service.version(version).is_some()) || idle.has(service, version)
 }
 
 /// How long a service's versions may take to drain.

@@ -1,10 +1,31 @@
 //! What the proxies have counted, over all of them. Reports are cumulative for each run of a proxy and numbered, so what
 //! is new in one is what it has more than the last one, and one that is older than that is left out: reports that are
 //! lost, repeated or held up on their way neither lose nor double anything.
+//!
+//! Its size is bounded, however many proxies come and go: what a run has said last is kept for those that report, and for
+//! a while after. Then the run is folded: its counts are in the totals, and of itself only a hash is left, so that what it
+//! says when it comes back is a base line and is not counted twice.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, Tally, VersionReport};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, Tally, VersionReport};
+
+#[path = "ledger/folded.rs"]
+mod folded;
+#[path = "ledger/packed.rs"]
+mod packed;
+#[cfg(test)]
+#[path = "ledger/tests.rs"]
+mod tests;
+#[path = "ledger/total.rs"]
+mod total;
+#[path = "ledger/written.rs"]
+mod written;
+
+use folded::Folded;
+pub use total::Total;
+pub use written::Written;
 
 /// A service's and a version's name.
 pub type VersionKey = (String, String);
@@ -14,27 +35,60 @@ pub type RunKey = (String, String);
 
 /// How exactly it is noted when a run was heard of, in milliseconds.
 const NOTED: u64 = 20_000;
-
+/// A run that is silent for longer may make room for others.
+const SILENT: u64 = 60_000;
+/// A run that is silent for longer is folded.
+const FOLDED_AFTER: u64 = 3_600_000;
+/// What was counted of versions that left the documents is kept for so long: proxies forget them sooner, and count those
+/// that come back from 0.
+const LEFT: u64 = 600_000;
+/// From one look for room to the next at least.
+const ROOM: u64 = 1_000;
 /// The most durations that one version's report can have.
 const MOST_DURATIONS: usize = DURATION_BOUNDS.len() + 1;
 
 /// All counts. Kept across restarts of the controller.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(from = "Written", into = "Written")]
 pub struct Ledger {
     /// Since when it has been kept, in milliseconds since 1970; 0: for longer than any proxy runs.
-    #[serde(default)]
     since: u64,
-    /// Over all proxies, those that are gone too.
-    #[serde(with = "as_list")]
-    totals: BTreeMap<VersionKey, Total>,
-    /// What of it no verdict may be made of: proxies had counted it before the ledger began.
-    #[serde(default, with = "as_list")]
-    before: BTreeMap<VersionKey, Total>,
-    /// Requests that found nothing in service, by service.
-    unrouted: BTreeMap<String, u64>,
+    services: HashMap<String, OfService>,
+    /// The next id. None is given twice.
+    next: u32,
     /// What each run of a proxy said last, by proxy and start.
-    #[serde(with = "as_list")]
-    runs: BTreeMap<RunKey, Run>,
+    runs: HashMap<RunKey, Run>,
+    /// The runs that were folded.
+    folded: Folded,
+    /// What the runs take.
+    bytes: usize,
+    /// What they may take.
+    most: (usize, usize),
+    /// When there was last looked for room, and found none.
+    full: Option<u64>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self {
+            since: 0,
+            services: HashMap::new(),
+            next: 0,
+            runs: HashMap::new(),
+            folded: Folded::default(),
+            bytes: 0,
+            most: (Self::MAX_RUNS, Self::MAX_BYTES),
+            full: None,
+        }
+    }
+}
+
+impl PartialEq for Ledger {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { since, services, next, runs, folded, bytes, most: _, full: _ } = self;
+        let all = (since, services, next, runs, folded, bytes);
+        all == (&other.since, &other.services, &other.next, &other.runs, &other.folded, &other.bytes)
+    }
 }
 
 /// What a report was worth.
@@ -48,166 +102,71 @@ pub enum Taken {
     News,
 }
 
+/// One service, over all proxies, those that are gone too.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct OfService {
+    /// Of what runs say of its unrouted requests.
+    id: u32,
+    /// Requests that found nothing in service.
+    unrouted: u64,
+    versions: Vec<OfVersion>,
+}
+
+/// One version of a service.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct OfVersion {
+    name: String,
+    /// Of what runs say of it.
+    id: u32,
+    total: Total,
+    /// What of it no verdict may be made of: proxies had counted it before the ledger began.
+    before: Option<Box<Total>>,
+    /// Since when it is in no document.
+    left: Option<u64>,
+}
+
+impl OfService {
+    fn version(&self, name: &str) -> Option<&OfVersion> {
+        self.versions.iter().find(|version| version.name == name)
+    }
+}
+
 /// What one run of a proxy said last.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq)]
 struct Run {
     /// When that was, in milliseconds since 1970, to within [`NOTED`].
     reported_at: u64,
     /// The number of its last report; 0 if it does not number them.
-    #[serde(default)]
     sequence: u64,
-    /// A list, since a map of two entries is many times as large, and there are thousands of runs.
-    counts: Vec<(VersionKey, Total)>,
-    /// Those services that have any.
-    unrouted: BTreeMap<String, u64>,
+    /// By id, [packed]. None: its counts were not kept, so that the next ones are a base line.
+    counts: Option<Arc<[u8]>>,
 }
 
 impl Run {
-    /// Whether a report says less than the last one did.
-    fn goes_back(&self, report: &Report) -> bool {
-        report.services.iter().any(|service| {
-            let goes_back = |version: &VersionReport| {
-                let known = self.counts.iter().find(|((of, name), _)| *of == service.name && *name == version.name);
-                known.is_some_and(|(_, last)| Total::of(version, report.format).any_below(last))
-            };
-            service.unrouted < self.unrouted(&service.name) || service.versions.iter().any(goes_back)
-        })
-    }
-
-    fn unrouted(&self, service: &str) -> u64 {
-        self.unrouted.get(service).copied().unwrap_or_default()
-    }
-
-    /// What it said last of a version.
-    fn last(&mut self, service: &str, version: &str) -> &mut Total {
-        let at = self.counts.iter().position(|((of, name), _)| of == service && name == version);
-        let at = at.unwrap_or_else(|| {
-            self.counts.push(((service.to_owned(), version.to_owned()), Total::default()));
-            self.counts.len() - 1
-        });
-        &mut self.counts[at].1
+    /// What it takes in memory, about.
+    fn bytes(&self, key: &RunKey) -> usize {
+        160 + key.0.len() + key.1.len() + self.counts.as_ref().map_or(0, |counts| counts.len())
     }
 }
 
-/// What was counted for one version.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(from = "KeptTotal", into = "KeptTotal")]
-pub struct Total {
-    /// Requests whose version was dealt by weight.
-    pub dealt: Tally,
-    /// Requests whose version was the user's by a session, and those that a rule took; few versions have any.
-    others: Option<Box<[Tally; 2]>>,
-    /// Requests that did not reach the version.
-    pub misrouted: u64,
-}
-
-/// [`Total`] as it is written. Before format 4 there were only sums.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct KeptTotal {
-    #[serde(flatten)]
-    counts: Option<Counts>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    durations: Vec<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    dealt: Option<Tally>,
-    #[serde(default, skip_serializing_if = "Tally::is_empty")]
-    session: Tally,
-    #[serde(default, skip_serializing_if = "Tally::is_empty")]
-    rule: Tally,
-    #[serde(default)]
-    misrouted: u64,
-}
-
-impl From<KeptTotal> for Total {
-    fn from(kept: KeptTotal) -> Self {
-        let KeptTotal { counts, durations, dealt, session, rule, misrouted } = kept;
-        // How requests were chosen was not told; they count as dealt.
-        let dealt = dealt.unwrap_or_else(|| {
-            let ended = counts.unwrap_or_default();
-            Tally { started: ended.total(), ended, durations, waited: Vec::new() }
-        });
-        Self { dealt, others: pair(session, rule), misrouted }
-    }
-}
-
-impl From<Total> for KeptTotal {
-    fn from(total: Total) -> Self {
-        let [session, rule] = total.others.map_or_else(Default::default, |others| *others);
-        let Total { dealt, misrouted, .. } = total;
-        Self { counts: None, durations: Vec::new(), dealt: Some(dealt), session, rule, misrouted }
-    }
-}
-
-fn pair(session: Tally, rule: Tally) -> Option<Box<[Tally; 2]>> {
-    (!session.is_empty() || !rule.is_empty()).then(|| Box::new([session, rule]))
-}
-
-impl Total {
-    fn of(version: &VersionReport, format: u32) -> Self {
-        let by_choice = version.by_choice(format).map(|mut tally| {
-            tally.durations.truncate(MOST_DURATIONS);
-            tally.waited.truncate(MOST_DURATIONS);
-            tally
-        });
-        let [dealt, session, rule] = by_choice;
-        Self { dealt, others: pair(session, rule), misrouted: version.misrouted }
-    }
-
-    /// Requests whose version was the user's by a session.
-    pub fn session(&self) -> Option<&Tally> {
-        self.others.as_deref().map(|[session, _]| session)
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Tally> {
-        std::iter::once(&self.dealt).chain(self.others.iter().flat_map(|others| others.iter()))
-    }
-
-    /// All requests by outcome.
-    pub fn counts(&self) -> Counts {
-        self.all().fold(Counts::default(), |sum, tally| sum + tally.ended)
-    }
-
-    /// Requests that no rule took.
-    pub fn without_rules(&self) -> Tally {
-        let mut sum = self.dealt.clone();
-        self.session().into_iter().for_each(|session| sum += session);
-        sum
-    }
-
-    /// What was added since `before`.
-    pub fn since(&self, before: &Self) -> Self {
-        let nothing = [Tally::default(), Tally::default()];
-        let [session, rule] = self.others.as_deref().unwrap_or(&nothing);
-        let [session_before, rule_before] = before.others.as_deref().unwrap_or(&nothing);
-        Self {
-            dealt: self.dealt.since(&before.dealt),
-            others: pair(session.since(session_before), rule.since(rule_before)),
-            misrouted: self.misrouted.saturating_sub(before.misrouted),
-        }
-    }
-
-    fn add(&mut self, more: &Self) {
-        self.dealt += &more.dealt;
-        if let Some(more) = &more.others {
-            let others = self.others.get_or_insert_default();
-            others.iter_mut().zip(more.iter()).for_each(|(sum, more)| *sum += more);
-        }
-        self.misrouted = self.misrouted.saturating_add(more.misrouted);
-    }
-
-    fn any_below(&self, before: &Self) -> bool {
-        let nothing = [Tally::default(), Tally::default()];
-        let (own, other) = (self.others.as_deref().unwrap_or(&nothing), before.others.as_deref().unwrap_or(&nothing));
-        let others = own.iter().zip(other).any(|(own, before)| own.any_below(before));
-        self.dealt.any_below(&before.dealt) || others || self.misrouted < before.misrouted
-    }
+/// What a report says of one version, beside what its run said before.
+struct Said<'a> {
+    version: &'a VersionReport,
+    is_known: bool,
+    /// Where it is in what was packed of the report.
+    packed: std::ops::Range<usize>,
+    /// What was said before; none: nothing.
+    last: Option<Total>,
+    is_same: bool,
+    /// Whether something of it is less than it was.
+    goes_back: bool,
 }
 
 impl Ledger {
-    /// The most runs that are kept; the ones longest silent go first. A proxy that comes back after that would be
-    /// counted twice, which takes that many newer ones.
+    /// The most runs that are kept. Those that are silent are folded for others; where all report, no more are counted.
     const MAX_RUNS: usize = 20_000;
+    /// The most bytes that they may take.
+    const MAX_BYTES: usize = 96 << 20;
 
     /// One that begins now, in milliseconds since 1970: what proxies that run already have counted is the base line for
     /// verdicts.
@@ -217,13 +176,28 @@ impl Ledger {
 
     /// Takes a report's counts, for the versions that `is_known` knows.
     pub fn take(&mut self, key: &RunKey, report: &Report, is_known: impl Fn(&str, &str) -> bool, now: u64) -> Taken {
-        let is_first = !self.runs.contains_key(key);
-        let is_from_before = is_first && started(&key.1).is_some_and(|started| started < self.since);
-        let run = match self.runs.get_mut(key) {
-            Some(run) => run,
-            None => self.runs.entry(key.clone()).or_default(),
-        };
-        let goes_back = run.goes_back(report);
+        let before = self.runs.get(key).cloned();
+        let is_first = before.is_none();
+        // What a run had counted that was folded, or whose counts were not kept, is in the totals.
+        let is_base =
+            before.as_ref().map_or_else(|| self.folded.may_have(key, started(&key.1)), |run| run.counts.is_none());
+        let mut run = before.unwrap_or_default();
+        let counts = run.counts.take().unwrap_or_default();
+        let mut entries = packed::entries(&counts);
+        let mut packed = Vec::new();
+        let mut said = Vec::new();
+        let mut goes_back = false;
+        for service in &report.services {
+            let of = self.services.get(&service.name);
+            goes_back |= service.unrouted < of.map_or(0, |of| number(entry(&entries, of.id)));
+            for version in &service.versions {
+                let id = of.and_then(|of| of.version(&version.name)).map(|of| of.id);
+                let said_of = say(version, is_known(&service.name, &version.name), report.format, &mut packed);
+                let said_of = said_of.beside(id.and_then(|id| entry(&entries, id)), &packed, report.format);
+                goes_back |= said_of.goes_back;
+                said.push(said_of);
+            }
+        }
         let is_old = match report.sequence {
             0 => goes_back,
             sequence => sequence <= run.sequence,
@@ -231,11 +205,17 @@ impl Ledger {
         if is_old {
             return Taken::Old;
         }
-        if goes_back && report.format < Report::FORMAT {
+        if is_first && !self.has_room(packed.len(), now) {
+            return Taken::NoNews;
+        }
+        let was_reset = goes_back && report.format < Report::FORMAT;
+        if was_reset {
             // Somebody has reset the counters of a proxy that reports Envoy's (`/reset_counters`): what they have since
             // then is all new.
-            run.counts.clear();
-            run.unrouted.clear();
+            entries.clear();
+            for said in &mut said {
+                (said.last, said.is_same, said.goes_back) = (None, false, false);
+            }
         }
         run.sequence = run.sequence.max(report.sequence);
         // In step with all others, so that it is not written down all the time only for that.
@@ -243,80 +223,193 @@ impl Ledger {
         if changed {
             run.reported_at = now;
         }
+        let is_from_before = is_first && started(&key.1).is_some_and(|started| started < self.since);
+        let mut new: Vec<(u32, Vec<u8>)> = Vec::new();
+        let mut all_said = said.iter();
         for service in &report.services {
-            let known = || service.versions.iter().filter(|version| is_known(&service.name, &version.name));
-            for version in known() {
-                let last = run.last(&service.name, &version.name);
-                let all = Total::of(version, report.format);
-                if *last == all {
+            let mut is_service_known = false;
+            for said in all_said.by_ref().take(service.versions.len()).filter(|said| said.is_known) {
+                is_service_known = true;
+                let bytes = packed.get(said.packed.clone()).unwrap_or_default();
+                if said.is_same || (said.last.is_none() && packed::is_nothing(bytes)) {
                     continue;
                 }
+                let of = self.version(&service.name, &said.version.name);
+                new.push((of.id, bytes.to_vec()));
                 // A filter that has forgotten a version which was gone for a while counts on from there.
-                if !all.any_below(last) {
-                    let new = all.since(last);
-                    let key = || (service.name.clone(), version.name.clone());
-                    self.totals.entry(key()).or_default().add(&new);
+                if !said.goes_back && !is_base {
+                    let all = Total::of(said.version, report.format);
+                    let more = said.last.as_ref().map_or_else(|| all.clone(), |last| all.since(last));
+                    of.total.add(&more);
                     if is_from_before {
-                        self.before.entry(key()).or_default().add(&new);
+                        of.before.get_or_insert_default().add(&more);
                     }
                 }
-                *last = all;
-                changed = true;
             }
-            if service.unrouted > run.unrouted(&service.name) && known().next().is_some() {
-                let new = service.unrouted - run.unrouted(&service.name);
-                run.unrouted.insert(service.name.clone(), service.unrouted);
-                let total = self.unrouted.entry(service.name.clone()).or_default();
-                *total = total.saturating_add(new);
-                changed = true;
+            if is_service_known {
+                new.extend(self.take_unrouted(service, &entries, is_base));
             }
         }
-        if self.runs.len() > Self::MAX_RUNS {
-            let silent = self.runs.iter().min_by_key(|(_, run)| run.reported_at).map(|(key, _)| key.clone());
-            silent.map(|key| self.runs.remove(&key));
-        }
+        changed |= !new.is_empty();
+        run.counts = Some(if new.is_empty() && !was_reset { counts.clone() } else { merged(&entries, new) });
+        self.put(key, run);
         if changed { Taken::News } else { Taken::NoNews }
     }
 
-    fn of(&self, service: &str, version: &str) -> Option<&Total> {
-        self.totals.get(&(service.to_owned(), version.to_owned()))
+    /// Takes what is new of a service's unrouted requests; what to keep of it, if anything is.
+    fn take_unrouted(
+        &mut self,
+        service: &ServiceReport,
+        entries: &[(u32, &[u8])],
+        is_base: bool,
+    ) -> Option<(u32, Vec<u8>)> {
+        let of = self.service(&service.name);
+        let last = number(entry(entries, of.id));
+        if service.unrouted <= last {
+            return None;
+        }
+        if !is_base {
+            of.unrouted = of.unrouted.saturating_add(service.unrouted - last);
+        }
+        let mut bytes = Vec::new();
+        packed::put(&mut bytes, service.unrouted);
+        Some((of.id, bytes))
+    }
+
+    fn put(&mut self, key: &RunKey, run: Run) {
+        self.bytes += run.bytes(key);
+        match self.runs.get_mut(key) {
+            Some(before) => {
+                self.bytes -= before.bytes(key);
+                *before = run;
+            }
+            None => drop(self.runs.insert(key.clone(), run)),
+        }
+    }
+
+    fn fold(&mut self, key: &RunKey) {
+        let Some(run) = self.runs.remove(key) else { return };
+        self.bytes -= run.bytes(key);
+        self.folded.add(key, started(&key.1).map_or(run.reported_at, |started| started.min(run.reported_at)));
+    }
+
+    /// Whether one more run may be kept; those that are silent make room for it, the longest silent first.
+    fn has_room(&mut self, bytes: usize, now: u64) -> bool {
+        let (runs, most) = self.most;
+        let is_full = |ledger: &Self| ledger.runs.len() >= runs || ledger.bytes + bytes > most;
+        if !is_full(self) {
+            return true;
+        }
+        // All of them are looked at, which is not for every stranger.
+        if self.full.is_some_and(|full| now.saturating_sub(full) < ROOM) {
+            return false;
+        }
+        let silent = self.runs.iter().filter(|(_, run)| now.saturating_sub(run.reported_at) > SILENT + NOTED);
+        let mut silent: Vec<_> = silent.map(|(key, run)| (run.reported_at, key.clone())).collect();
+        silent.sort_unstable();
+        // Some more than are needed, so that the next ones find room.
+        for (_, key) in silent {
+            if self.runs.len() < runs - runs / 16 && self.bytes + bytes < most - most / 16 {
+                break;
+            }
+            self.fold(&key);
+        }
+        let has_room = !is_full(self);
+        self.full = (!has_room).then_some(now);
+        has_room
+    }
+
+    /// Folds runs that are silent for long, and forgets the versions that have been unknown for long.
+    pub fn tidy(&mut self, is_known: impl Fn(&str, &str) -> bool, now: u64) {
+        let silent = self.runs.iter().filter(|(_, run)| now.saturating_sub(run.reported_at) > FOLDED_AFTER);
+        let silent: Vec<_> = silent.map(|(key, _)| key.clone()).collect();
+        silent.iter().for_each(|key| self.fold(key));
+        let before = self.services.len() + self.services.values().map(|of| of.versions.len()).sum::<usize>();
+        self.services.retain(|service, of| {
+            of.versions.retain_mut(|version| {
+                let is_known = is_known(service, &version.name);
+                version.left = if is_known { None } else { version.left.or(Some(now)) };
+                version.left.is_none_or(|left| now.saturating_sub(left) <= LEFT)
+            });
+            !of.versions.is_empty()
+        });
+        let after = self.services.len() + self.services.values().map(|of| of.versions.len()).sum::<usize>();
+        if after < before {
+            self.forget_what_is_gone();
+        }
+    }
+
+    /// What runs said of versions that are there no longer.
+    fn forget_what_is_gone(&mut self) {
+        let ids = self.services.values().flat_map(|of| of.versions.iter().map(|of| of.id).chain([of.id]));
+        let ids: std::collections::HashSet<u32> = ids.collect();
+        for run in self.runs.values_mut() {
+            let Some(counts) = &run.counts else { continue };
+            let mut left = Vec::new();
+            packed::put_entries(&mut left, packed::entries(counts).into_iter().filter(|(id, _)| ids.contains(id)));
+            self.bytes -= counts.len() - left.len();
+            run.counts = Some(left.into());
+        }
+    }
+
+    fn service(&mut self, name: &str) -> &mut OfService {
+        let is_new = !self.services.contains_key(name);
+        let id = if is_new { self.new_id() } else { 0 };
+        let of = self.services.entry(name.to_owned()).or_default();
+        if is_new {
+            of.id = id;
+        }
+        of
+    }
+
+    fn version(&mut self, service: &str, name: &str) -> &mut OfVersion {
+        let known = self.service(service).versions.iter().position(|version| version.name == name);
+        let at = known.unwrap_or_else(|| {
+            let id = self.new_id();
+            let versions = &mut self.service(service).versions;
+            versions.push(OfVersion { name: name.to_owned(), id, ..OfVersion::default() });
+            versions.len() - 1
+        });
+        &mut self.service(service).versions[at]
+    }
+
+    fn new_id(&mut self) -> u32 {
+        self.next += 1;
+        self.next
+    }
+
+    fn of(&self, service: &str, version: &str) -> Option<&OfVersion> {
+        self.services.get(service)?.version(version)
     }
 
     /// A version's counts over all proxies.
     pub fn total(&self, service: &str, version: &str) -> Counts {
-        self.of(service, version).map_or(Counts::default(), Total::counts)
+        self.of(service, version).map_or(Counts::default(), |of| of.total.counts())
     }
 
     /// The same by outcome, without those that rules took.
     pub fn judged_counts(&self, service: &str, version: &str) -> Counts {
-        let key = (service.to_owned(), version.to_owned());
-        let of = |totals: &BTreeMap<VersionKey, Total>| {
-            totals.get(&key).map_or(Counts::default(), |total| {
-                total.dealt.ended + total.session().map_or(Counts::default(), |session| session.ended)
-            })
-        };
-        of(&self.totals).since(&of(&self.before))
+        let of = |total: &Total| total.dealt.ended + total.session().map_or(Counts::default(), |session| session.ended);
+        self.of(service, version).map_or(Counts::default(), |version| {
+            of(&version.total).since(&version.before.as_deref().map_or(Counts::default(), of))
+        })
     }
 
     /// A version's requests that did not reach it, over all proxies.
     pub fn misrouted(&self, service: &str, version: &str) -> u64 {
-        self.of(service, version).map_or(0, |total| total.misrouted)
+        self.of(service, version).map_or(0, |of| of.total.misrouted)
     }
 
     /// What of a version's counts verdicts may be made of.
     pub fn judged(&self, service: &str, version: &str) -> Total {
-        let key = (service.to_owned(), version.to_owned());
-        let total = self.totals.get(&key).cloned().unwrap_or_default();
-        match self.before.get(&key) {
-            Some(before) => total.since(before),
-            None => total,
-        }
+        let Some(OfVersion { total, before, .. }) = self.of(service, version) else { return Total::default() };
+        before.as_deref().map_or_else(|| total.clone(), |before| total.since(before))
     }
 
     /// How long a version's exchanges took, over all proxies: as in [`tideshift_core::report::VersionReport`].
     pub fn durations(&self, service: &str, version: &str) -> Vec<u64> {
         let mut sum = Tally::default();
-        self.of(service, version).into_iter().flat_map(Total::all).for_each(|tally| sum += tally);
+        self.of(service, version).into_iter().flat_map(|of| of.total.all()).for_each(|tally| sum += tally);
         sum.durations
     }
 
@@ -330,8 +423,49 @@ impl Ledger {
 
     /// A service's requests that found nothing in service, over all proxies.
     pub fn unrouted(&self, service: &str) -> u64 {
-        self.unrouted.get(service).copied().unwrap_or_default()
+        self.services.get(service).map_or(0, |of| of.unrouted)
     }
+}
+
+/// Packs what a report says of a version.
+fn say<'a>(version: &'a VersionReport, is_known: bool, format: u32, packed: &mut Vec<u8>) -> Said<'a> {
+    let from = packed.len();
+    packed::put_version(packed, version, format);
+    let packed = from..packed.len();
+    Said { version, is_known, packed, last: None, is_same: false, goes_back: false }
+}
+
+impl Said<'_> {
+    /// Compares it with what was said before. What is the same is not unpacked.
+    fn beside(self, last: Option<&[u8]>, packed: &[u8], format: u32) -> Self {
+        let Some(last) = last else { return self };
+        if packed.get(self.packed.clone()) == Some(last) {
+            return Self { is_same: true, ..self };
+        }
+        let last = packed::total(last);
+        let goes_back = Total::of(self.version, format).any_below(&last);
+        Self { goes_back, last: Some(last), ..self }
+    }
+}
+
+/// What a run said last by an id.
+fn entry<'a>(entries: &[(u32, &'a [u8])], id: u32) -> Option<&'a [u8]> {
+    let at = entries.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+    entries.get(at).map(|(_, counts)| *counts)
+}
+
+fn number(mut bytes: Option<&[u8]>) -> u64 {
+    bytes.as_mut().and_then(packed::take).unwrap_or_default()
+}
+
+/// What a run said before, with what is new in its place.
+fn merged(before: &[(u32, &[u8])], new: Vec<(u32, Vec<u8>)>) -> Arc<[u8]> {
+    // The last word of a report that says something twice.
+    let mut all: BTreeMap<u32, &[u8]> = before.iter().copied().collect();
+    all.extend(new.iter().map(|(id, counts)| (*id, counts.as_slice())));
+    let mut bytes = Vec::new();
+    packed::put_entries(&mut bytes, all);
+    bytes.into()
 }
 
 /// When a run started, in milliseconds since 1970; `None` if its name does not say.
@@ -358,162 +492,5 @@ pub(crate) mod as_list {
         D: Deserializer<'de>,
     {
         Ok(Vec::<(K, V)>::deserialize(from)?.into_iter().collect())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use tideshift_core::report::{ServiceReport, VersionReport};
-
-    fn report(start: &str, ok: u64) -> Report {
-        let ended = Counts { ok, ..Counts::default() };
-        let version = VersionReport { name: "v1".to_owned(), ended, ..VersionReport::default() };
-        let service = ServiceReport {
-            name: "checkout".to_owned(),
-            unrouted: ok / 2,
-            versions: vec![version],
-            ..ServiceReport::default()
-        };
-        Report { proxy: "p".to_owned(), start: start.to_owned(), services: vec![service], ..Report::default() }
-    }
-
-    fn known(service: &str, version: &str) -> bool {
-        (service, version) == ("checkout", "v1")
-    }
-
-    fn take(ledger: &mut Ledger, report: &Report) -> Taken {
-        ledger.take(&(report.proxy.clone(), report.start.clone()), report, known, 0)
-    }
-
-    #[test]
-    fn every_run_of_a_proxy_counts_from_nothing() {
-        let mut ledger = Ledger::default();
-        for (start, ok) in [("a", 3), ("a", 5), ("b", 2), ("a", 7), ("b", 2)] {
-            take(&mut ledger, &report(start, ok));
-        }
-        assert_eq!(ledger.total("checkout", "v1").ok, 9);
-        assert_eq!(ledger.unrouted("checkout"), 4);
-    }
-
-    #[test]
-    fn a_counter_that_was_reset_counts_on() {
-        let mut ledger = Ledger::default();
-        for (sequence, ok) in [(1, 10), (2, 4), (1, 10), (2, 4), (3, 6)] {
-            take(&mut ledger, &Report { sequence, ..report("a", ok) });
-        }
-        assert_eq!((ledger.total("checkout", "v1").ok, ledger.unrouted("checkout")), (16, 8));
-    }
-
-    #[test]
-    fn a_report_without_a_number_that_says_less_is_an_old_one() {
-        let mut ledger = Ledger::default();
-        let taken = [10, 4, 10, 12].map(|ok| take(&mut ledger, &report("a", ok)));
-        assert_eq!(taken, [Taken::News, Taken::Old, Taken::NoNews, Taken::News]);
-        assert_eq!(ledger.total("checkout", "v1").ok, 12);
-        // The filter was replaced by one that numbers its reports, and that by the older one again.
-        let numbered = Report { sequence: 1, ..report("a", 14) };
-        assert_eq!([take(&mut ledger, &numbered), take(&mut ledger, &numbered)], [Taken::News, Taken::Old]);
-        assert_eq!(take(&mut ledger, &report("a", 15)), Taken::News);
-        assert_eq!(ledger.total("checkout", "v1").ok, 15);
-    }
-
-    #[test]
-    fn what_no_document_names_is_not_kept() {
-        let mut ledger = Ledger::default();
-        ledger.take(&("p".to_owned(), "a".to_owned()), &report("a", 10), |_, _| false, 0);
-        assert_eq!(ledger.total("checkout", "v1"), Counts::default());
-    }
-
-    /// As filters report that count for themselves; `session`: of what was dealt before the last, so many.
-    fn by_choice(sequence: u64, dealt: u64, session: u64) -> Report {
-        let tally = |ok| Tally { started: ok, ended: Counts { ok, ..Counts::default() }, ..Tally::default() };
-        let mut report = Report { sequence, format: Report::FORMAT, ..report("a", dealt + session) };
-        let version = &mut report.services[0].versions[0];
-        (version.dealt, version.session) = (tally(dealt), tally(session));
-        report
-    }
-
-    #[test]
-    fn what_a_filter_has_forgotten_is_not_counted_again() {
-        let mut ledger = Ledger::default();
-        for (sequence, dealt, session) in [(1, 10, 4), (2, 12, 4), (3, 0, 1), (4, 3, 1)] {
-            take(&mut ledger, &by_choice(sequence, dealt, session));
-        }
-        let total = ledger.judged("checkout", "v1");
-        assert_eq!((total.dealt.ended.ok, total.session().map(|of| of.ended.ok)), (15, Some(4)));
-        assert_eq!(ledger.total("checkout", "v1").ok, 19);
-    }
-
-    #[test]
-    fn what_was_counted_before_the_ledger_began_is_in_no_verdict() {
-        let began = 1_800_000_000_000;
-        let mut ledger = Ledger::beginning(began);
-        let run = |start: u64| Report { start: format!("{:x}", start * 1_000_000), ..by_choice(0, 0, 0) };
-        let mut take_of = |start, sequence, dealt| {
-            let report = Report { start: run(start).start, ..by_choice(sequence, dealt, 0) };
-            take(&mut ledger, &report);
-            (ledger.total("checkout", "v1").ok, ledger.judged_counts("checkout", "v1").ok)
-        };
-        assert_eq!(take_of(began - 1, 1, 100), (100, 0), "the first report of a proxy that ran before");
-        assert_eq!(take_of(began - 1, 2, 103), (103, 3));
-        assert_eq!(take_of(began + 1, 1, 5), (108, 8), "of one that started since");
-    }
-
-    #[test]
-    fn a_ledger_of_before_is_converted() {
-        let old = r#"{"totals": [[["checkout", "v1"], {"ok": 7, "error": 1, "clientError": 0, "cancelled": 2,
-            "durations": [5, 3]}]], "unrouted": {}, "runs": [[["p", "a"], {"reportedAt": 1, "reported_at": 1,
-            "sequence": 3, "counts": [[["checkout", "v1"], {"ok": 7, "error": 1, "clientError": 0, "cancelled": 2,
-            "durations": [5, 3]}]], "unrouted": {}}]]}"#;
-        let mut ledger: Ledger = serde_json::from_str(old).unwrap();
-        assert_eq!(ledger.total("checkout", "v1").total(), 10);
-        assert_eq!(ledger.durations("checkout", "v1"), [5, 3]);
-        assert_eq!(ledger.judged("checkout", "v1").dealt.ended.error, 1);
-        // The same proxy goes on, with the filter of before.
-        take(&mut ledger, &Report { sequence: 4, ..report("a", 9) });
-        assert_eq!(ledger.total("checkout", "v1").ok, 16, "what goes back in the old format was reset");
-        let again: Ledger = serde_json::from_str(&serde_json::to_string(&ledger).unwrap()).unwrap();
-        assert_eq!(again, ledger);
-    }
-
-    proptest! {
-        /// Each step: so many more requests, how many of the reports so far may yet arrive and which of them does how
-        /// often, whether the counts are written down, and whether the controller is killed then.
-        #[test]
-        fn reports_lost_repeated_in_any_order_or_after_a_crash_lose_and_double_nothing(
-            numbered in any::<bool>(),
-            steps in prop::collection::vec(
-                (0u64..50, 0usize..6, 0usize..4, any::<bool>(), prop::bool::weighted(0.2)), 1..60
-            )
-        ) {
-            let mut ledger = Ledger::default();
-            let mut stored = ledger.clone();
-            let mut sent: Vec<Report> = Vec::new();
-            let mut ok = 0;
-            for (more, back, times, store, crash) in steps {
-                ok += more;
-                let sequence = if numbered { sent.len() as u64 + 1 } else { 0 };
-                let mut report = report("a", ok);
-                report.services[0].versions[0].durations = vec![ok / 2, ok - ok / 2];
-                sent.push(Report { sequence, ..report });
-                for i in 0..times {
-                    let late = &sent[sent.len().saturating_sub(1 + back * i)];
-                    take(&mut ledger, late);
-                }
-                if store {
-                    stored = serde_json::from_str(&serde_json::to_string(&ledger).unwrap()).unwrap();
-                }
-                if crash {
-                    ledger = stored.clone();
-                }
-                prop_assert!(ledger.total("checkout", "v1").ok <= ok);
-            }
-            take(&mut ledger, sent.last().unwrap());
-            prop_assert_eq!(ledger.total("checkout", "v1").ok, ok);
-            prop_assert_eq!(ledger.durations("checkout", "v1").iter().sum::<u64>(), ok);
-            prop_assert_eq!(ledger.unrouted("checkout"), ok / 2);
-        }
     }
 }

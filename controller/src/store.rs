@@ -2,7 +2,7 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle, Judges, Young};
+use crate::control::{Applied, Counted, Idle, Judges, WrittenCounts, Young};
 use crate::readiness::RememberedReadiness;
 use crate::rollout::{Millis, Rollout, Transition};
 use serde::de::DeserializeOwned;
@@ -17,8 +17,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tideshift_core::policy::Policy;
 
-/// The format that this build writes; it reads the two before, too. (4: counts tell how requests were chosen.)
-const FORMAT: u64 = 4;
+/// The format that this build writes; it reads the three before, too. (4: counts tell how requests were chosen; 5: what
+/// runs of proxies said last is packed.)
+const FORMAT: u64 = 5;
+/// The most bytes that the file of counts may have.
+pub const MAX_COUNTS: usize = 32 << 20;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
 
@@ -83,6 +86,7 @@ fn new_secret() -> io::Result<String> {
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    fit: Fit,
     /// Held until the process ends, whichever way.
     _lock: File,
 }
@@ -118,7 +122,7 @@ pub enum StoreError {
 /// What is around the content.
 #[derive(Deserialize)]
 struct Envelope<'a> {
-    /// SHA-256 of the content as it is written.
+    /// SHA-256 of the content as it is written, and of the format.
     checksum: String,
     #[serde(borrow)]
     content: &'a RawValue,
@@ -129,17 +133,83 @@ struct Envelope<'a> {
 #[error("{0}")]
 pub struct Unreadable(pub String);
 
-/// State as it is written, wherever that is: `{"format": 4, "checksum": "...", "content": {...}}`.
+/// Makes counts fit where they are kept.
+#[derive(Debug)]
+pub struct Fit {
+    limit: usize,
+    /// What single runs of proxies may take, as far as that is known from the last time.
+    room: usize,
+}
+
+/// What must be kept does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes do not fit; at most {limit} do")]
+pub struct TooLarge {
+    /// So many there are.
+    pub bytes: usize,
+    /// So many there may be.
+    pub limit: usize,
+}
+
+impl Fit {
+    /// Into so many bytes.
+    pub fn into(limit: usize) -> Self {
+        Self { limit, room: usize::MAX }
+    }
+
+    /// The most bytes.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Packs counts. What does not fit is left out, from single runs of proxies that are silent to those that report.
+    ///
+    /// # Errors
+    ///
+    /// If not even the totals fit.
+    pub fn pack(
+        &mut self,
+        counted: &Counted,
+        pack: impl Fn(&WrittenCounts<'_>) -> Vec<u8>,
+    ) -> Result<Vec<u8>, TooLarge> {
+        let written = counted.written(self.room);
+        let whole = pack(&written);
+        if whole.len() <= self.limit {
+            // There may be room for more by the next time.
+            self.room = self.room.saturating_add(self.room / 8);
+            return Ok(whole);
+        }
+        let totals = pack(&counted.written(0));
+        let Some(left) = self.limit.checked_sub(totals.len()) else {
+            return Err(TooLarge { bytes: totals.len(), limit: self.limit });
+        };
+        // As much of the runs as fits beside the totals, if all of them pack alike.
+        let (left, all) = (left as f64, whole.len().saturating_sub(totals.len()).max(1) as f64);
+        let mut part = (0.95 * left / all).min(0.95);
+        while part > 0.02 {
+            let room = (written.bytes_of_runs() as f64 * part) as usize;
+            let packed = pack(&counted.written(room));
+            if packed.len() <= self.limit {
+                self.room = room + room / 8;
+                return Ok(packed);
+            }
+            part *= 0.8;
+        }
+        Ok(totals)
+    }
+}
+
+/// State as it is written, wherever that is: `{"format": 5, "checksum": "...", "content": {...}}`.
 pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
     let content = serde_json::to_string(content).unwrap_or_default();
-    format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(&content)).into_bytes()
+    format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(FORMAT, &content)).into_bytes()
 }
 
 /// State from what was written.
 ///
 /// # Errors
 ///
-/// If it is not of this build's format or the two before, or not what was written.
+/// If it is not of this build's format or those before, or not what was written.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
     read(bytes).map_err(Unreadable)
 }
@@ -152,9 +222,9 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     }
     let said = |error: serde_json::Error| error.to_string();
     match serde_json::from_slice::<Versioned>(bytes).map_err(said)?.format {
-        Some(3..=FORMAT) => {
+        Some(format @ 3..=FORMAT) => {
             let Envelope { checksum: written, content } = serde_json::from_slice(bytes).map_err(said)?;
-            if checksum(content.get()) != written {
+            if checksum(format, content.get()) != written {
                 return Err("damaged: its content is not that of its checksum".to_owned());
             }
             serde_json::from_str(content.get()).map_err(said)
@@ -166,8 +236,14 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     }
 }
 
-fn checksum(content: &str) -> String {
-    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+/// Of the content; since format 5 also of the format, which tells how the content is read.
+fn checksum(format: u64, content: &str) -> String {
+    let mut digest = Sha256::new();
+    if format >= 5 {
+        digest.update(format.to_le_bytes());
+    }
+    digest.update(content);
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Store {
@@ -185,7 +261,7 @@ impl Store {
             TryLockError::WouldBlock => StoreError::InUse(dir.to_owned()),
             TryLockError::Error(error) => io(error),
         })?;
-        let store = Self { dir: dir.to_owned(), _lock: lock };
+        let store = Self { dir: dir.to_owned(), fit: Fit::into(MAX_COUNTS), _lock: lock };
         let (mut kept, mut counted) = (store.read::<Kept>(ROLLOUTS)?, store.read::<Counted>(COUNTS)?);
         if let (None, Some(counted)) = (&kept, &mut counted) {
             // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
@@ -197,14 +273,17 @@ impl Store {
         Ok((store, kept, counted))
     }
 
-    /// Replaces everything but the counts.
-    pub fn keep(&self, kept: &Kept) -> Result<(), StoreError> {
-        self.write(ROLLOUTS, kept)
+    /// Replaces everything but the counts. Returns how many bytes that are.
+    pub fn keep(&mut self, kept: &Kept) -> Result<usize, StoreError> {
+        self.write(ROLLOUTS, &encode(kept))
     }
 
-    /// Replaces the counts.
-    pub fn keep_counts(&self, counted: &Counted) -> Result<(), StoreError> {
-        self.write(COUNTS, counted)
+    /// Replaces the counts. Returns how many bytes that are.
+    pub fn keep_counts(&mut self, counted: &Counted) -> Result<usize, StoreError> {
+        let packed = self.fit.pack(counted, |written| encode(written));
+        let path = self.dir.join(COUNTS);
+        let packed = packed.map_err(|error| StoreError::Io { path, error: io::Error::other(error) })?;
+        self.write(COUNTS, &packed)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
@@ -221,7 +300,7 @@ impl Store {
         decode(&bytes).map(Some).map_err(|Unreadable(why)| StoreError::Unreadable { path, why, lost })
     }
 
-    fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StoreError> {
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<usize, StoreError> {
         let path = self.dir.join(name);
         let replace = || {
             let new = path.with_extension("new");
@@ -229,13 +308,14 @@ impl Store {
             let mut options = File::options();
             options.write(true).create(true).truncate(true).mode(0o600);
             let mut file = options.open(&new)?;
-            file.write_all(&encode(content))?;
+            file.write_all(bytes)?;
             file.sync_data()?;
             fs::rename(&new, &path)?;
             // The new name must be as safe as what it names.
             File::open(&self.dir)?.sync_all()
         };
-        replace().map_err(|error| StoreError::Io { path: path.clone(), error })
+        replace().map_err(|error| StoreError::Io { path: path.clone(), error })?;
+        Ok(bytes.len())
     }
 }
 
@@ -248,13 +328,91 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let kept = Kept { revision: u64::MAX, ..Kept::fresh("e".to_owned()).unwrap() };
         {
-            let (store, nothing, counts) = Store::open(dir.path()).unwrap();
+            let (mut store, nothing, counts) = Store::open(dir.path()).unwrap();
             assert_eq!((nothing, counts), (None, None));
             store.keep(&kept).unwrap();
             store.keep_counts(&Counted::default()).unwrap();
         }
         let (_store, found, counts) = Store::open(dir.path()).unwrap();
         assert_eq!((found, counts), (Some(kept), Some(Counted::default())));
+    }
+
+    /// Counts of so many starts of proxies, each with so many services of two versions.
+    fn counted(starts: u64, services: usize) -> Counted {
+        let mut counted = Counted::default();
+        for start in 0..starts {
+            count(&mut counted, start, services, 1);
+        }
+        counted
+    }
+
+    /// One of them reports for the nth time.
+    fn count(counted: &mut Counted, start: u64, services: usize, sequence: u64) {
+        let mut random = fastrand::Rng::with_seed(start);
+        let mut version = |name: &str| {
+            let ok = 900 * sequence + random.u64(..1_000);
+            let durations: Vec<_> = (0..12).map(|_| random.u64(..200) + 10 * sequence).collect();
+            let counts = serde_json::json!({"started": ok, "ok": ok, "error": 0, "clientError": 0, "cancelled": 0});
+            let mut version = counts.clone();
+            (version["name"], version["dealt"]) = (name.into(), counts);
+            version["dealt"]["durations"] = durations.into();
+            version
+        };
+        let mut service =
+            |i| serde_json::json!({"name": format!("service-{i}"), "versions": [version("v1"), version("v2")]});
+        let services: Vec<_> = (0..services).map(&mut service).collect();
+        let report = serde_json::json!({"proxy": format!("proxy-{start}"), "start": format!("{:x}", (start + 1) << 40),
+            "sequence": sequence, "revision": 1, "format": 2, "services": services});
+        let report: tideshift_core::report::Report = serde_json::from_value(report).unwrap();
+        let run = (report.proxy.clone(), report.start.clone());
+        counted.ledger.take(&run, &report, |_, _| true, 1_000_000 + start);
+    }
+
+    fn packed(written: &WrittenCounts<'_>) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(&encode(written)).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn counts_of_any_number_of_starts_fit_where_a_secret_has_room() {
+        const LIMIT: usize = 1_000_000;
+        for (starts, services, whole) in [(8_000, 1, true), (360, 20, true), (500, 50, false)] {
+            let mut counted = counted(starts, services);
+            let mut fit = Fit::into(LIMIT);
+            let bytes = fit.pack(&counted, |written| packed(written)).unwrap();
+            assert!(
+                bytes.len() <= LIMIT && (whole || bytes.len() > LIMIT / 2),
+                "{starts}, {services}: {}",
+                bytes.len()
+            );
+            let mut text = String::new();
+            io::Read::read_to_string(&mut flate2::read::GzDecoder::new(bytes.as_slice()), &mut text).unwrap();
+            let mut found: Counted = decode(text.as_bytes()).unwrap();
+            let total = |of: &Counted| of.ledger.total("service-0", "v2");
+            assert_eq!(total(&found), total(&counted));
+            if !whole {
+                // Each reports twice more: what it says first is a base line where it was left out.
+                (0..starts).for_each(|start| count(&mut found, start, services, 2));
+                let between = total(&found);
+                (0..starts).for_each(|start| count(&mut found, start, services, 3));
+                assert_eq!(total(&found).since(&between).ok, 900 * starts);
+                assert!(total(&found).ok <= total(&counted).ok + 2 * 900 * starts, "nothing twice");
+                continue;
+            }
+            for start in 0..starts {
+                count(&mut found, start, services, 2);
+                count(&mut counted, start, services, 2);
+            }
+            assert_eq!(total(&found), total(&counted), "{starts} starts of {services} services");
+        }
+    }
+
+    #[test]
+    fn totals_that_do_not_fit_are_said_so() {
+        let mut fit = Fit::into(1_000);
+        let error = fit.pack(&counted(1, 100), |written| packed(written)).unwrap_err();
+        assert!(error.bytes > 1_000 && error.to_string().ends_with("at most 1000 do"), "{error}");
     }
 
     #[test]
@@ -269,8 +427,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rollouts.json");
         for (text, why) in [
-            ("{\"format\": 5}", "format 5, of another version"),
-            ("{\"format\": 4, \"chec", "EOF while parsing"),
+            ("{\"format\": 6}", "format 6, of another version"),
+            ("{\"format\": 5, \"chec", "EOF while parsing"),
             ("{\"format\": 4}", "missing field `checksum`"),
             ("{\"format\": 3}", "missing field `checksum`"),
             ("{\"format\": 4, \"checksum\": \"\", \"content\": {}}", "damaged"),
@@ -298,10 +456,16 @@ mod tests {
     }
 
     #[test]
-    fn the_format_before_is_still_read() {
+    fn the_formats_before_are_still_read() {
         let kept = Kept { revision: 7, ..Kept::fresh("e".to_owned()).unwrap() };
         let mut before = serde_json::to_value(&kept).unwrap();
         before["format"] = 2.into();
-        assert_eq!(decode::<Kept>(before.to_string().as_bytes()), Ok(kept));
+        assert_eq!(decode::<Kept>(before.to_string().as_bytes()), Ok(kept.clone()));
+        let content = serde_json::to_string(&kept).unwrap();
+        for format in 3..=FORMAT {
+            let checksum = checksum(format, &content);
+            let text = format!(r#"{{"format":{format},"checksum":"{checksum}","content":{content}}}"#);
+            assert_eq!(decode::<Kept>(text.as_bytes()), Ok(kept.clone()), "format {format}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::drain::Waiting;
 use crate::ledger::{RunKey, VersionKey};
 use crate::rollout::{Coverage, Millis};
 use crate::status::{ProxyStatus, VetoStatus, timestamp};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use tideshift_core::guard::Veto;
 use tideshift_core::policy::Service;
 use tideshift_core::report::{Refused, Report};
@@ -86,7 +86,7 @@ struct Sums {
     awaited: usize,
     /// How many run each revision.
     revisions: BTreeMap<Option<u64>, usize>,
-    in_flight: BTreeMap<VersionKey, u64>,
+    in_flight: HashMap<VersionKey, u64>,
 }
 
 impl Sums {
@@ -109,23 +109,27 @@ impl Sums {
             self.awaited -= 1;
             return;
         };
-        take_from(&mut self.revisions, &said.revision, 1);
+        // Nothing is left where nothing is left of it.
+        match self.revisions.get_mut(&said.revision) {
+            Some(sum) if *sum > 1 => *sum -= 1,
+            _ => drop(self.revisions.remove(&said.revision)),
+        }
         for (key, number) in &said.in_flight {
-            take_from(&mut self.in_flight, key, *number);
+            match self.in_flight.get_mut(key) {
+                Some(sum) if *sum > *number => *sum -= number,
+                _ => drop(self.in_flight.remove(key)),
+            }
         }
     }
 }
 
-/// Takes some of a sum; nothing is left where nothing is left of it.
-fn take_from<K: Ord, N: Copy + Default + Ord + std::ops::Sub<Output = N>>(
-    sums: &mut BTreeMap<K, N>,
-    key: &K,
-    number: N,
-) {
-    let Some(sum) = sums.get_mut(key) else { return };
-    match *sum > number {
-        true => *sum = *sum - number,
-        false => drop(sums.remove(key)),
+impl Proxy {
+    /// Whether the sums are the same with either.
+    fn adds_the_same(&self, other: &Self) -> bool {
+        match (&self.said, &other.said) {
+            (Some(own), Some(other)) => own.revision == other.revision && own.in_flight == other.in_flight,
+            (own, other) => own.is_none() && other.is_none(),
+        }
     }
 }
 
@@ -219,12 +223,15 @@ impl Proxies {
             true => drop(self.vetoing.insert(run.clone())),
             false => drop(self.vetoing.remove(run)),
         }
-        self.sums.add(&proxy);
         if let Some(before) = self.runs.get_mut(run) {
-            self.sums.remove(before);
+            if !before.adds_the_same(&proxy) {
+                self.sums.add(&proxy);
+                self.sums.remove(before);
+            }
             *before = proxy;
             return;
         }
+        self.sums.add(&proxy);
         if self.runs.len() >= MAX_PROXIES {
             let silent = self.runs.iter().min_by_key(|(_, proxy)| proxy.heard).map(|(run, _)| run.clone());
             silent.iter().for_each(|run| self.remove(run));

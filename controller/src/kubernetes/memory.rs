@@ -4,7 +4,7 @@
 
 use super::reason;
 use crate::control::{Counted, Judges};
-use crate::store::{Kept, Unreadable, decode, encode};
+use crate::store::{Fit, Kept, TooLarge, Unreadable, decode, encode};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
@@ -22,8 +22,8 @@ use tokio::time::timeout;
 const KEY: &str = "state.json.gz";
 /// Who wrote last.
 const WRITER: &str = "tideshift.dev/writer";
-/// The most bytes that an object may hold, less its other fields.
-const MAX_BYTES: usize = 1_000_000;
+/// The most bytes of state that a Secret may hold: the API server's limit is 1 MiB for all of its data.
+pub const MAX_BYTES: usize = 1_000_000;
 /// The most bytes that one may unpack to.
 const MAX_UNPACKED: u64 = 256 << 20;
 /// The transitions that are kept of each rollout, as far as there is room.
@@ -36,6 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Memory {
     state: Slot,
     counts: Slot,
+    fit: Fit,
 }
 
 /// One Secret.
@@ -62,6 +63,9 @@ pub enum MemoryError {
     /// The API server refuses, or does not answer.
     #[error("Secret {0}: {1}")]
     Refused(String, String),
+    /// It is more than a Secret may hold.
+    #[error("Secret {0}: {1}")]
+    TooLarge(String, TooLarge),
 }
 
 /// The name of the Secret that holds everything but the counts.
@@ -96,36 +100,32 @@ impl Memory {
             (None, Some(counted)) => Some(Counted { judges: Judges::default(), ..counted }),
             (_, counted) => counted,
         };
-        Ok((Self { state, counts }, kept, counted))
+        Ok((Self { state, counts, fit: Fit::into(MAX_BYTES) }, kept, counted))
     }
 
-    /// Replaces everything but the counts.
+    /// Replaces everything but the counts. Returns how many bytes that are.
     ///
     /// # Errors
     ///
     /// If it is not known to be written.
-    pub async fn keep(&mut self, kept: &Kept) -> Result<(), MemoryError> {
-        for histories in HISTORIES {
-            let mut kept = kept.clone();
-            for history in kept.history.values_mut() {
-                let too_many = history.len().saturating_sub(histories);
-                history.drain(..too_many);
-            }
-            let packed = pack(&kept);
-            if packed.len() <= MAX_BYTES || histories == 0 {
-                return self.state.write(packed).await;
-            }
-        }
-        Ok(())
+    pub async fn keep(&mut self, kept: &Kept) -> Result<usize, MemoryError> {
+        let packed = pack_state(kept).map_err(|error| MemoryError::TooLarge(self.state.name.clone(), error))?;
+        let bytes = packed.len();
+        self.state.write(packed).await?;
+        Ok(bytes)
     }
 
-    /// Replaces the counts.
+    /// Replaces the counts, as far as they fit. Returns how many bytes that are.
     ///
     /// # Errors
     ///
     /// If they are not known to be written.
-    pub async fn keep_counts(&mut self, counted: &Counted) -> Result<(), MemoryError> {
-        self.counts.write(pack(counted)).await
+    pub async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, MemoryError> {
+        let packed = self.fit.pack(counted, |written| pack(written));
+        let packed = packed.map_err(|error| MemoryError::TooLarge(self.counts.name.clone(), error))?;
+        let bytes = packed.len();
+        self.counts.write(packed).await?;
+        Ok(bytes)
     }
 }
 
@@ -211,6 +211,24 @@ impl From<Refusal> for MemoryError {
             Refusal::Other(name, why) => Self::Refused(name, why),
         }
     }
+}
+
+/// Everything but the counts, with as much of the history as there is room for.
+fn pack_state(kept: &Kept) -> Result<Vec<u8>, TooLarge> {
+    let mut bytes = 0;
+    for histories in HISTORIES {
+        let mut kept = kept.clone();
+        for history in kept.history.values_mut() {
+            let too_many = history.len().saturating_sub(histories);
+            history.drain(..too_many);
+        }
+        let packed = pack(&kept);
+        if packed.len() <= MAX_BYTES {
+            return Ok(packed);
+        }
+        bytes = packed.len();
+    }
+    Err(TooLarge { bytes, limit: MAX_BYTES })
 }
 
 fn pack<T: Serialize>(content: &T) -> Vec<u8> {

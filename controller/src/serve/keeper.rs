@@ -13,9 +13,9 @@ pub(super) trait Disk {
     /// safe, for that is when this one finds out.
     const IS_CONTENDED: bool;
     /// Replaces everything but the counts.
-    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError>;
+    async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError>;
     /// Replaces the counts.
-    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError>;
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError>;
 }
 
 /// Why something could not be kept.
@@ -31,23 +31,23 @@ pub(super) enum KeepError {
 impl Disk for Option<Store> {
     const IS_CONTENDED: bool = false;
 
-    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
-        Ok(self.as_ref().map_or(Ok(()), |store| store.keep(kept))?)
+    async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
+        Ok(self.as_mut().map_or(Ok(0), |store| store.keep(kept))?)
     }
 
-    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
-        Ok(self.as_ref().map_or(Ok(()), |store| store.keep_counts(counted))?)
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
+        Ok(self.as_mut().map_or(Ok(0), |store| store.keep_counts(counted))?)
     }
 }
 
 impl Disk for Memory {
     const IS_CONTENDED: bool = true;
 
-    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
+    async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
         Ok(Self::keep(self, kept).await?)
     }
 
-    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
         Ok(Self::keep_counts(self, counted).await?)
     }
 }
@@ -127,10 +127,10 @@ impl<D: Disk> Keeper<D> {
         self.trouble.as_deref()
     }
 
-    fn judge(&mut self, result: Result<(), KeepError>, before: &Option<String>) -> Safety {
+    fn judge(&mut self, result: Result<usize, KeepError>, before: &Option<String>) -> Safety {
         self.done.wrote(result.is_ok());
         match result {
-            Ok(()) => Safety::Safe,
+            Ok(_) => Safety::Safe,
             Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
             Err(error) => {
                 // Said once, not at each try.

@@ -27,14 +27,14 @@ struct Files {
 }
 
 impl Files {
-    fn write(&self, file: &File, text: String) -> Result<(), KeepError> {
+    fn write(&self, file: &File, text: String) -> Result<usize, KeepError> {
         let left = self.left.get();
         if left.is_none_or(|(left, is_last_done)| left > 1 || (left == 1 && is_last_done)) {
             *file.borrow_mut() = Some(text);
         }
         self.left.set(left.map(|(left, is_last_done)| (left.saturating_sub(1), is_last_done)));
         self.writes.set(self.writes.get() + 1);
-        Ok(())
+        Ok(0)
     }
 
     fn is_killed(&self) -> bool {
@@ -45,11 +45,11 @@ impl Files {
 impl Disk for &Files {
     const IS_CONTENDED: bool = false;
 
-    async fn keep(&mut self, kept: &Kept) -> Result<(), KeepError> {
+    async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
         self.write(&self.kept, serde_json::to_string(kept).unwrap())
     }
 
-    async fn keep_counts(&mut self, counted: &Counted) -> Result<(), KeepError> {
+    async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
         self.write(&self.counted, serde_json::to_string(counted).unwrap())
     }
 }
@@ -283,16 +283,16 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
 
 /// Another process may have taken over: what it has to say about a write, in order.
 #[derive(Debug)]
-struct Contended(Vec<Result<(), MemoryError>>);
+struct Contended(Vec<Result<usize, MemoryError>>);
 
 impl Disk for Contended {
     const IS_CONTENDED: bool = true;
 
-    async fn keep(&mut self, _: &Kept) -> Result<(), KeepError> {
+    async fn keep(&mut self, _: &Kept) -> Result<usize, KeepError> {
         Ok(self.0.remove(0)?)
     }
 
-    async fn keep_counts(&mut self, _: &Counted) -> Result<(), KeepError> {
+    async fn keep_counts(&mut self, _: &Counted) -> Result<usize, KeepError> {
         Ok(self.0.remove(0)?)
     }
 }
@@ -300,7 +300,7 @@ impl Disk for Contended {
 #[test]
 fn where_another_process_may_have_taken_over_nothing_is_safe_before_it_is_written() {
     let away = || Err(MemoryError::Refused("tideshift-state".to_owned(), "no answer".to_owned()));
-    let answers = vec![away(), Ok(()), away(), Ok(()), Err(MemoryError::Deposed)];
+    let answers = vec![away(), Ok(1), away(), Ok(1), Err(MemoryError::Deposed)];
     let mut keeper = Keeper::new(Contended(answers), Done::default());
     keeper.kept = Some(Kept::default());
     keeper.counted = Some(Counted::default());
