@@ -4,6 +4,7 @@
 mod applied;
 mod drain;
 mod judge;
+mod pace;
 mod proxies;
 mod recent;
 mod report;
@@ -26,6 +27,7 @@ use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
+use pace::Pace;
 use proxies::{Census, Proxies};
 use requests::Requests;
 use serde_json::Value;
@@ -74,6 +76,11 @@ pub struct Control {
     dirty: bool,
     news: Vec<(String, Transition)>,
     policy: Option<Policy>,
+    pace: Pace,
+    /// Whether there is something to publish that waits for its time.
+    is_held_back: bool,
+    /// Since when it is not kept which endpoints are ready, if so.
+    stale_since: Option<Millis>,
     /// The services that proxies have run last, under this controller or the one before.
     in_force: Vec<Service>,
     /// Those of them whose versions are compared.
@@ -196,6 +203,8 @@ const CENSUS: Millis = 100;
 const TIDY: Millis = 10_000;
 /// While something is held or waited for, the time is kept this often.
 const KEEP_TIME: Millis = 5_000;
+/// How long it may take until it is kept which endpoints are ready, where nothing else has to be kept.
+const KEEP_READY: Millis = 1_000;
 /// No proxy's word brings revisions further than this, which leaves as many again.
 const MAX_REVISION: u64 = u64::MAX / 2;
 
@@ -242,6 +251,9 @@ impl Control {
             dirty: false,
             news: Vec::new(),
             policy: None,
+            pace: Pace::default(),
+            is_held_back: false,
+            stale_since: None,
             in_force: Vec::new(),
             compared: HashSet::new(),
             catching_up: None,
@@ -280,6 +292,7 @@ impl Control {
         }
         self.refused = admitted.refused;
         self.held = admitted.held;
+        self.pace.hurry();
         self.shifts = self.held.iter().map(|held| held.shift.clone()).collect();
         self.put_in_force();
     }
@@ -426,6 +439,7 @@ impl Control {
             self.kept.services.clear();
             self.changed_in.clear();
             self.policy = None;
+            self.pace.hurry();
             self.dirty = true;
         }
         decides || taken == Taken::News
@@ -461,6 +475,7 @@ impl Control {
         self.news.extend(rollout.take_news().into_iter().map(|news| (name.clone(), news)));
         self.kept.rollouts.insert(name, rollout);
         self.dirty = true;
+        self.pace.hurry();
         Ok(true)
     }
 
@@ -530,7 +545,7 @@ impl Control {
         let ready = self.readiness.remember();
         if self.kept.ready != ready && !self.readiness.services.is_empty() {
             self.kept.ready = ready;
-            outcome.keep = true;
+            self.stale_since.get_or_insert(now);
         }
         let young = self.availability.young(&self.shifts, now);
         if self.kept.young != young {
@@ -544,7 +559,9 @@ impl Control {
         let passes = self.kept.idle.is_under_way() || self.kept.rollouts.values().any(|of| of.phase.is_under_way());
         outcome.keep |= passes && now.saturating_sub(self.kept.time) >= KEEP_TIME;
         self.counted.time = now;
+        outcome.keep |= self.stale_since.is_some_and(|since| now.saturating_sub(since) >= KEEP_READY);
         if outcome.keep {
+            self.stale_since = None;
             (self.kept.time, self.kept.wall) = (now, clock::wall(now));
         }
         outcome
@@ -671,10 +688,18 @@ impl Control {
         }
         if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             self.unreadable.clear();
+            self.is_held_back = false;
             return;
         }
         self.leave_out_unreadable(&mut services);
         if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
+            return;
+        }
+        let ready = |service: &str, version: &str| {
+            self.readiness.endpoints(service, version).iter().filter(|endpoint| endpoint.ready).count()
+        };
+        self.is_held_back = !self.pace.lets((&self.in_force, &services), ready, now);
+        if self.is_held_back {
             return;
         }
         let json = serde_json::to_string(&services).unwrap_or_default();

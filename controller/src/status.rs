@@ -12,7 +12,7 @@ use tideshift_core::report::{Counts, Refused};
 pub struct Status {
     /// Names the controller's state.
     pub epoch: String,
-    /// The revision of the policy that proxies are given; 0 before the first.
+    /// The revision of the policy that proxies are given, or are about to be given; 0 before the first.
     pub revision: u64,
     /// What is wrong with the documents as they are now; what they said before stays in force.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

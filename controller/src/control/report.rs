@@ -17,7 +17,8 @@ impl Control {
     pub fn status(&self, now: Millis) -> Status {
         Status {
             epoch: self.kept.epoch.clone(),
-            revision: self.policy.as_ref().map_or(0, |policy| policy.revision),
+            // What is decided is in force once proxies have what is about to be published.
+            revision: self.policy.as_ref().map_or(0, |policy| policy.revision) + u64::from(self.is_held_back),
             document_errors: self.document_errors(),
             state_error: self.state_error.clone(),
             services: self.shifts.iter().flat_map(|shift| self.shift_status(shift, now)).collect(),
