@@ -33,6 +33,7 @@ mod events;
 mod leader;
 mod openapi;
 mod proxies;
+mod published;
 mod rollouts;
 mod shifts;
 mod status;
@@ -43,6 +44,7 @@ pub use admission::{Admission, Ticket};
 pub use auth::{TokenError, TokenFiles, Tokens};
 pub use events::{Events, keep_telling};
 pub use leader::Leader;
+pub use published::Published;
 pub use turns::Turns;
 
 /// The largest body where nothing else is said.
@@ -77,17 +79,6 @@ pub struct Shared {
     pub leader: Leader,
     /// Becomes true when the process is to end.
     pub ending: watch::Receiver<bool>,
-}
-
-/// A policy as it is sent.
-#[derive(Debug, Clone)]
-pub struct Published {
-    /// Names the controller's state.
-    pub epoch: String,
-    /// The policy's revision.
-    pub revision: u64,
-    /// The document.
-    pub json: Bytes,
 }
 
 impl Shared {

@@ -99,7 +99,7 @@ pub struct Decoder {
 
 impl Decoder {
     /// Reads a whole document with `read`. All errors, or the document.
-    pub fn read<T>(value: &Value, read: impl FnOnce(&mut Self, &Value) -> Option<T>) -> Result<T, Errors> {
+    pub fn read<'v, T>(value: &'v Value, read: impl FnOnce(&mut Self, &'v Value) -> Option<T>) -> Result<T, Errors> {
         let mut decoder = Self::default();
         match read(&mut decoder, value) {
             Some(document) if decoder.errors.is_empty() => Ok(document),

@@ -8,6 +8,7 @@
 
 pub mod clients;
 pub mod decode;
+pub mod delivery;
 pub mod evidence;
 pub mod guard;
 pub mod hostname;

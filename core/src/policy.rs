@@ -12,7 +12,7 @@ use crate::schema;
 use crate::session::{Secret, Session};
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// The largest weight, as in Gateway API.
@@ -196,22 +196,32 @@ impl Policy {
     pub fn read(value: &Value) -> Result<Self, Errors> {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
-            let controller = f.optional(d, "controller", ControllerRef::read);
-            let explain = f.optional(d, "explain", Explain::read);
-            let strip_client_headers = f.optional(d, "stripClientHeaders", Decoder::boolean).unwrap_or(true);
-            if let Some(explain) =
-                explain.as_ref().filter(|e| !strip_client_headers && e.header.starts_with(OWN_HEADERS))
-            {
-                let allowed =
-                    format!("a header without {OWN_HEADERS}, which Envoy removes if stripClientHeaders is false");
-                let header = Value::String(explain.header.clone());
-                d.within("explain", |d| d.within("header", |d| d.invalid(&header, allowed)));
-            }
-            let revision = f.required(d, "revision", LONG, Decoder::long);
+            let head = Self::read_head(d, &mut f);
             let services = f.required(d, "services", "a list of services", services);
             f.finish(d);
-            Some(Self { controller, explain, strip_client_headers, revision: revision?, services: services? })
+            Some(Self { services: services?, ..head? })
         })
+    }
+
+    /// Reads everything but the services.
+    pub(crate) fn read_head(d: &mut Decoder, f: &mut Fields<'_>) -> Option<Self> {
+        let controller = f.optional(d, "controller", ControllerRef::read);
+        let explain = f.optional(d, "explain", Explain::read);
+        let strip_client_headers = f.optional(d, "stripClientHeaders", Decoder::boolean).unwrap_or(true);
+        if let Some(explain) = explain.as_ref().filter(|e| !strip_client_headers && e.header.starts_with(OWN_HEADERS)) {
+            let allowed = format!("a header without {OWN_HEADERS}, which Envoy removes if stripClientHeaders is false");
+            let header = Value::String(explain.header.clone());
+            d.within("explain", |d| d.within("header", |d| d.invalid(&header, allowed)));
+        }
+        let revision = f.required(d, "revision", LONG, Decoder::long);
+        Some(Self { controller, explain, strip_client_headers, revision: revision?, services: Vec::new() })
+    }
+
+    /// Everything but the services.
+    pub(crate) fn clone_head(&self) -> Self {
+        let (controller, explain) = (self.controller.clone(), self.explain.clone());
+        let &Self { strip_client_headers, revision, .. } = self;
+        Self { controller, explain, strip_client_headers, revision, services: Vec::new() }
     }
 }
 
@@ -227,8 +237,7 @@ fn is_true(flag: &bool) -> bool {
 
 fn services(d: &mut Decoder, value: &Value) -> Option<Vec<Service>> {
     let services = d.list(value, Service::read)?;
-    let mut names = Unique::new("a service name that no other service has");
-    let mut hostnames = Unique::new("a hostname that no other service has");
+    let (mut names, mut hostnames) = (Unique::of_services(), Unique::of_hostnames());
     for (i, service) in &services {
         d.at(*i, |d| {
             d.within("name", |d| names.insert(d, &service.name));
@@ -283,7 +292,7 @@ impl Explain {
 }
 
 impl Service {
-    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
+    pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
         let name = f.required(d, "name", "a name", name::service);
         let hostnames = f.optional(d, "hostnames", hostnames).unwrap_or_default();
@@ -426,20 +435,41 @@ impl Rule {
 }
 
 /// Names that may be there only once.
-struct Unique {
+pub(crate) struct Unique {
     allowed: &'static str,
-    seen: BTreeMap<String, usize>,
+    seen: BTreeSet<String>,
 }
 
 impl Unique {
     fn new(allowed: &'static str) -> Self {
-        Self { allowed, seen: BTreeMap::new() }
+        Self { allowed, seen: BTreeSet::new() }
+    }
+
+    pub(crate) fn of_services() -> Self {
+        Self::new("a service name that no other service has")
+    }
+
+    pub(crate) fn of_hostnames() -> Self {
+        Self::new("a hostname that no other service has")
     }
 
     fn insert(&mut self, d: &mut Decoder, name: &str) {
-        if self.seen.insert(name.to_owned(), 0).is_some() {
+        if self.is_free(d, name) {
+            self.add(name);
+        }
+    }
+
+    /// Whether a name has not been there yet; an error if it has.
+    pub(crate) fn is_free(&self, d: &mut Decoder, name: &str) -> bool {
+        let is_free = !self.seen.contains(name);
+        if !is_free {
             d.invalid(&Value::String(name.to_owned()), self.allowed);
         }
+        is_free
+    }
+
+    pub(crate) fn add(&mut self, name: &str) {
+        self.seen.insert(name.to_owned());
     }
 }
 

@@ -31,7 +31,8 @@ pub struct Report {
     /// How many workers that are (Envoy's main thread has one too).
     #[serde(default)]
     pub workers: u32,
-    /// A newer policy that the proxy could not take; the revision above stays in force.
+    /// A newer policy that the proxy could not take, so that the revision above stays in force; or, if that is its
+    /// revision, what the proxy could not take of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
     /// The shape of the counts: [`Report::FORMAT`]. 1, or left out, by filters that do not tell how requests were chosen.
@@ -45,7 +46,7 @@ fn first_format() -> u32 {
     1
 }
 
-/// A policy that was not taken.
+/// A policy that was not taken, or some of its services.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -54,6 +55,10 @@ pub struct Refused {
     pub revision: Option<u64>,
     /// What is wrong with it, one line for each field.
     pub errors: Vec<String>,
+    /// The services that are wrong, where all others were taken; they are what they were before. Empty if nothing was
+    /// taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<String>,
 }
 
 /// One service's counts.

@@ -8,6 +8,7 @@ use crate::workers::Live;
 use fastrand::Rng;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use std::time::Duration;
+use tideshift_core::delivery::{self, Before, Delivery, Refusal};
 use tideshift_core::policy::{ControllerRef, Policy};
 use tideshift_core::report::{Refused, Report, ServiceReport};
 
@@ -41,6 +42,8 @@ pub struct Link {
     /// The newest place that was seen, taken or not, so that a refused policy is not asked for again at once.
     seen: Option<Place>,
     refused: Option<Refused>,
+    /// Changes came that were since another policy: the next one has to be whole.
+    wants_whole: bool,
 }
 
 /// What an answer brought.
@@ -73,6 +76,7 @@ impl Link {
             news_at: 0,
             seen: None,
             refused: None,
+            wants_whole: false,
         }
     }
 
@@ -84,7 +88,10 @@ impl Link {
         let seen = self.seen.as_ref().unwrap_or(applied);
         let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
         let (proxy, epoch) = (encode(&self.proxy), encode(&seen.epoch));
-        let path = format!("/v1/policy?proxy={proxy}&epoch={epoch}&after={}", seen.revision);
+        // What has changed is enough where what came last runs.
+        let takes_changes = seen == applied && !applied.epoch.is_empty() && !self.wants_whole;
+        let delta = if takes_changes { "&delta=true" } else { "" };
+        let path = format!("/v1/policy?proxy={proxy}&epoch={epoch}&after={}{delta}", seen.revision);
         self.poll_at = now.saturating_add(POLL_PERIOD.as_nanos() as u64);
         self.poll = self.call("GET", &path, b"", POLL_TIMEOUT);
         if self.poll.is_none() {
@@ -122,6 +129,8 @@ impl Link {
         self.news_at = now.saturating_add(SHORTEST_REPORT_PERIOD.as_nanos() as u64);
         let applied = state.1.clone().unwrap_or_default();
         self.reported = state;
+        let refused = || delivery::report(applied.revision, &shared.refused(&applied));
+        let refused = self.refused.clone().or_else(refused);
         let report = Report {
             proxy: self.proxy.clone(),
             start: self.start.clone(),
@@ -129,7 +138,7 @@ impl Link {
             epoch: applied.epoch,
             revision: applied.revision,
             workers: u32::try_from(live.published.len()).unwrap_or(u32::MAX),
-            refused: self.refused.clone(),
+            refused,
             format: Report::FORMAT,
             services,
         };
@@ -144,7 +153,7 @@ impl Link {
         (headers, body): (usize, usize),
         now: u64,
         shared: &Shared,
-        applied: &Place,
+        runs: (&Policy, &Place),
         random: &mut Rng,
     ) -> Answer {
         // An answer without headers is one that broke off; asking for its headers would be a mistake.
@@ -158,7 +167,7 @@ impl Link {
         }
         self.poll = None;
         let taken = match status.as_deref() {
-            Some(b"200") => self.take(body, shared, applied),
+            Some(b"200") => self.take(body, shared, runs),
             Some(b"204") => Ok(Answer::Nothing),
             Some(status) => Err(format!("status {}", String::from_utf8_lossy(status))),
             None => Err("no answer".to_owned()),
@@ -178,30 +187,48 @@ impl Link {
         }
     }
 
-    fn take(&mut self, size: usize, shared: &Shared, applied: &Place) -> Result<Answer, String> {
+    fn take(&mut self, size: usize, shared: &Shared, (policy, applied): (&Policy, &Place)) -> Result<Answer, String> {
         let epoch = host::header(Map::CallResponse, "x-tideshift-epoch").unwrap_or_default();
         let epoch = String::from_utf8(epoch.into_vec()).map_err(|_| "an epoch that is not UTF-8".to_owned())?;
         let json = host::call_body(size);
         let place = |revision| Place { epoch: epoch.clone(), revision };
-        match Policy::from_json(&json) {
-            Ok(policy) => {
+        let refused = shared.refused(applied);
+        let revision = (epoch == applied.epoch).then_some(applied.revision);
+        match Delivery::read(&json, Before { policy, revision, refused: &refused }) {
+            Ok(Delivery { policy, refused, base }) => {
                 let place = place(policy.revision);
                 if !place.replaces(self.seen.as_ref().unwrap_or(applied)) {
                     return Err(format!("revision {}, which is not newer than {}", place.revision, applied.revision));
                 }
                 log::info!("policy revision {} from the controller", place.revision);
-                shared.deliver(&place, &json);
+                for service in &refused {
+                    let (name, errors) = (&service.name, service.errors.join("; "));
+                    log::error!(
+                        "refused service {name} of policy revision {}, it stays as it was: {errors}",
+                        place.revision
+                    );
+                }
+                match (base, refused.is_empty()) {
+                    (None, true) => shared.deliver(&place, &json, None, &[]),
+                    _ => {
+                        let whole = serde_json::to_vec(&policy).map_err(|error| error.to_string())?;
+                        shared.deliver(&place, &whole, base.and(Some(&*json)), &refused);
+                    }
+                }
                 self.seen = Some(place);
                 self.refused = None;
+                self.wants_whole = false;
                 Ok(Answer::Policy)
             }
-            Err(errors) => {
-                let document: Option<serde_json::Value> = serde_json::from_slice(&json).ok();
-                let revision = document.and_then(|document| document.get("revision")?.as_u64());
+            Err(Refusal::OtherBase(base)) => {
+                self.wants_whole = true;
+                Err(format!("changes since revision {base}, and revision {} runs", applied.revision))
+            }
+            Err(Refusal::Wrong { revision, errors }) => {
                 let errors: Vec<String> = errors.0.iter().map(ToString::to_string).collect();
                 let kept = format!("revision {} stays in force", applied.revision);
                 log::error!("refused a policy from the controller, {kept}: {}", errors.join("; "));
-                self.refused = Some(Refused { revision, errors });
+                self.refused = Some(Refused { revision, errors, services: Vec::new() });
                 // With its revision known it is not asked for again; else only after a while.
                 self.seen = Some(place(revision.ok_or("a policy without a revision")?));
                 Ok(Answer::Nothing)

@@ -230,11 +230,8 @@ impl Root {
     fn catch_up(&mut self) {
         let Some(fleet) = &self.fleet else { return };
         if fleet.shared.delivered_place().is_some_and(|place| place.replaces(&self.place)) {
-            // Only valid policies are stored; should this one not be, what runs keeps running.
-            if let Some(delivered) = fleet.shared.delivered()
-                && let Ok(policy) = Policy::from_json(&delivered.json)
-            {
-                self.adopt(policy, delivered.place);
+            if let Some((policy, place)) = fleet.shared.newest((&self.policy, &self.place)) {
+                self.adopt(policy, place);
                 log::debug!("policy revision {} of the controller in force", self.place.revision);
             }
         } else if fleet.shared.vetoes().is_some_and(|(_, version)| version != fleet.vetoes) {
@@ -372,7 +369,8 @@ impl Root {
     pub fn answered(&mut self, token: u32, headers: usize, body: usize) {
         let now = host::now();
         let Some(Fleet { shared, link: Some(link), .. }) = &mut self.fleet else { return };
-        match link.answered(token, (headers, body), now, shared, &self.place, &mut self.random) {
+        let runs = (&self.policy, &self.place);
+        match link.answered(token, (headers, body), now, shared, runs, &mut self.random) {
             Answer::Policy => {
                 if let Some(Fleet { member, .. }) = &self.fleet
                     && let Some(workers) = &member.borrow().workers

@@ -8,12 +8,18 @@
 use crate::host::{self, Received};
 use crate::totals;
 use siphasher::sip::SipHasher24;
-use tideshift_core::policy::ControllerRef;
+use tideshift_core::delivery::{Before, Delivery, RefusedService};
+use tideshift_core::policy::{ControllerRef, Policy};
 
 /// The keys of what VMs change together.
 const START: &str = "start";
 const LEASE: &str = "lease";
 const VETOES: &str = "vetoes";
+/// The newest policy as a whole, its place, what changed in it since the one before, and what was refused of it.
+const POLICY: &str = "policy";
+const PLACE: &str = "place";
+const CHANGES: &str = "changes";
+const REFUSED: &str = "refused";
 /// The number of the last report.
 const REPORTS: &str = "reports";
 /// The number of the VM that joined last.
@@ -51,14 +57,6 @@ pub struct Number {
     pub sequence: u64,
     /// Of the shared value.
     version: u32,
-}
-
-/// A policy that the controller sent.
-pub struct Delivered {
-    /// Its place.
-    pub place: Place,
-    /// The document, valid.
-    pub json: Vec<u8>,
 }
 
 impl Shared {
@@ -101,24 +99,50 @@ impl Shared {
         String::from_utf8_lossy(&start).into_owned()
     }
 
-    /// The newest policy that the controller sent.
-    pub fn delivered(&self) -> Option<Delivered> {
-        decode(&host::shared(&self.key("policy"))?.0)
+    /// The newest policy that the controller sent, for a VM that runs this one: what has changed since, if that is known,
+    /// else the whole.
+    pub fn newest(&self, (policy, place): (&Policy, &Place)) -> Option<(Policy, Place)> {
+        let newest = self.delivered_place()?;
+        let before = Before { policy, revision: Some(place.revision), refused: &[] };
+        let changes = self.value_at(CHANGES, &newest).filter(|_| place.epoch == newest.epoch);
+        let changed = changes.and_then(|changes| Delivery::read(&changes, before).ok());
+        if let Some(Delivery { policy, .. }) = changed.filter(|changed| changed.base.is_some()) {
+            return Some((policy, newest));
+        }
+        let (place, json) = split(&host::shared(&self.key(POLICY))?.0)?;
+        // Only valid policies are stored; should this one not be, what runs keeps running.
+        Some((Policy::from_json(&json).ok()?, place))
     }
 
     /// The place of the newest policy; cheap enough for every tick.
     pub fn delivered_place(&self) -> Option<Place> {
-        decode_place(&host::shared(&self.key("place"))?.0)
+        decode_place(&host::shared(&self.key(PLACE))?.0)
     }
 
-    /// Stores a policy from the controller for all VMs.
-    pub fn deliver(&self, place: &Place, json: &[u8]) {
+    /// What was refused of the newest policy, if that is the one at this place.
+    pub fn refused(&self, at: &Place) -> Vec<RefusedService> {
+        let refused = self.value_at(REFUSED, at);
+        refused.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default()
+    }
+
+    /// Stores a policy from the controller for all VMs: as a whole, what was sent if that were changes, and what was
+    /// refused.
+    pub fn deliver(&self, place: &Place, whole: &[u8], changes: Option<&[u8]>, refused: &[RefusedService]) {
         let place = format!("{} {}", place.revision, place.epoch);
-        let mut value = place.clone().into_bytes();
-        value.push(b'\n');
-        value.extend_from_slice(json);
-        host::shared_set(&self.key("policy"), &value);
-        host::shared_set(&self.key("place"), place.as_bytes());
+        let refused = serde_json::to_vec(refused).unwrap_or_default();
+        for (name, json) in [(POLICY, whole), (CHANGES, changes.unwrap_or_default()), (REFUSED, &refused)] {
+            let mut value = place.clone().into_bytes();
+            value.push(b'\n');
+            value.extend_from_slice(json);
+            host::shared_set(&self.key(name), &value);
+        }
+        host::shared_set(&self.key(PLACE), place.as_bytes());
+    }
+
+    /// A value that belongs to the policy at a place.
+    fn value_at(&self, name: &str, at: &Place) -> Option<Vec<u8>> {
+        let (place, value) = split(&host::shared(&self.key(name))?.0)?;
+        (place == *at).then_some(value)
     }
 
     /// The guard's vetoes as [`Self::set_vetoes`] has them, and their version.
@@ -173,10 +197,10 @@ impl Shared {
     }
 }
 
-fn decode(value: &[u8]) -> Option<Delivered> {
+fn split(value: &[u8]) -> Option<(Place, Vec<u8>)> {
     let line = value.iter().position(|b| *b == b'\n')?;
-    let (place, json) = value.split_at_checked(line)?;
-    Some(Delivered { place: decode_place(place)?, json: json.get(1..)?.to_vec() })
+    let (place, rest) = value.split_at_checked(line)?;
+    Some((decode_place(place)?, rest.get(1..)?.to_vec()))
 }
 
 fn decode_place(value: &[u8]) -> Option<Place> {

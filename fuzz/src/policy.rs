@@ -1,11 +1,13 @@
 //! A policy as text, from the plugin configuration or from the controller: it is read or refused, and one that is read
 //! is written so that it reads the same, and can be run.
 
+use tideshift_core::delivery::{Before, Delivery, Refusal};
 use tideshift_core::plan::{Plan, Turns};
 use tideshift_core::policy::{Policy, Version};
 
-/// Reads `json`, and runs what comes of it.
+/// Reads `json`, and runs what comes of it: as a whole, and as what a controller sends to a proxy that runs something.
 pub fn holds_for(json: &[u8]) {
+    deliver(json);
     let policy = match Policy::from_json(json) {
         Ok(policy) => policy,
         Err(errors) => {
@@ -16,6 +18,26 @@ pub fn holds_for(json: &[u8]) {
     let written = serde_json::to_vec(&policy).expect("a policy can be written");
     assert_eq!(Policy::from_json(&written).as_ref(), Ok(&policy), "written as {}", String::from_utf8_lossy(&written));
     run(&policy, json);
+}
+
+/// What is taken of it in place of what runs is always a policy that could have been configured.
+fn deliver(json: &[u8]) {
+    let runs = br#"{"revision": 1, "services": [{"name": "a", "hostnames": ["a.x"], "versions": [{"name": "v1"}]},
+        {"name": "b", "versions": [{"name": "v1"}]}]}"#;
+    let runs = Policy::from_json(runs).expect("it is a policy");
+    for revision in [None, Some(1)] {
+        match Delivery::read(json, Before { policy: &runs, revision, refused: &[] }) {
+            Ok(delivery) => {
+                let written = serde_json::to_vec(&delivery.policy).expect("a policy can be written");
+                assert_eq!(Policy::from_json(&written).as_ref(), Ok(&delivery.policy));
+                assert!(delivery.refused.iter().all(|refused| !refused.errors.is_empty()));
+                assert!(delivery.base.is_none() || delivery.base == revision);
+                run(&delivery.policy, json);
+            }
+            Err(Refusal::Wrong { errors, .. }) => assert!(!errors.0.is_empty(), "refused without a reason"),
+            Err(Refusal::OtherBase(base)) => assert_ne!(Some(base), revision),
+        }
+    }
 }
 
 /// Decides on a few requests that are made of the document's own bytes, so that some of its matches hold.

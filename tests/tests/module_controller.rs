@@ -92,7 +92,7 @@ fn a_newer_policy_reaches_every_worker_at_once_and_is_reported() -> anyhow::Resu
     send(&mut host, &first, "e1", &policy(7, "v2"))?;
     ensure!(versions(&mut host)? == ["v2"; WORKERS]);
     let next = poll(&mut host)?;
-    ensure!(next.header(":path").is_some_and(|path| path.ends_with("epoch=e1&after=7")), "{:?}", next.header(":path"));
+    ensure!(path(&next).ends_with("epoch=e1&after=7&delta=true"), "{}", path(&next));
     let report = report(&mut host)?;
     ensure!(report["revision"] == 7 && report["epoch"] == "e1" && report["workers"] == WORKERS + 1, "{report}");
     Ok(())
@@ -296,5 +296,116 @@ fn lost_races_for_shared_data_are_tried_again() -> anyhow::Result<()> {
     let poll = poll(&mut host)?;
     send(&mut host, &poll, "e1", &self::policy(2, "v2"))?;
     ensure!(versions(&mut host)? == ["v2"; WORKERS]);
+    Ok(())
+}
+
+/// A service that gives everything to this version.
+fn service(name: &str, version: &str) -> Value {
+    json!({"name": name, "hostnames": [format!("{name}.x")], "versions": [{"name": version}]})
+}
+
+/// The version that each worker gives out for a service.
+fn versions_of(host: &mut WasmHost, service: &str) -> anyhow::Result<Vec<Option<String>>> {
+    let authority = format!("{service}.x");
+    (1..=WORKERS)
+        .map(|w| Ok(host.request(w, &[(":authority", authority.as_str()), (":path", "/")])?.version()))
+        .collect()
+}
+
+fn all(version: &str) -> Vec<Option<String>> {
+    vec![Some(version.to_owned()); WORKERS]
+}
+
+fn path(poll: &Callout) -> String {
+    poll.header(":path").unwrap_or_default()
+}
+
+#[test]
+fn good_services_are_taken_and_bad_ones_stay_what_they_were() -> anyhow::Result<()> {
+    let mut host = host()?;
+    let first = poll(&mut host)?;
+    send(&mut host, &first, "e1", &json!({"revision": 2, "services": [service("a", "v1"), service("b", "v1")]}))?;
+    let second = poll(&mut host)?;
+    let mut bad = service("a", "v2");
+    bad["versions"][0]["weight"] = json!(-1);
+    send(&mut host, &second, "e1", &json!({"revision": 3, "services": [bad, service("b", "v2"), service("c", "v2")]}))?;
+    ensure!(versions_of(&mut host, "a")? == all("v1"), "the last good one stays");
+    ensure!(versions_of(&mut host, "b")? == all("v2") && versions_of(&mut host, "c")? == all("v2"));
+    let third = poll(&mut host)?;
+    let told = report(&mut host)?;
+    ensure!(told["revision"] == 3 && told["refused"]["revision"] == 3, "{told}");
+    ensure!(told["refused"]["services"] == json!(["a"]), "{told}");
+    let error = told["refused"]["errors"][0].as_str().unwrap_or_default();
+    ensure!(error.starts_with("services[0].versions[0].weight: -1 is not allowed"), "{told}");
+    // Changes of others leave it refused; its own end that.
+    send(&mut host, &third, "e1", &json!({"revision": 4, "base": 3, "services": [service("b", "v3")]}))?;
+    let fourth = poll(&mut host)?;
+    ensure!(versions_of(&mut host, "a")? == all("v1") && versions_of(&mut host, "b")? == all("v3"));
+    ensure!(report(&mut host)?["refused"]["services"] == json!(["a"]));
+    send(&mut host, &fourth, "e1", &json!({"revision": 5, "base": 4, "services": [service("a", "v3")]}))?;
+    ensure!(versions_of(&mut host, "a")? == all("v3"));
+    poll(&mut host)?;
+    ensure!(report(&mut host)?["refused"].is_null());
+    Ok(())
+}
+
+#[test]
+fn changes_are_asked_for_and_reach_every_worker() -> anyhow::Result<()> {
+    let mut host = host()?;
+    let first = poll(&mut host)?;
+    ensure!(!path(&first).contains("delta"), "what runs is not the controller's: {}", path(&first));
+    send(&mut host, &first, "e1", &json!({"revision": 2, "services": [service("a", "v1"), service("b", "v1")]}))?;
+    for revision in 3..6 {
+        let poll = poll(&mut host)?;
+        ensure!(path(&poll).ends_with(&format!("epoch=e1&after={}&delta=true", revision - 1)), "{}", path(&poll));
+        let version = format!("v{revision}");
+        let changes = json!({"revision": revision, "base": revision - 1, "services": [service("a", &version)]});
+        send(&mut host, &poll, "e1", &changes)?;
+        ensure!(versions_of(&mut host, "a")? == all(&version) && versions_of(&mut host, "b")? == all("v1"));
+    }
+    let last = poll(&mut host)?;
+    ensure!(report(&mut host)?["revision"] == 5);
+    send(
+        &mut host,
+        &last,
+        "e1",
+        &json!({"revision": 9, "base": 5, "removed": ["a"], "services": [service("c", "v1")]}),
+    )?;
+    ensure!(versions_of(&mut host, "a")? == vec![None; WORKERS] && versions_of(&mut host, "c")? == all("v1"));
+    // What has been stored for VMs that come later is whole.
+    pass(&mut host, 500)?;
+    ensure!(report(&mut host)?["revision"] == 9);
+    Ok(())
+}
+
+#[test]
+fn changes_since_another_policy_are_not_taken_and_the_whole_is_asked_for() -> anyhow::Result<()> {
+    let mut host = host()?;
+    let first = poll(&mut host)?;
+    send(&mut host, &first, "e1", &json!({"revision": 2, "services": [service("a", "v1")]}))?;
+    let second = poll(&mut host)?;
+    send(&mut host, &second, "e1", &json!({"revision": 9, "base": 7, "services": [service("a", "v2")]}))?;
+    ensure!(versions_of(&mut host, "a")? == all("v1"));
+    pass(&mut host, 1_000)?;
+    let third = poll(&mut host)?;
+    ensure!(path(&third).ends_with("epoch=e1&after=2"), "{}", path(&third));
+    // Also where an epoch has the same revision.
+    send(&mut host, &third, "e2", &json!({"revision": 9, "base": 2, "services": [service("a", "v2")]}))?;
+    ensure!(versions_of(&mut host, "a")? == all("v1"));
+    pass(&mut host, 2_000)?;
+    let fourth = poll(&mut host)?;
+    send(&mut host, &fourth, "e1", &json!({"revision": 9, "services": [service("a", "v3")]}))?;
+    ensure!(versions_of(&mut host, "a")? == all("v3"));
+    let fifth = poll(&mut host)?;
+    ensure!(path(&fifth).ends_with("after=9&delta=true"), "{}", path(&fifth));
+    // A change of which nothing is right is refused as a whole; then the whole is asked for.
+    let mut bad = service("a", "v2");
+    bad["versions"] = json!([]);
+    send(&mut host, &fifth, "e1", &json!({"revision": 10, "base": 9, "services": [bad]}))?;
+    pass(&mut host, 1_200)?;
+    let sixth = poll(&mut host)?;
+    ensure!(path(&sixth).ends_with("after=10"), "{}", path(&sixth));
+    let told = report(&mut host)?;
+    ensure!(told["revision"] == 9 && told["refused"]["revision"] == 10, "{told}");
     Ok(())
 }

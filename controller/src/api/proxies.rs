@@ -25,6 +25,9 @@ pub(super) struct Poll {
     epoch: String,
     #[serde(default)]
     after: u64,
+    /// Whether the proxy understands what has changed in place of the whole.
+    #[serde(default)]
+    delta: bool,
 }
 
 /// Answers at once if there is a policy newer than the one that the proxy has, else when there is, else after a while
@@ -38,7 +41,7 @@ pub(super) async fn policy(
     let newer = published.wait_for(|published| published.as_ref().is_some_and(is_newer));
     tokio::select! {
         newer = timeout(HOLD, newer) => match newer {
-            Ok(Ok(newer)) => Ok(newer.clone().map_or_else(|| StatusCode::NO_CONTENT.into_response(), send)),
+            Ok(Ok(newer)) => Ok(newer.clone().map_or_else(|| StatusCode::NO_CONTENT.into_response(), |newer| send(&newer, &poll))),
             _ => Ok(StatusCode::NO_CONTENT.into_response()),
         },
         _ = ending.wait_for(|ending| *ending) => {
@@ -47,8 +50,12 @@ pub(super) async fn policy(
     }
 }
 
-fn send(published: Published) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, "application/json")], published.json).into_response();
+fn send(published: &Published, poll: &Poll) -> Response {
+    let json = match poll.delta {
+        true => published.since(&poll.epoch, poll.after),
+        false => published.json.clone(),
+    };
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], json).into_response();
     if let Ok(epoch) = HeaderValue::from_str(&published.epoch) {
         response.headers_mut().insert("x-tideshift-epoch", epoch);
     }

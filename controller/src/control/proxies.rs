@@ -369,8 +369,8 @@ impl Proxies {
 
 fn in_short(refused: &Refused) -> Refused {
     let (lines, characters) = MAX_ERRORS;
-    let errors = refused.errors.iter().take(lines).map(|error| error.chars().take(characters).collect());
-    Refused { revision: refused.revision, errors: errors.collect() }
+    let short = |all: &[String]| all.iter().take(lines).map(|line| line.chars().take(characters).collect()).collect();
+    Refused { revision: refused.revision, errors: short(&refused.errors), services: short(&refused.services) }
 }
 
 #[cfg(test)]
@@ -394,11 +394,12 @@ mod tests {
     fn why_a_policy_was_refused_is_kept_in_short() {
         let mut proxies = Proxies::default();
         let errors = vec!["é".repeat(100_000); 1_000];
-        let refused = Some(Refused { revision: None, errors });
+        let refused = Some(Refused { revision: None, services: errors.clone(), errors });
         let run = ("p".to_owned(), "1".to_owned());
         proxies.reported(&run, &Report { refused, ..Report::default() }, "", |_, _| true, 0);
         let refused = proxies.status().remove(0).refused.unwrap();
         assert_eq!(refused.errors, vec!["é".repeat(500); 20]);
+        assert_eq!(refused.services, refused.errors);
     }
 
     #[test]

@@ -14,7 +14,6 @@ use crate::kubernetes::{
 };
 use crate::readiness::Prober;
 use crate::store::Kept;
-use bytes::Bytes;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
 use kube::Client;
@@ -190,14 +189,12 @@ async fn read_policies(client: Client, namespace: String, lease: String, publish
             }
         };
         let Some(policy) = kept.policy() else { continue };
-        let Ok(json) = serde_json::to_vec(&policy) else { continue };
         publish.send_if_modified(|published| {
             let is_newer = published
                 .as_ref()
                 .is_none_or(|published| published.epoch != kept.epoch || published.revision < policy.revision);
             if is_newer {
-                let (epoch, revision) = (kept.epoch.clone(), policy.revision);
-                *published = Some(Published { epoch, revision, json: Bytes::from(json) });
+                *published = Some(Published::next(published.as_ref(), kept.epoch.clone(), &policy));
             }
             is_newer
         });

@@ -11,7 +11,6 @@ use crate::hooks::{Answer, Hooks};
 use crate::kubernetes::{Hands, Scene};
 use crate::readiness::Prober;
 use crate::rollout::Transition;
-use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
 use tideshift_core::policy::Policy;
@@ -171,10 +170,10 @@ impl<D: Disk> Mind<D> {
 
     fn publish(&self, policy: &Policy) {
         let epoch = self.shared.control().kept().epoch.clone();
-        let json = Bytes::from(serde_json::to_vec(policy).unwrap_or_default());
         tracing::info!(revision = policy.revision, "policy published");
         self.shared.done.published();
-        self.publish.send_replace(Some(Published { epoch, revision: policy.revision, json }));
+        let next = Published::next(self.publish.borrow().as_ref(), epoch, policy);
+        self.publish.send_replace(Some(next));
     }
 
     fn tell(&mut self, transitions: &[(String, Transition)]) {

@@ -189,12 +189,18 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                 ("proxy", json!({"type": "string"}), "The proxy's id."),
                 ("epoch", json!({"type": "string"}), "The `x-tideshift-epoch` that came with the policy that it has."),
                 ("after", json!({"type": "integer", "minimum": 0}), "The revision of that policy."),
+                (
+                    "delta",
+                    json!({"type": "boolean", "default": false}),
+                    "Whether the proxy takes what has changed since then in place of the whole policy.",
+                ),
             ],
             body: None,
             answers: vec![
                 (
                     200,
-                    "The policy; `x-tideshift-epoch` names the state that its revision is of.",
+                    "The policy, or with `delta` perhaps what has changed, which has a `base`; `x-tideshift-epoch` names the \
+                     state that its revision is of.",
                     Content::Json(policy()),
                 ),
                 (204, "Nothing newer yet: ask again.", Content::Nothing),
@@ -257,6 +263,14 @@ fn documents() -> Map<String, Value> {
         "properties": {
             "revision": {"type": "integer", "minimum": 0},
             "services": {"type": "array", "items": {"type": "object"}},
+            "base": {
+                "description": "The revision that `services` and `removed` are the changes since; left out: it is whole.",
+                "type": "integer", "minimum": 0,
+            },
+            "removed": {
+                "description": "The names of the services that are gone since `base`.",
+                "type": "array", "items": {"type": "string"},
+            },
         },
     });
     let mut documents = types.unwrap_or_default();

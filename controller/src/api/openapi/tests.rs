@@ -106,8 +106,8 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
                 let outcome = control.evaluate(now());
                 mind.events.tell(&outcome.transitions);
                 if let Some(policy) = outcome.policy {
-                    let json = serde_json::to_vec(&policy).unwrap().into();
-                    publish.send_replace(Some(Published { epoch: "e".to_owned(), revision: policy.revision, json }));
+                    let next = Published::next(publish.borrow().as_ref(), "e".to_owned(), &policy);
+                    publish.send_replace(Some(next));
                 }
                 mind.turns.begin()
             };
@@ -151,6 +151,7 @@ async fn every_route_answers_as_documented() {
         ("POST", "/v1/reports", "/v1/reports".to_owned(), Some(too_much), 400),
         ("GET", "/v1/policy", "/v1/policy?proxy=p&epoch=&after=0".to_owned(), None, 200),
         ("GET", "/v1/policy", "/v1/policy?proxy=p&epoch=e&after=9".to_owned(), None, 204),
+        ("GET", "/v1/policy", "/v1/policy?proxy=p&epoch=e&after=0&delta=true".to_owned(), None, 200),
         ("GET", "/v1/policy", "/v1/policy?after=x".to_owned(), None, 400),
         ("GET", "/v1/status", "/v1/status".to_owned(), None, 200),
         ("POST", "/v1/rollouts/{name}/pause", rollout("pause"), Some(nothing.clone()), 200),

@@ -1,0 +1,173 @@
+//! A policy as it is sent: as a whole, or what has changed since one that the proxy has. For each service is kept in which
+//! revision it changed last, and of those that are gone the last ones: enough for changes since any of many revisions,
+//! and no more memory than two policies take.
+
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use tideshift_core::policy::Policy;
+
+/// How many of the services that are gone are remembered.
+const MAX_REMOVED: usize = 1_000;
+
+/// A policy as it is sent.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// Names the controller's state.
+    pub epoch: String,
+    /// The policy's revision.
+    pub revision: u64,
+    /// The whole document.
+    pub json: Bytes,
+    parts: Arc<Parts>,
+    /// The revision before, which nearly all proxies have when a new one comes, and what has changed since.
+    last: Option<(u64, Bytes)>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Parts {
+    /// Each service as JSON, and the revision in which it changed last.
+    services: BTreeMap<String, (Bytes, u64)>,
+    /// The services that are gone, and the revision in which they went; the oldest first.
+    removed: VecDeque<(u64, String)>,
+    /// Changes since this revision and later ones are known.
+    since: u64,
+}
+
+impl Published {
+    /// What follows `before`.
+    pub fn next(before: Option<&Self>, epoch: String, policy: &Policy) -> Self {
+        let before = before.filter(|before| before.epoch == epoch && before.revision < policy.revision);
+        let revision = policy.revision;
+        let mut parts = Parts { since: revision, ..Parts::default() };
+        if let Some(before) = before {
+            (parts.since, parts.removed) = (before.parts.since, before.parts.removed.clone());
+        }
+        let mut json = format!(r#"{{"revision":{revision},"services":["#).into_bytes();
+        for (n, service) in policy.services.iter().enumerate() {
+            let part = Bytes::from(serde_json::to_vec(service).unwrap_or_default());
+            json.extend_from_slice(if n > 0 { b"," } else { b"" });
+            json.extend_from_slice(&part);
+            let same = before.and_then(|before| before.parts.services.get(&service.name));
+            let part = match same.filter(|(before, _)| *before == part) {
+                Some(same) => same.clone(),
+                None => (part, revision),
+            };
+            parts.services.insert(service.name.clone(), part);
+        }
+        json.extend_from_slice(b"]}");
+        let gone = before.into_iter().flat_map(|before| before.parts.services.keys());
+        let gone = gone.filter(|name| !parts.services.contains_key(*name)).map(|name| (revision, name.clone()));
+        parts.removed.extend(gone);
+        parts.removed.retain(|(_, name)| !parts.services.contains_key(name));
+        while parts.removed.len() > MAX_REMOVED {
+            parts.since = parts.removed.pop_front().map_or(parts.since, |(revision, _)| revision.max(parts.since));
+        }
+        let mut published = Self { epoch, revision, json: json.into(), parts: Arc::new(parts), last: None };
+        published.last = before.and_then(|before| Some((before.revision, published.changes(before.revision)?)));
+        published
+    }
+
+    /// What a proxy is sent that has this revision of this epoch and understands changes.
+    pub fn since(&self, epoch: &str, revision: u64) -> Bytes {
+        let changes = match &self.last {
+            _ if epoch != self.epoch => None,
+            Some((last, changes)) if *last == revision => Some(changes.clone()),
+            _ => self.changes(revision),
+        };
+        changes.unwrap_or_else(|| self.json.clone())
+    }
+
+    /// What has changed since a revision, if that is known and less than the whole.
+    fn changes(&self, base: u64) -> Option<Bytes> {
+        let Parts { services, removed, since } = &*self.parts;
+        if !(*since..self.revision).contains(&base) {
+            return None;
+        }
+        let mut json = format!(r#"{{"revision":{},"base":{base},"services":["#, self.revision).into_bytes();
+        for (n, (part, _)) in services.values().filter(|(_, changed)| *changed > base).enumerate() {
+            json.extend_from_slice(if n > 0 { b"," } else { b"" });
+            json.extend_from_slice(part);
+        }
+        json.push(b']');
+        let removed = removed.iter().filter(|(gone, _)| *gone > base).map(|(_, name)| name.as_str());
+        let removed: Vec<&str> = removed.collect();
+        if !removed.is_empty() {
+            json.extend_from_slice(br#","removed":"#);
+            json.extend_from_slice(&serde_json::to_vec(&removed).unwrap_or_default());
+        }
+        json.push(b'}');
+        (json.len() < self.json.len()).then(|| json.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tideshift_core::delivery::{Before, Delivery};
+    use tideshift_core::policy::Service;
+
+    fn service(name: &str, weight: u32) -> Service {
+        let host = format!("{name}.shop.example.com");
+        let versions = serde_json::json!([{"name": "v1", "weight": 100}, {"name": "v2", "weight": weight}]);
+        let service = serde_json::json!({"name": name, "hostnames": [host], "stable": "v1", "versions": versions});
+        Policy::read(&serde_json::json!({"revision": 1, "services": [service]})).unwrap().services.remove(0)
+    }
+
+    fn policy(revision: u64, services: impl IntoIterator<Item = Service>) -> Policy {
+        Policy { revision, services: services.into_iter().collect(), ..Policy::default() }
+    }
+
+    #[test]
+    fn one_service_of_a_thousand_costs_no_more_than_twice_its_own_bytes() {
+        let all = |changed: u32| (0..1_000).map(move |n| service(&format!("s{n}"), if n == 500 { changed } else { 0 }));
+        let first = Published::next(None, "e".to_owned(), &policy(1, all(0)));
+        assert_eq!(first.json, serde_json::to_vec(&policy(1, all(0))).unwrap());
+        let second = Published::next(Some(&first), "e".to_owned(), &policy(2, all(1)));
+        let (own, sent) = (serde_json::to_vec(&service("s500", 1)).unwrap().len(), second.since("e", 1).len());
+        println!("{sent} bytes for a change of one service of {own} bytes; the whole policy has {}", second.json.len());
+        assert!(sent <= 2 * own, "{sent} of {own}");
+        // Without a known base it is the whole.
+        for (epoch, base) in [("other", 1), ("e", 0), ("e", 2), ("e", 3)] {
+            assert_eq!(second.since(epoch, base), second.json);
+        }
+        let again = Published::next(Some(&second), "f".to_owned(), &policy(3, all(2)));
+        assert_eq!(again.since("e", 2), again.json, "another state's revisions are others");
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let keeps = service("keeps", 1);
+        let mut published = Published::next(None, "e".to_owned(), &policy(1, [keeps.clone()]));
+        for n in 0..3_000 {
+            let passing = service(&format!("s{n}"), 1);
+            published = Published::next(Some(&published), "e".to_owned(), &policy(2 + n, [keeps.clone(), passing]));
+        }
+        assert_eq!(published.parts.removed.len(), MAX_REMOVED);
+        assert_eq!(published.since("e", 1), published.json);
+        assert!(published.changes(published.revision - 3).is_some() || published.revision < 3);
+    }
+
+    proptest! {
+        #[test]
+        fn changes_since_any_revision_lead_to_the_whole(
+            steps in prop::collection::vec(prop::collection::btree_map(0u8..6, 0u32..3, 0..6), 1..12),
+        ) {
+            let of = |(name, weight): (&u8, &u32)| service(&format!("s{name}"), *weight);
+            let mut known: Vec<(Published, Policy)> = Vec::new();
+            for (n, step) in steps.iter().enumerate() {
+                let policy = policy(n as u64 + 1, step.iter().map(of));
+                let published = Published::next(known.last().map(|(last, _)| last), "e".to_owned(), &policy);
+                for (before, ran) in &known {
+                    let sent = published.since("e", before.revision);
+                    let before = Before { policy: ran, revision: Some(before.revision), refused: &[] };
+                    let mut after = Delivery::read(&sent, before).unwrap().policy;
+                    after.services.sort_by(|a, b| a.name.cmp(&b.name));
+                    prop_assert_eq!(&after, &policy);
+                }
+                known.push((published, policy));
+            }
+        }
+    }
+}
