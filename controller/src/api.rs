@@ -182,13 +182,22 @@ fn routes() -> Vec<Route> {
         get_by("/v1/services/{service}/versions/{version}/drain", READERS, get(status::drain)),
         get_by("/v1/rollouts/{name}/history", READERS, get(rollouts::history)),
         get_by("/v1/rollouts/{name}/series", READERS, get(rollouts::series)),
-        told("/v1/rollouts/{name}/promote", command(|Promote { full }| Command::Promote { full })),
+        told(
+            "/v1/rollouts/{name}/promote",
+            command(|Promote { full, override_gates }| Command::Promote { full, override_gates }),
+        ),
         told("/v1/rollouts/{name}/pause", command(|Nothing {}| Command::Pause)),
         told("/v1/rollouts/{name}/resume", command(|Nothing {}| Command::Resume)),
         told("/v1/rollouts/{name}/abort", command(|Nothing {}| Command::Abort)),
-        told("/v1/rollouts/{name}/rollback", command(|Rollback { to }| Command::Rollback { to })),
+        told(
+            "/v1/rollouts/{name}/rollback",
+            command(|Rollback { to, override_gates }| Command::Rollback { to, override_gates }),
+        ),
         told("/v1/rollouts/{name}/set-target", command(|SetTarget { target }| Command::SetTarget { target })),
-        told("/v1/rollouts/{name}/set-weight", command(|SetWeight { weight }| Command::SetWeight { weight })),
+        told(
+            "/v1/rollouts/{name}/set-weight",
+            command(|SetWeight { weight, override_gates }| Command::SetWeight { weight, override_gates }),
+        ),
         // A document may hold secrets.
         get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
         Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),

@@ -170,6 +170,8 @@ pub struct Question {
     pub rollout: u64,
     /// The index of the step.
     pub step: usize,
+    /// The webhooks that are asked, by name.
+    pub gates: Vec<String>,
 }
 
 /// Why something that somebody wants is not done.
@@ -484,7 +486,8 @@ impl Control {
         let question = |shift: &TrafficShift| {
             let rollout = self.kept.rollouts.get(&shift.name)?;
             let step = rollout.asks_for_step(shift)?;
-            Some(Question { name: shift.name.clone(), rollout: rollout.number, step })
+            let gates = rollout.gates_of(step, shift).map(|webhook| webhook.name.clone()).collect();
+            Some(Question { name: shift.name.clone(), rollout: rollout.number, step, gates })
         };
         self.shifts.iter().filter_map(question).collect()
     }

@@ -81,7 +81,7 @@ impl Hooks {
                 continue;
             }
             let webhooks = self.webhooks.get(&question.name).into_iter().flatten();
-            let gates: Vec<_> = webhooks.filter(|webhook| webhook.is_gate_of(question.step + 1)).cloned().collect();
+            let gates: Vec<_> = webhooks.filter(|webhook| question.gates.contains(&webhook.name)).cloned().collect();
             let asking = Asking::start(question.clone(), &services, gates, self.courier.clone(), self.answers.clone());
             self.asking.insert(question, asking);
         }

@@ -4,6 +4,7 @@
 
 mod command;
 mod document;
+mod gates;
 mod history;
 mod measured;
 mod parts;
@@ -16,6 +17,7 @@ pub use measured::Coverage;
 pub use parts::{Part, percent};
 
 use document::{Listed, Planned, Said, desired};
+use gates::Gates;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -114,6 +116,9 @@ pub struct Rollout {
     /// The steps when they were last looked at; none: not yet.
     #[serde(default)]
     plan: Vec<Planned>,
+    /// The gates of its steps.
+    #[serde(default)]
+    gates: Gates,
     /// What the document listed of the stable version when nothing was being moved.
     #[serde(default)]
     listed: Option<Listed>,
@@ -322,8 +327,9 @@ impl Rollout {
             before: None,
             reached: 0,
             counted_before: BTreeMap::new(),
-            said: Said { stable: shift.stable.clone(), target: None },
+            said: Said::new(shift),
             plan: Vec::new(),
+            gates: Gates::default(),
             listed: None,
             shunned: false,
             outcome: String::new(),
@@ -387,12 +393,15 @@ impl Rollout {
         if self.phase.is_under_way() && !self.allowed && self.step == step {
             self.allowed = allowed;
             self.gate_says = (!allowed).then(|| words.to_owned());
+            if let Some(weight) = self.plan.get(step).map(Planned::weight).filter(|_| allowed) {
+                self.gate_opened(weight);
+            }
         }
     }
 
     /// The step that waits for a gate.
     pub fn asks_for_step(&self, shift: &TrafficShift) -> Option<usize> {
-        (self.phase.is_under_way() && !self.allowed && self.needs_gate(shift)).then_some(self.step)
+        (self.phase.is_under_way() && !self.allowed && self.needs_gate(self.step, shift)).then_some(self.step)
     }
 
     /// The step that the rollout is at; `None` if none is under way.
@@ -419,7 +428,9 @@ impl Rollout {
     /// Whether it goes back to the version that the document calls stable, or that somebody asked for: at once, and
     /// nobody is asked.
     pub fn goes_back(&self, shift: &TrafficShift) -> bool {
-        self.is_return || self.target.as_ref() == Some(&shift.stable)
+        let is_stable = self.target.as_ref() == Some(&shift.stable);
+        // An edited `stable` that gates lie before is a target like any other until it serves.
+        self.is_return || (is_stable && self.said.gated.as_ref() != Some(&shift.stable))
     }
 
     /// When the rollout will be said to be stuck, if it gets no further; `None` while it waits for nothing.
@@ -434,10 +445,6 @@ impl Rollout {
     /// version since it began; else 0.
     pub fn compared_step(&self, shift: &TrafficShift) -> u64 {
         if self.phase.is_under_way() && !self.goes_back(shift) { self.steps_begun } else { 0 }
-    }
-
-    fn needs_gate(&self, shift: &TrafficShift) -> bool {
-        !self.goes_back(shift) && shift.gates_of(self.step).next().is_some()
     }
 
     /// How many endpoints carry the whole load of a service.

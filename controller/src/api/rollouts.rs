@@ -27,6 +27,9 @@ pub(super) struct Promote {
     /// Straight to the last step, which is everything.
     #[serde(default)]
     pub(super) full: bool,
+    /// Past gates that have not said yes.
+    #[serde(default, rename = "overrideGates")]
+    pub(super) override_gates: bool,
 }
 
 /// Where to go back to.
@@ -35,6 +38,9 @@ pub(super) struct Promote {
 pub(super) struct Rollback {
     /// The version to go back to.
     pub(super) to: String,
+    /// Past gates, if that version has not served everything yet.
+    #[serde(default, rename = "overrideGates")]
+    pub(super) override_gates: bool,
 }
 
 /// Where to go.
@@ -52,6 +58,9 @@ pub(super) struct SetWeight {
     /// The target's share in percent, 0 to 100.
     #[schemars(range(max = 100))]
     pub(super) weight: u32,
+    /// Past gates that have not said yes.
+    #[serde(default, rename = "overrideGates")]
+    pub(super) override_gates: bool,
 }
 
 /// A route for a command, whose body says `B`; none is as good as an empty object.

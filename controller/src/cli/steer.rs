@@ -33,11 +33,16 @@ pub(super) struct SetTarget {
 
 /// On to the next step: past a pause, the rest of a hold, or a verdict that is still undecided
 #[derive(Debug, clap::Args)]
-#[command(after_help = "What it does not skip: endpoints that are not ready, and a gate that has not said yes.")]
+#[command(
+    after_help = "What it does not skip: endpoints that are not ready, and, without --override-gates, a gate that has not said yes."
+)]
 pub(super) struct Promote {
     /// Straight to the last step.
     #[arg(long)]
     full: bool,
+    /// Past gates that have not said yes; history and log say so.
+    #[arg(long)]
+    override_gates: bool,
     #[command(flatten)]
     rollout: OptionalRollout,
     #[command(flatten)]
@@ -84,6 +89,9 @@ pub(super) struct Rollback {
     /// The version to go back to.
     #[arg(long, value_name = "VERSION")]
     to: String,
+    /// Past gates, if that version has not served everything yet; history and log say so.
+    #[arg(long)]
+    override_gates: bool,
     #[command(flatten)]
     rollout: OptionalRollout,
     #[command(flatten)]
@@ -96,6 +104,9 @@ pub(super) struct SetWeight {
     /// The rollout, unless there is only one, and the target's share in percent, 0 to 100.
     #[arg(value_names = ["ROLLOUT", "PERCENT"], num_args = 1..=2, required = true)]
     words: Vec<String>,
+    /// Past gates that have not said yes; history and log say so.
+    #[arg(long)]
+    override_gates: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -151,7 +162,13 @@ impl SetTarget {
 
 impl Promote {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        self.common.say(self.rollout.rollout, &Command::Promote { full: self.full }, Goal::End).await
+        self.common
+            .say(
+                self.rollout.rollout,
+                &Command::Promote { full: self.full, override_gates: self.override_gates },
+                Goal::End,
+            )
+            .await
     }
 }
 
@@ -176,7 +193,9 @@ impl Abort {
 impl Rollback {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let goal = Goal::At(self.to.clone());
-        self.common.say(self.rollout.rollout, &Command::Rollback { to: self.to }, goal).await
+        self.common
+            .say(self.rollout.rollout, &Command::Rollback { to: self.to, override_gates: self.override_gates }, goal)
+            .await
     }
 }
 
@@ -186,7 +205,8 @@ impl SetWeight {
         let weight = percent.trim_end_matches('%').parse().map_err(|_| {
             Failure::Usage(format!("PERCENT: \"{percent}\" is not allowed; expected an integer from 0 to 100"))
         })?;
-        self.common.say(rollout, &Command::SetWeight { weight }, Goal::Set(weight)).await
+        let command = Command::SetWeight { weight, override_gates: self.override_gates };
+        self.common.say(rollout, &command, Goal::Set(weight)).await
     }
 }
 

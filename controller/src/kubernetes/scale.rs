@@ -334,7 +334,7 @@ mod tests {
 
         fn promote(&mut self) -> &mut Self {
             let shift = self.shift();
-            let command = crate::rollout::Command::Promote { full: false };
+            let command = crate::rollout::Command::Promote { full: false, override_gates: false };
             self.rollout = Some(self.rollout.take().unwrap().command(&command, &shift, &self.ready, self.now).unwrap());
             self.pass()
         }

@@ -6,12 +6,15 @@ use tideshift_core::shift::TrafficShift;
 
 /// What somebody wants of a rollout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "command")]
+#[serde(rename_all = "kebab-case", rename_all_fields = "camelCase", tag = "command")]
 pub enum Command {
     /// On to the next step: past a pause, the rest of a hold, or a verdict that is still undecided.
     Promote {
         /// Straight to the last step.
         full: bool,
+        /// Past gates that have not said yes.
+        #[serde(default)]
+        override_gates: bool,
     },
     /// Stay as it is.
     Pause,
@@ -23,6 +26,9 @@ pub enum Command {
     Rollback {
         /// The version.
         to: String,
+        /// Past gates, where it has not served yet.
+        #[serde(default)]
+        override_gates: bool,
     },
     /// A rollout to this version, as if the document said so.
     SetTarget {
@@ -33,6 +39,9 @@ pub enum Command {
     SetWeight {
         /// Percent, 0 to 100.
         weight: u32,
+        /// Past gates that have not said yes.
+        #[serde(default)]
+        override_gates: bool,
     },
 }
 
@@ -61,34 +70,41 @@ impl Rollout {
         now: Millis,
     ) -> Result<Self, Refused> {
         match command {
-            Command::Promote { full } => self.promote(*full, shift, world, now)?,
+            Command::Promote { full, override_gates } => self.promote(*full, *override_gates, shift, world, now)?,
             Command::Pause => self.pause(shift, world, now)?,
             Command::Resume => self.resume(shift, world, now)?,
             Command::Abort => {
                 let target = self.target_under_way()?;
                 self.take_back(Reason::Aborted, &format!("{target}: aborted by hand"), now);
             }
-            Command::Rollback { to } => self.roll_back(to, shift, world, now)?,
+            Command::Rollback { to, override_gates } => self.roll_back(to, *override_gates, shift, world, now)?,
             Command::SetTarget { target } => self.set_target(target, shift, world, now)?,
-            Command::SetWeight { weight } => {
+            Command::SetWeight { weight, override_gates } => {
                 let target = self.target_under_way()?;
                 if *weight > 100 {
                     return Err(Refused::Invalid(format!(
                         "weight: {weight} is not allowed; expected 0 to 100 percent"
                     )));
                 }
-                if !self.allowed {
-                    return Err(self.conflict("its gate has not allowed the present step"));
+                let besides = self.pass_gates(*weight, *override_gates, shift)?;
+                if !self.allowed && !override_gates {
+                    return Err(self.conflict("the gate of the present step has not said yes"));
                 }
+                self.allowed = true;
                 self.unpause(now);
                 (self.paused, self.weight_by_hand, self.held_since) = (true, Some(*weight), None);
-                self.announce(Phase::Paused, Reason::WeightSet, format!("{target} is to get {weight} % by hand"), now);
+                self.announce(
+                    Phase::Paused,
+                    Reason::WeightSet,
+                    format!("{target} is to get {weight} % by hand{besides}"),
+                    now,
+                );
             }
         }
         Ok(self)
     }
 
-    fn conflict(&self, why: &str) -> Refused {
+    pub(super) fn conflict(&self, why: &str) -> Refused {
         Refused::Conflict(format!("{why} (phase {}: {})", self.phase.name(), self.message))
     }
 
@@ -97,7 +113,14 @@ impl Rollout {
         target.ok_or_else(|| self.conflict("no rollout is under way"))
     }
 
-    fn promote(&mut self, full: bool, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
+    fn promote(
+        &mut self,
+        full: bool,
+        override_gates: bool,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         let share = self.wanted(shift, world);
         // It is for them to say; what they do not see, they are told.
@@ -105,23 +128,25 @@ impl Rollout {
         let besides = unmeasured.map(|(_, why)| format!(", although {why}")).unwrap_or_default();
         let last = self.steps(shift).len().saturating_sub(1);
         if full {
+            let past_gates = self.pass_gates(100, override_gates, shift)?;
             if self.step != last || self.paused {
                 let was_allowed = self.allowed && self.step == last;
                 self.unpause(now);
                 self.begin_step(last, share, shift, now);
                 self.allowed |= was_allowed;
             }
+            self.allowed |= override_gates;
             self.waived = true;
             self.announce(
                 Phase::Progressing,
                 Reason::Promoted,
-                format!("{target} is to get everything, by hand{besides}"),
+                format!("{target} is to get everything, by hand{past_gates}{besides}"),
                 now,
             );
             return Ok(());
         }
         if !self.allowed && !self.edited {
-            return Err(self.conflict("its gate has not allowed the present step"));
+            return self.open_by_hand(&target, override_gates, shift, now);
         }
         let (by_hand, edited) = (self.weight_by_hand, self.edited);
         // The next step is the present one where it has never had what that gives.
@@ -133,7 +158,8 @@ impl Rollout {
                 let steps = self.steps(shift);
                 let first = if has_had { self.step + 1 } else { self.step };
                 let mut above = (first..last).filter(|index| steps[*index].weight > weight);
-                self.begin_step(above.next().unwrap_or(last), share, shift, now);
+                let next = self.step_up_to(above.next().unwrap_or(last), shift);
+                self.begin_step(next, share, shift, now);
             }
             _ => self.waived = has_had || !edited,
         }
@@ -144,6 +170,27 @@ impl Rollout {
             format!("{target}: on to the next step, by hand{besides}"),
             now,
         );
+        Ok(())
+    }
+
+    /// Begins a step although its gate has not said yes.
+    fn open_by_hand(
+        &mut self,
+        target: &str,
+        override_gates: bool,
+        shift: &TrafficShift,
+        now: Millis,
+    ) -> Result<(), Refused> {
+        let weight = self.present(shift).weight;
+        let besides = self.pass_gates(weight, override_gates, shift)?;
+        if !override_gates {
+            return Err(self.conflict("the gate of the present step has not said yes"));
+        }
+        self.allowed = true;
+        self.gate_opened(weight);
+        self.get_further(now);
+        let message = format!("step {}: {target} is to get {weight} %, by hand{besides}", self.step + 1);
+        self.announce(Phase::Progressing, Reason::Promoted, message, now);
         Ok(())
     }
 
@@ -160,7 +207,7 @@ impl Rollout {
     fn resume(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if !self.paused && self.reason == Reason::PauseStep {
-            return self.promote(false, shift, world, now);
+            return self.promote(false, false, shift, world, now);
         }
         if !self.paused {
             return Err(self.conflict("it is not paused"));
@@ -169,7 +216,7 @@ impl Rollout {
         self.unpause(now);
         if let Some(weight) = by_hand {
             // On from the first step that is no step back.
-            let next = self.step_from(f64::from(weight) / 100.0, shift);
+            let next = self.step_up_to(self.step_from(f64::from(weight) / 100.0, shift), shift);
             let is_allowed = self.allowed && next == self.step;
             self.begin_step(next, share, shift, now);
             self.allowed |= is_allowed;
@@ -179,8 +226,26 @@ impl Rollout {
         Ok(())
     }
 
-    fn roll_back(&mut self, to: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
+    fn roll_back(
+        &mut self,
+        to: &str,
+        override_gates: bool,
+        shift: &TrafficShift,
+        world: &impl Observed,
+        now: Millis,
+    ) -> Result<(), Refused> {
         must_have(shift, "to", to)?;
+        if let Some(gate) = shift.webhooks.iter().find(|webhook| webhook.is_gate())
+            && !self.has_served(to)
+            && *to != shift.stable
+            && !override_gates
+        {
+            return Err(self.conflict(&format!(
+                "{to} has not served everything, and the gate {} lies before that; set-target moves to it step by step, or \
+                 override the gates with --override-gates (overrideGates)",
+                gate.name
+            )));
+        }
         let under_way = self.phase.is_under_way();
         if to == self.stable {
             let Ok(target) = self.target_under_way() else {

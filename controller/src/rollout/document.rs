@@ -11,6 +11,15 @@ use tideshift_core::shift::{ShiftService, ShiftVersion, Step, TrafficShift};
 pub(super) struct Said {
     pub stable: String,
     pub target: Option<String>,
+    /// The stable version as edited, where gates lie before it: it becomes the target.
+    #[serde(default)]
+    pub gated: Option<String>,
+}
+
+impl Said {
+    pub(super) fn new(shift: &TrafficShift) -> Self {
+        Self { stable: shift.stable.clone(), target: None, gated: None }
+    }
 }
 
 /// What of a step makes it another one when it changes. Its hold and its testers are heeded as they are.
@@ -20,6 +29,12 @@ pub(super) struct Planned {
     pause: bool,
     /// Whether its share moves as a whole or not at all.
     whole: bool,
+}
+
+impl Planned {
+    pub(super) fn weight(&self) -> u32 {
+        self.weight
+    }
 }
 
 /// How many endpoints of a version the document lists for each service.
@@ -37,20 +52,34 @@ impl Rollout {
             self.outcome.clone_from(&self.message);
         }
         self.know_services(shift, world);
-        if self.said.stable != shift.stable || !shift.has(&self.stable) {
+        let is_gated = self.is_stable_gated(shift);
+        let was_gated = self.said.gated.as_ref() == Some(&shift.stable);
+        let serves_by_now = was_gated && self.stable == shift.stable;
+        if !is_gated && !serves_by_now && (self.said.stable != shift.stable || !shift.has(&self.stable)) {
             self.heed_stable(shift, now);
         }
         let is_gone = self.target.as_ref().is_some_and(|target| !shift.has(target));
-        let target = shift.target.clone().filter(|target| *target != self.stable);
-        let is_news = self.said.target != shift.target || is_gone;
+        let wanted = if is_gated { Some(&shift.stable) } else { shift.target.as_ref() };
+        let target = wanted.cloned().filter(|target| *target != self.stable);
+        let is_under_way = self.phase.is_under_way() && self.target == target;
+        let is_news = if is_gated {
+            (!was_gated || is_gone) && !is_under_way
+        } else {
+            self.said.target != shift.target || is_gone
+        };
         // What ended before it begins is not its own, and proxies may still have to say that.
         let is_early = is_news && target.is_some() && !is_gone && !world.is_up_to_date();
+        if !is_early {
+            self.said.gated = is_gated.then(|| shift.stable.clone());
+        }
         match target {
             _ if is_early || !is_news => {}
             Some(target) => self.start(target, shift, world, now),
             None => self.withdraw(shift, world, now),
         }
-        self.said.stable.clone_from(&shift.stable);
+        if !is_gated {
+            self.said.stable.clone_from(&shift.stable);
+        }
         if !is_early {
             self.said.target.clone_from(&shift.target);
         }
@@ -114,6 +143,7 @@ impl Rollout {
         };
         let message = format!("moving from {} to {target}{instead}", self.stable);
         self.target = Some(target);
+        self.reset_gates(shift);
         let is_mirrored = shift.strategy.warm_up.mirror_percent.is_some() && !self.goes_back(shift);
         self.warming = if is_mirrored { Warming::Due } else { Warming::Over };
         self.unpause(now);
@@ -169,9 +199,10 @@ impl Rollout {
     fn heed_steps(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let plan = self.planned(shift);
         if plan == self.plan && (!self.phase.is_under_way() || self.step < plan.len()) {
-            return;
+            return self.note_gates(shift);
         }
         let old = std::mem::replace(&mut self.plan, plan);
+        self.keep_gates(&old.iter().map(Planned::weight).collect::<Vec<_>>(), shift);
         let is_known = !old.is_empty() || self.step >= self.plan.len();
         let Some(target) = self.target.clone().filter(|_| self.phase.is_under_way() && is_known) else { return };
         let (of, words) = (self.plan.len(), "the document's steps have changed");

@@ -19,7 +19,7 @@ impl Rollout {
     pub(super) fn begin_step(&mut self, step: usize, share: f64, shift: &TrafficShift, now: Millis) {
         self.step = step;
         self.steps_begun += 1;
-        self.allowed = !self.needs_gate(shift);
+        self.allowed = !self.needs_gate(step, shift);
         self.gate_says = None;
         self.held_since = None;
         self.held = false;
@@ -49,7 +49,7 @@ impl Rollout {
             self.shunned = failure.errors.saturating_mul(2) > failure.requests;
             return self.take_back(failure.reason, &failure.why, now);
         }
-        if !self.allowed && !self.needs_gate(shift) {
+        if !self.allowed && !self.needs_gate(self.step, shift) {
             self.allowed = true;
         }
         self.take_stock(&target, shift, world, now);

@@ -2,6 +2,7 @@
 
 mod edits;
 mod endpoints;
+mod gates;
 mod measured;
 mod pauses;
 mod waiting;
@@ -418,7 +419,7 @@ impl Play {
     }
 }
 
-const PROMOTE: Command = Command::Promote { full: false };
+const PROMOTE: Command = Command::Promote { full: false, override_gates: false };
 
 #[test]
 fn a_pause_waits_for_somebody() {
@@ -487,7 +488,7 @@ fn promoting_skips_a_hold_and_an_undecided_verdict_but_not_the_endpoints() {
     play.pass(1).command(PROMOTE).unwrap();
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
     play.ready("v2", 1);
-    play.pass(1).command(Command::Promote { full: true }).unwrap();
+    play.pass(1).command(Command::Promote { full: true, override_gates: false }).unwrap();
     assert_eq!(play.pass(60).shares(), [75.0, 25.0, 0.0]);
     play.ready("v2", 4);
     assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
@@ -497,9 +498,12 @@ fn promoting_skips_a_hold_and_an_undecided_verdict_but_not_the_endpoints() {
 fn a_weight_by_hand_stays_until_the_rollout_is_resumed() {
     let mut play =
         Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}]));
-    assert!(play.command(Command::SetWeight { weight: 30 }).is_err());
-    play.pass(1).command(Command::SetWeight { weight: 30 }).unwrap();
-    assert!(matches!(play.command(Command::SetWeight { weight: 101 }), Err(Refused::Invalid(_))));
+    assert!(play.command(Command::SetWeight { weight: 30, override_gates: false }).is_err());
+    play.pass(1).command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();
+    assert!(matches!(
+        play.command(Command::SetWeight { weight: 101, override_gates: false }),
+        Err(Refused::Invalid(_))
+    ));
     assert_eq!(play.pass(3_600).shares(), [70.0, 30.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::WeightSet));
     // On from the first step that is no step back.
@@ -528,12 +532,12 @@ fn back_to_any_version_at_once_as_far_as_it_can_carry_the_load() {
     play.set("target", json!("v3"));
     assert_eq!(play.pass(1).shares(), [0.0, 50.0, 50.0]);
     play.ready("v1", 3);
-    let refused = play.command(Command::Rollback { to: "v9".to_owned() });
+    let refused = play.command(Command::Rollback { to: "v9".to_owned(), override_gates: false });
     assert_eq!(
         refused,
         Err(Refused::Invalid("to: \"v9\" is not allowed; expected one of the versions v1, v2, v3".to_owned()))
     );
-    play.command(Command::Rollback { to: "v1".to_owned() }).unwrap();
+    play.command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).unwrap();
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0], "what v1 cannot carry, the stable version does");
     play.ready("v1", 4);
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
@@ -545,10 +549,10 @@ fn back_to_any_version_at_once_as_far_as_it_can_carry_the_load() {
 #[test]
 fn rolling_back_to_the_stable_version_ends_what_is_under_way() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
-    play.pass(1).command(Command::Rollback { to: "v1".to_owned() }).unwrap();
+    play.pass(1).command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     assert_eq!((play.stands(), play.rollout.taken_back), ((Phase::Failed, Reason::RolledBack), 1));
-    assert!(play.command(Command::Rollback { to: "v1".to_owned() }).is_err());
+    assert!(play.command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).is_err());
 }
 
 #[test]
@@ -803,13 +807,13 @@ mod properties {
 
     fn happening() -> impl Strategy<Value = Happening> {
         let command = prop_oneof![
-            any::<bool>().prop_map(|full| Command::Promote { full }),
+            any::<bool>().prop_map(|full| Command::Promote { full, override_gates: false }),
             Just(Command::Pause),
             Just(Command::Resume),
             Just(Command::Abort),
-            (0usize..4).prop_map(|i| Command::Rollback { to: version(i) }),
+            (0usize..4).prop_map(|i| Command::Rollback { to: version(i), override_gates: false }),
             (0usize..4).prop_map(|i| Command::SetTarget { target: version(i) }),
-            (0u32..110).prop_map(|weight| Command::SetWeight { weight }),
+            (0u32..110).prop_map(|weight| Command::SetWeight { weight, override_gates: false }),
         ];
         prop_oneof![
             3 => (0usize..3, 0u32..6).prop_map(|(v, ready)| Happening::Ready(v, ready)),

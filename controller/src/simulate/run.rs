@@ -511,13 +511,13 @@ impl Version<'_> {
 /// A command, as the command line has it.
 fn words(command: &Command) -> String {
     match command {
-        Command::Promote { full: false } => "promote".to_owned(),
-        Command::Promote { full: true } => "promote --full".to_owned(),
+        Command::Promote { full: false, .. } => "promote".to_owned(),
+        Command::Promote { full: true, .. } => "promote --full".to_owned(),
         Command::Pause => "pause".to_owned(),
         Command::Resume => "resume".to_owned(),
         Command::Abort => "abort".to_owned(),
-        Command::Rollback { to } => format!("rollback --to {to}"),
+        Command::Rollback { to, .. } => format!("rollback --to {to}"),
         Command::SetTarget { target } => format!("set-target {target}"),
-        Command::SetWeight { weight } => format!("set-weight {weight}"),
+        Command::SetWeight { weight, .. } => format!("set-weight {weight}"),
     }
 }

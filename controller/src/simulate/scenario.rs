@@ -305,22 +305,23 @@ impl Reader<'_> {
             said
         };
         let promote = f.optional(d, "promote", |d, v| match v.as_str() {
-            Some("full") => Some(Command::Promote { full: true }),
+            Some("full") => Some(Command::Promote { full: true, override_gates: true }),
             Some(_) => {
                 d.invalid(v, "true, or full");
                 None
             }
-            None => yes(d, v).map(|_| Command::Promote { full: false }),
+            None => yes(d, v).map(|_| Command::Promote { full: false, override_gates: true }),
         });
         let commands = [
             promote,
             f.optional(d, "pause", yes).map(|_| Command::Pause),
             f.optional(d, "resume", yes).map(|_| Command::Resume),
             f.optional(d, "abort", yes).map(|_| Command::Abort),
-            f.optional(d, "rollback", |d, v| self.version(d, v)).map(|to| Command::Rollback { to }),
+            f.optional(d, "rollback", |d, v| self.version(d, v))
+                .map(|to| Command::Rollback { to, override_gates: true }),
             f.optional(d, "setTarget", |d, v| self.version(d, v)).map(|target| Command::SetTarget { target }),
             f.optional(d, "setWeight", |d, v| d.integer(v, 0, 100))
-                .map(|weight| Command::SetWeight { weight: weight as u32 }),
+                .map(|weight| Command::SetWeight { weight: weight as u32, override_gates: true }),
         ];
         let down = f.optional(d, "controllerDownSeconds", |d, v| d.integer(v, 1, WEEK_SECONDS));
         f.finish(d);

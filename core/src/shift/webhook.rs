@@ -119,6 +119,11 @@ impl Webhook {
         Some(Self { name: name?, url: url?, secret: text.or(file), timeout, kind: kind? })
     }
 
+    /// Whether it is a gate.
+    pub fn is_gate(&self) -> bool {
+        matches!(self.kind, WebhookKind::Gate { .. })
+    }
+
     /// Whether it must say yes before the step of this number, counted from 1, begins.
     pub fn is_gate_of(&self, number: usize) -> bool {
         matches!(&self.kind, WebhookKind::Gate { steps, .. } if steps.is_empty() || steps.contains(&number))

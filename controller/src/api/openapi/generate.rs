@@ -119,7 +119,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             get("getSeries", "rollouts", "What the last 15 minutes were like", description, answers)
         }
         ("POST", "/v1/rollouts/{name}/promote") => {
-            let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end.";
+            let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end. 409 if a gate that has not said yes lies \
+                               before that, unless `overrideGates`.";
             command("promote", "On to the next step", description, types.body::<Promote>(), types)
         }
         ("POST", "/v1/rollouts/{name}/pause") => {
@@ -133,7 +134,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             command("abort", "Back to the stable version", "", types.body::<Nothing>(), types)
         }
         ("POST", "/v1/rollouts/{name}/rollback") => {
-            let description = "At once, as far as that version can carry the load.";
+            let description = "At once, as far as that version can carry the load. To a version that has not served yet, gates \
+                               have to be overridden (`overrideGates`).";
             command("rollback", "Back to a version", description, types.body::<Rollback>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-target") => {
@@ -142,7 +144,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             command("setTarget", "A rollout to a version", description, types.body::<SetTarget>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-weight") => {
-            let description = "And pause there.";
+            let description =
+                "And pause there. 409 if a gate that has not said yes lies before that share, unless `overrideGates`.";
             command("setWeight", "Set the target's share by hand", description, types.body::<SetWeight>(), types)
         }
         ("GET", "/v1/shifts/{name}") => {

@@ -80,6 +80,9 @@ fn an_edit_moves_nobody_ahead_before_a_gate() {
     assert_eq!(play.pass(60).shares(), [90.0, 10.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged));
     play.command(Command::Resume).unwrap();
+    assert_eq!(play.pass(30).stands(), (Phase::Waiting, Reason::GateClosed), "still beyond the 10 % that it had");
+    assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
+    play.rollout.gate_answered(0, true, "");
     assert_eq!(play.pass(30).shares(), [50.0, 50.0, 0.0]);
     assert_eq!(play.pass(31).stands(), (Phase::Waiting, Reason::GateClosed), "the second step's gate");
 }
@@ -115,7 +118,7 @@ fn an_edit_moves_nobody_ahead_on_a_ramp_or_while_endpoints_are_missing() {
 fn an_edit_moves_nobody_ahead_of_a_weight_by_hand() {
     for (by, next) in [(PROMOTE, 50.0), (Command::Resume, 50.0)] {
         let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}]));
-        play.pass(1).command(Command::SetWeight { weight: 30 }).unwrap();
+        play.pass(1).command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();
         play.set("webhooks", json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": [1]}]));
         play.set("strategy", json!({"steps": [{"weight": 50, "holdSeconds": 600}]}));
         assert_eq!(play.pass(60).shares(), [70.0, 30.0, 0.0]);
@@ -127,7 +130,7 @@ fn an_edit_moves_nobody_ahead_of_a_weight_by_hand() {
     }
     // A gate that has not answered is not passed by that.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}]));
-    play.pass(1).command(Command::SetWeight { weight: 30 }).unwrap();
+    play.pass(1).command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();
     play.set("webhooks", json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": [1]}]));
     play.set("strategy", json!({"steps": [{"weight": 50, "holdSeconds": 600}]}));
     play.pass(1).command(Command::Resume).unwrap();

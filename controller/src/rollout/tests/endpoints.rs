@@ -77,7 +77,7 @@ fn what_is_lost_while_it_waits_for_somebody_is_told() {
     assert_eq!(play.rollout.message, told);
     assert_eq!(play.last_news(), (Phase::Paused, Reason::EndpointsLost, told.to_owned()));
     play.ready("v2", 1);
-    play.command(Command::SetWeight { weight: 80 }).unwrap();
+    play.command(Command::SetWeight { weight: 80, override_gates: false }).unwrap();
     play.pass(1);
     let told = "step 1: paused by hand; v2 has 25 % of the 80 % wanted: v2 has 1 of 4 endpoints ready that 80 % of \
                 the load need";
@@ -161,7 +161,7 @@ fn a_superseded_version_goes_on_carrying_what_the_stable_one_cannot() {
 #[test]
 fn what_helps_at_rest_helps_when_the_next_rollout_begins() {
     let mut play = held(json!([{"weight": 1, "holdSeconds": 600}]));
-    play.command(Command::Promote { full: true }).unwrap();
+    play.command(Command::Promote { full: true, override_gates: false }).unwrap();
     play.pass(2).ready("v2", 3);
     assert_eq!(play.pass(1).shares(), [25.0, 75.0, 0.0]);
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
@@ -178,9 +178,9 @@ fn back_is_at_once_and_whole_however_young_the_stable_versions_endpoints_are() {
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     // Back to any version is at once, too.
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
-    play.pass(1).command(Command::Promote { full: true }).unwrap();
+    play.pass(1).command(Command::Promote { full: true, override_gates: false }).unwrap();
     assert_eq!(play.pass(2).rollout.stable, "v3");
-    play.command(Command::Rollback { to: "v1".to_owned() }).unwrap();
+    play.command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
 }
 

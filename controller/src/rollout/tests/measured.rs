@@ -190,7 +190,7 @@ fn whoever_is_asked_for_is_moved_to_without_proxies_and_it_is_said() {
     let words = "v2: on to the next step, by hand, although no proxy reports; start an Envoy with this policy";
     assert!(told.iter().any(|news| news.message.starts_with(words)), "{told:?}");
     assert_eq!((play.pass(60).rollout.step, play.rollout.reason), (1, Reason::NoProxies));
-    play.command(Command::Promote { full: true }).unwrap();
+    play.command(Command::Promote { full: true, override_gates: false }).unwrap();
     assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
     // Nothing of it hinders the way back.
     play.set("target", json!("v1"));

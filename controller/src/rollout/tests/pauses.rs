@@ -39,7 +39,7 @@ fn a_paused_rollout_does_not_grow_with_its_endpoints() {
     // What is set by hand while it is paused is given.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}]));
     play.pass(1).command(Command::Pause).unwrap();
-    play.command(Command::SetWeight { weight: 30 }).unwrap();
+    play.command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();
     assert_eq!(play.pass(1).shares(), [70.0, 30.0, 0.0]);
 }
 
@@ -63,7 +63,7 @@ fn promoting_after_a_weight_by_hand_is_no_step_back() {
         {"weight": 90, "holdSeconds": 600}]);
     for (weight, next) in [(80, 90.0), (50, 90.0), (5, 50.0), (95, 100.0)] {
         let mut play = Play::new("v1", Some("v2"), steps.clone());
-        play.pass(1).command(Command::SetWeight { weight }).unwrap();
+        play.pass(1).command(Command::SetWeight { weight, override_gates: false }).unwrap();
         play.world.opinion.passes = false;
         play.pass(1).command(PROMOTE).unwrap();
         assert_eq!(play.pass(1).shares()[1], next, "from {weight}");
@@ -79,20 +79,9 @@ fn every_step_and_every_command_is_told() {
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
     play.news();
     for weight in [60, 80] {
-        play.command(Command::SetWeight { weight }).unwrap();
+        play.command(Command::SetWeight { weight, override_gates: false }).unwrap();
         let told = play.rollout.take_news();
         assert_eq!(told.len(), 1, "{told:?}");
         assert_eq!(told[0].message, format!("v3 is to get {weight} % by hand"));
     }
-}
-
-#[test]
-fn a_gate_of_the_last_step_keeps_what_there_is_when_all_is_promised() {
-    let mut play =
-        Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}, {"weight": 50, "holdSeconds": 600}]));
-    let gate = json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": [3]}]);
-    play.set("webhooks", gate);
-    play.pass(1).command(Command::Promote { full: true }).unwrap();
-    assert_eq!(play.pass(1).stands(), (Phase::Waiting, Reason::GateClosed));
-    assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
 }

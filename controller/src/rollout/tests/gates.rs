@@ -1,0 +1,140 @@
+//! No way to a larger share goes around a gate.
+
+use super::*;
+
+const FULL: Command = Command::Promote { full: true, override_gates: false };
+
+fn weight(weight: u32) -> Command {
+    Command::SetWeight { weight, override_gates: false }
+}
+
+fn gate(steps: serde_json::Value) -> serde_json::Value {
+    json!([{"name": "approval", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": steps}])
+}
+
+/// 10 %, 25 %, 50 % and all, each held for an hour; the gate is before 50 %.
+fn gated() -> Play {
+    let held = |weight| json!({"weight": weight, "holdSeconds": 3600});
+    let mut play = Play::new("v1", None, json!([held(10), held(25), held(50), {"weight": 100}]));
+    play.set("webhooks", gate(json!([3])));
+    play.pass(1).set("target", json!("v2"));
+    play.pass(1);
+    assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
+    play
+}
+
+fn refused(play: &mut Play, command: Command) {
+    let shares = play.shares();
+    let told = play.command(command.clone());
+    let Err(Refused::Conflict(why)) = told else { panic!("{command:?}: {told:?}") };
+    assert!(why.contains("gate approval") && why.contains("--override-gates"), "{why}");
+    assert_eq!(play.pass(5).shares(), shares);
+}
+
+#[test]
+fn commands_stop_at_a_closed_gate() {
+    let mut play = gated();
+    refused(&mut play, FULL);
+    refused(&mut play, weight(26));
+    refused(&mut play, weight(100));
+    refused(&mut play, Command::Rollback { to: "v3".to_owned(), override_gates: false });
+    play.command(weight(25)).unwrap();
+    assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
+    refused(&mut play, FULL);
+    refused(&mut play, weight(50));
+    // On from there: to the step that the gate is of, which is asked.
+    for on in [PROMOTE, Command::Resume] {
+        let mut play = Play { rollout: play.rollout.clone(), now: play.now, ..gated() };
+        play.command(on).unwrap();
+        let step = play.pass(1).rollout.step;
+        if step == 1 {
+            play.command(PROMOTE).unwrap();
+        }
+        assert_eq!(play.pass(5).stands(), (Phase::Waiting, Reason::GateClosed));
+        assert_eq!(play.shares(), [75.0, 25.0, 0.0]);
+        refused(&mut play, PROMOTE);
+        play.rollout.gate_answered(2, true, "");
+        assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
+        play.command(FULL).unwrap();
+        assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+    }
+}
+
+#[test]
+fn a_gate_is_overridden_by_saying_so() {
+    let overriding = [
+        (Command::Promote { full: true, override_gates: true }, 100.0),
+        (Command::SetWeight { weight: 60, override_gates: true }, 60.0),
+        (Command::Rollback { to: "v2".to_owned(), override_gates: true }, 100.0),
+    ];
+    for (command, share) in overriding {
+        let mut play = gated();
+        play.news();
+        play.command(command.clone()).unwrap();
+        assert_eq!(play.pass(1).shares()[1], share, "{command:?}");
+    }
+    let mut play = gated();
+    play.command(Command::Promote { full: true, override_gates: true }).unwrap();
+    let told = play.rollout.take_news();
+    assert!(told.iter().any(|news| news.message.contains("overriding the gate approval of step 3")), "{told:?}");
+    // At the gate itself, the step begins and is held as ever.
+    let mut play = gated();
+    play.command(PROMOTE).unwrap();
+    play.pass(1).command(PROMOTE).unwrap();
+    assert_eq!(play.pass(1).stands(), (Phase::Waiting, Reason::GateClosed));
+    play.command(Command::Promote { full: false, override_gates: true }).unwrap();
+    assert_eq!(play.pass(60).stands(), (Phase::Progressing, Reason::Holding));
+    assert_eq!(play.shares(), [50.0, 50.0, 0.0]);
+}
+
+#[test]
+fn edited_steps_move_no_gate_out_of_the_way() {
+    // The gate's number is that of no step any longer, or of one further on.
+    for steps in
+        [json!([{"weight": 100}]), json!([{"weight": 5}, {"weight": 100}]), json!([{"weight": 10}, {"weight": 100}])]
+    {
+        let mut play = gated();
+        play.set("strategy", json!({"steps": steps}));
+        for _ in 0..4 {
+            play.pass(60);
+            assert!(play.shares()[1] <= 25.0, "{steps}: {:?}", play.shares());
+            let _ = play.command(Command::Resume);
+            let _ = play.command(PROMOTE);
+            let _ = play.command(FULL);
+        }
+        assert_eq!(play.stands(), (Phase::Waiting, Reason::GateClosed), "{steps}");
+        let step = play.rollout.step;
+        play.rollout.gate_answered(step, true, "");
+        assert_eq!(play.pass(60).shares(), [0.0, 100.0, 0.0], "{steps}");
+    }
+}
+
+#[test]
+fn an_edited_stable_is_a_rollout_where_there_are_gates() {
+    // Of the target under way, and of a version at rest.
+    for (under_way, version) in [(true, "v2"), (false, "v3")] {
+        let mut play = gated();
+        if !under_way {
+            play.set("target", json!(null));
+            play.pass(1);
+        }
+        play.set("stable", json!(version));
+        play.pass(10);
+        assert!(play.shares()[0] >= 75.0, "{version}: {:?}", play.shares());
+        assert_eq!((play.rollout.stable.as_str(), play.rollout.target.as_deref()), ("v1", Some(version)));
+        play.command(PROMOTE).unwrap();
+        play.pass(1).command(PROMOTE).unwrap();
+        assert_eq!(play.pass(10).stands(), (Phase::Waiting, Reason::GateClosed));
+        play.command(Command::Promote { full: true, override_gates: true }).unwrap();
+        assert_eq!(play.pass(5).rollout.stable, version);
+        assert_eq!(play.stands(), (Phase::Succeeded, Reason::Completed));
+        // Back to what served before is no way forward.
+        play.set("stable", json!("v1"));
+        play.set("target", json!(null));
+        assert_eq!(play.pass(5).shares(), [100.0, 0.0, 0.0]);
+    }
+    // Without gates it is what serves, as it was.
+    let mut play = Play::new("v1", None, json!([{"weight": 10, "holdSeconds": 60}]));
+    play.pass(1).set("stable", json!("v2"));
+    assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
+}
