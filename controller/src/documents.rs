@@ -9,9 +9,12 @@ use crate::admission::{self, Admission, Size};
 use crate::net::io_reason;
 use serde_json::Value;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 use tideshift_core::decode::{Errors, FieldError, Problem};
 use tideshift_core::policy::Policy;
 use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
@@ -20,6 +23,8 @@ use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
 const MAX_FILE_BYTES: u64 = 4 << 20;
 /// The most bytes of text that one file may grow to when its YAML aliases are put in.
 const MAX_EXPANDED_BYTES: usize = 4 * MAX_FILE_BYTES as usize;
+/// How long a pipe may take until all of it has been written.
+const PIPE_PATIENCE: Duration = Duration::from_secs(10);
 /// Stands for standard input in place of a file's name.
 const STDIN: &str = "-";
 
@@ -221,13 +226,10 @@ pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
 
 /// The whole text of a file, if it is a text and not too long.
 fn read_text(file: &Path) -> Result<String, String> {
-    let read = |reader: &mut dyn Read| {
-        let mut bytes = Vec::new();
-        reader.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map(|_| bytes)
-    };
     let bytes = match file.as_os_str() == STDIN {
-        true => read(&mut io::stdin().lock()),
-        false => File::open(file).and_then(|mut file| read(&mut file)),
+        true => read_bytes(io::stdin().lock()),
+        false if is_static(file) => read_pipe(file.to_path_buf()),
+        false => File::open(file).and_then(read_bytes),
     };
     let bytes = bytes.map_err(|error| format!("cannot be read: {}", io_reason(&error)))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
@@ -237,6 +239,29 @@ fn read_text(file: &Path) -> Result<String, String> {
         let at = error.utf8_error().valid_up_to();
         format!("not UTF-8 (at byte {at}); documents are YAML or JSON in UTF-8")
     })
+}
+
+/// The bytes of a file, one more than are allowed if there are too many.
+fn read_bytes(reader: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    reader.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map(|_| bytes)
+}
+
+/// The same of a pipe, which blocks until another process has written to it and closed it.
+fn read_pipe(file: PathBuf) -> io::Result<Vec<u8>> {
+    let (bytes, read) = mpsc::channel();
+    // Where it blocks for good, the thread ends with the process.
+    thread::spawn(move || bytes.send(File::open(file).and_then(read_bytes)));
+    read.recv_timeout(PIPE_PATIENCE).unwrap_or_else(|_| {
+        let seconds = PIPE_PATIENCE.as_secs();
+        let why = format!("the other end did not write and close this pipe within {seconds} s");
+        Err(io::Error::new(io::ErrorKind::TimedOut, why))
+    })
+}
+
+/// Whether a path is standard input, a pipe or a device: what has been read of it cannot be read again.
+pub(crate) fn is_static(file: &Path) -> bool {
+    file.as_os_str() == STDIN || fs::metadata(file).is_ok_and(|data| !data.is_file() && !data.is_dir())
 }
 
 /// The documents of a YAML text (JSON is YAML), empty ones left out.

@@ -14,7 +14,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
@@ -142,7 +142,7 @@ pub async fn serve(options: Options) -> Result<(), ServeError> {
 async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<PathBuf>) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
     // Looked at before they are read: what changes in between is read again.
-    let watched = Files::new(&files);
+    let watched = Files::new(&files, Instant::now());
     let good = LastGood::open(&files)?;
     let documents = good.documents();
     let (store, kept, counted) = open_store(&files, state_dir.as_deref())?;

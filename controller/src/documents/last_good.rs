@@ -1,7 +1,9 @@
 //! The documents of the files that a controller was given, each as it was right last: what is wrong with one of them
 //! changes nothing for the others.
 
-use super::{Document, DocumentError, DocumentErrors, ReadOne, needs_no_cluster, read_file, read_files};
+use super::{
+    Document, DocumentError, DocumentErrors, ReadOne, is_static, needs_no_cluster, read_file, read_files, shown_name,
+};
 use serde_json::Value;
 use std::path::PathBuf;
 use tideshift_core::decode::Errors;
@@ -11,9 +13,17 @@ use tideshift_core::shift::TrafficShift;
 type AsWritten = (TrafficShift, Value);
 
 /// Files, and the documents of each.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LastGood {
-    files: Vec<(PathBuf, Vec<AsWritten>)>,
+    files: Vec<LastGoodFile>,
+}
+
+#[derive(Debug, Clone)]
+struct LastGoodFile {
+    path: PathBuf,
+    /// Standard input or a pipe: what has been read of it is gone.
+    is_static: bool,
+    documents: Vec<AsWritten>,
 }
 
 impl LastGood {
@@ -24,20 +34,27 @@ impl LastGood {
     /// As [`load`](super::load), and if a document says something that only a cluster could tell.
     pub fn open(files: &[PathBuf]) -> Result<Self, DocumentErrors> {
         let documents = read_files(files, read)?.into_iter().map(shifts);
-        Ok(Self { files: files.iter().cloned().zip(documents).collect() })
+        let with = |(path, documents): (&PathBuf, _)| {
+            let is_static = is_static(path);
+            if is_static {
+                tracing::info!("{}: read once; changes need a restart", shown_name(path));
+            }
+            LastGoodFile { path: path.clone(), is_static, documents }
+        };
+        Ok(Self { files: files.iter().zip(documents).map(with).collect() })
     }
 
     /// All documents, in the order of the files.
     pub fn documents(&self) -> Vec<AsWritten> {
-        self.files.iter().flat_map(|(_, documents)| documents.iter().cloned()).collect()
+        self.files.iter().flat_map(|file| file.documents.iter().cloned()).collect()
     }
 
     /// Reads the files again. A document that is wrong stays as it was. While something is wrong with a file, no document
     /// of it goes: the one that is missed may be the one that is wrong.
     pub fn read_again(&mut self) -> Vec<DocumentError> {
         let mut all = Vec::new();
-        for (file, good) in &mut self.files {
-            let (documents, errors) = read_file(file, read);
+        for LastGoodFile { path, documents: good, .. } in self.files.iter_mut().filter(|file| !file.is_static) {
+            let (documents, errors) = read_file(path, read);
             let documents = shifts(documents);
             let is_there = |name: &str| documents.iter().any(|(shift, _)| shift.name == name);
             good.retain(|(shift, _)| !errors.is_empty() && !is_there(&shift.name));
@@ -98,5 +115,21 @@ mod tests {
             (good.read_again(), drains(&good)),
             (Vec::new(), vec!["two 300".to_owned(), "three 300".to_owned()])
         );
+    }
+
+    /// As `serve -f <(helm template …)` gives it.
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_read_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let writer = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || std::fs::write(pipe, document("one", ""))
+        });
+        let mut good = LastGood::open(&[pipe]).unwrap();
+        writer.join().unwrap().unwrap();
+        assert_eq!((good.read_again(), good.documents().len()), (Vec::new(), 1));
     }
 }

@@ -203,10 +203,16 @@ impl<D: Disk> Mind<D> {
 
     fn look_at_files(&mut self) {
         let Source::Files(files, good) = &mut self.source else { return };
-        if !files.have_changed() {
+        if !files.have_changed(Instant::now().into_std()) {
             return;
         }
-        let errors: Vec<String> = good.read_again().iter().map(ToString::to_string).collect();
+        let mut read = good.clone();
+        let errors: Vec<String> = read.read_again().iter().map(ToString::to_string).collect();
+        if !files.are_as_taken() {
+            // It has been written again meanwhile, which the next look will see.
+            return;
+        }
+        *good = read;
         tracing::info!("documents have changed");
         let mut control = self.shared.control();
         control.set_documents(good.documents());

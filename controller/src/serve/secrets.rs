@@ -4,6 +4,7 @@ use super::files::Files;
 use super::{LOOK, Options, ServeError, TlsFiles};
 use crate::api::Tokens;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::watch;
 use tokio::time::interval;
 use tokio_rustls::rustls::ServerConfig;
@@ -20,7 +21,7 @@ impl Secrets {
         let mut paths = options.tokens.paths();
         paths.extend(options.tls.iter().flat_map(TlsFiles::paths));
         // Looked at before they are read, as the documents are.
-        let files = Files::new(&paths);
+        let files = Files::new(&paths, Instant::now());
         let tokens = options.tokens.load()?;
         if !tokens.are_needed() && !options.listen.ip().is_loopback() {
             return Err(ServeError::NotLoopback(options.listen));
@@ -43,7 +44,7 @@ impl Secrets {
         let mut look = interval(LOOK);
         loop {
             look.tick().await;
-            if !self.files.have_changed() {
+            if !self.files.have_changed(Instant::now()) {
                 continue;
             }
             match options.tokens.load() {
