@@ -186,9 +186,11 @@ fn table_e_hostile_clients() {
             ("the testers' header", Way::Rule),
         ] {
             let name = format!("{name}; others {rate}/s, {} %", share * 100.0);
-            let ends = row(&name, (1_000, 8), 0, Scene { fault: Fault::Hostile(way), ..usual });
+            // The others' own errors may fail the target, with the probability that is promised.
+            let ends = row(&name, (1_000, 8), 1, Scene { fault: Fault::Hostile(way), ..usual });
             let is_harmed = |end: &&End| end.vetoes[TARGET] > 0 || end.held > 0.0 || end.passes == 0;
-            assert_eq!(ends.iter().filter(is_harmed).count(), 0, "{name}: vetoed, held or not passed");
+            let harmed = ends.iter().filter(is_harmed).count();
+            assert!(harmed <= 1 + ends.len() / 1_000, "{name}: {harmed} vetoed, held or not passed");
         }
     }
     println!();

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 const LEAST: f64 = 10.0;
 /// … but no more than these.
 const MOST: f64 = 1_000.0;
-/// The most that evidence grows in a second, as a logarithm: what is over in less than half a second should fail no target.
+/// The most that evidence grows in a second, as a logarithm: reports that come within half a second of the first error are not
+/// enough to fail a target.
 const GROWTH_PER_SECOND: f64 = 16.0;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -252,6 +252,10 @@ impl Broken {
                 break Some(last - begun);
             }
             if begun.elapsed() >= AT_MOST {
+                if self.controller {
+                    let seen = Seen::now(&controller).await?;
+                    eprintln!("\n{}: {}", self.name, seen.service());
+                }
                 break None;
             }
         };
