@@ -160,7 +160,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let control = Control::new(documents, kept, counted);
     prober.set(control.shifts());
     let role = watch::Sender::new(Role::Alone);
-    let service = Service::start(&options, listeners, secrets, control, role.subscribe(), None);
+    let service = Service::start(&options, listeners, secrets, control, role.subscribe(), (None, Done::default()));
     tracing::info!(%address, tls = options.tls.is_some(), ?files, "serving");
 
     let keeper = Keeper::new(store, service.shared.done.clone());
@@ -215,16 +215,30 @@ impl Service {
         secrets: Secrets,
         control: Control,
         role: watch::Receiver<Role>,
-        reviewer: Option<Arc<crate::kubernetes::Reviewer>>,
+        (reviewer, done): (Option<Arc<crate::kubernetes::Reviewer>>, Done),
     ) -> Self {
         let (publish, published) = watch::channel(None);
         let (end, ending) = watch::channel(false);
-        let (control, done) = (Mutex::new(control), Done::default());
+        let control = Mutex::new(control);
         let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
         let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
         let leader = api::Leader::new(role, options.tls.as_ref().map(|tls| tls.cert.clone()));
         let ending_too = ending.clone();
-        let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
+        let (filtered, complaints) = Default::default();
+        let shared = Shared {
+            control,
+            counted,
+            turns,
+            events,
+            done,
+            published,
+            filtered,
+            complaints,
+            tokens,
+            reviewer,
+            leader,
+            ending,
+        };
         let shared = Arc::new(shared);
         let api = api::router(shared.clone());
         let admission = api::Admission::new(http::max_connections(), shared.done.evicted());

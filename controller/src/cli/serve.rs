@@ -77,7 +77,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDRESS", env = "TIDESHIFT_HEALTH_LISTEN", value_parser = address)]
     health_listen: Option<SocketAddr>,
 
-    /// Bearer tokens that may look: one on a line, any of which will do. Read again when it changes, as all files here.
+    /// File of read-only bearer tokens, one per line, each with a name before it or not. Reloaded on change, like every file
+    /// option.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_READ_TOKEN_FILE")]
     read_token_file: Option<PathBuf>,
 
@@ -85,7 +86,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_OPERATE_TOKEN_FILE")]
     operate_token_file: Option<PathBuf>,
 
-    /// Bearer tokens of proxies: for policies and reports, nothing else.
+    /// Bearer tokens of proxies, for policies and reports alone; one per line: NAME TOKEN [SERVICES]. NAME is the proxy that
+    /// it speaks for; a TOKEN alone speaks for any.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_PROXY_TOKEN_FILE")]
     proxy_token_file: Option<PathBuf>,
 

@@ -12,6 +12,7 @@ use crate::kubernetes::{
     Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
     watch as watch_objects,
 };
+use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::store::Kept;
 use futures_util::StreamExt;
@@ -30,11 +31,14 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let namespace = cluster.namespace.clone().unwrap_or(namespace);
     let listeners = listen(&options).await?;
     let address = listeners.api.local_addr()?;
-    let reviewer = cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience));
+    let done = Done::default();
+    let reviewer =
+        cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience, done.clone()));
     let role = watch::Sender::new(Role::Follows(None));
     let nothing = Control::new(Vec::new(), Kept::default(), Counted::default());
     let shown = watch::Sender::new(Role::Follows(None));
-    let service = Service::start(&options, listeners, secrets, nothing, shown.subscribe(), reviewer.map(Arc::new));
+    let service =
+        Service::start(&options, listeners, secrets, nothing, shown.subscribe(), (reviewer.map(Arc::new), done));
     tracing::info!(%address, tls = options.tls.is_some(), namespace, identity = cluster.identity, "serving");
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };
