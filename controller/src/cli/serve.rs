@@ -2,6 +2,7 @@
 
 use super::Failure;
 use crate::api::TokenFiles;
+use crate::hooks::Allowed;
 use crate::serve::{self, Cluster, Documents, Options, ServeError, TlsFiles};
 use crate::telemetry::{self, LogFormat};
 use std::net::SocketAddr;
@@ -99,6 +100,19 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
 
+    /// Where webhooks may go: an address, a network such as 10.0.0.0/8, a host, *.DOMAIN, or one of the words public, private
+    /// and loopback. May be given several times. Held against the address that is connected to. Link-local and metadata
+    /// addresses and the cluster's API server are reached only if they are named themselves. [default: public with
+    /// --kubernetes, else public, private and loopback]
+    #[arg(
+        long,
+        value_name = "DESTINATION",
+        env = "TIDESHIFT_WEBHOOK_ALLOW",
+        value_delimiter = ',',
+        value_parser = str::parse::<Allowed>
+    )]
+    webhook_allow: Vec<Allowed>,
+
     /// Where to keep rollouts and counts across restarts. Without it: `.tideshift` beside the first document, in a
     /// folder of that document's name.
     #[arg(long, value_name = "DIR", env = "TIDESHIFT_STATE_DIR")]
@@ -136,6 +150,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             operate: arguments.operate_token_file,
             proxy: arguments.proxy_token_file,
         },
+        webhooks_allowed: arguments.webhook_allow,
         tls: arguments.tls_cert.zip(arguments.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
     };
     serve::serve(options).await.map_err(|error| match error {
