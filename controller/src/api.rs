@@ -29,6 +29,7 @@ use tokio::sync::{Notify, watch};
 
 mod admission;
 mod auth;
+mod caller;
 mod events;
 mod leader;
 mod openapi;
@@ -42,8 +43,10 @@ mod twin;
 
 pub use admission::{Admission, Ticket};
 pub use auth::{TokenError, TokenFiles, Tokens};
+pub use caller::Filtered;
 pub use events::{Events, keep_telling};
 pub use leader::Leader;
+pub use proxies::Complaints;
 pub use published::Published;
 pub use turns::Turns;
 
@@ -71,6 +74,10 @@ pub struct Shared {
     pub done: Done,
     /// The newest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
+    /// Policies for proxies that may not see all of them.
+    pub filtered: Filtered,
+    /// What was said of false claims.
+    pub complaints: Complaints,
     /// Who may ask.
     pub tokens: watch::Receiver<Tokens>,
     /// Reviews tokens of proxies that are in no file; none outside Kubernetes.

@@ -2,6 +2,7 @@
 //! and no clock; [`serve`](crate::serve) feeds it and carries out what it decides.
 
 mod applied;
+mod claims;
 mod drain;
 mod judge;
 mod pace;
@@ -13,6 +14,7 @@ mod world;
 
 pub use applied::Applied;
 use applied::InForce;
+pub use claims::Ignored;
 pub use drain::Idle;
 pub use judge::Judges;
 pub use recent::Recent;
@@ -22,15 +24,18 @@ use crate::admission::{self, Held};
 use crate::clock;
 use crate::compile;
 use crate::ledger::{Ledger, Taken, Written};
+use crate::metrics::Claim;
 use crate::readiness::Readiness;
 use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
+use claims::Advances;
 use pace::Pace;
 use proxies::{Census, Proxies};
 use requests::Requests;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,6 +96,8 @@ pub struct Control {
     /// When everything was looked at last.
     looked: Option<Millis>,
     proxies: Proxies,
+    /// How often proxies have brought the revision forward.
+    advances: Advances,
     /// Single requests that the verdict has yet to take.
     requests: Requests,
     /// Who of them is there, when that was looked at, and at which revision.
@@ -159,6 +166,15 @@ pub struct Outcome {
     pub transitions: Vec<(String, Transition)>,
     /// Messages for the log: the rollout's name and what is new of it.
     pub messages: Vec<(String, String)>,
+}
+
+/// What came of a report.
+#[derive(Debug, Default)]
+pub struct Reported {
+    /// Whether anything changed that something may follow from.
+    pub decides: bool,
+    /// What of it was left out.
+    pub ignored: Vec<Ignored>,
 }
 
 /// A step that waits for a gate.
@@ -247,6 +263,7 @@ impl Control {
             proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
             requests: Requests::default(),
+            advances: Advances::new(kept.revision > 0),
             counts_changed: false,
             recounted: true,
             tidied: 0,
@@ -418,23 +435,48 @@ impl Control {
         self.readiness = readiness;
     }
 
-    /// A proxy reports. Returns whether anything changed that something may follow from.
-    pub fn reported(&mut self, report: &Report, now: Millis) -> bool {
+    /// A proxy reports. What of it cannot be true is left out.
+    pub fn reported(&mut self, report: &Report, now: Millis) -> Reported {
+        let run = (report.proxy.clone(), report.start.clone());
+        let mut ignored = Vec::new();
+        if let Err(leap) = claims::sequence(&self.counted.ledger, &run, report, now) {
+            ignored.push(leap);
+            return Reported { decides: false, ignored };
+        }
+        let is_ahead = report.epoch == self.kept.epoch && report.revision > self.kept.revision;
+        let has_vetoes = report.services.iter().any(|service| !service.vetoes.is_empty());
+        let mut report = Cow::Borrowed(report);
+        let mut advances = false;
+        if is_ahead {
+            let (kept, revision) = (self.kept.revision, report.revision);
+            let is_first = self.proxies.awaits_revision(&run) && revision < MAX_REVISION;
+            match is_first.then(|| self.advances.allow(kept, revision, now)) {
+                Some(Ok(())) => advances = true,
+                Some(Err(why)) => ignored.push(why),
+                None => ignored.push((Claim::Revision, format!("revision {revision}, where {kept} was the last"))),
+            }
+            if !advances {
+                // It runs nothing that is known here.
+                report.to_mut().epoch.clear();
+            }
+        }
+        if has_vetoes {
+            ignored.extend(claims::vetoes(report.to_mut(), &self.in_force, now));
+        }
         let (shifts, places, idle) = (&self.shifts, &self.places, &self.kept.idle);
         let knows = |service: &str, version: &str| is_known(shifts, places, idle, service, version);
-        let run = (report.proxy.clone(), report.start.clone());
-        let taken = self.counted.ledger.take(&run, report, knows, now);
+        let taken = self.counted.ledger.take(&run, &report, knows, now);
         if taken == Taken::Old {
-            return false;
+            return Reported { decides: false, ignored };
         }
-        let decides = self.proxies.reported(&run, report, &self.kept.epoch, knows, now);
+        let decides = self.proxies.reported(&run, &report, &self.kept.epoch, knows, now);
         self.counts_changed |= taken == Taken::News;
         self.recounted |= taken == Taken::News;
         if !self.compared.is_empty() {
             let compared = &self.compared;
-            self.requests.reported(&run, report, |name| compared.contains(name), now);
+            self.requests.reported(&run, &report, |name| compared.contains(name), now);
         }
-        if report.epoch == self.kept.epoch && (self.kept.revision + 1..MAX_REVISION).contains(&report.revision) {
+        if advances {
             // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
             // nothing before it is newer than that.
             self.kept.revision = report.revision;
@@ -444,7 +486,7 @@ impl Control {
             self.pace.hurry();
             self.dirty = true;
         }
-        decides || taken == Taken::News
+        Reported { decides: decides || taken == Taken::News, ignored }
     }
 
     /// Why what is decided cannot be kept, if so.

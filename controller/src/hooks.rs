@@ -4,13 +4,16 @@
 //! come. A step begins only after a yes of each of its gates; whatever else an answer is, or if there is none, it waits.
 
 mod deliver;
+mod egress;
 mod gate;
 mod notify;
 
 use crate::control::Question;
+use crate::limits::Limit;
 use crate::rollout::Transition;
 use crate::status::ServiceStatus;
 use deliver::Courier;
+pub use egress::{Allowed, Egress};
 use gate::Asking;
 use notify::Teller;
 use std::collections::BTreeMap;
@@ -36,8 +39,8 @@ pub struct Answer {
 pub struct Hooks {
     courier: Courier,
     answers: mpsc::Sender<Answer>,
-    /// By rollout.
-    webhooks: BTreeMap<String, Vec<Webhook>>,
+    /// By rollout, with the document's namespace.
+    webhooks: BTreeMap<String, (String, Vec<Webhook>)>,
     /// The questions that are open or were answered with yes.
     asking: BTreeMap<Question, Asking>,
     /// By rollout and webhook.
@@ -45,14 +48,14 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// No webhooks yet, and where answers will come.
+    /// No webhooks yet, and where answers will come; where requests may go, and how many at a time.
     ///
     /// # Errors
     ///
     /// If the HTTP client cannot be set up.
-    pub fn start() -> Result<(Self, mpsc::Receiver<Answer>), reqwest::Error> {
+    pub fn start(egress: Egress, limit: Limit) -> Result<(Self, mpsc::Receiver<Answer>), reqwest::Error> {
         let (answers, receiver) = mpsc::channel(MAX_ANSWERS);
-        let courier = Courier::new()?;
+        let courier = Courier::new(egress, limit)?;
         let hooks =
             Self { courier, answers, webhooks: BTreeMap::new(), asking: BTreeMap::new(), tellers: BTreeMap::new() };
         Ok((hooks, receiver))
@@ -61,11 +64,11 @@ impl Hooks {
     /// The documents in force. Questions to gates that have changed are asked anew; what was to be told of what happened
     /// before is still told.
     pub fn set(&mut self, shifts: &[TrafficShift]) {
-        let webhooks: BTreeMap<_, _> =
-            shifts.iter().map(|shift| (shift.name.clone(), shift.webhooks.clone())).collect();
+        let of = |shift: &TrafficShift| (shift.namespace.clone().unwrap_or_default(), shift.webhooks.clone());
+        let webhooks: BTreeMap<_, _> = shifts.iter().map(|shift| (shift.name.clone(), of(shift))).collect();
         self.asking.retain(|question, _| webhooks.get(&question.name) == self.webhooks.get(&question.name));
         self.tellers.retain(|(rollout, _), teller| {
-            webhooks.get(rollout).is_some_and(|webhooks| webhooks.contains(&teller.webhook))
+            webhooks.get(rollout).is_some_and(|(_, webhooks)| webhooks.contains(&teller.webhook))
         });
         self.webhooks = webhooks;
     }
@@ -80,9 +83,10 @@ impl Hooks {
                 asking.update(&question, &services);
                 continue;
             }
-            let webhooks = self.webhooks.get(&question.name).into_iter().flatten();
-            let gates: Vec<_> = webhooks.filter(|webhook| question.gates.contains(&webhook.name)).cloned().collect();
-            let asking = Asking::start(question.clone(), &services, gates, self.courier.clone(), self.answers.clone());
+            let (namespace, webhooks) = self.webhooks.get(&question.name).cloned().unwrap_or_default();
+            let gates = webhooks.into_iter().filter(|webhook| question.gates.contains(&webhook.name)).collect();
+            let (courier, answers) = (self.courier.clone(), self.answers.clone());
+            let asking = Asking::start(namespace, question.clone(), &services, gates, courier, answers);
             self.asking.insert(question, asking);
         }
     }
@@ -90,15 +94,17 @@ impl Hooks {
     /// Tells of what has happened: the rollout's name and how it stands since then.
     pub fn tell(&mut self, transitions: &[(String, Transition)], status: impl Fn(&str) -> Option<Vec<ServiceStatus>>) {
         for (rollout, transition) in transitions {
-            let webhooks = self.webhooks.get(rollout).into_iter().flatten();
-            let hearers: Vec<_> = webhooks.filter(|webhook| webhook.hears_of(transition.phase.name())).collect();
+            let Some((namespace, webhooks)) = self.webhooks.get(rollout) else { continue };
+            let hearers = webhooks.iter().filter(|webhook| webhook.hears_of(transition.phase.name()));
+            let hearers: Vec<_> = hearers.collect();
             if hearers.is_empty() {
                 continue;
             }
             let services = status(rollout).unwrap_or_default();
             for webhook in hearers {
                 let teller = self.tellers.entry((rollout.clone(), webhook.name.clone()));
-                let teller = teller.or_insert_with(|| Teller::start(webhook.clone(), self.courier.clone()));
+                let teller =
+                    teller.or_insert_with(|| Teller::start(namespace.clone(), webhook.clone(), self.courier.clone()));
                 teller.tell(rollout, transition, &services);
             }
         }

@@ -174,6 +174,11 @@ impl Ledger {
         Self { since: now, ..Self::default() }
     }
 
+    /// The number of a run's last report, and when that was, to within [`NOTED`].
+    pub fn last_report(&self, key: &RunKey) -> Option<(u64, u64)> {
+        self.runs.get(key).map(|run| (run.sequence, run.reported_at))
+    }
+
     /// Takes a report's counts, for the versions that `is_known` knows.
     pub fn take(&mut self, key: &RunKey, report: &Report, is_known: impl Fn(&str, &str) -> bool, now: u64) -> Taken {
         let before = self.runs.get(key).cloned();
@@ -469,7 +474,7 @@ fn merged(before: &[(u32, &[u8])], new: Vec<(u32, Vec<u8>)>) -> Arc<[u8]> {
 }
 
 /// When a run started, in milliseconds since 1970; `None` if its name does not say.
-fn started(start: &str) -> Option<u64> {
+pub(crate) fn started(start: &str) -> Option<u64> {
     Some(u64::from_str_radix(start, 16).ok()? / 1_000_000)
 }
 

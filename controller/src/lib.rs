@@ -11,6 +11,7 @@ pub mod explain;
 pub mod hooks;
 pub mod kubernetes;
 pub mod ledger;
+pub mod limits;
 pub mod metrics;
 pub mod net;
 pub mod page;

@@ -5,7 +5,9 @@ use crate::api::{self, Events, Published, Shared, TokenError, TokenFiles, Turns}
 use crate::clock::{self, now};
 use crate::control::{Control, Counted};
 use crate::documents::{DocumentErrors, LastGood};
+use crate::hooks::{Allowed, Egress, Hooks};
 use crate::kubernetes::{MemoryError, Role};
+use crate::limits::Limits;
 use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::store::{Kept, Store, StoreError};
@@ -54,6 +56,8 @@ pub struct Options {
     pub tokens: TokenFiles,
     /// How to speak TLS, if at all.
     pub tls: Option<TlsFiles>,
+    /// Where webhooks may go; empty: as [`Egress`] has it by default.
+    pub webhooks_allowed: Vec<Allowed>,
 }
 
 /// Where documents come from, and where state is kept.
@@ -156,16 +160,18 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let listeners = listen(&options).await?;
     let address = listeners.api.local_addr()?;
 
-    let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
+    let limits = Limits::of_machine();
+    let prober = Prober::start_within(limits.clone(), kept.ready.clone()).map_err(ServeError::Tls)?;
     let control = Control::new(documents, kept, counted);
     prober.set(control.shifts());
     let role = watch::Sender::new(Role::Alone);
-    let service = Service::start(&options, listeners, secrets, control, role.subscribe(), None);
+    let service = Service::start(&options, listeners, secrets, control, role.subscribe(), (None, Done::default()));
     tracing::info!(%address, tls = options.tls.is_some(), ?files, "serving");
 
     let keeper = Keeper::new(store, service.shared.done.clone());
-    let mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, Source::Files(watched, good));
-    let mut mind = mind.map_err(ServeError::Tls)?;
+    let hooks = Hooks::start(Egress::of_machine(options.webhooks_allowed.clone()), limits.webhooks);
+    let (hooks, source) = (hooks.map_err(ServeError::Tls)?, Source::Files(watched, good));
+    let mut mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, source, hooks);
     mind.run(signals()?).await;
     tracing::info!("ending");
     let _ = tokio::join!(service.end(), mind.end());
@@ -215,16 +221,30 @@ impl Service {
         secrets: Secrets,
         control: Control,
         role: watch::Receiver<Role>,
-        reviewer: Option<Arc<crate::kubernetes::Reviewer>>,
+        (reviewer, done): (Option<Arc<crate::kubernetes::Reviewer>>, Done),
     ) -> Self {
         let (publish, published) = watch::channel(None);
         let (end, ending) = watch::channel(false);
-        let (control, done) = (Mutex::new(control), Done::default());
+        let control = Mutex::new(control);
         let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
         let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
         let leader = api::Leader::new(role, options.tls.as_ref().map(|tls| tls.cert.clone()));
         let ending_too = ending.clone();
-        let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
+        let (filtered, complaints) = Default::default();
+        let shared = Shared {
+            control,
+            counted,
+            turns,
+            events,
+            done,
+            published,
+            filtered,
+            complaints,
+            tokens,
+            reviewer,
+            leader,
+            ending,
+        };
         let shared = Arc::new(shared);
         let api = api::router(shared.clone());
         let admission = api::Admission::new(http::max_connections(), shared.done.evicted());

@@ -1,6 +1,7 @@
 //! Warm-up requests: what a new endpoint is asked before it counts as ready. Which endpoints are new, and what they are
 //! meanwhile, is [`crate::readiness`]'s.
 
+use crate::limits::Limit;
 use crate::net::{direct_client, header_map, status_of};
 use crate::probe::Subject;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -21,7 +22,10 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 
 /// What warm-up requests are sent with; cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Client(reqwest::Client);
+pub struct Client {
+    http: reqwest::Client,
+    limit: Limit,
+}
 
 /// How the warm-up of an endpoint goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,14 +42,21 @@ impl Client {
     /// # Errors
     ///
     /// If the TLS library cannot be set up.
-    pub fn new() -> Result<Self, reqwest::Error> {
+    pub fn new(limit: Limit) -> Result<Self, reqwest::Error> {
         let client = direct_client(concat!("tideshift-warm-up/", env!("CARGO_PKG_VERSION")));
-        client.redirect(redirect::Policy::none()).pool_idle_timeout(IDLE).build().map(Self)
+        let http = client.redirect(redirect::Policy::none()).pool_idle_timeout(IDLE).build()?;
+        Ok(Self { http, limit })
     }
 
     /// Asks the endpoint until enough of `requests` pass in one try: a try that fails is followed by another after a
-    /// pause, for ever. `say` hears how it goes, from the beginning on.
-    pub async fn warm_up(&self, subject: &Subject, requests: &WarmUpRequests, mut say: impl FnMut(Progress)) {
+    /// pause, for ever. The limits are those of the document's namespace. `say` hears how it goes, from the beginning on.
+    pub async fn warm_up(
+        &self,
+        namespace: &str,
+        subject: &Subject,
+        requests: &WarmUpRequests,
+        mut say: impl FnMut(Progress),
+    ) {
         let Subject { service, version, endpoint } = subject;
         let begun = Instant::now();
         let mut pause = FIRST_PAUSE;
@@ -57,8 +68,8 @@ impl Client {
                 Some(failure) => format!("{failure}; trying again: {done} of {of}"),
             };
             let has_failed = failure.is_some();
-            let outcome =
-                self.try_once(subject, requests, |done| say(Progress { message: under_way(done), has_failed }));
+            let say_done = |done| say(Progress { message: under_way(done), has_failed });
+            let outcome = self.try_once(namespace, subject, requests, say_done);
             let Err(why) = outcome.await else { break };
             tracing::warn!(service, version, %endpoint, "{why}; next try in {} s", pause.as_secs());
             say(Progress { message: format!("{why}; next try in {} s", pause.as_secs()), has_failed: true });
@@ -73,6 +84,7 @@ impl Client {
     /// Sends the requests, until all are answered or so many have failed that the rest cannot make up for it.
     async fn try_once(
         &self,
+        namespace: &str,
         subject: &Subject,
         requests: &WarmUpRequests,
         mut say: impl FnMut(u32),
@@ -88,7 +100,7 @@ impl Client {
             while asked.len() < requests.concurrency as usize
                 && let Some(path) = paths.next()
             {
-                asked.push(self.send(subject, requests, path));
+                asked.push(self.send(namespace, subject, requests, path));
             }
             tokio::select! {
                 _ = ticks.tick() => say(done),
@@ -105,10 +117,17 @@ impl Client {
         }
     }
 
-    async fn send(&self, subject: &Subject, requests: &WarmUpRequests, path: &str) -> Result<(), String> {
+    async fn send(
+        &self,
+        namespace: &str,
+        subject: &Subject,
+        requests: &WarmUpRequests,
+        path: &str,
+    ) -> Result<(), String> {
+        let _place = self.limit.admit(namespace).await;
         let scheme = if requests.https { "https" } else { "http" };
         let method = if requests.head { Method::HEAD } else { Method::GET };
-        let request = self.0.request(method, format!("{scheme}://{}{path}", subject.endpoint));
+        let request = self.http.request(method, format!("{scheme}://{}{path}", subject.endpoint));
         let request = request.headers(header_map(&requests.headers)?).timeout(requests.timeout);
         let status = status_of(request, MAX_BODY_BYTES).await?;
         match requests.passes(status) {
@@ -214,8 +233,12 @@ pub(crate) mod tests {
         Subject { service: "shop".to_owned(), version: "v2".to_owned(), endpoint }
     }
 
+    fn client() -> Client {
+        Client::new(Limit::new(100, 0, 0)).unwrap()
+    }
+
     async fn once(upstream: &Upstream, requests: &WarmUpRequests) -> Result<(), String> {
-        Client::new().unwrap().try_once(&subject(upstream.port()), requests, |_| {}).await
+        client().try_once("", &subject(upstream.port()), requests, |_| {}).await
     }
 
     #[tokio::test]
@@ -291,7 +314,7 @@ pub(crate) mod tests {
         upstream.with(|own| own.statuses = [200, 503].into());
         let mut said = Vec::new();
         let requests = WarmUpRequests { count: 3, ..WarmUpRequests::default() };
-        Client::new().unwrap().warm_up(&subject(upstream.port()), &requests, |progress| said.push(progress)).await;
+        client().warm_up("", &subject(upstream.port()), &requests, |progress| said.push(progress)).await;
         assert_eq!(upstream.asked(), 2 + 3);
         let failed = "warm-up: 1 of 3 requests failed (HTTP status 503)";
         let said: Vec<_> = said.iter().map(|progress| (progress.message.as_str(), progress.has_failed)).collect();

@@ -172,6 +172,50 @@ pub struct Veto {
     pub others_errors: u64,
 }
 
+/// For so long after a proxy's clock a veto may last at most, however wrong the clock is.
+const CLOCK_NANOS: u64 = 24 * 3600 * 1_000_000_000;
+
+impl Veto {
+    /// Why the guard of a proxy cannot have issued this veto, if so: by the policy, whether the version is the `stable`
+    /// one, and what the proxy has counted of the version and of the others since its start. `now` is in nanoseconds
+    /// since 1970. What a guard issues passes; not all that passes need have been issued.
+    pub fn impossible(
+        &self,
+        policy: &GuardPolicy,
+        stable: bool,
+        own: &Counts,
+        others: &Counts,
+        now: u64,
+    ) -> Option<&'static str> {
+        let most = nanos(policy.max_cool_down).saturating_add(CLOCK_NANOS);
+        let enough = -libm::log(policy.false_veto_rate);
+        let most_for_each = RECENT_RATIOS.iter().fold(0.0, |most, ratio| libm::fmax(most, libm::log(*ratio)));
+        let fails = |errors: u64, requests: u64| u128::from(errors) * u128::from(requests);
+        let reasons = [
+            (!policy.enabled, "the guard is disabled"),
+            (stable, "the guard never takes out the stable version"),
+            (self.strikes == 0 || self.until > now.saturating_add(most), "no veto lasts that long"),
+            (self.errors > self.requests || self.others_errors > self.others_requests, "more errors than requests"),
+            (self.errors < FEWEST_LOOKS, "too few errors for a veto"),
+            (self.errors as f64 * most_for_each < enough, "too few errors for falseVetoRate"),
+            (self.errors.saturating_mul(FAILING_ONE_IN) < self.requests, "it fails too rarely for a veto"),
+            (
+                fails(self.errors, self.others_requests) < fails(self.others_errors, self.requests),
+                "it fails less often than the others",
+            ),
+            (
+                self.requests > own.answered() || self.errors > own.error,
+                "the proxy has not counted so many requests of the version",
+            ),
+            (
+                self.others_requests > others.answered() || self.others_errors > others.error,
+                "the proxy has not counted so many requests of the others",
+            ),
+        ];
+        reasons.into_iter().find_map(|(is_so, why)| is_so.then_some(why))
+    }
+}
+
 /// The guard of one service: one for a proxy, asked about ten times a second.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
@@ -611,6 +655,36 @@ mod tests {
             others_errors: 0,
         };
         assert_eq!(proxy.guard.vetoes(), [veto]);
+    }
+
+    /// What a report may claim is what a guard can have seen.
+    #[test]
+    fn a_veto_of_the_guard_is_possible_and_a_made_up_one_is_not() {
+        let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
+        proxy.fail_v2();
+        let (own, others) = (*proxy.counts("v2"), *proxy.counts("v1"));
+        let (policy, now) = (GuardPolicy::default(), proxy.now);
+        let veto = proxy.guard.vetoes()[0].clone();
+        let impossible = |veto: &Veto| veto.impossible(&policy, false, &own, &others, now);
+        assert_eq!(impossible(&veto), None);
+        assert!(veto.impossible(&policy, true, &own, &others, now).is_some(), "of the stable version");
+        let off = GuardPolicy { enabled: false, ..policy.clone() };
+        assert!(veto.impossible(&off, false, &own, &others, now).is_some(), "by a guard that is off");
+        let strict = GuardPolicy { false_veto_rate: 1e-12, ..policy.clone() };
+        let few = Veto { requests: 5, errors: 5, ..veto.clone() };
+        assert!(impossible(&few).is_none() && few.impossible(&strict, false, &own, &others, now).is_some());
+        for made_up in [
+            Veto { requests: 1_000, errors: 1_000, ..veto.clone() },
+            Veto { errors: 4, requests: 4, ..veto.clone() },
+            Veto { errors: veto.requests + 1, ..veto.clone() },
+            Veto { others_requests: others.answered() + 1, ..veto.clone() },
+            Veto { others_requests: 10, others_errors: 10, ..veto.clone() },
+            Veto { until: u64::MAX, ..veto.clone() },
+            Veto { strikes: 0, ..veto.clone() },
+            Veto { requests: u64::MAX, errors: u64::MAX, others_requests: u64::MAX, ..veto.clone() },
+        ] {
+            assert!(impossible(&made_up).is_some(), "{made_up:?}");
+        }
     }
 
     /// Also by the same few clients again, when its veto is over.

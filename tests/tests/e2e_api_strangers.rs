@@ -3,7 +3,7 @@
 use std::{fs, net::Ipv4Addr, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tideshift_tests::{
     client::{Connection, Request, get},
@@ -160,5 +160,70 @@ async fn a_head_without_an_end_is_closed_soon_and_two_hosts_are_refused() -> any
     .await?;
     let two = get(address, "/healthz").header("host", "other.example").send().await?;
     ensure!(two.status == 400 && two.text().contains("host"), "{}", two.text());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_with_a_named_token_speaks_for_itself_and_sees_what_is_its_own() -> anyhow::Result<()> {
+    let rig = Rig::new(&[("v1", 1)]).await?;
+    let mut document = rig.document(json!({ "session": { "type": "Cookie", "name": "c" } }));
+    rig.write(&document)?;
+    let directory = tempfile::tempdir()?;
+    let (file, other) = (directory.path().join("proxy"), directory.path().join("bank.yaml"));
+    document["metadata"]["name"] = json!("bank");
+    document["spec"]["hostnames"] = json!(["bank.example"]);
+    document["spec"]["session"] = json!({ "type": "Cookie", "name": "c", "secret": "the-secret-of-the-bank" });
+    fs::write(&other, document.to_string())?;
+    fs::write(&file, format!("one {PROXY}-1\ntwo {PROXY}-2 bank\n{PROXY}\n"))?;
+    let read = directory.path().join("read");
+    fs::write(&read, "a-token-for-reading")?;
+    let (file, read) = (file.display().to_string(), read.display().to_string());
+    let arguments = ["--proxy-token-file", &file, "--read-token-file", &read];
+    let controller = Controller::start_with(&[&rig.file(), &other], &arguments).await?;
+    let address = controller.address();
+    let with = |request: Request, token: &str| request.header("authorization", format!("Bearer {PROXY}{token}"));
+    let policy = async |proxy: &str, token: &str| {
+        let path = format!("/v1/policy?proxy={proxy}&epoch=&after=0");
+        with(get(address, &path), token).send().await
+    };
+    let whole = policy("one", "-1").await?.json()?;
+    let answer = policy("two", "-2").await?;
+    let (own, epoch) = (answer.json()?, answer.header("x-tideshift-epoch").context("no epoch")?);
+    assert_eq!(
+        (whole["services"].as_array().map(Vec::len), own["services"].as_array().map(Vec::len)),
+        (Some(2), Some(1))
+    );
+    assert_eq!(own["services"][0]["name"], "bank");
+    assert_eq!(policy("one", "-2").await?.status, 403);
+
+    let report = async |proxy: &str, token: &str, sequence: u64, revision: u64, vetoes: Value| {
+        let ended = json!({ "name": "v1", "ok": 9, "error": 1, "clientError": 0, "cancelled": 0 });
+        let service = json!({ "name": "bank", "versions": [ended], "vetoes": vetoes });
+        let report = json!({ "proxy": proxy, "start": "1", "sequence": sequence, "epoch": epoch,
+            "revision": revision, "services": [service] });
+        let request = Request::new(address, "POST", "/v1/reports").header("content-type", "application/json");
+        with(request.body(report.to_string()), token).send().await
+    };
+    assert_eq!(report("two", "-2", 1, 1, json!([])).await?.status, 204);
+    let refused = report("one", "-2", 1, 1, json!([])).await?;
+    assert_eq!(refused.status, 403);
+    ensure!(["one", "two"].iter().all(|name| refused.text().contains(name)), "{}", refused.text());
+    // With a token that speaks for any proxy: numbers, revisions and vetoes that cannot be.
+    let veto = json!([{ "version": "v1", "until": u64::MAX, "strikes": 1, "requests": 1_000, "errors": 1_000,
+        "othersRequests": 1_000, "othersErrors": 0 }]);
+    for i in 0..50 {
+        assert_eq!(report("two", "", u64::MAX - i, 1, json!([])).await?.status, 204);
+        assert_eq!(report("three", "", 1 + i, 1_000 + i, veto.clone()).await?.status, 204);
+    }
+    assert_eq!(report("two", "-2", 2, 1, json!([])).await?.status, 204);
+    assert_eq!(policy("two", "-2").await?.json()?["revision"], own["revision"], "nothing was published for that");
+    let metrics = get(address, "/metrics").header("authorization", "Bearer a-token-for-reading").send().await?.text();
+    for claim in ["sequence", "revision", "veto", "proxy"] {
+        let line =
+            format!("report_claims_ignored_total{{claim=\"{claim}\"}} {}", if claim == "proxy" { 2 } else { 50 });
+        ensure!(metrics.contains(&line), "no {line}");
+    }
+    let logged = controller.log().lines().filter(|line| line.contains("ignored: ")).count();
+    ensure!(logged <= 8, "{logged} lines");
     Ok(())
 }

@@ -21,6 +21,7 @@ use tideshift_tests::{
         chart::{Chart, Rendered, ValueRow, readme},
         client,
         controllers::Controllers,
+        jwt,
         kubelet::Kubelet,
     },
     ports::Port,
@@ -219,14 +220,18 @@ fn everything_refers_to_what_is_there() -> anyhow::Result<()> {
         let container = &template["spec"]["containers"][0];
         let port = &container["ports"][0];
         assert_eq!((&port["containerPort"], &service["spec"]["ports"][0]["port"]), (&json!(7460), &json!(7460)));
-        for named in [
-            &service["spec"]["ports"][0]["targetPort"],
-            &policy["spec"]["ingress"][0]["ports"][0]["port"],
-            &container["readinessProbe"]["httpGet"]["port"],
-            &container["livenessProbe"]["httpGet"]["port"],
-        ] {
+        for named in [&service["spec"]["ports"][0]["targetPort"], &policy["spec"]["ingress"][0]["ports"][0]["port"]] {
             assert_eq!(named, &port["name"]);
         }
+        // The kubelet has a listener of its own, which no client reaches by the Service.
+        let health = &container["ports"][1];
+        for probe in ["readinessProbe", "livenessProbe"] {
+            assert_eq!(container[probe]["httpGet"]["port"], health["name"]);
+        }
+        let args = container["args"].as_array().context("no args")?;
+        let listens = format!(":{}", health["containerPort"]);
+        let is_health = |arg: &str| arg.starts_with("--health-listen=") && arg.ends_with(&listens);
+        ensure!(args.iter().any(|arg| arg.as_str().is_some_and(is_health)), "{args:?}");
         if let Ok(monitor) = one(&objects, "ServiceMonitor") {
             ensure!(selects(&monitor["spec"]["selector"]["matchLabels"], service));
             let endpoint = &monitor["spec"]["endpoints"][0];
@@ -351,6 +356,7 @@ impl Cluster {
             let argument = argument.as_str().context("no text")?;
             command.arg(match argument.split_once('=') {
                 Some(("--listen", _)) => format!("--listen={}", port.address()),
+                Some(("--health-listen", _)) => "--health-listen=127.0.0.1:0".to_owned(),
                 _ => argument.replace("/etc/tideshift/tokens", &tokens.path().to_string_lossy()),
             });
         }
@@ -434,9 +440,10 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
     };
     until("Paused").await?;
     if grants.iter().any(|grant| grant[2] == "tokenreviews") {
-        let policy =
-            get(port.address(), "/v1/policy?proxy=a&epoch=&after=0").header("authorization", "Bearer of-the-cluster");
-        server.token("of-the-cluster", "system:serviceaccount:shop:proxy", &["tideshift"]);
+        let token = jwt("proxy", "tideshift");
+        let policy = get(port.address(), "/v1/policy?proxy=a&epoch=&after=0");
+        let policy = policy.header("authorization", format!("Bearer {token}"));
+        server.token(&token, "system:serviceaccount:shop:proxy", &["tideshift"]);
         assert_eq!(policy.send().await?.status, 200);
     }
     // A leader that ends gives the Lease back; the next one takes over what it knew.

@@ -5,17 +5,18 @@
 //! user's name: its `Origin` gives it away, and so does the host name by which it calls us, should that have been
 //! pointed here (DNS rebinding).
 
+use super::caller::{Caller, Sees, SpeaksFor, read_name};
 use super::{Problem, Ticket};
 use crate::kubernetes::Reviewer;
 use crate::net::io_reason;
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,7 +58,7 @@ impl Scope {
     }
 }
 
-/// The files that hold the tokens: one on a line, any of which will do, so that they can be changed one after the other.
+/// The files that hold the tokens: one on a line, with the name of its user before it or not, any of which will do, so that they can be changed one after the other.
 #[derive(Debug, Clone, Default)]
 pub struct TokenFiles {
     /// Tokens to look with.
@@ -70,7 +71,14 @@ pub struct TokenFiles {
 
 /// The tokens there are, as their hashes. None at all: no token is needed.
 #[derive(Clone, Default)]
-pub struct Tokens(Vec<(Scope, [u8; 32])>);
+pub struct Tokens(Vec<Token>);
+
+#[derive(Clone)]
+struct Token {
+    scope: Scope,
+    hash: [u8; 32],
+    caller: Caller,
+}
 
 /// Why tokens cannot be used; never says what they are.
 #[derive(Debug, thiserror::Error)]
@@ -110,25 +118,41 @@ impl TokenFiles {
     pub fn load(&self) -> Result<Tokens, TokenError> {
         let mut tokens = Vec::new();
         for (scope, path) in self.given() {
-            let found = read(path).map_err(|why| TokenError { flag: scope.flag(), path: path.clone(), why })?;
-            tokens.extend(found.into_iter().map(|hash| (scope, hash)));
+            let found = read(path, scope).map_err(|why| TokenError { flag: scope.flag(), path: path.clone(), why })?;
+            let of_scope = |(hash, caller): ([u8; 32], Caller)| Token { scope, hash, caller: caller.in_scope(scope) };
+            tokens.extend(found.into_iter().map(of_scope));
         }
         Ok(Tokens(tokens))
     }
 }
 
-fn read(path: &Path) -> Result<Vec<[u8; 32]>, String> {
+fn read(path: &Path, scope: Scope) -> Result<Vec<([u8; 32], Caller)>, String> {
     let text = fs::read_to_string(path).map_err(|error: io::Error| format!("cannot be read: {}", io_reason(&error)))?;
     let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.trim())).filter(|(_, line)| !line.is_empty());
-    let tokens = lines.map(|(number, token)| match token.len() {
-        SHORTEST_TOKEN..=LONGEST_TOKEN if token.bytes().all(|b| b.is_ascii_graphic()) => Ok(hash(token.as_bytes())),
-        _ => Err(format!("line {number}: a token is {SHORTEST_TOKEN} to {LONGEST_TOKEN} visible ASCII characters")),
-    });
+    let tokens = lines.map(|(number, line)| read_line(line, scope).map_err(|why| format!("line {number}: {why}")));
     let tokens: Vec<_> = tokens.collect::<Result<_, _>>()?;
     match tokens.is_empty() {
         true => Err("no token in it; expected one on a line".to_owned()),
         false => Ok(tokens),
     }
+}
+
+/// `TOKEN`, `NAME TOKEN`, or for proxies `NAME TOKEN SERVICES`. What is wrong says nothing of the token.
+fn read_line(line: &str, scope: Scope) -> Result<([u8; 32], Caller), String> {
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let (name, token, services) = match (words.as_slice(), scope) {
+        ([token], _) => (None, token, None),
+        ([name, token], _) => (Some(name), token, None),
+        ([name, token, services], Scope::Proxy) => (Some(name), token, Some(services)),
+        (_, Scope::Proxy) => return Err("expected TOKEN, NAME TOKEN or NAME TOKEN SERVICES".to_owned()),
+        _ => return Err("expected TOKEN or NAME TOKEN".to_owned()),
+    };
+    if !(SHORTEST_TOKEN..=LONGEST_TOKEN).contains(&token.len()) || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!("a token is {SHORTEST_TOKEN} to {LONGEST_TOKEN} visible ASCII characters"));
+    }
+    let name = name.map(|name| read_name(name)).transpose()?;
+    let sees = services.map(|services| Sees::read(services)).transpose()?.unwrap_or_default();
+    Ok((hash(token.as_bytes()), Caller { name, sees: Arc::new(sees), ..Caller::default() }))
 }
 
 fn hash(token: &[u8]) -> [u8; 32] {
@@ -141,13 +165,28 @@ impl Tokens {
         !self.0.is_empty()
     }
 
-    /// What a token is good for; nothing if there is no such token.
-    fn scopes_of(&self, token: &[u8]) -> Vec<Scope> {
+    /// Whether there are proxies' tokens without a name, which thus speak for every proxy.
+    pub fn has_nameless_proxies(&self) -> bool {
+        self.0.iter().any(|token| token.scope == Scope::Proxy && token.caller.name.is_none())
+    }
+
+    /// What a token is good for, and whose it is; nothing if there is no such token.
+    fn find(&self, token: &[u8]) -> Vec<(Scope, &Caller)> {
         let presented = hash(token);
-        let matches = self.0.iter().map(|(scope, hash)| (*scope, bool::from(hash.ct_eq(&presented))));
+        let matches = self.0.iter().map(|token| (token, bool::from(token.hash.ct_eq(&presented))));
         // All of them first, whichever match.
         let matches: Vec<_> = matches.collect();
-        matches.into_iter().filter(|(_, is_it)| *is_it).map(|(scope, _)| scope).collect()
+        matches.into_iter().filter(|(_, is_it)| *is_it).map(|(token, _)| (token.scope, &token.caller)).collect()
+    }
+}
+
+impl Caller {
+    /// A named credential of a proxy is that proxy's.
+    fn in_scope(self, scope: Scope) -> Self {
+        match (&self.name, scope) {
+            (Some(name), Scope::Proxy) => Self { speaks_for: SpeaksFor::One(name.clone()), ..self },
+            _ => self,
+        }
     }
 }
 
@@ -172,14 +211,17 @@ pub(super) struct Guard {
 }
 
 /// Lets a request pass or says why not, before anything of its body is read.
-pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    let reviewed = guard.is_reviewed(request.headers()).await;
-    if let Err(refusal) = guard.admit(request.headers(), reviewed) {
-        return refusal.into_response();
-    }
+pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let reviewed = guard.review(request.headers(), peer).await;
+    let caller = match guard.admit(request.headers(), reviewed) {
+        Ok(caller) => caller,
+        Err(refusal) => return refusal.into_response(),
+    };
     if let Some(ticket) = request.extensions().get::<Arc<Ticket>>().filter(|_| !guard.allowed.is_empty()) {
-        ticket.trust(None);
+        ticket.trust(caller.name());
     }
+    request.extensions_mut().insert(caller);
     match guard.patience {
         None => next.run(request).await,
         Some(patience) => timeout(patience, next.run(request)).await.unwrap_or_else(|_| {
@@ -190,35 +232,51 @@ pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Ne
 }
 
 impl Guard {
-    /// Whether the cluster itself says that the token is a proxy's.
-    async fn is_reviewed(&self, headers: &HeaderMap) -> bool {
-        let reviewer = self.reviewer.as_ref().filter(|_| self.allowed.contains(&Scope::Proxy));
-        let Some((reviewer, token)) = reviewer.zip(bearer(headers)) else { return false };
+    /// Whose token it is, if the cluster itself says that it is a proxy's.
+    async fn review(&self, headers: &HeaderMap, peer: Option<IpAddr>) -> Option<Caller> {
+        let reviewer = self.reviewer.as_ref().filter(|_| self.allowed.contains(&Scope::Proxy))?;
+        let token = bearer(headers)?;
         // One that is known is not asked about.
-        self.tokens.borrow().scopes_of(token).is_empty() && reviewer.accepts(token).await
+        if !self.tokens.borrow().find(token).is_empty() {
+            return None;
+        }
+        let proxy = reviewer.review(token, peer).await?;
+        let speaks_for = proxy.pod.as_ref().map_or(SpeaksFor::All, |(namespace, name)| SpeaksFor::Pod {
+            namespace: namespace.as_str().into(),
+            name: name.as_str().into(),
+        });
+        // Each of a Deployment's pods has the same user.
+        let name = match &speaks_for {
+            SpeaksFor::Pod { namespace, name } => format!("pod {namespace}/{name}"),
+            _ => proxy.user,
+        };
+        Some(Caller { name: Some(name.into()), speaks_for, sees: Arc::default() })
     }
 
-    fn admit(&self, headers: &HeaderMap, reviewed: bool) -> Result<(), Problem> {
+    fn admit(&self, headers: &HeaderMap, reviewed: Option<Caller>) -> Result<Caller, Problem> {
         if self.allowed.is_empty() {
-            return Ok(());
+            return Ok(Caller::default());
         }
         let tokens = self.tokens.borrow();
-        match tokens.are_needed() || self.reviewer.is_some() {
-            true if reviewed => {}
-            true => self.authorize(&tokens, headers)?,
-            false => from_this_machine(headers)?,
-        }
+        let caller = match (tokens.are_needed() || self.reviewer.is_some(), reviewed) {
+            (true, Some(reviewed)) => reviewed,
+            (true, None) => self.authorize(&tokens, headers)?,
+            (false, _) => {
+                from_this_machine(headers)?;
+                Caller::default()
+            }
+        };
         // Pages of other origins can send forms and plain text without asking first.
         if self.changes && !is_json(headers) {
             let why = "content-type: application/json is needed here, also where there is no body";
             return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
         }
-        Ok(())
+        Ok(caller)
     }
 
-    fn authorize(&self, tokens: &Tokens, headers: &HeaderMap) -> Result<(), Problem> {
-        let scopes = bearer(headers).map(|token| tokens.scopes_of(token));
-        let scopes = match scopes.as_deref() {
+    fn authorize(&self, tokens: &Tokens, headers: &HeaderMap) -> Result<Caller, Problem> {
+        let found = bearer(headers).map(|token| tokens.find(token));
+        let found = match found.as_deref() {
             None => {
                 let why = "a token is needed here: `authorization: Bearer TOKEN`";
                 return Err(Problem::new(StatusCode::UNAUTHORIZED, why).with_challenge(""));
@@ -227,13 +285,13 @@ impl Guard {
                 let attributes = r#", error="invalid_token""#;
                 return Err(Problem::new(StatusCode::UNAUTHORIZED, "no such token").with_challenge(attributes));
             }
-            Some(scopes) => scopes,
+            Some(found) => found,
         };
-        if scopes.iter().any(|scope| self.allowed.contains(scope)) {
-            return Ok(());
+        if let Some((_, caller)) = found.iter().find(|(scope, _)| self.allowed.contains(scope)) {
+            return Ok((*caller).clone());
         }
         let names: Vec<_> = self.allowed.iter().map(|scope| scope.name()).collect();
-        let why = format!("a token for {} is needed here; this one is for {}", names.join(" or "), scopes[0].name());
+        let why = format!("a token for {} is needed here; this one is for {}", names.join(" or "), found[0].0.name());
         let attributes = format!(r#", error="insufficient_scope", scope="{}""#, names.join(" "));
         Err(Problem::new(StatusCode::FORBIDDEN, why).with_challenge(&attributes))
     }
@@ -323,7 +381,7 @@ mod tests {
     ) -> (u16, String) {
         let (_, tokens) = watch::channel(tokens.clone());
         let guard = Guard { tokens, allowed, reviewer: None, changes, patience: None };
-        let Err(problem) = guard.admit(&headers(of), false) else { return (200, String::new()) };
+        let Err(problem) = guard.admit(&headers(of), None) else { return (200, String::new()) };
         let response = problem.into_response();
         let challenge = response.headers().get(header::WWW_AUTHENTICATE);
         (response.status().as_u16(), challenge.map_or_else(String::new, |value| value.to_str().unwrap().to_owned()))
@@ -347,6 +405,20 @@ mod tests {
         }
         let none = routes.map(|allowed| refusal(&tokens, allowed, false, &[("host", "127.0.0.1")]).0);
         assert_eq!(none, [401, 401, 401, 401, 200]);
+    }
+
+    #[test]
+    fn a_line_may_say_whose_a_token_is_and_what_it_may_see() {
+        let proxies = format!("{PROXY}\nedge-1 0123456789abcdef\nedge-2  fedcba9876543210 shop/*,cart\n");
+        let files = files([None, Some(&format!("alice {OPERATE}")), Some(&proxies)]);
+        let tokens = files.1.load().unwrap();
+        let caller = |token: &str| tokens.find(token.as_bytes())[0].1.clone();
+        assert_eq!(caller(OPERATE).name(), Some("alice"));
+        assert!(caller(OPERATE).may_speak_for("any").is_ok() && caller(PROXY).may_speak_for("any").is_ok());
+        let (one, two) = (caller("0123456789abcdef"), caller("fedcba9876543210"));
+        assert!(one.may_speak_for("edge-1").is_ok() && one.may_speak_for("edge-2").is_err());
+        assert!(one.sees.is_all() && two.sees.includes("cart") && !two.sees.includes("other"));
+        assert!(tokens.has_nameless_proxies());
     }
 
     #[test]
@@ -425,7 +497,9 @@ mod tests {
             ("", "no token in it; expected one on a line"),
             ("\n \n", "no token in it; expected one on a line"),
             ("0123456789abcdef\n\nhunter2\n", "line 3: a token is 16 to 512 visible ASCII characters"),
-            ("two words two words", "line 1: a token is 16 to 512 visible ASCII characters"),
+            ("two words two words", "line 1: expected TOKEN or NAME TOKEN"),
+            ("two words two", "line 1: expected TOKEN or NAME TOKEN"),
+            ("alice hunter2", "line 1: a token is 16 to 512 visible ASCII characters"),
             ("pässword pässword", "line 1: a token is 16 to 512 visible ASCII characters"),
         ] {
             let (dir, files) = files([None, Some(text), None]);

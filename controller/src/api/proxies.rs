@@ -1,7 +1,11 @@
 //! What proxies ask for and tell: `GET /v1/policy` and `POST /v1/reports`.
 
+use super::caller::Caller;
 use super::{Part, Problem, Published, Shared, parse};
 use crate::clock::now;
+use crate::metrics::Claim;
+use crate::rollout::Millis;
+use axum::Extension;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -9,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde::Deserialize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tideshift_core::report::Report;
 use tokio::time::timeout;
@@ -18,9 +23,15 @@ const HOLD: Duration = Duration::from_secs(25);
 /// The longest proxy id and start.
 const MAX_NAME: usize = 512;
 
-/// What a poll says; also `proxy`, its id, for which all policies are the same so far.
+/// From one line in the log about a kind of claim to the next.
+const COMPLAIN_EVERY: Millis = 10_000;
+
+/// What a poll says.
 #[derive(Deserialize)]
 pub(super) struct Poll {
+    /// The proxy's id; people leave it out.
+    #[serde(default)]
+    proxy: String,
     #[serde(default)]
     epoch: String,
     #[serde(default)]
@@ -34,14 +45,21 @@ pub(super) struct Poll {
 /// with 204.
 pub(super) async fn policy(
     State(shared): State<Arc<Shared>>,
+    Extension(caller): Extension<Caller>,
     Part(Query(poll)): Part<Query<Poll>>,
 ) -> Result<Response, Problem> {
+    if !poll.proxy.is_empty() {
+        speaks_for(&shared, &caller, &poll.proxy)?;
+    }
     let is_newer = |published: &Published| published.epoch != poll.epoch || published.revision > poll.after;
     let (mut published, mut ending) = (shared.published.clone(), shared.ending.clone());
     let newer = published.wait_for(|published| published.as_ref().is_some_and(is_newer));
     tokio::select! {
         newer = timeout(HOLD, newer) => match newer {
-            Ok(Ok(newer)) => Ok(newer.clone().map_or_else(|| StatusCode::NO_CONTENT.into_response(), |newer| send(&newer, &poll))),
+            Ok(Ok(newer)) => {
+                let newer = newer.clone().map(|newer| shared.filtered.of(newer, &caller.sees));
+                Ok(newer.map_or_else(|| StatusCode::NO_CONTENT.into_response(), |newer| send(&newer, &poll)))
+            }
             _ => Ok(StatusCode::NO_CONTENT.into_response()),
         },
         _ = ending.wait_for(|ending| *ending) => {
@@ -65,16 +83,59 @@ fn send(published: &Published, poll: &Poll) -> Response {
 /// Takes in what a proxy has counted.
 pub(super) async fn report(
     State(shared): State<Arc<Shared>>,
+    Extension(caller): Extension<Caller>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<StatusCode, Problem> {
-    let report: Report = parse(body, "a report")?;
+    let mut report: Report = parse(body, "a report")?;
     if report.proxy.is_empty() || report.proxy.len() > MAX_NAME || report.start.len() > MAX_NAME {
         return Err(Problem::bad_request("proxy, start: 1 to 512 bytes"));
     }
+    speaks_for(&shared, &caller, &report.proxy)?;
     report.check().map_err(Problem::bad_request)?;
+    if !caller.sees.is_all() {
+        let before = report.services.len();
+        report.services.retain(|service| caller.sees.includes(&service.name));
+        if report.services.len() < before {
+            let why = "it reports services that its credential may not see".to_owned();
+            ignored(&shared, &report.proxy, Claim::Service, &why);
+        }
+    }
     shared.done.took_report(now());
-    if shared.control().reported(&report, now()) {
+    let reported = shared.control().reported(&report, now());
+    for (claim, why) in &reported.ignored {
+        ignored(&shared, &report.proxy, *claim, why);
+    }
+    if reported.decides {
         shared.counted.notify_one();
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Refuses who speaks for another proxy.
+fn speaks_for(shared: &Shared, caller: &Caller, proxy: &str) -> Result<(), Problem> {
+    caller.may_speak_for(proxy).map_err(|why| {
+        ignored(shared, proxy, Claim::Proxy, &why);
+        Problem::new(StatusCode::FORBIDDEN, why)
+    })
+}
+
+/// Counts what was ignored, and says it now and then.
+fn ignored(shared: &Shared, proxy: &str, claim: Claim, why: &str) {
+    shared.done.ignored_claim(claim);
+    if shared.complaints.may(claim, now()) {
+        tracing::warn!(proxy, "ignored: {why}; further ones of this kind are counted only, for 10 s");
+    }
+}
+
+/// When each kind of claim was last logged.
+#[derive(Debug, Default)]
+pub struct Complaints([AtomicU64; Claim::ALL.len()]);
+
+impl Complaints {
+    fn may(&self, claim: Claim, now: Millis) -> bool {
+        let at = Claim::ALL.iter().position(|of| *of == claim).unwrap_or_default();
+        let last = self.0[at].load(Ordering::Relaxed);
+        let is_due = last == 0 || now.saturating_sub(last) >= COMPLAIN_EVERY;
+        is_due && self.0[at].compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
 }

@@ -68,6 +68,21 @@ impl Published {
         published
     }
 
+    /// The same without the services that a proxy may not see.
+    pub(super) fn only(&self, sees: impl Fn(&str) -> bool) -> Self {
+        let services = self.parts.services.iter().filter(|(name, _)| sees(name));
+        let services: BTreeMap<_, _> = services.map(|(name, part)| (name.clone(), part.clone())).collect();
+        let removed = self.parts.removed.iter().filter(|(_, name)| sees(name)).cloned().collect();
+        let mut json = format!(r#"{{"revision":{},"services":["#, self.revision).into_bytes();
+        for (n, (part, _)) in services.values().enumerate() {
+            json.extend_from_slice(if n > 0 { b"," } else { b"" });
+            json.extend_from_slice(part);
+        }
+        json.extend_from_slice(b"]}");
+        let parts = Arc::new(Parts { services, removed, since: self.parts.since });
+        Self { epoch: self.epoch.clone(), revision: self.revision, json: json.into(), parts, last: None }
+    }
+
     /// What a proxy is sent that has this revision of this epoch and understands changes.
     pub fn since(&self, epoch: &str, revision: u64) -> Bytes {
         let changes = match &self.last {
@@ -134,6 +149,19 @@ mod tests {
         }
         let again = Published::next(Some(&second), "f".to_owned(), &policy(3, all(2)));
         assert_eq!(again.since("e", 2), again.json, "another state's revisions are others");
+    }
+
+    #[test]
+    fn a_proxy_that_sees_a_part_hears_of_no_other_service() {
+        let of = |revision, names: &[&str]| policy(revision, names.iter().map(|name| service(name, revision as u32)));
+        let first = Published::next(None, "e".to_owned(), &of(1, &["a.shop", "b.bank", "c.bank"]));
+        let second = Published::next(Some(&first), "e".to_owned(), &of(2, &["a.shop", "c.bank"]));
+        let seen = second.only(|name| name.ends_with(".shop"));
+        for sent in [seen.json.clone(), seen.since("e", 1), seen.since("", 0)] {
+            let sent = String::from_utf8(sent.to_vec()).unwrap();
+            assert!(sent.contains("a.shop") && !sent.contains("bank"), "{sent}");
+        }
+        assert!(Policy::read(&serde_json::from_slice(&seen.json).unwrap()).is_ok());
     }
 
     #[test]

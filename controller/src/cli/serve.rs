@@ -2,6 +2,7 @@
 
 use super::Failure;
 use crate::api::TokenFiles;
+use crate::hooks::Allowed;
 use crate::serve::{self, Cluster, Documents, Options, ServeError, TlsFiles};
 use crate::telemetry::{self, LogFormat};
 use std::net::SocketAddr;
@@ -77,7 +78,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDRESS", env = "TIDESHIFT_HEALTH_LISTEN", value_parser = address)]
     health_listen: Option<SocketAddr>,
 
-    /// Bearer tokens that may look: one on a line, any of which will do. Read again when it changes, as all files here.
+    /// File of read-only bearer tokens, one per line, each with a name before it or not. Reloaded on change, like every file
+    /// option.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_READ_TOKEN_FILE")]
     read_token_file: Option<PathBuf>,
 
@@ -85,7 +87,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_OPERATE_TOKEN_FILE")]
     operate_token_file: Option<PathBuf>,
 
-    /// Bearer tokens of proxies: for policies and reports, nothing else.
+    /// Bearer tokens of proxies, for policies and reports alone; one per line: NAME TOKEN [SERVICES]. NAME is the proxy that
+    /// it speaks for; a TOKEN alone speaks for any.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_PROXY_TOKEN_FILE")]
     proxy_token_file: Option<PathBuf>,
 
@@ -96,6 +99,19 @@ pub(super) struct Arguments {
     /// The certificate's private key, in PEM.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+
+    /// Where webhooks may go: an address, a network such as 10.0.0.0/8, a host, *.DOMAIN, or one of the words public, private
+    /// and loopback. May be given several times. Held against the address that is connected to. Link-local and metadata
+    /// addresses and the cluster's API server are reached only if they are named themselves. [default: public with
+    /// --kubernetes, else public, private and loopback]
+    #[arg(
+        long,
+        value_name = "DESTINATION",
+        env = "TIDESHIFT_WEBHOOK_ALLOW",
+        value_delimiter = ',',
+        value_parser = str::parse::<Allowed>
+    )]
+    webhook_allow: Vec<Allowed>,
 
     /// Where to keep rollouts and counts across restarts. Without it: `.tideshift` beside the first document, in a
     /// folder of that document's name.
@@ -134,6 +150,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             operate: arguments.operate_token_file,
             proxy: arguments.proxy_token_file,
         },
+        webhooks_allowed: arguments.webhook_allow,
         tls: arguments.tls_cert.zip(arguments.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
     };
     serve::serve(options).await.map_err(|error| match error {

@@ -254,6 +254,12 @@ impl Proxies {
         self.runs.contains_key(run)
     }
 
+    /// Whether a run has yet to say which revision of this controller's it runs.
+    pub(super) fn awaits_revision(&self, run: &RunKey) -> bool {
+        let said = self.runs.get(run).and_then(|proxy| proxy.said.as_ref());
+        said.is_none_or(|said| said.revision.is_none())
+    }
+
     /// Whether there is one.
     pub(super) fn are_there(&self) -> bool {
         self.runs.len() > self.sums.awaited

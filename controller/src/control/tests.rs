@@ -94,7 +94,7 @@ impl Play {
 
     fn says(&mut self, proxy: &str, in_flight: u64) -> bool {
         let report = self.report(proxy, in_flight);
-        self.control.reported(&report, self.now)
+        self.control.reported(&report, self.now).decides
     }
 
     fn drain(&self) -> DrainStatus {

@@ -2,12 +2,14 @@
 
 use hmac::{Hmac, KeyInit, Mac};
 use reqwest::header::{CONTENT_TYPE, HeaderMap};
-use reqwest::{Response, StatusCode, redirect};
+use reqwest::{Response, StatusCode, Url, redirect};
 use sha2::Sha256;
 use std::fmt::Write;
 use std::time::Duration;
 use tideshift_core::shift::{HookSecret, Webhook};
 
+use super::egress::{Egress, Resolver};
+use crate::limits::Limit;
 use crate::net::{io_reason, reason};
 
 /// The most bytes of an answer that are read.
@@ -33,19 +35,31 @@ pub(super) enum Reply {
 #[derive(Debug, Clone)]
 pub(super) struct Courier {
     client: reqwest::Client,
+    egress: Egress,
+    limit: Limit,
 }
 
 impl Courier {
-    pub(super) fn new() -> Result<Self, reqwest::Error> {
-        // Where a redirection leads to, nobody has written into the document.
+    pub(super) fn new(egress: Egress, limit: Limit) -> Result<Self, reqwest::Error> {
+        // A redirection leads to an address that the document does not name.
         let client = reqwest::Client::builder().redirect(redirect::Policy::none());
-        Ok(Self { client: client.user_agent(concat!("tideshift/", env!("CARGO_PKG_VERSION"))).build()? })
+        let client = client.dns_resolver(Resolver::new(egress.clone()));
+        let client = client.user_agent(concat!("tideshift/", env!("CARGO_PKG_VERSION"))).build()?;
+        Ok(Self { client, egress, limit })
     }
 
-    /// Posts a JSON body. Who gets the same `id` twice has got the same thing twice.
-    pub(super) async fn post(&self, webhook: &Webhook, id: &str, body: &[u8]) -> Reply {
+    /// Posts a JSON body for a document of this namespace. Who gets the same `id` twice has got the same thing twice.
+    pub(super) async fn post(&self, namespace: &str, webhook: &Webhook, id: &str, body: &[u8]) -> Reply {
+        let url = match Url::parse(&webhook.url).map_err(|error| error.to_string()) {
+            Ok(url) => url,
+            Err(why) => return Reply::None(why),
+        };
+        if let Err(why) = self.egress.check(&url) {
+            return Reply::None(why);
+        }
+        let _place = self.limit.admit(namespace).await;
         let timestamp = jiff::Timestamp::now().as_second().to_string();
-        let mut request = self.client.post(&webhook.url).timeout(webhook.timeout);
+        let mut request = self.client.post(url).timeout(webhook.timeout);
         request = request.header(CONTENT_TYPE, "application/json");
         request = request.header("x-tideshift-id", id).header("x-tideshift-timestamp", &timestamp);
         match secret(webhook).await {

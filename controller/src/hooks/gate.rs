@@ -28,6 +28,7 @@ impl Drop for Asking {
 
 impl Asking {
     pub(super) fn start(
+        namespace: String,
         question: Question,
         services: &[ServiceStatus],
         gates: Vec<Webhook>,
@@ -37,7 +38,7 @@ impl Asking {
         let (body, newest) = watch::channel(body(&question, services));
         let task = tokio::spawn(async move {
             for gate in &gates {
-                until_yes(gate, &question, &newest, &courier, &answers).await;
+                until_yes(&namespace, gate, &question, &newest, &courier, &answers).await;
             }
             let _ = answers.send(Answer { question, allowed: true, words: String::new() }).await;
         });
@@ -57,6 +58,7 @@ fn id(question: &Question) -> String {
 
 /// Asks one gate until it says yes, and tells the mind what it says until then.
 async fn until_yes(
+    namespace: &str,
     gate: &Webhook,
     question: &Question,
     body: &watch::Receiver<Vec<u8>>,
@@ -67,7 +69,7 @@ async fn until_yes(
     let (id, mut failures, mut said) = (id(question), 0, String::new());
     loop {
         let newest = body.borrow().clone();
-        let (words, wait): (String, Duration) = match courier.post(gate, &id, &newest).await {
+        let (words, wait): (String, Duration) = match courier.post(namespace, gate, &id, &newest).await {
             Reply::Yes => {
                 tracing::info!(
                     rollout = question.name,

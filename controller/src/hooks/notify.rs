@@ -28,9 +28,9 @@ struct Note {
 }
 
 impl Teller {
-    pub(super) fn start(webhook: Webhook, courier: Courier) -> Self {
+    pub(super) fn start(namespace: String, webhook: Webhook, courier: Courier) -> Self {
         let (queue, notes) = mpsc::channel(MAX_WAITING);
-        let worker = tokio::spawn(work(webhook.clone(), notes, courier));
+        let worker = tokio::spawn(work(namespace, webhook.clone(), notes, courier));
         Self { webhook, queue, worker }
     }
 
@@ -56,11 +56,11 @@ impl Teller {
     }
 }
 
-async fn work(webhook: Webhook, mut notes: mpsc::Receiver<Note>, courier: Courier) {
+async fn work(namespace: String, webhook: Webhook, mut notes: mpsc::Receiver<Note>, courier: Courier) {
     let WebhookKind::Notification { retries, .. } = webhook.kind else { return };
     while let Some(Note { id, body }) = notes.recv().await {
         for failures in 0..=retries {
-            let why = match courier.post(&webhook, &id, &body).await {
+            let why = match courier.post(&namespace, &webhook, &id, &body).await {
                 Reply::Yes => break,
                 Reply::No(why) => {
                     tracing::error!(id, webhook = webhook.name, "not told: {why}");

@@ -55,13 +55,22 @@ struct ClusterSecret {
     kubeconfig: Option<Vec<u8>>,
 }
 
-/// The client of the controller's own cluster, and the namespace that goes with it: by a kubeconfig, or else by what
-/// the environment says.
+/// The controller's own cluster.
+pub struct Home {
+    /// How it is reached.
+    pub client: Client,
+    /// The namespace that goes with that.
+    pub namespace: String,
+    /// The hosts and addresses of its API server.
+    pub api_server: Vec<String>,
+}
+
+/// The controller's own cluster: by a kubeconfig, or else by what the environment says.
 ///
 /// # Errors
 ///
 /// If there is nothing that leads to a cluster, or it makes no sense.
-pub async fn home(kubeconfig: Option<&Path>) -> Result<(Client, String), String> {
+pub async fn home(kubeconfig: Option<&Path>) -> Result<Home, String> {
     let config = match kubeconfig {
         Some(path) => {
             let shown = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
@@ -72,7 +81,9 @@ pub async fn home(kubeconfig: Option<&Path>) -> Result<(Client, String), String>
         None => Config::infer().await.map_err(|error| format!("no cluster to speak to: {error}"))?,
     };
     let namespace = config.default_namespace.clone();
-    Ok((client(config)?, namespace))
+    let hosts = [config.cluster_url.host().map(str::to_owned), std::env::var("KUBERNETES_SERVICE_HOST").ok()];
+    let api_server = hosts.into_iter().flatten().map(|host| host.trim_matches(['[', ']']).to_owned()).collect();
+    Ok(Home { client: client(config)?, namespace, api_server })
 }
 
 fn client(mut config: Config) -> Result<Client, String> {

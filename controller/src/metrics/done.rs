@@ -38,6 +38,9 @@ pub enum Claim {
 }
 
 impl Claim {
+    /// All there are.
+    pub const ALL: [Self; 5] = [Self::Proxy, Self::Sequence, Self::Revision, Self::Veto, Self::Service];
+
     fn name(self) -> &'static str {
         match self {
             Self::Proxy => "proxy",

@@ -3,6 +3,7 @@
 
 use super::watch::{Clients, Finding, Terms, Watch};
 use super::{EndpointState, Outlook, Readiness, RememberedReadiness};
+use crate::limits::Limits;
 use crate::probe::Subject;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,8 +49,17 @@ impl Prober {
     ///
     /// If the TLS library cannot be set up.
     pub fn start(remembered: RememberedReadiness) -> Result<Self, reqwest::Error> {
+        Self::start_within(Limits::of_machine(), remembered)
+    }
+
+    /// The same within other limits.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub fn start_within(limits: Limits, remembered: RememberedReadiness) -> Result<Self, reqwest::Error> {
         let table = Table { tasks: Mutex::default(), readiness: watch::Sender::default() };
-        Ok(Self { clients: Clients::new()?, remembered, table: Arc::new(table) })
+        Ok(Self { clients: Clients::new(limits)?, remembered, table: Arc::new(table) })
     }
 
     /// The readiness now, and from now on.
@@ -85,7 +95,9 @@ impl Prober {
                         let task = kept.unwrap_or_else(|| {
                             tasks.started += 1;
                             state.warming = false;
-                            self.watch(tasks.started, &subject, &terms, state.ready, serves)
+                            let namespace = shift.namespace.clone().unwrap_or_default();
+                            let watch = self.watch(tasks.started, namespace, &subject, terms.clone());
+                            watch.start(state.ready, serves)
                         });
                         running.insert(subject, task);
                     }
@@ -120,11 +132,17 @@ impl Prober {
         (state, serves)
     }
 
-    fn watch(&self, number: u64, subject: &Subject, terms: &Terms, ready: bool, serves: bool) -> Running {
+    fn watch(&self, number: u64, namespace: String, subject: &Subject, terms: Terms) -> Watch {
         let (table, clients) = (Arc::clone(&self.table), self.clients.clone());
-        let watch = Watch { table, clients, number, subject: subject.clone(), terms: terms.clone() };
-        let task = tokio::spawn(async move { watch.run(ready, serves).await });
-        Running { number, terms: terms.clone(), stop: task.abort_handle() }
+        Watch { table, clients, number, subject: subject.clone(), namespace, terms }
+    }
+}
+
+impl Watch {
+    fn start(self, ready: bool, serves: bool) -> Running {
+        let (number, terms) = (self.number, self.terms.clone());
+        let task = tokio::spawn(async move { self.run(ready, serves).await });
+        Running { number, terms, stop: task.abort_handle() }
     }
 }
 

@@ -16,6 +16,7 @@
 
 use super::Readiness;
 use super::prober::Table;
+use crate::limits::{Limit, Limits};
 use crate::probe::threshold::Threshold;
 use crate::probe::{self, Client, Subject};
 use crate::warm_up::{self, Progress};
@@ -33,11 +34,13 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
 pub(super) struct Clients {
     probes: Client,
     warm_ups: warm_up::Client,
+    limit: Limit,
 }
 
 impl Clients {
-    pub(super) fn new() -> Result<Self, reqwest::Error> {
-        Ok(Self { probes: Client::new()?, warm_ups: warm_up::Client::new()? })
+    pub(super) fn new(limits: Limits) -> Result<Self, reqwest::Error> {
+        let warm_ups = warm_up::Client::new(limits.warm_ups)?;
+        Ok(Self { probes: Client::new()?, warm_ups, limit: limits.probes })
     }
 }
 
@@ -69,6 +72,8 @@ pub(super) struct Watch {
     pub(super) clients: Clients,
     pub(super) number: u64,
     pub(super) subject: Subject,
+    /// The document's; limits count by it.
+    pub(super) namespace: String,
     pub(super) terms: Terms,
 }
 
@@ -138,6 +143,7 @@ impl Watch {
                     ticks
                 }
             };
+            let _place = self.clients.limit.admit(&self.namespace).await;
             Some((probe::once(&self.clients.probes, &self.subject, probe).await, Some(ticks)))
         });
         results.fuse()
@@ -169,7 +175,7 @@ impl Watch {
             let warming = !progress.has_failed;
             self.take_in(Finding { ready: false, warming, reason: Some(progress.message) });
         };
-        self.clients.warm_ups.warm_up(&self.subject, requests, say).await;
+        self.clients.warm_ups.warm_up(&self.namespace, &self.subject, requests, say).await;
         let reason = Some("warmed up; waits for the other endpoints of its version".to_owned());
         self.take_in(Finding { reason, ..Finding::default() });
     }

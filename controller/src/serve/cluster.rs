@@ -8,10 +8,13 @@ use super::{Cluster, Options, ServeError, Service, fresh, listen, signals};
 use crate::api::Published;
 use crate::clock;
 use crate::control::{Control, Counted};
+use crate::hooks::{Egress, Hooks};
 use crate::kubernetes::{
     Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
     watch as watch_objects,
 };
+use crate::limits::Limits;
+use crate::metrics::Done;
 use crate::readiness::Prober;
 use crate::store::Kept;
 use futures_util::StreamExt;
@@ -26,15 +29,19 @@ use tokio::time::sleep;
 
 pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
-    let (client, namespace) = clusters::home(cluster.kubeconfig.as_deref()).await.map_err(ServeError::NoCluster)?;
+    let home = clusters::home(cluster.kubeconfig.as_deref()).await.map_err(ServeError::NoCluster)?;
+    let clusters::Home { client, namespace, api_server } = home;
     let namespace = cluster.namespace.clone().unwrap_or(namespace);
     let listeners = listen(&options).await?;
     let address = listeners.api.local_addr()?;
-    let reviewer = cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience));
+    let done = Done::default();
+    let reviewer =
+        cluster.proxy_token_audience.clone().map(|audience| Reviewer::new(client.clone(), audience, done.clone()));
     let role = watch::Sender::new(Role::Follows(None));
     let nothing = Control::new(Vec::new(), Kept::default(), Counted::default());
     let shown = watch::Sender::new(Role::Follows(None));
-    let service = Service::start(&options, listeners, secrets, nothing, shown.subscribe(), reviewer.map(Arc::new));
+    let service =
+        Service::start(&options, listeners, secrets, nothing, shown.subscribe(), (reviewer.map(Arc::new), done));
     tracing::info!(%address, tls = options.tls.is_some(), namespace, identity = cluster.identity, "serving");
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };
@@ -60,7 +67,8 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let clusters = Clusters::new(client.clone(), &namespace);
     let eyes = Eyes::open(clusters.clone(), &cluster.namespaces);
     let role = role.subscribe();
-    let mut replica = Replica { cluster, client, namespace, clusters, eyes, service, role, shown, ending };
+    let egress = Egress::of_cluster(options.webhooks_allowed, api_server);
+    let mut replica = Replica { cluster, client, namespace, egress, clusters, eyes, service, role, shown, ending };
     let result = replica.run().await;
     tracing::info!("ending");
     // Also where nobody has asked: it gives the lease back to those who can do more with it.
@@ -81,6 +89,7 @@ struct Replica {
     cluster: Cluster,
     client: Client,
     namespace: String,
+    egress: Egress,
     clusters: Clusters,
     eyes: Eyes,
     service: Service,
@@ -130,7 +139,9 @@ impl Replica {
         // The leader before may have had another clock.
         clock::not_before(kept.time.max(counted.time));
         let shown = scene.borrow_and_update().clone();
-        let prober = Prober::start(kept.ready.clone()).map_err(ServeError::Tls)?;
+        let limits = Limits::of_cluster();
+        let hooks = Hooks::start(self.egress.clone(), limits.webhooks.clone()).map_err(ServeError::Tls)?;
+        let prober = Prober::start_within(limits, kept.ready.clone()).map_err(ServeError::Tls)?;
         let mut control = Control::with_hidden(shown.documents.clone(), shown.hidden.clone(), kept, counted);
         for error in &shown.errors {
             tracing::error!("{error}");
@@ -142,7 +153,7 @@ impl Replica {
         let keeper = Keeper::new(memory, self.service.shared.done.clone());
         let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());
         let source = Source::Cluster { scene, shown, hands };
-        let mut mind = Mind::new(shared, publish, keeper, prober, source).map_err(ServeError::Tls)?;
+        let mut mind = Mind::new(shared, publish, keeper, prober, source, hooks);
         mind.run(stop).await;
         mind.end().await;
         Ok(())

@@ -64,10 +64,11 @@ impl<D: Disk> Mind<D> {
         keeper: Keeper<D>,
         prober: Prober,
         source: Source,
-    ) -> Result<Self, reqwest::Error> {
-        let (hooks, answers) = Hooks::start()?;
+        hooks: (Hooks, mpsc::Receiver<Answer>),
+    ) -> Self {
+        let (hooks, answers) = hooks;
         let (secret, deposed) = (Outcome::default(), false);
-        Ok(Self { shared, keeper, publish, secret, deposed, prober, source, hooks, answers })
+        Self { shared, keeper, publish, secret, deposed, prober, source, hooks, answers }
     }
 
     /// Decides until `stop`, or until somebody else does.

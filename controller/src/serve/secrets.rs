@@ -36,6 +36,12 @@ impl Secrets {
         if !left_out.is_empty() {
             tracing::warn!("{left_out}");
         }
+        if self.tokens.borrow().has_nameless_proxies() {
+            tracing::warn!(
+                "--proxy-token-file has tokens without a name, each of which speaks for any proxy and sees all services; \
+                 write NAME TOKEN, or NAME TOKEN SERVICES, to bind one to the proxy NAME"
+            );
+        }
         if options.tls.is_none() && !options.listen.ip().is_loopback() {
             tracing::warn!(
                 "tokens and sessions' secrets travel in clear text unless somebody else encrypts: no --tls-cert"

@@ -282,7 +282,7 @@ impl Cluster {
     /// A token of a ServiceAccount for an audience.
     pub async fn token(&self, account: &str, audience: &str) -> anyhow::Result<String> {
         if let Some(own) = &self.own {
-            let token = format!("{account}.{audience}");
+            let token = super::jwt(account, audience);
             let username = format!("system:serviceaccount:{}:{account}", self.namespace);
             own.server.token(&token, &username, &[audience]);
             return Ok(token);

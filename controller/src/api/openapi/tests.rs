@@ -92,7 +92,21 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
     let (reviewer, leader) = (None, Leader::new(role.subscribe(), None));
     let done = Done::default();
-    let shared = Shared { control, counted, turns, events, done, published, tokens, reviewer, leader, ending };
+    let (filtered, complaints) = Default::default();
+    let shared = Shared {
+        control,
+        counted,
+        turns,
+        events,
+        done,
+        published,
+        filtered,
+        complaints,
+        tokens,
+        reviewer,
+        leader,
+        ending,
+    };
     let shared = Arc::new(shared);
     let mind = shared.clone();
     tokio::spawn(async move {

@@ -207,7 +207,7 @@ fn play(mut kill: impl FnMut(usize) -> Option<(usize, bool)>) -> usize {
         }
         outcome.policy.into_iter().for_each(|policy| proxy.take(policy));
         let service = alive.service(now);
-        let report = |process: &mut Process<'_>| process.control.reported(&proxy.report("e"), now);
+        let report = |process: &mut Process<'_>| process.control.reported(&proxy.report("e"), now).decides;
         match (service.phase, target, had) {
             (Phase::Succeeded, ..) => {
                 let verdict = service.verdict.unwrap();
@@ -268,9 +268,17 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
     let mut process = Process::start(&files, None, 0);
     let mut proxy = Proxy::default();
     process.control.evaluate(0).policy.into_iter().for_each(|policy| proxy.take(policy));
+    // No proxy can be ahead of what began here and now.
+    let mut forged = proxy.report(&process.control.kept().epoch);
+    forged.revision = 41;
+    process.control.reported(&forged, 50);
+    assert_eq!(process.control.evaluate(50).policy, None);
+    *files.kept.borrow_mut() = Some(serde_json::to_string(process.control.kept()).unwrap());
+    let mut process = Process::start(&files, None, 60);
+    process.control.evaluate(60);
     let mut ahead = proxy.report(&process.control.kept().epoch);
     ahead.revision = 41;
-    assert!(process.control.reported(&ahead, 100));
+    assert!(process.control.reported(&ahead, 100).decides);
     let outcome = process.control.evaluate(100);
     assert_eq!((outcome.policy.map(|policy| policy.revision), outcome.keep), (Some(42), true));
     // Nobody else's, and nothing that leaves no room for more.
