@@ -710,8 +710,11 @@ impl Control {
         let availability = self.availability.of(shift, &self.readiness, now);
         let revision = |service: &ShiftService| self.changed_in.get(&service.name).copied();
         let revision = shift.services.iter().map(|service| revision(service).unwrap_or(self.kept.revision)).max();
-        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
-            .with_proxies(&self.census.0, revision.unwrap_or_default())
+        World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date).with_proxies(
+            &self.census.0,
+            revision.unwrap_or_default(),
+            shift,
+        )
     }
 
     fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {

@@ -34,9 +34,10 @@ impl<'a> World<'a> {
         Self { ledger, ready, vetoes, opinion, up_to_date, coverage: Coverage::default() }
     }
 
-    /// With what is known of the proxies that are to run a revision.
-    pub(super) fn with_proxies(self, census: &Census, revision: u64) -> Self {
-        Self { coverage: census.coverage(revision), ..self }
+    /// With what is known of the proxies that are to run a shift's services as of a revision.
+    pub(super) fn with_proxies(self, census: &Census, revision: u64, shift: &TrafficShift) -> Self {
+        let services = shift.services.iter().map(|service| service.name.as_str());
+        Self { coverage: census.coverage(revision, services), ..self }
     }
 
     fn endpoints(&self, service: &str, version: &str) -> (u32, u32) {
