@@ -414,7 +414,7 @@ mod tests {
         for (starts, services, whole) in [(8_000, 1, true), (360, 20, true), (500, 50, false)] {
             let mut counted = counted(starts, services);
             let mut fit = Fit::into(LIMIT);
-            let bytes = fit.pack(&counted, |written| packed(written)).unwrap();
+            let bytes = fit.pack(&counted, packed).unwrap();
             assert!(
                 bytes.len() <= LIMIT && (whole || bytes.len() > LIMIT / 2),
                 "{starts}, {services}: {}",
@@ -445,7 +445,7 @@ mod tests {
     #[test]
     fn totals_that_do_not_fit_are_said_so() {
         let mut fit = Fit::into(1_000);
-        let error = fit.pack(&counted(1, 100), |written| packed(written)).unwrap_err();
+        let error = fit.pack(&counted(1, 100), packed).unwrap_err();
         assert!(error.bytes > 1_000 && error.to_string().ends_with("at most 1000 do"), "{error}");
     }
 
