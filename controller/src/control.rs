@@ -66,7 +66,7 @@ pub struct Control {
     /// Why what is decided cannot be kept, if so.
     state_error: Option<String>,
     /// Whether nothing may be published before it can.
-    is_held_back: bool,
+    waits_for_state: bool,
     /// Why counts cannot be kept, if so.
     counts_error: Option<String>,
     /// What proxies were given last; none: nothing by this process.
@@ -269,7 +269,7 @@ impl Control {
             shifts_changed: false,
             document_errors: Vec::new(),
             state_error: None,
-            is_held_back: false,
+            waits_for_state: false,
             counts_error: None,
             published: None,
             unwritten: BTreeSet::new(),
@@ -391,17 +391,17 @@ impl Control {
     }
 
     /// Why what is decided cannot be kept; none if it can.
-    /// `is_held_back`: nothing is published before it can.
-    pub fn set_state_error(&mut self, error: Option<&str>, is_held_back: bool) {
+    /// `waits`: nothing is published before it can.
+    pub fn set_state_error(&mut self, error: Option<&str>, waits: bool) {
         if self.state_error.as_deref() != error {
             self.state_error = error.map(str::to_owned);
         }
-        self.is_held_back = is_held_back && error.is_some();
+        self.waits_for_state = waits && error.is_some();
     }
 
     /// Why nothing can be published, if so.
     pub fn held_back(&self) -> Option<&str> {
-        self.state_error.as_deref().filter(|_| self.is_held_back)
+        self.state_error.as_deref().filter(|_| self.waits_for_state)
     }
 
     /// Why counts cannot be kept; none if they can. Until they can, rollouts go no further by evidence.
@@ -437,6 +437,7 @@ impl Control {
         // Whoever goes on from what is kept gives none of its policies this revision.
         let revision = self.kept.revision.max(published.revision).max(self.written.saturating_add(LEAP)) + 1;
         (self.kept.revision, self.policy, self.dirty) = (revision, None, true);
+        self.pace.hurry();
         self.kept.services.clear();
         Some(Policy { revision, services, ..Policy::default() })
     }

@@ -32,7 +32,7 @@ impl Control {
     /// What proxies have been given, if that is not what was decided.
     fn unpublished(&self) -> Option<&Policy> {
         let decided = self.policy.as_ref().map_or(self.kept.revision, |policy| policy.revision);
-        self.published.as_ref().filter(|published| published.revision != decided)
+        self.published.as_ref().filter(|published| published.revision != decided || self.is_held_back)
     }
 
     fn weight_in_force(&self, service: &str, version: &str) -> Option<f64> {
