@@ -431,7 +431,7 @@ fn counts_that_cannot_be_kept_hold_back_steps_by_evidence_and_nothing_else() {
         assert_eq!(play.control.policy.as_ref().map(shares), Some(then));
     }
     // What somebody says.
-    play.control.command("shop", &Command::Promote { full: false }, play.now).unwrap();
+    play.control.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
     play.pass(1_000, &EDGE);
     assert_eq!(play.rollout().step, 1);
     play.control.command("shop", &Command::Abort, play.now).unwrap();
@@ -456,7 +456,7 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     play.pass(1_000, &EDGE);
     play.control.was_written();
     play.control.set_state_error(Some("Secret tideshift-state: forbidden"), true);
-    play.control.command("shop", &Command::Promote { full: false }, play.now).unwrap();
+    play.control.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
     let decided = play.control.evaluate(play.now).policy.unwrap();
     assert_eq!((shares(&decided), play.control.away()), ([0.0, 100.0], None));
     let status = play.control.status(play.now);
