@@ -36,7 +36,7 @@ use proxies::{Census, Proxies};
 use requests::Requests;
 use serde_json::Value;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tideshift_core::decode::Errors;
@@ -65,6 +65,15 @@ pub struct Control {
     document_errors: Vec<String>,
     /// Why what is decided cannot be kept, if so.
     state_error: Option<String>,
+    /// Whether nothing may be published before it can.
+    waits_for_state: bool,
+    /// Why counts cannot be kept, if so.
+    counts_error: Option<String>,
+    /// What proxies were given last; none: nothing by this process.
+    published: Option<Policy>,
+    /// The rollouts that have changed since their state was last safe, and the revision that was.
+    unwritten: BTreeSet<String>,
+    written: u64,
     /// The namespaces whose documents cannot be seen, and which thus stay as proxies have them; `None` is all.
     hidden: Vec<Option<String>>,
     readiness: Arc<Readiness>,
@@ -219,6 +228,9 @@ const CATCH_UP: Millis = 2_000;
 const CENSUS: Millis = 100;
 /// From one look for counts that nobody needs any longer to the next.
 const TIDY: Millis = 10_000;
+/// So much newer is what is published before it is safe: nobody who goes on from an older state comes that far before
+/// proxies say what they have.
+const LEAP: u64 = 1_000;
 /// While something is held or waited for, the time is kept this often.
 const KEEP_TIME: Millis = 5_000;
 /// How long it may take until it is kept which endpoints are ready, where nothing else has to be kept.
@@ -257,6 +269,11 @@ impl Control {
             shifts_changed: false,
             document_errors: Vec::new(),
             state_error: None,
+            waits_for_state: false,
+            counts_error: None,
+            published: None,
+            unwritten: BTreeSet::new(),
+            written: kept.revision,
             hidden: Vec::new(),
             readiness: Arc::default(),
             availability: Availability::new(&kept.ready, &kept.young),
@@ -374,10 +391,88 @@ impl Control {
     }
 
     /// Why what is decided cannot be kept; none if it can.
-    pub fn set_state_error(&mut self, error: Option<&str>) {
+    /// `waits`: nothing is published before it can.
+    pub fn set_state_error(&mut self, error: Option<&str>, waits: bool) {
         if self.state_error.as_deref() != error {
             self.state_error = error.map(str::to_owned);
         }
+        self.waits_for_state = waits && error.is_some();
+    }
+
+    /// Why nothing can be published, if so.
+    pub fn held_back(&self) -> Option<&str> {
+        self.state_error.as_deref().filter(|_| self.waits_for_state)
+    }
+
+    /// Why counts cannot be kept; none if they can. Until they can, rollouts go no further by evidence.
+    pub fn set_counts_error(&mut self, error: Option<&str>) {
+        if self.counts_error.as_deref() != error {
+            self.counts_error = error.map(str::to_owned);
+        }
+    }
+
+    /// All that was decided is safe.
+    pub fn was_written(&mut self) {
+        self.unwritten.clear();
+        self.written = self.kept.revision;
+    }
+
+    /// Of what was decided and cannot be kept, what proxies must hear of all the same: versions that can take nothing any
+    /// longer get nothing, and targets give back what they had. No share grows that a restart would take back. None if
+    /// proxies have that already.
+    pub fn away(&mut self) -> Option<Policy> {
+        let (published, decided) = (self.published.as_ref()?, self.policy.as_ref()?);
+        let decided: HashMap<&str, &Service> = decided.services.iter().map(|of| (of.name.as_str(), of)).collect();
+        let services: Vec<Service> = published
+            .services
+            .iter()
+            .map(|before| {
+                let Some(now) = decided.get(before.name.as_str()) else { return before.clone() };
+                self.away_of(before, now)
+            })
+            .collect();
+        if services == published.services {
+            return None;
+        }
+        // Whoever goes on from what is kept gives none of its policies this revision.
+        let revision = self.kept.revision.max(published.revision).max(self.written.saturating_add(LEAP)) + 1;
+        (self.kept.revision, self.policy, self.dirty) = (revision, None, true);
+        self.pace.hurry();
+        self.kept.services.clear();
+        Some(Policy { revision, services, ..Policy::default() })
+    }
+
+    fn away_of(&self, before: &Service, now: &Service) -> Service {
+        let shift = self.places.get(&now.name).and_then(|(shift, _)| self.shifts.get(*shift));
+        let rollout = shift.filter(|shift| self.unwritten.contains(&shift.name));
+        let rollout = rollout.and_then(|shift| self.kept.rollouts.get(&shift.name));
+        let Some(rollout) = rollout.filter(|rollout| !rollout.is_return) else { return now.clone() };
+        let target = rollout.target.as_deref().unwrap_or_default();
+        if share_of(now, target) <= share_of(before, target) {
+            return now.clone();
+        }
+        let mut held = before.clone();
+        for version in &mut held.versions {
+            let serves = now.versions.iter().any(|of| of.name == version.name && of.serving);
+            version.serving &= serves;
+        }
+        let carries = held.versions.iter().any(|version| version.serving && version.weight > 0);
+        if carries { held } else { now.clone() }
+    }
+
+    /// Proxies are given this from now on.
+    pub fn set_published(&mut self, policy: &Policy) {
+        self.published = Some(policy.clone());
+    }
+
+    /// Whether nothing is being moved, held or drained.
+    pub fn is_at_rest(&self) -> bool {
+        !self.kept.idle.is_under_way() && !self.kept.rollouts.values().any(|rollout| rollout.phase.is_under_way())
+    }
+
+    /// All counts.
+    pub fn counted(&self) -> &Counted {
+        &self.counted
     }
 
     /// A document from the API takes the place of the file's until that one changes. Returns whether it is a new one.
@@ -517,6 +612,9 @@ impl Control {
             return Ok(false);
         }
         self.news.extend(rollout.take_news().into_iter().map(|news| (name.clone(), news)));
+        if is_elsewhere(Some(&before), &rollout) {
+            self.unwritten.insert(name.clone());
+        }
         self.kept.rollouts.insert(name, rollout);
         self.dirty = true;
         self.pace.hurry();
@@ -581,6 +679,9 @@ impl Control {
         services.extend(self.in_force.iter().filter(hidden).cloned());
         for (name, rollout, news, keep) in changed {
             outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
+            if is_elsewhere(self.kept.rollouts.get(&name), &rollout) {
+                self.unwritten.insert(name.clone());
+            }
             self.kept.rollouts.insert(name, rollout);
             outcome.keep |= keep;
         }
@@ -711,7 +812,8 @@ impl Control {
         let revision = |service: &ShiftService| self.changed_in.get(&service.name).copied();
         let revision = shift.services.iter().map(|service| revision(service).unwrap_or(self.kept.revision)).max();
         World::new(&self.counted.ledger, availability, self.proxies.vetoes(now), opinion, up_to_date)
-            .with_proxies(&self.census.0, revision.unwrap_or_default())
+            .with_proxies(&self.census.0, revision.unwrap_or_default(), shift)
+            .with_counts_kept(self.counts_error.is_none())
     }
 
     fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
@@ -849,6 +951,21 @@ fn is_known(
 ) -> bool {
     let place = places.get(service).and_then(|(shift, at)| shifts.get(*shift)?.services.get(*at));
     place.is_some_and(|service| service.version(version).is_some()) || idle.has(service, version)
+}
+
+/// Whether a rollout has come to another place in what it does, rather than endpoints or proxies have come or gone.
+fn is_elsewhere(before: Option<&Rollout>, after: &Rollout) -> bool {
+    let place = |of: &Rollout| (of.number, of.step, of.allowed, of.paused, of.weight_by_hand);
+    let versions = |of: &Rollout| (of.stable.clone(), of.target.clone());
+    before.is_none_or(|before| place(before) != place(after) || versions(before) != versions(after))
+}
+
+/// A version's share of the requests that no rule takes, 0 to 1.
+fn share_of(service: &Service, name: &str) -> f64 {
+    let serving = || service.versions.iter().filter(|version| version.serving);
+    let all: f64 = serving().map(|version| f64::from(version.weight)).sum();
+    let own: f64 = serving().filter(|version| version.name == name).map(|version| f64::from(version.weight)).sum();
+    if all > 0.0 { own / all } else { 0.0 }
 }
 
 /// How long a service's versions may take to drain.

@@ -18,7 +18,7 @@ pub use clusters::Clusters;
 pub use eyes::{Eyes, Object, Scene};
 pub use hands::Hands;
 pub use lease::{Candidate, Role};
-pub use memory::{Memory, MemoryError};
+pub use memory::{CountsMemory, Memory, MemoryError};
 pub use review::Reviewer;
 
 use futures_util::{Stream, TryStreamExt, future};

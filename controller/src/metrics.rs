@@ -28,6 +28,7 @@ pub fn text(status: Status, done: &Done) -> String {
     }
     let mut registry = Registry::default();
     registry.register_collector(Box::new(process::Process));
+    done.register_state(registry.sub_registry_with_prefix("tideshift"));
     let own = registry.sub_registry_with_prefix("tideshift_controller");
     done.register(own);
     own.register_collector(Box::new(status));

@@ -254,6 +254,10 @@ pub trait Observed {
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto>;
     /// Whether the proxies have had the time to say what they counted while no controller was there.
     fn is_up_to_date(&self) -> bool;
+    /// Whether counts can be kept: a step that goes forward by evidence which a restart would lose is not safe.
+    fn counts_are_kept(&self) -> bool {
+        true
+    }
     /// What the counts say of the target.
     fn verdict(&self) -> Opinion;
 }

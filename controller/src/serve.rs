@@ -168,7 +168,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
     let service = Service::start(&options, listeners, secrets, control, role.subscribe(), (None, Done::default()));
     tracing::info!(%address, tls = options.tls.is_some(), ?files, "serving");
 
-    let keeper = Keeper::new(store, service.shared.done.clone());
+    let keeper = Keeper::new(store.clone(), store, service.shared.done.clone());
     let hooks = Hooks::start(Egress::of_machine(options.webhooks_allowed.clone()), limits.webhooks);
     let (hooks, source) = (hooks.map_err(ServeError::Tls)?, Source::Files(watched, good));
     let mut mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, source, hooks);

@@ -20,6 +20,13 @@ pub struct Status {
     /// Why what was decided last is not kept, if it is not: a restart would go on from what was kept before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_error: Option<String>,
+    /// Why counts are not kept, if they are not: rollouts go no further by evidence until they are. All else goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counts_error: Option<String>,
+    /// The revision that is in force, if what was decided since then is not published yet. Versions then have
+    /// `weightInForce`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published_revision: Option<u64>,
     /// The services, by name.
     pub services: Vec<ServiceStatus>,
     /// The proxies, by id.
@@ -256,6 +263,9 @@ pub struct VersionStatus {
     pub name: String,
     /// Its share of the requests that no rule takes, in percent.
     pub weight: f64,
+    /// The share that proxies were given last, if what was decided since then is not published yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_in_force: Option<f64>,
     /// Whether it can take requests at all.
     pub serving: bool,
     /// Its endpoints.

@@ -13,8 +13,9 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use tideshift_core::policy::Policy;
 
 /// The format that this build writes; it reads the three before, too. (4: counts tell how requests were chosen; 5: what
@@ -24,6 +25,7 @@ const FORMAT: u64 = 5;
 pub const MAX_COUNTS: usize = 32 << 20;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
+const LOCK: &str = "lock";
 
 /// Everything but the counts, which change all the time and are kept apart.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -82,13 +84,13 @@ fn new_secret() -> io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The directory of one controller's state.
-#[derive(Debug)]
+/// The directory of one controller's state. Clones share its lock.
+#[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
     fit: Fit,
     /// Held until the process ends, whichever way.
-    _lock: File,
+    lock: Arc<Mutex<File>>,
 }
 
 /// Why the state cannot be used. Nothing is overwritten.
@@ -134,7 +136,7 @@ struct Envelope<'a> {
 pub struct Unreadable(pub String);
 
 /// Makes counts fit where they are kept.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Fit {
     limit: usize,
     /// What single runs of proxies may take, as far as that is known from the last time.
@@ -246,7 +248,42 @@ fn checksum(format: u64, content: &str) -> String {
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+fn take_lock(dir: &Path) -> Result<File, StoreError> {
+    let io = |error| StoreError::Io { path: dir.to_owned(), error };
+    let lock = File::create(dir.join(LOCK)).map_err(io)?;
+    lock.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => StoreError::InUse(dir.to_owned()),
+        TryLockError::Error(error) => io(error),
+    })?;
+    Ok(lock)
+}
+
 impl Store {
+    /// Whether the directory is still the one that is locked, and what was written is there.
+    pub fn is_intact(&self) -> bool {
+        self.is_locked() && Self::is_in(&self.dir)
+    }
+
+    fn is_locked(&self) -> bool {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        match (lock.metadata(), fs::metadata(self.dir.join(LOCK))) {
+            (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
+            _ => false,
+        }
+    }
+
+    /// A directory that was removed or replaced is made and locked again, unless another controller has done so.
+    fn lock_again(&self) -> Result<(), StoreError> {
+        if self.is_locked() {
+            return Ok(());
+        }
+        fs::create_dir_all(&self.dir).map_err(|error| StoreError::Io { path: self.dir.clone(), error })?;
+        let new = take_lock(&self.dir)?;
+        tracing::warn!("state in {}: the folder was removed; it is made again", self.dir.display());
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(())
+    }
+
     /// Whether there is a state in a directory, readable or not.
     pub fn is_in(dir: &Path) -> bool {
         dir.join(ROLLOUTS).symlink_metadata().is_ok()
@@ -256,12 +293,8 @@ impl Store {
     pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Counted>), StoreError> {
         let io = |error| StoreError::Io { path: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(io)?;
-        let lock = File::create(dir.join("lock")).map_err(io)?;
-        lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => StoreError::InUse(dir.to_owned()),
-            TryLockError::Error(error) => io(error),
-        })?;
-        let store = Self { dir: dir.to_owned(), fit: Fit::into(MAX_COUNTS), _lock: lock };
+        let lock = Arc::new(Mutex::new(take_lock(dir)?));
+        let store = Self { dir: dir.to_owned(), fit: Fit::into(MAX_COUNTS), lock };
         let (mut kept, mut counted) = (store.read::<Kept>(ROLLOUTS)?, store.read::<Counted>(COUNTS)?);
         if let (None, Some(counted)) = (&kept, &mut counted) {
             // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
@@ -301,6 +334,7 @@ impl Store {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<usize, StoreError> {
+        self.lock_again()?;
         let path = self.dir.join(name);
         let replace = || {
             let new = path.with_extension("new");
@@ -380,7 +414,7 @@ mod tests {
         for (starts, services, whole) in [(8_000, 1, true), (360, 20, true), (500, 50, false)] {
             let mut counted = counted(starts, services);
             let mut fit = Fit::into(LIMIT);
-            let bytes = fit.pack(&counted, |written| packed(written)).unwrap();
+            let bytes = fit.pack(&counted, packed).unwrap();
             assert!(
                 bytes.len() <= LIMIT && (whole || bytes.len() > LIMIT / 2),
                 "{starts}, {services}: {}",
@@ -411,8 +445,31 @@ mod tests {
     #[test]
     fn totals_that_do_not_fit_are_said_so() {
         let mut fit = Fit::into(1_000);
-        let error = fit.pack(&counted(1, 100), |written| packed(written)).unwrap_err();
+        let error = fit.pack(&counted(1, 100), packed).unwrap_err();
         assert!(error.bytes > 1_000 && error.to_string().ends_with("at most 1000 do"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_that_is_removed_is_made_again_and_belongs_to_one_controller() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("state");
+        let kept = Kept::fresh("e".to_owned()).unwrap();
+        let (mut store, ..) = Store::open(&dir).unwrap();
+        store.keep(&kept).unwrap();
+        assert!(store.is_intact());
+        fs::remove_dir_all(&dir).unwrap();
+        assert!(!store.is_intact());
+        store.keep(&kept).unwrap();
+        assert!(store.is_intact() && matches!(Store::open(&dir), Err(StoreError::InUse(_))));
+        // Another one is faster.
+        fs::remove_dir_all(&dir).unwrap();
+        let (mut other, found, _) = Store::open(&dir).unwrap();
+        assert_eq!(found, None);
+        other.keep(&Kept { revision: 7, ..kept.clone() }).unwrap();
+        assert!(matches!(store.keep(&kept), Err(StoreError::InUse(_))), "nothing of the other's is overwritten");
+        assert!(matches!(store.keep_counts(&Counted::default()), Err(StoreError::InUse(_))));
+        drop(other);
+        store.keep(&kept).unwrap();
     }
 
     #[test]

@@ -155,7 +155,7 @@ async fn state_that_cannot_be_read_is_refused_and_left_alone() -> anyhow::Result
             assert!(output.stderr.contains("it is left as it is. Move it away to start afresh"), "{}", output.stderr);
             anyhow::Ok(())
         };
-        let newer = String::from_utf8(good.clone())?.replacen("\"format\":4", "\"format\":7", 1);
+        let newer = String::from_utf8(good.clone())?.replacen("\"format\":5", "\"format\":7", 1);
         let mut flipped = good.clone();
         *flipped.last_mut().context("nothing")? ^= 1;
         let mut elsewhere = good.clone();
@@ -394,5 +394,33 @@ async fn hostile_clients_get_an_answer_and_everybody_else_still_does() -> anyhow
         connection.reset()?;
     }
     answers_polls(address).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_folder_that_is_removed_is_made_again_and_stays_its_own() -> anyhow::Result<()> {
+    let (rig, mut controller) = start().await?;
+    post(&controller, report("p", "1", 5).to_string()).send().await?;
+    let before = Seen::now(&controller).await?;
+    fs::remove_dir_all(rig.state_dir())?;
+    eventually("the state to be written again", DEADLINE, async || {
+        for name in ["rollouts.json", "counts.json"] {
+            let _: Value = serde_json::from_slice(&fs::read(rig.state_dir().join(name))?)?;
+        }
+        Ok(())
+    })
+    .await?;
+    // It is locked as it was before.
+    let second = serve(&rig.file(), &["--listen", "127.0.0.1:0"])?;
+    assert!(second.code == Some(1) && second.stderr.contains("in use by another tideshift serve"), "{second:?}");
+    answers_polls(controller.address()).await?;
+    controller.kill()?;
+    controller.start_again().await?;
+    let after = Seen::now(&controller).await?;
+    assert_eq!(
+        (&after.0["epoch"], after.revision(), after.step()),
+        (&before.0["epoch"], before.revision(), before.step())
+    );
+    assert_eq!(after.count("v1", "ok"), 5);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tideshift_tests::{
     bootstrap::CONTROLLER_CLUSTER,
     client::{Request, Response, get},
-    controller::Controller,
+    controller::{Controller, cli},
     policy_server::{PolicyServer, held_after},
     rig::Rig,
     setup::{DEADLINE, EachWorker, Setup},
@@ -82,10 +82,17 @@ async fn a_change_of_one_service_of_a_thousand_travels_alone() -> anyhow::Result
     );
     assert!(sent <= 2 * own, "{sent} of {own}");
     assert!(envoy < 10 * own as u64, "{envoy}, with the answers to its reports");
-    // Removed, it is gone everywhere; the file's document is in force again where there is one.
-    let request = Request::new(controller.address(), "DELETE", "/v1/shifts/s500");
-    assert_eq!(request.header("content-type", "application/json").send().await?.status, 200);
+    // Taken back, the file's document is in force again.
+    let server = format!("http://{}", controller.address());
+    let delete = || cli(["delete", "s500", "--server", &server]);
+    let deleted = delete()?;
+    assert_eq!(
+        (deleted.code, deleted.stdout.as_str()),
+        (Some(0), "s500: deleted; the file's document is in force again\n")
+    );
     workers.all_to("v1").await?;
+    let of_file = delete()?;
+    assert_eq!((of_file.code, of_file.stderr.contains("comes from a file")), (Some(4), true), "{}", of_file.stderr);
     setup.no_trap().await
 }
 
@@ -169,5 +176,6 @@ async fn an_endpoint_that_comes_and_goes_is_published_a_few_times_a_second_at_mo
     println!("{FLAPS} flaps in {seconds:.1} s: {published} publications, {written} writes, {lines} lines in the log");
     assert!(published <= 2.0 * seconds + 2.0, "{published}");
     assert!(written <= 3.0 * seconds + 2.0, "{written}");
+    assert!(lines as f64 <= 4.0 * seconds, "{lines}");
     Ok(())
 }

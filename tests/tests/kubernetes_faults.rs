@@ -414,7 +414,11 @@ async fn another_cluster_out_of_sight_freezes_its_weights_and_no_others() -> any
     west.come_back().await?;
     until_weights(&controller, &audit, &[100.0, 0.0]).await?;
     west.apply(slice_in(&cluster, "audit-v2", 2, 2))?;
-    until_weights(&controller, &audit, &[50.0, 50.0]).await?;
+    eventually("what was decided to be published", DEADLINE, async || {
+        ensure!(weights_of(&policy(&controller).await?, &audit) == [50, 50]);
+        Ok(())
+    })
+    .await?;
 
     lead_to("clusters: nonsense").await?;
     until_said(&cluster, "audit", "its kubeconfig").await?;

@@ -29,6 +29,9 @@ pub(super) async fn healthy() -> &'static str {
 }
 
 pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
+    if let Some(why) = shared.control().held_back() {
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("nothing can be published: {why}\n")).into_response();
+    }
     match shared.published.borrow().is_some() {
         true => "ok\n".into_response(),
         // A replica that follows has nothing to wait for: whoever asks it is handed on.

@@ -55,6 +55,14 @@ struct Said {
     vetoes: Vec<(String, Veto)>,
 }
 
+impl Said {
+    /// The services that it has refused of the policy that it runs: it has them as they were before.
+    fn refused_services(&self) -> &[String] {
+        let of_this = self.refused.as_ref().filter(|refused| refused.revision == self.revision);
+        of_this.map_or(&[], |refused| &refused.services)
+    }
+}
+
 /// Which proxies are there, and what they run.
 #[derive(Debug, Default)]
 pub(super) struct Census {
@@ -62,19 +70,25 @@ pub(super) struct Census {
     live: BTreeMap<Option<u64>, (usize, String)>,
     silent: usize,
     first_silent: Option<(String, Millis)>,
+    /// How many of those that report refused each service of what they run, and the first of them with its revision.
+    refusing: BTreeMap<String, (usize, (String, Option<u64>))>,
 }
 
 impl Census {
-    /// As far as those are concerned that are to run a revision, or a newer one.
-    pub(super) fn coverage(&self, revision: u64) -> Coverage {
+    /// As far as those are concerned that are to run these services as of a revision, or a newer one. One that has refused
+    /// such a service does not.
+    pub(super) fn coverage<'s>(&self, revision: u64, services: impl Iterator<Item = &'s str>) -> Coverage {
         let behind = || self.live.range(..Some(revision));
         let first = behind().min_by(|(_, (_, a)), (_, (_, b))| a.cmp(b));
+        let refusing = services.filter_map(|service| self.refusing.get(service)).max_by_key(|(number, _)| *number);
         Coverage {
             live: self.live.values().map(|(number, _)| number).sum(),
             silent: self.silent,
             first_silent: self.first_silent.clone(),
-            behind: behind().map(|(_, (number, _))| number).sum(),
-            first_behind: first.map(|(revision, (_, id))| (id.clone(), *revision)),
+            behind: behind().map(|(_, (number, _))| number).sum::<usize>() + refusing.map_or(0, |(number, _)| *number),
+            first_behind: first
+                .map(|(revision, (_, id))| (id.clone(), *revision))
+                .or_else(|| refusing.map(|(_, first)| first.clone())),
             revision,
         }
     }
@@ -87,6 +101,8 @@ struct Sums {
     /// How many run each revision.
     revisions: BTreeMap<Option<u64>, usize>,
     in_flight: HashMap<VersionKey, u64>,
+    /// How many have refused each service of what they run.
+    refusing: BTreeMap<String, usize>,
 }
 
 impl Sums {
@@ -96,6 +112,9 @@ impl Sums {
             return;
         };
         *self.revisions.entry(said.revision).or_default() += 1;
+        for service in said.refused_services() {
+            *self.refusing.entry(service.clone()).or_default() += 1;
+        }
         for (key, number) in &said.in_flight {
             match self.in_flight.get_mut(key) {
                 Some(sum) => *sum = sum.saturating_add(*number),
@@ -114,6 +133,12 @@ impl Sums {
             Some(sum) if *sum > 1 => *sum -= 1,
             _ => drop(self.revisions.remove(&said.revision)),
         }
+        for service in said.refused_services() {
+            match self.refusing.get_mut(service) {
+                Some(sum) if *sum > 1 => *sum -= 1,
+                _ => drop(self.refusing.remove(service)),
+            }
+        }
         for (key, number) in &said.in_flight {
             match self.in_flight.get_mut(key) {
                 Some(sum) if *sum > *number => *sum -= number,
@@ -127,7 +152,11 @@ impl Proxy {
     /// Whether the sums are the same with either.
     fn adds_the_same(&self, other: &Self) -> bool {
         match (&self.said, &other.said) {
-            (Some(own), Some(other)) => own.revision == other.revision && own.in_flight == other.in_flight,
+            (Some(own), Some(other)) => {
+                own.revision == other.revision
+                    && own.in_flight == other.in_flight
+                    && own.refused_services() == other.refused_services()
+            }
             (own, other) => own.is_none() && other.is_none(),
         }
     }
@@ -275,7 +304,13 @@ impl Proxies {
                     census.silent += 1;
                     census.first_silent.get_or_insert_with(|| (id.clone(), silence));
                 }
-                Some(said) => census.live.entry(said.revision).or_insert_with(|| (0, id.clone())).0 += 1,
+                Some(said) => {
+                    census.live.entry(said.revision).or_insert_with(|| (0, id.clone())).0 += 1;
+                    for service in said.refused_services() {
+                        let first = || (0, (id.clone(), said.revision));
+                        census.refusing.entry(service.clone()).or_insert_with(first).0 += 1;
+                    }
+                }
                 // It was there before this controller, and may well be.
                 None => {}
             }
@@ -303,6 +338,7 @@ impl Proxies {
     /// What a version waits for that is given nothing since a revision; `services` are those of the last policy.
     pub(super) fn waiting(&self, key: &VersionKey, revision: u64, services: &[Service]) -> Option<Waiting> {
         let behind: usize = self.sums.revisions.range(..Some(revision)).map(|(_, number)| number).sum();
+        let behind = behind + self.sums.refusing.get(&key.0).copied().unwrap_or_default();
         let in_flight = self.in_flight(key);
         let sent_back = || self.who_sends_back(key, services).count();
         match (behind, in_flight) {
@@ -341,7 +377,8 @@ impl Proxies {
         };
         match waiting {
             Waiting::Behind(number) => {
-                let mut behind = self.said().filter(|(_, _, said)| said.revision < Some(revision));
+                let refuses = |said: &Said| said.refused_services().contains(&key.0);
+                let mut behind = self.said().filter(|(_, _, said)| said.revision < Some(revision) || refuses(said));
                 let first = behind.next().map(|((id, _), ..)| id.as_str());
                 format!("waiting for proxy {} to apply revision {revision}", named(first, number))
             }
@@ -406,6 +443,29 @@ mod tests {
         let refused = proxies.status().remove(0).refused.unwrap();
         assert_eq!(refused.errors, vec!["é".repeat(500); 20]);
         assert_eq!(refused.services, refused.errors);
+    }
+
+    #[test]
+    fn who_has_refused_a_service_does_not_run_it_as_it_is() {
+        let mut proxies = Proxies::default();
+        let run = ("p".to_owned(), "1".to_owned());
+        let says = |proxies: &mut Proxies, refused: &[&str]| {
+            let services: Vec<String> = refused.iter().map(ToString::to_string).collect();
+            let refused = Some(Refused { revision: Some(7), errors: Vec::new(), services });
+            proxies.reported(&run, &Report { refused, ..report(7, &[0]) }, "", |_, _| true, 0);
+        };
+        let key = ("shop".to_owned(), "v1".to_owned());
+        says(&mut proxies, &["shop"]);
+        let coverage = |proxies: &Proxies, service: &str| proxies.census(0).coverage(7, [service].into_iter());
+        assert_eq!((coverage(&proxies, "shop").behind, coverage(&proxies, "other").behind), (1, 0));
+        assert_eq!(coverage(&proxies, "shop").first_behind, Some(("p".to_owned(), Some(7))));
+        assert!(matches!(proxies.waiting(&key, 7, &[]), Some(Waiting::Behind(1))));
+        let words = proxies.in_words(Waiting::Behind(1), &key, 7, &[]);
+        assert_eq!(words, "waiting for proxy p to apply revision 7");
+        says(&mut proxies, &["other"]);
+        assert_eq!((coverage(&proxies, "shop").behind, proxies.waiting(&key, 7, &[])), (0, None));
+        proxies.forget_silent(100_000);
+        assert_eq!(proxies.sums, Sums::default());
     }
 
     #[test]

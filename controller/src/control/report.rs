@@ -10,6 +10,7 @@ use crate::status::{
     DrainStatus, EndpointsStatus, NotReady, ServiceStatus, Status, StepPlan, StepStatus, TransitionStatus,
     VersionStatus, timestamp,
 };
+use tideshift_core::policy::Policy;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 impl Control {
@@ -21,9 +22,22 @@ impl Control {
             revision: self.policy.as_ref().map_or(0, |policy| policy.revision) + u64::from(self.is_held_back),
             document_errors: self.document_errors(),
             state_error: self.state_error.clone(),
+            counts_error: self.counts_error.clone(),
+            published_revision: self.unpublished().map(|published| published.revision),
             services: self.shifts.iter().flat_map(|shift| self.shift_status(shift, now)).collect(),
             proxies: self.proxies.status(),
         }
+    }
+
+    /// What proxies have been given, if that is not what was decided.
+    fn unpublished(&self) -> Option<&Policy> {
+        let decided = self.policy.as_ref().map_or(self.kept.revision, |policy| policy.revision);
+        self.published.as_ref().filter(|published| published.revision != decided || self.is_held_back)
+    }
+
+    fn weight_in_force(&self, service: &str, version: &str) -> Option<f64> {
+        let published = self.unpublished()?.services.iter().find(|of| of.name == service)?;
+        Some(percent(super::share_of(published, version)))
     }
 
     /// How the services of one rollout stand; `None` if there is no such rollout.
@@ -152,6 +166,7 @@ impl Control {
                 in_flight: drain.in_flight,
                 drain,
                 weight: percent(part.share),
+                weight_in_force: self.weight_in_force(&service.name, &part.version),
                 serving: part.serving,
                 name: part.version,
             }

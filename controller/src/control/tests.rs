@@ -400,3 +400,91 @@ fn a_restart_says_nothing_of_proxies_that_are_there() {
     use crate::rollout::Reason::{Completed, Holding, Started, StepStarted};
     assert_eq!(reasons, [Started, Holding, StepStarted, Completed]);
 }
+
+/// The endpoints of one version are gone.
+fn readiness_without(version: &str) -> Arc<Readiness> {
+    let mut readiness = (*readiness()).clone();
+    let endpoints = readiness.services.get_mut("shop").and_then(|versions| versions.get_mut(version));
+    endpoints.into_iter().flatten().for_each(|state| state.ready = false);
+    Arc::new(readiness)
+}
+
+const TWO_STEPS: &str = r#"{"strategy": {"steps": [{"weight": 10, "holdSeconds": 20}, {"weight": 100}]}}"#;
+
+/// The shares of v1 and v2, in percent.
+fn shares(policy: &Policy) -> [f64; 2] {
+    VERSIONS.map(|version| 100.0 * share_of(&policy.services[0], version))
+}
+
+#[test]
+fn counts_that_cannot_be_kept_hold_back_steps_by_evidence_and_nothing_else() {
+    use crate::rollout::{Phase, Reason};
+    let mut play = Play::new(serde_json::from_str(TWO_STEPS).unwrap());
+    play.control.set_counts_error(Some("no space left on device"));
+    play.pass(60_000, &EDGE);
+    assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::CatchingUp), "{}", play.rollout().message);
+    assert_eq!(play.control.status(play.now).counts_error.as_deref(), Some("no space left on device"));
+    // Readiness, in both directions.
+    for (now, then) in [(readiness_without("v2"), [100.0, 0.0]), (readiness(), [90.0, 10.0])] {
+        play.control.set_readiness(now);
+        play.pass(2_000, &EDGE);
+        assert_eq!(play.control.policy.as_ref().map(shares), Some(then));
+    }
+    // What somebody says.
+    play.control.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
+    play.pass(1_000, &EDGE);
+    assert_eq!(play.rollout().step, 1);
+    play.control.command("shop", &Command::Abort, play.now).unwrap();
+    assert_eq!(play.control.evaluate(play.now).policy.as_ref().map(shares), Some([100.0, 0.0]));
+    // And it goes on when they can be kept.
+    let mut play = Play::new(serde_json::from_str(TWO_STEPS).unwrap());
+    play.control.set_counts_error(Some("no space left on device"));
+    play.pass(60_000, &EDGE);
+    play.control.set_counts_error(None);
+    play.pass(30_000, &EDGE);
+    assert_eq!(play.rollout().phase, Phase::Succeeded);
+}
+
+#[test]
+fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
+    let mut play = Play::new(serde_json::from_str(TWO_STEPS).unwrap());
+    let first = play.control.evaluate(play.now).policy.unwrap();
+    play.control.set_published(&first);
+    play.control.was_written();
+    assert_eq!(shares(&first), [90.0, 10.0]);
+    // A step forward, of which a restart would know nothing, waits.
+    play.pass(1_000, &EDGE);
+    play.control.was_written();
+    play.control.set_state_error(Some("Secret tideshift-state: forbidden"), true);
+    play.control.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
+    let decided = play.control.evaluate(play.now).policy.unwrap();
+    assert_eq!((shares(&decided), play.control.away()), ([0.0, 100.0], None));
+    let status = play.control.status(play.now);
+    assert_eq!((status.revision, status.published_revision), (decided.revision, Some(first.revision)));
+    let weights = status.services[0].versions.iter().map(|version| (version.weight, version.weight_in_force));
+    assert_eq!(weights.collect::<Vec<_>>(), [(0.0, Some(90.0)), (100.0, Some(10.0))]);
+    assert_eq!(play.control.held_back(), Some("Secret tideshift-state: forbidden"));
+    // A version that is gone does not.
+    play.control.set_readiness(readiness_without("v2"));
+    play.control.evaluate(play.now);
+    let away = play.control.away().unwrap();
+    play.control.set_published(&away);
+    assert_eq!(shares(&away), [100.0, 0.0]);
+    assert!(away.revision > first.revision + LEAP, "nobody else gives it to another policy");
+    let after = play.control.evaluate(play.now);
+    assert!(after.keep && after.policy.unwrap().revision > away.revision);
+    assert_eq!(play.control.away(), None, "it is said once");
+    // Neither does what somebody takes back.
+    play.control.set_readiness(readiness());
+    play.control.evaluate(play.now);
+    play.control.command("shop", &Command::Abort, play.now).unwrap();
+    play.control.evaluate(play.now);
+    let away = play.control.away().unwrap();
+    assert_eq!(shares(&away), [100.0, 0.0]);
+    // Once it can be kept, everything is published.
+    play.control.set_state_error(None, true);
+    let all = play.control.evaluate(play.now).policy.unwrap();
+    play.control.was_written();
+    play.control.set_published(&all);
+    assert_eq!((play.control.held_back(), play.control.status(play.now).published_revision), (None, None));
+}

@@ -19,6 +19,7 @@ pub(super) struct World<'a> {
     vetoes: Vec<(&'a str, &'a Veto)>,
     opinion: Opinion,
     up_to_date: bool,
+    counts_are_kept: bool,
     coverage: Coverage,
 }
 
@@ -31,12 +32,18 @@ impl<'a> World<'a> {
         opinion: Opinion,
         up_to_date: bool,
     ) -> Self {
-        Self { ledger, ready, vetoes, opinion, up_to_date, coverage: Coverage::default() }
+        Self { ledger, ready, vetoes, opinion, up_to_date, counts_are_kept: true, coverage: Coverage::default() }
     }
 
-    /// With what is known of the proxies that are to run a revision.
-    pub(super) fn with_proxies(self, census: &Census, revision: u64) -> Self {
-        Self { coverage: census.coverage(revision), ..self }
+    /// With what is known of the proxies that are to run a shift's services as of a revision.
+    pub(super) fn with_proxies(self, census: &Census, revision: u64, shift: &TrafficShift) -> Self {
+        let services = shift.services.iter().map(|service| service.name.as_str());
+        Self { coverage: census.coverage(revision, services), ..self }
+    }
+
+    /// Where counts can be kept, or cannot.
+    pub(super) fn with_counts_kept(self, counts_are_kept: bool) -> Self {
+        Self { counts_are_kept, ..self }
     }
 
     fn endpoints(&self, service: &str, version: &str) -> (u32, u32) {
@@ -72,6 +79,10 @@ impl Observed for World<'_> {
 
     fn is_up_to_date(&self) -> bool {
         self.up_to_date
+    }
+
+    fn counts_are_kept(&self) -> bool {
+        self.counts_are_kept
     }
 
     fn verdict(&self) -> Opinion {

@@ -31,10 +31,15 @@ const HISTORIES: [usize; 4] = [200, 50, 10, 0];
 /// How long a write may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The Secrets, as this replica wrote them last.
+/// The Secret of everything but the counts, as this replica wrote it last.
 #[derive(Debug)]
 pub struct Memory {
     state: Slot,
+}
+
+/// The Secret of the counts.
+#[derive(Debug)]
+pub struct CountsMemory {
     counts: Slot,
     fit: Fit,
 }
@@ -60,9 +65,12 @@ pub enum MemoryError {
         "Secret {0}: {1}; it is left as it is. Delete it to start afresh (traffic then starts at the stable versions)"
     )]
     Unreadable(String, Unreadable),
-    /// The API server refuses, or does not answer.
+    /// The API server refuses it.
     #[error("Secret {0}: {1}")]
     Refused(String, String),
+    /// The API server does not answer, or something has come in between.
+    #[error("Secret {0}: {1}")]
+    Unknown(String, String),
     /// It is more than a Secret may hold.
     #[error("Secret {0}: {1}")]
     TooLarge(String, TooLarge),
@@ -84,7 +92,7 @@ impl Memory {
         namespace: &str,
         prefix: &str,
         identity: &str,
-    ) -> Result<(Self, Option<Kept>, Option<Counted>), MemoryError> {
+    ) -> Result<((Self, CountsMemory), Option<Kept>, Option<Counted>), MemoryError> {
         let slot = |name: String| Slot {
             api: Api::namespaced(client.clone(), namespace),
             name,
@@ -100,7 +108,8 @@ impl Memory {
             (None, Some(counted)) => Some(Counted { judges: Judges::default(), ..counted }),
             (_, counted) => counted,
         };
-        Ok((Self { state, counts, fit: Fit::into(MAX_BYTES) }, kept, counted))
+        let counts = CountsMemory { counts, fit: Fit::into(MAX_BYTES) };
+        Ok(((Self { state }, counts), kept, counted))
     }
 
     /// Replaces everything but the counts. Returns how many bytes that are.
@@ -114,13 +123,15 @@ impl Memory {
         self.state.write(packed).await?;
         Ok(bytes)
     }
+}
 
+impl CountsMemory {
     /// Replaces the counts, as far as they fit. Returns how many bytes that are.
     ///
     /// # Errors
     ///
     /// If they are not known to be written.
-    pub async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, MemoryError> {
+    pub async fn keep(&mut self, counted: &Counted) -> Result<usize, MemoryError> {
         let packed = self.fit.pack(counted, |written| pack(written));
         let packed = packed.map_err(|error| MemoryError::TooLarge(self.counts.name.clone(), error))?;
         let bytes = packed.len();
@@ -171,12 +182,12 @@ impl Slot {
                     return Err(MemoryError::Deposed);
                 }
                 self.version = now.and_then(|secret| secret.resource_version());
-                Err(MemoryError::Refused(self.name.clone(), "it has changed meanwhile".to_owned()))
+                Err(MemoryError::Unknown(self.name.clone(), "it has changed meanwhile".to_owned()))
             }
             Err(Refusal::Gone) => {
                 // Somebody has deleted it. It is made anew by the next write, unless another replica is faster.
                 self.version = None;
-                Err(MemoryError::Refused(self.name.clone(), "it is gone, and will be written anew".to_owned()))
+                Err(MemoryError::Unknown(self.name.clone(), "it is gone, and will be written again".to_owned()))
             }
             Err(refusal) => Err(refusal.into()),
         }
@@ -187,6 +198,7 @@ impl Slot {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Refusal::Conflict),
             Ok(Err(kube::Error::Api(status))) if status.code == 404 && self.version.is_some() => Err(Refusal::Gone),
+            Ok(Err(error @ kube::Error::Api(_))) => Err(Refusal::Answered(self.name.clone(), reason(&error))),
             Ok(Err(error)) => Err(Refusal::Other(self.name.clone(), reason(&error))),
             Err(_) => Err(Refusal::Other(self.name.clone(), format!("no answer within {} s", PATIENCE.as_secs()))),
         }
@@ -201,6 +213,7 @@ impl Slot {
 enum Refusal {
     Conflict,
     Gone,
+    Answered(String, String),
     Other(String, String),
 }
 
@@ -208,7 +221,8 @@ impl From<Refusal> for MemoryError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Conflict | Refusal::Gone => Self::Deposed,
-            Refusal::Other(name, why) => Self::Refused(name, why),
+            Refusal::Answered(name, why) => Self::Refused(name, why),
+            Refusal::Other(name, why) => Self::Unknown(name, why),
         }
     }
 }

@@ -9,6 +9,9 @@ use std::collections::{BTreeMap, HashMap};
 /// What the names of runs may take whose counts there is no room for.
 const NAMES: usize = 64 << 10;
 
+/// A service's name and id, and those of its versions.
+type Named = (String, u32, Vec<(String, u32)>);
+
 /// [`Ledger`] as it is written.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Written {
@@ -16,7 +19,7 @@ pub struct Written {
     since: u64,
     /// The names that runs have ids of: of the service with that of its unrouted requests, of its versions.
     #[serde(default)]
-    names: Vec<(String, u32, Vec<(String, u32)>)>,
+    names: Vec<Named>,
     #[serde(default)]
     next: u32,
     totals: Vec<(VersionKey, Total)>,

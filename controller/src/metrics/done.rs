@@ -14,6 +14,8 @@ pub struct Done {
     changes: Family<Labels, Counter>,
     policies: Counter,
     leads: Gauge<i64>,
+    state_bytes: Family<Labels, Gauge>,
+    state_limits: Family<Labels, Gauge>,
     writes: Counter,
     write_errors: Counter,
     evicted: Counter,
@@ -89,6 +91,16 @@ impl Done {
         self.policies.inc();
     }
 
+    /// A part of the state takes so many bytes where it is kept.
+    pub fn state_bytes(&self, part: &str, bytes: usize) {
+        self.state_bytes.get_or_create(&vec![("part", part.to_owned())]).set(bytes.try_into().unwrap_or(i64::MAX));
+    }
+
+    /// It may take so many at most.
+    pub fn state_limit(&self, part: &str, bytes: usize) {
+        self.state_limits.get_or_create(&vec![("part", part.to_owned())]).set(bytes.try_into().unwrap_or(i64::MAX));
+    }
+
     /// State was written, or was not.
     pub fn wrote(&self, is_safe: bool) {
         self.writes.inc();
@@ -113,6 +125,13 @@ impl Done {
     /// Until when the certificate is valid, in seconds since 1970.
     pub fn certificate_expires(&self, at: f64) {
         self.certificate.set(at);
+    }
+
+    /// What it says of the state, whose names do not start as the others do.
+    pub(super) fn register_state(&self, registry: &mut Registry) {
+        registry.register("state_bytes", "What a part of the state takes where it is kept", self.state_bytes.clone());
+        let help = "What it may take at most; left out where no limit is known";
+        registry.register("state_limit_bytes", help, self.state_limits.clone());
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {

@@ -7,9 +7,14 @@ use crate::limits::Limits;
 use crate::probe::Subject;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tideshift_core::shift::TrafficShift;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+/// The most lines that are logged of one endpoint within so much time: it may come and go many times a second.
+const MAX_LINES: (u32, Duration) = (4, Duration::from_secs(10));
 
 /// Runs the probes. Ends them when dropped.
 #[derive(Debug)]
@@ -39,6 +44,28 @@ struct Running {
     number: u64,
     terms: Terms,
     stop: AbortHandle,
+    logged: Logged,
+}
+
+/// How many lines have been logged of one endpoint of late, or were left out.
+#[derive(Debug)]
+struct Logged {
+    since: Instant,
+    lines: u32,
+}
+
+impl Logged {
+    /// One more line: how many were left out before it; `None` if it is left out as well.
+    fn line(&mut self, now: Instant) -> Option<u32> {
+        let (most, time) = MAX_LINES;
+        let mut left_out = 0;
+        if now.saturating_duration_since(self.since) >= time {
+            left_out = self.lines.saturating_sub(most);
+            *self = Self { since: now, lines: 0 };
+        }
+        self.lines = self.lines.saturating_add(1);
+        (self.lines <= most).then_some(left_out)
+    }
 }
 
 impl Prober {
@@ -142,7 +169,8 @@ impl Watch {
     fn start(self, ready: bool, serves: bool) -> Running {
         let (number, terms) = (self.number, self.terms.clone());
         let task = tokio::spawn(async move { self.run(ready, serves).await });
-        Running { number, terms, stop: task.abort_handle() }
+        let logged = Logged { since: Instant::now(), lines: 0 };
+        Running { number, terms, stop: task.abort_handle(), logged }
     }
 }
 
@@ -166,10 +194,10 @@ impl Table {
 
     /// Takes in what the task `number` found out, unless it has been replaced.
     pub(super) fn take_in(&self, number: u64, subject: &Subject, finding: Finding) {
-        let tasks = self.lock();
-        if tasks.running.get(subject).is_none_or(|running| running.number != number) {
+        let mut tasks = self.lock();
+        let Some(Running { logged, .. }) = tasks.running.get_mut(subject).filter(|of| of.number == number) else {
             return;
-        }
+        };
         self.readiness.send_if_modified(|readiness| {
             let Subject { service, version, endpoint } = subject;
             let Some(state) = readiness.find(service, version, endpoint) else { return false };
@@ -182,7 +210,11 @@ impl Table {
             let first_failure = !ready && state.reason.is_none();
             if !state.known || state.ready != ready || first_failure {
                 let reason = found.reason.as_deref();
-                tracing::info!(service, version, %endpoint, ready, reason, "readiness");
+                match logged.line(Instant::now()) {
+                    Some(0) => tracing::info!(service, version, %endpoint, ready, reason, "readiness"),
+                    Some(left_out) => tracing::info!(service, version, %endpoint, ready, reason, left_out, "readiness"),
+                    None => {}
+                }
             }
             if let Some(state) = Arc::make_mut(readiness).find_mut(service, version, endpoint) {
                 *state = found;
@@ -196,9 +228,16 @@ impl Table {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
-    use std::time::Duration;
     use tokio::net::TcpListener;
-    use tokio::time::Instant;
+
+    #[test]
+    fn an_endpoint_that_comes_and_goes_does_not_fill_the_log() {
+        let begun = Instant::now();
+        let mut logged = Logged { since: begun, lines: 0 };
+        let at = |millis: u64| begun + Duration::from_millis(millis);
+        let lines: Vec<_> = (0..30_000).step_by(100).filter_map(|millis| logged.line(at(millis))).collect();
+        assert_eq!(lines, [0, 0, 0, 0, 96, 0, 0, 0, 96, 0, 0, 0]);
+    }
 
     /// The TrafficShift `checkout` with these endpoints and probes of v1 and v2.
     fn shift(v1: (&[u16], Value), v2: (&[u16], Value)) -> TrafficShift {

@@ -315,6 +315,10 @@ impl Rollout {
         {
             return progressing(Reason::NoGoodAnswer, shortfall.beside(why));
         }
+        if !world.counts_are_kept() && !self.goes_back(shift) {
+            let why = format!("{}; it goes on once counts can be kept, see countsError", has());
+            return progressing(Reason::CatchingUp, why);
+        }
         None
     }
 

@@ -10,7 +10,7 @@ use crate::clock;
 use crate::control::{Control, Counted};
 use crate::hooks::{Egress, Hooks};
 use crate::kubernetes::{
-    Candidate, Clusters, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
+    Candidate, Clusters, CountsMemory, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
     watch as watch_objects,
 };
 use crate::limits::Limits;
@@ -135,7 +135,7 @@ impl Replica {
             () = &mut stop => return Ok(()),
             taken = self.take(&mut scene) => taken?,
         };
-        let (memory, kept, counted) = taken;
+        let ((memory, counts), kept, counted) = taken;
         // The leader before may have had another clock.
         clock::not_before(kept.time.max(counted.time));
         let shown = scene.borrow_and_update().clone();
@@ -150,7 +150,7 @@ impl Replica {
         *self.service.shared.control() = control;
         self.shown.send_replace(Role::Leads);
         let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);
-        let keeper = Keeper::new(memory, self.service.shared.done.clone());
+        let keeper = Keeper::new(memory, counts, self.service.shared.done.clone());
         let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());
         let source = Source::Cluster { scene, shown, hands };
         let mut mind = Mind::new(shared, publish, keeper, prober, source, hooks);
@@ -163,7 +163,7 @@ impl Replica {
     async fn take(
         &self,
         scene: &mut watch::Receiver<Arc<crate::kubernetes::Scene>>,
-    ) -> Result<(Memory, Kept, Counted), ServeError> {
+    ) -> Result<((Memory, CountsMemory), Kept, Counted), ServeError> {
         if scene.borrow().is_nothing() {
             // The eyes are there as long as this replica is.
             let _ = scene.wait_for(|scene| !scene.is_nothing()).await;

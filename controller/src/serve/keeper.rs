@@ -1,20 +1,48 @@
 //! Makes safe what must survive a kill at any moment. Counts go before what was decided from them: a kill between the
 //! two leaves an undecided rollout with all its evidence, which decides again; never a step whose evidence was counted
 //! for the step before, or for an earlier rollout.
+//!
+//! Counts between decisions are written aside, and less often the more there are. Where they cannot be written, what was
+//! decided is written and published all the same, and rollouts go no further by evidence until they can.
 
 use crate::control::{Control, Counted, Outcome};
-use crate::kubernetes::{Memory, MemoryError};
+use crate::kubernetes::{CountsMemory, Memory, MemoryError};
 use crate::metrics::Done;
 use crate::store::{Kept, Store, StoreError};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
 
-/// What keeps state.
+/// How often counts are made safe at most; what is lost of them, proxies say again.
+const OFTEN: Duration = Duration::from_secs(2);
+/// How often at least, if they change.
+const SELDOM: Duration = Duration::from_secs(60);
+/// So many bytes are written a second, and …
+const BYTES_PER_SECOND: usize = 256 << 10;
+/// … while nothing is being moved, so much more seldom.
+const AT_REST: u32 = 5;
+
+/// What keeps everything but the counts.
 pub(super) trait Disk {
     /// Whether another process may have taken over without this one knowing: then nothing may be published before it is
     /// safe, for that is when this one finds out.
     const IS_CONTENDED: bool;
-    /// Replaces everything but the counts.
+    /// The most bytes that there is room for, if that is known.
+    const LIMIT: Option<usize>;
+    /// Replaces it. Returns how many bytes that are.
     async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError>;
-    /// Replaces the counts.
+    /// Whether what was written is still there.
+    fn is_intact(&self) -> bool {
+        true
+    }
+}
+
+/// What keeps the counts.
+pub(super) trait CountsDisk {
+    /// The most bytes that there is room for.
+    fn limit(&self) -> Option<usize>;
+    /// Replaces them, as far as there is room. Returns how many bytes that are.
     async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError>;
 }
 
@@ -30,9 +58,20 @@ pub(super) enum KeepError {
 /// Where a process is the only one.
 impl Disk for Option<Store> {
     const IS_CONTENDED: bool = false;
+    const LIMIT: Option<usize> = None;
 
     async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
         Ok(self.as_mut().map_or(Ok(0), |store| store.keep(kept))?)
+    }
+
+    fn is_intact(&self) -> bool {
+        self.as_ref().is_none_or(Store::is_intact)
+    }
+}
+
+impl CountsDisk for Option<Store> {
+    fn limit(&self) -> Option<usize> {
+        self.as_ref().map(|_| crate::store::MAX_COUNTS)
     }
 
     async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
@@ -42,13 +81,20 @@ impl Disk for Option<Store> {
 
 impl Disk for Memory {
     const IS_CONTENDED: bool = true;
+    const LIMIT: Option<usize> = Some(crate::kubernetes::memory::MAX_BYTES);
 
     async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
         Ok(Self::keep(self, kept).await?)
     }
+}
+
+impl CountsDisk for CountsMemory {
+    fn limit(&self) -> Option<usize> {
+        Some(crate::kubernetes::memory::MAX_BYTES)
+    }
 
     async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
-        Ok(Self::keep_counts(self, counted).await?)
+        Ok(self.keep(counted).await?)
     }
 }
 
@@ -63,20 +109,48 @@ pub(super) enum Safety {
     Deposed,
 }
 
+/// Counts that are being written aside: what keeps them, they, and what came of it.
+type Aside<C> = JoinHandle<(C, Counted, Result<usize, KeepError>)>;
+
 /// What is not safe yet, and where to keep it. What cannot be kept (a full disk, no API server) is tried again.
 #[derive(Debug)]
-pub(super) struct Keeper<D> {
+pub(super) struct Keeper<D, C> {
     disk: D,
+    /// None while they are written aside.
+    counts: Option<C>,
+    aside: Option<Aside<C>>,
     done: Done,
     kept: Option<Kept>,
     counted: Option<Counted>,
+    /// When counts were last written, or could not be, and how many bytes they were.
+    wrote_counts: Option<(Instant, usize)>,
     /// Why the last write failed, if it did.
     trouble: Option<String>,
+    /// Whether that was the answer of what keeps state, which thus is there and has heard of nothing newer.
+    is_refused: bool,
+    counts_trouble: Option<String>,
 }
 
-impl<D: Disk> Keeper<D> {
-    pub(super) fn new(disk: D, done: Done) -> Self {
-        Self { disk, done, kept: None, counted: None, trouble: None }
+impl<D: Disk, C: CountsDisk> Keeper<D, C> {
+    pub(super) fn new(disk: D, counts: C, done: Done) -> Self {
+        if let Some(limit) = D::LIMIT {
+            done.state_limit("rollouts", limit);
+        }
+        if let Some(limit) = counts.limit() {
+            done.state_limit("counts", limit);
+        }
+        Self {
+            disk,
+            counts: Some(counts),
+            aside: None,
+            done,
+            kept: None,
+            counted: None,
+            wrote_counts: None,
+            trouble: None,
+            is_refused: false,
+            counts_trouble: None,
+        }
     }
 
     /// Takes what came of looking at everything anew.
@@ -94,27 +168,81 @@ impl<D: Disk> Keeper<D> {
         self.counted = control.changed_counts().or(self.counted.take());
     }
 
-    /// Writes what was taken, and what could not be written before.
+    /// Takes everything, if what was written is there no longer.
+    pub(super) fn take_what_is_lost(&mut self, control: &Control) -> bool {
+        let is_lost = !self.disk.is_intact();
+        if is_lost {
+            self.kept = Some(control.kept().clone());
+            self.counted = Some(control.counted().clone());
+        }
+        is_lost
+    }
+
+    /// Writes what was taken, and what could not be written before. Counts that cannot be kept hold up nothing.
     pub(super) async fn write(&mut self) -> Safety {
-        let before = self.trouble.take();
-        if let Some(counted) = &self.counted {
-            let result = self.disk.keep_counts(counted).await;
-            match self.judge(result, &before) {
-                Safety::Safe => self.counted = None,
-                // What was decided from counts that are not safe is not safe either.
-                unsafe_ if D::IS_CONTENDED => return unsafe_,
-                _ => {}
+        if self.counted.is_some() && self.counts_trouble.is_none() {
+            if self.finish_aside().await == Safety::Deposed {
+                return Safety::Deposed;
+            }
+            if let (Some(counted), Some(counts)) = (self.counted.take(), &mut self.counts) {
+                let result = counts.keep_counts(&counted).await;
+                if self.judge_counts(result, counted) == Safety::Deposed {
+                    return Safety::Deposed;
+                }
             }
         }
-        if let Some(kept) = &self.kept {
-            let result = self.disk.keep(kept).await;
-            match self.judge(result, &before) {
-                Safety::Safe => self.kept = None,
-                unsafe_ if D::IS_CONTENDED => return unsafe_,
-                _ => {}
+        let Some(kept) = &self.kept else { return Safety::Safe };
+        let result = self.disk.keep(kept).await;
+        self.done.wrote(result.is_ok());
+        match result {
+            Ok(bytes) => {
+                self.done.state_bytes("rollouts", bytes);
+                (self.kept, self.trouble) = (None, None);
+                Safety::Safe
+            }
+            Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
+            Err(error) => {
+                // Said once, not at each try.
+                if self.trouble.is_none() {
+                    tracing::error!("{error}");
+                }
+                self.trouble = Some(error.to_string());
+                self.is_refused =
+                    matches!(error, KeepError::Secrets(MemoryError::Refused(..) | MemoryError::TooLarge(..)));
+                if D::IS_CONTENDED { Safety::Pending } else { Safety::Safe }
             }
         }
-        Safety::Safe
+    }
+
+    /// Whether counts are to be written by themselves now.
+    pub(super) fn counts_are_due(&self, is_at_rest: bool) -> bool {
+        let Some((last, bytes)) = self.wrote_counts else { return self.aside.is_none() };
+        let long = OFTEN + Duration::from_secs((bytes / BYTES_PER_SECOND) as u64);
+        let long = if is_at_rest { long * AT_REST } else { long };
+        self.aside.is_none() && last.elapsed() >= long.min(SELDOM)
+    }
+
+    /// What came of counts that are written aside, once that is known.
+    pub(super) async fn look_aside(&mut self) -> Safety {
+        match &self.aside {
+            Some(aside) if aside.is_finished() => self.finish_aside().await,
+            _ => Safety::Safe,
+        }
+    }
+
+    /// Waits for counts that are written aside.
+    pub(super) async fn finish_aside(&mut self) -> Safety {
+        let Some(aside) = self.aside.take() else { return Safety::Safe };
+        match aside.await {
+            Ok((counts, counted, result)) => {
+                self.counts = Some(counts);
+                self.judge_counts(result, counted)
+            }
+            Err(error) => {
+                self.counts_trouble = Some(format!("counts are written no longer: {error}"));
+                Safety::Pending
+            }
+        }
     }
 
     /// Whether something that was decided is not safe yet.
@@ -127,19 +255,52 @@ impl<D: Disk> Keeper<D> {
         self.trouble.as_deref()
     }
 
-    fn judge(&mut self, result: Result<usize, KeepError>, before: &Option<String>) -> Safety {
+    /// Whether what was decided last was refused, and the refusal says that nobody else decides.
+    pub(super) fn is_refused(&self) -> bool {
+        self.trouble.is_some() && self.is_refused
+    }
+
+    /// Why counts are not kept, if so.
+    pub(super) fn counts_trouble(&self) -> Option<&str> {
+        self.counts_trouble.as_deref()
+    }
+
+    fn judge_counts(&mut self, result: Result<usize, KeepError>, counted: Counted) -> Safety {
         self.done.wrote(result.is_ok());
+        let before = self.wrote_counts.map_or(0, |(_, bytes)| bytes);
+        self.wrote_counts = Some((Instant::now(), result.as_ref().map_or(before, |bytes| *bytes)));
         match result {
-            Ok(_) => Safety::Safe,
+            Ok(bytes) => {
+                self.done.state_bytes("counts", bytes);
+                self.counts_trouble = None;
+                Safety::Safe
+            }
             Err(KeepError::Secrets(MemoryError::Deposed)) => Safety::Deposed,
             Err(error) => {
-                // Said once, not at each try.
-                if before.is_none() && self.trouble.is_none() {
-                    tracing::error!("{error}");
+                if self.counts_trouble.is_none() {
+                    tracing::error!("{error}; rollouts go no further by evidence until counts can be kept");
                 }
-                self.trouble = Some(error.to_string());
+                self.counts_trouble = Some(error.to_string());
+                // Newer ones may have been taken meanwhile.
+                self.counted.get_or_insert(counted);
                 Safety::Pending
             }
+        }
+    }
+}
+
+impl<D: Disk, C: CountsDisk + Send + 'static> Keeper<D, C> {
+    /// Writes counts while everything else goes on.
+    pub(super) fn write_aside(&mut self) {
+        if self.counted.is_none() || self.counts.is_none() {
+            return;
+        }
+        if let (Some(counted), Some(mut counts)) = (self.counted.take(), self.counts.take()) {
+            let handle = Handle::current();
+            self.aside = Some(spawn_blocking(move || {
+                let result = handle.block_on(counts.keep_counts(&counted));
+                (counts, counted, result)
+            }));
         }
     }
 }

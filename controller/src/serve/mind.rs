@@ -2,7 +2,7 @@
 
 use super::LOOK;
 use super::files::Files;
-use super::keeper::{Disk, Keeper, Safety};
+use super::keeper::{CountsDisk, Disk, Keeper, Safety};
 use crate::api::{Published, Shared};
 use crate::clock::now;
 use crate::control::Outcome;
@@ -21,8 +21,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 const TICK: Duration = Duration::from_millis(100);
 /// From one look at what proxies report to the next at least.
 const BREATH: Duration = Duration::from_millis(20);
-/// How often counts are made safe; what is lost of them, proxies say again.
-const KEEP_COUNTS: Duration = Duration::from_secs(2);
+/// How often it is looked whether counts are to be made safe, or anything is to be written again.
+const KEEP_COUNTS: Duration = Duration::from_secs(1);
 /// How long what was to be told may take at the end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -42,9 +42,9 @@ pub(super) enum Source {
 }
 
 /// Feeds the mind and carries out what it decides.
-pub(super) struct Mind<D> {
+pub(super) struct Mind<D, C> {
     shared: Arc<Shared>,
-    keeper: Keeper<D>,
+    keeper: Keeper<D, C>,
     publish: watch::Sender<Option<Published>>,
     /// What nobody may know before it is safe.
     secret: Outcome,
@@ -57,11 +57,11 @@ pub(super) struct Mind<D> {
     answers: mpsc::Receiver<Answer>,
 }
 
-impl<D: Disk> Mind<D> {
+impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
     pub(super) fn new(
         shared: Arc<Shared>,
         publish: watch::Sender<Option<Published>>,
-        keeper: Keeper<D>,
+        keeper: Keeper<D, C>,
         prober: Prober,
         source: Source,
         hooks: (Hooks, mpsc::Receiver<Answer>),
@@ -106,7 +106,9 @@ impl<D: Disk> Mind<D> {
         if !self.deposed {
             // What somebody has just asked for is safe before he is told so.
             self.evaluate().await;
-            self.keep_counts().await;
+            self.keeper.take_counts(&mut self.shared.control());
+            self.keeper.write_aside();
+            let _ = self.keeper.finish_aside().await;
         }
     }
 
@@ -147,8 +149,14 @@ impl<D: Disk> Mind<D> {
         self.secret.transitions.extend(outcome.transitions);
         match if is_due { self.write().await } else { Safety::Safe } {
             Safety::Safe => {}
-            // Nobody hears of it: another replica may have decided something else.
-            Safety::Pending => return,
+            Safety::Pending => {
+                // What would not survive a restart is not published; what takes traffic away is.
+                if self.keeper.is_refused() {
+                    self.publish_away();
+                    self.shared.turns.end(turn);
+                }
+                return;
+            }
             Safety::Deposed => {
                 tracing::warn!("another replica has taken over; what was decided last is not published");
                 return;
@@ -164,13 +172,34 @@ impl<D: Disk> Mind<D> {
 
     async fn write(&mut self) -> Safety {
         let safety = self.keeper.write().await;
-        self.deposed |= safety == Safety::Deposed;
-        self.shared.control().set_state_error(self.keeper.trouble());
+        self.note(safety);
         safety
     }
 
+    fn note(&mut self, safety: Safety) {
+        self.deposed |= safety == Safety::Deposed;
+        let mut control = self.shared.control();
+        control.set_state_error(self.keeper.trouble(), D::IS_CONTENDED);
+        control.set_counts_error(self.keeper.counts_trouble());
+        if !self.keeper.has_pending() {
+            control.was_written();
+        }
+    }
+
+    /// Publishes of what was decided what takes traffic away.
+    fn publish_away(&mut self) {
+        let Some(policy) = self.shared.control().away() else { return };
+        // The whole of it comes after that, with a newer revision.
+        self.secret.policy = None;
+        self.publish(&policy);
+    }
+
     fn publish(&self, policy: &Policy) {
-        let epoch = self.shared.control().kept().epoch.clone();
+        let epoch = {
+            let mut control = self.shared.control();
+            control.set_published(policy);
+            control.kept().epoch.clone()
+        };
         tracing::info!(revision = policy.revision, "policy published");
         self.shared.done.published();
         let next = Published::next(self.publish.borrow().as_ref(), epoch, policy);
@@ -223,9 +252,22 @@ impl<D: Disk> Mind<D> {
         }
     }
 
+    /// Writes counts aside if that is due, and once more what could not be written or is lost.
     async fn keep_counts(&mut self) {
-        self.keeper.take_counts(&mut self.shared.control());
-        self.write().await;
+        let safety = self.keeper.look_aside().await;
+        self.note(safety);
+        let is_at_rest = {
+            let control = self.shared.control();
+            self.keeper.take_what_is_lost(&control);
+            control.is_at_rest()
+        };
+        if self.keeper.has_pending() && !D::IS_CONTENDED {
+            self.write().await;
+        }
+        if self.keeper.counts_are_due(is_at_rest) {
+            self.keeper.take_counts(&mut self.shared.control());
+            self.keeper.write_aside();
+        }
     }
 }
 

@@ -44,9 +44,16 @@ impl Files {
 
 impl Disk for &Files {
     const IS_CONTENDED: bool = false;
+    const LIMIT: Option<usize> = None;
 
     async fn keep(&mut self, kept: &Kept) -> Result<usize, KeepError> {
         self.write(&self.kept, serde_json::to_string(kept).unwrap())
+    }
+}
+
+impl CountsDisk for &Files {
+    fn limit(&self) -> Option<usize> {
+        None
     }
 
     async fn keep_counts(&mut self, counted: &Counted) -> Result<usize, KeepError> {
@@ -149,14 +156,14 @@ impl Proxy {
 }
 
 /// Files of memory are written at once.
-fn write(keeper: &mut Keeper<&Files>) {
+fn write(keeper: &mut Keeper<&Files, &Files>) {
     assert_eq!(keeper.write().now_or_never(), Some(Safety::Safe));
 }
 
 /// A process, from its start to its end.
 struct Process<'a> {
     control: Control,
-    keeper: Keeper<&'a Files>,
+    keeper: Keeper<&'a Files, &'a Files>,
     started: Millis,
 }
 
@@ -165,7 +172,7 @@ impl<'a> Process<'a> {
         let kept = read(&files.kept).unwrap_or_else(|| Kept::fresh("e".to_owned()).unwrap());
         let mut control = Control::new(documents(target), kept, read(&files.counted).unwrap_or_default());
         control.set_readiness(readiness());
-        Self { control, keeper: Keeper::new(files, Done::default()), started: now }
+        Self { control, keeper: Keeper::new(files, files, Done::default()), started: now }
     }
 
     fn service(&self, now: Millis) -> ServiceStatus {
@@ -295,9 +302,16 @@ struct Contended(Vec<Result<usize, MemoryError>>);
 
 impl Disk for Contended {
     const IS_CONTENDED: bool = true;
+    const LIMIT: Option<usize> = Some(1_000);
 
     async fn keep(&mut self, _: &Kept) -> Result<usize, KeepError> {
         Ok(self.0.remove(0)?)
+    }
+}
+
+impl CountsDisk for Contended {
+    fn limit(&self) -> Option<usize> {
+        Some(1_000)
     }
 
     async fn keep_counts(&mut self, _: &Counted) -> Result<usize, KeepError> {
@@ -305,18 +319,58 @@ impl Disk for Contended {
     }
 }
 
+fn away() -> Result<usize, MemoryError> {
+    Err(MemoryError::Refused("tideshift-state".to_owned(), "no answer".to_owned()))
+}
+
 #[test]
 fn where_another_process_may_have_taken_over_nothing_is_safe_before_it_is_written() {
-    let away = || Err(MemoryError::Refused("tideshift-state".to_owned(), "no answer".to_owned()));
-    let answers = vec![away(), Ok(1), away(), Ok(1), Err(MemoryError::Deposed)];
-    let mut keeper = Keeper::new(Contended(answers), Done::default());
-    keeper.kept = Some(Kept::default());
-    keeper.counted = Some(Counted::default());
+    let state = Contended(vec![away(), Ok(1), Err(MemoryError::Deposed)]);
+    let mut keeper = Keeper::new(state, Contended(vec![Ok(1)]), Done::default());
+    (keeper.kept, keeper.counted) = (Some(Kept::default()), Some(Counted::default()));
     let mut write = || keeper.write().now_or_never().unwrap();
-    assert_eq!(write(), Safety::Pending, "the counts go first, and what was decided from them waits");
     assert_eq!(write(), Safety::Pending, "the counts are safe, what was decided is not");
     assert_eq!(write(), Safety::Safe);
     assert_eq!(write(), Safety::Safe, "there is nothing left to write");
     keeper.kept = Some(Kept::default());
     assert_eq!(keeper.write().now_or_never(), Some(Safety::Deposed));
+}
+
+#[test]
+fn counts_that_cannot_be_kept_hold_up_nothing_that_was_decided() {
+    let counts = Contended(vec![away(), Err(MemoryError::Deposed)]);
+    let mut keeper = Keeper::new(Contended(vec![Ok(1), Ok(1)]), counts, Done::default());
+    for _ in 0..2 {
+        (keeper.kept, keeper.counted) = (Some(Kept::default()), Some(Counted::default()));
+        assert_eq!(keeper.write().now_or_never(), Some(Safety::Safe), "the second time they are not even tried");
+        assert_eq!((keeper.trouble(), keeper.counts_trouble().is_some()), (None, true));
+    }
+    assert!(!keeper.has_pending() && keeper.counted.is_some());
+}
+
+#[tokio::test]
+async fn counts_are_written_aside_and_tried_again() {
+    let counts = Contended(vec![away(), Ok(100), Err(MemoryError::Deposed)]);
+    let mut keeper = Keeper::new(Contended(Vec::new()), counts, Done::default());
+    for (safety, trouble) in [(Safety::Pending, true), (Safety::Safe, false), (Safety::Deposed, false)] {
+        keeper.counted.get_or_insert_default();
+        keeper.write_aside();
+        assert!(!keeper.counts_are_due(false), "one after the other");
+        assert_eq!((keeper.finish_aside().await, keeper.counts_trouble().is_some()), (safety, trouble));
+    }
+}
+
+#[test]
+fn counts_are_written_the_more_seldom_the_more_there_are_and_while_nothing_is_moved() {
+    let mut keeper = Keeper::new(Contended(Vec::new()), Contended(Vec::new()), Done::default());
+    assert!(keeper.counts_are_due(true), "for the first time");
+    for (bytes, is_at_rest, seconds) in
+        [(1_000, false, 2), (1_000, true, 10), (4 << 20, false, 18), (1 << 30, true, 60)]
+    {
+        let mut is_due = |ago: u64| {
+            keeper.wrote_counts = Some((Instant::now() - Duration::from_secs(ago), bytes));
+            keeper.counts_are_due(is_at_rest)
+        };
+        assert_eq!((is_due(seconds - 1), is_due(seconds)), (false, true), "{bytes} {is_at_rest}");
+    }
 }

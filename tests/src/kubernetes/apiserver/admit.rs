@@ -40,7 +40,23 @@ pub(super) fn admit(kind: &Kind, object: &mut Value) -> Result<(), Refusal> {
         return if wrong.is_empty() { Ok(()) } else { Err(Refusal::invalid(kind, name, &wrong)) };
     }
     default(kind, object);
-    typed(kind, object)
+    typed(kind, object)?;
+    let data = object.get("data").filter(|_| kind.kind == "Secret").and_then(Value::as_object);
+    let bytes: usize = data.into_iter().flat_map(|data| data.values()).map(decoded).sum();
+    if bytes > MAX_SECRET {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let wrong = format!("Too long: may not be more than {MAX_SECRET} bytes");
+        return Err(Refusal::invalid(kind, name, &[("data".to_owned(), wrong)]));
+    }
+    Ok(())
+}
+
+/// What all data of a Secret may have together, as in a real API server.
+const MAX_SECRET: usize = 1 << 20;
+
+/// The bytes that Base64 stands for.
+fn decoded(value: &Value) -> usize {
+    value.as_str().map_or(0, |text| text.trim_end_matches('=').len() * 3 / 4)
 }
 
 fn set(object: &mut Value, pointer: &str, value: Value) {
