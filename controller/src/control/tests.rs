@@ -400,3 +400,15 @@ fn a_restart_says_nothing_of_proxies_that_are_there() {
     use crate::rollout::Reason::{Completed, Holding, Started, StepStarted};
     assert_eq!(reasons, [Started, Holding, StepStarted, Completed]);
 }
+
+#[test]
+fn a_command_leaves_who_gave_it_in_the_history() {
+    let mut play = Play::new(json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 600}, {"weight": 100}]}}));
+    play.pass(1_000, &[("a", 0)]);
+    play.control.command_by(Some("alice from 10.0.0.1"), "shop", &Command::Pause, play.now).unwrap();
+    play.pass(200, &[("a", 0)]);
+    let history = play.control.history("shop").unwrap();
+    let by: Vec<_> = history.iter().filter_map(|of| of.by.as_deref().zip(Some(of.words()))).collect();
+    let [("alice from 10.0.0.1", words)] = by.as_slice() else { panic!("{history:?}") };
+    assert!(words.ends_with(" (by alice from 10.0.0.1)"), "{words}");
+}
