@@ -12,7 +12,7 @@ use auth::{Guard, Scope};
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
@@ -136,9 +136,15 @@ pub struct Services {
 /// The caller's address, where it is known.
 type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
 
-/// The same for the log.
-fn shown(peer: &Peer) -> String {
-    peer.as_ref().map_or_else(|| "unknown".to_owned(), |Extension(ConnectInfo(peer))| peer.to_string())
+/// Who asks, for the log and for histories: the credential's name and the address, also where another replica has handed
+/// the request on.
+fn who(caller: &caller::Caller, peer: &Peer, headers: &HeaderMap) -> String {
+    let direct = leader::address(peer);
+    let address = match leader::handed_on_for(headers) {
+        Some(first) => format!("{first} by way of {direct}"),
+        None => direct,
+    };
+    caller.name().map_or_else(|| address.clone(), |name| format!("{name} from {address}"))
 }
 
 /// One path and one method.

@@ -595,6 +595,21 @@ impl Control {
     ///
     /// If there is no such rollout, or the command does not fit it.
     pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<bool, CommandError> {
+        self.command_by(None, name, command, now)
+    }
+
+    /// The same, and who that is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::command`].
+    pub fn command_by(
+        &mut self,
+        by: Option<&str>,
+        name: &str,
+        command: &Command,
+        now: Millis,
+    ) -> Result<bool, CommandError> {
         let Some(shift) = self.shift(name) else {
             let known: Vec<_> = self.shifts.iter().map(|shift| shift.name.as_str()).collect();
             let known = known.join(", ");
@@ -611,7 +626,9 @@ impl Control {
         if rollout == before {
             return Ok(false);
         }
-        self.news.extend(rollout.take_news().into_iter().map(|news| (name.clone(), news)));
+        let by = by.map(str::to_owned);
+        let news = rollout.take_news().into_iter().map(|news| Transition { by: by.clone(), ..news });
+        self.news.extend(news.map(|news| (name.clone(), news)));
         if is_elsewhere(Some(&before), &rollout) {
             self.unwritten.insert(name.clone());
         }

@@ -161,7 +161,7 @@ fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> 
     let values = match read_text(file).and_then(|text| values(&text)) {
         Err(why) => return (Vec::new(), vec![whole_file(why)]),
         Ok(values) if values.is_empty() => return (Vec::new(), vec![whole_file("no document in it".to_owned())]),
-        Ok(values) => values,
+        Ok(values) => values.into_iter().flat_map(items).collect::<Vec<_>>(),
     };
     let (mut documents, mut errors) = (Vec::new(), Vec::new());
     let several = values.len() > 1;
@@ -177,6 +177,15 @@ fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> 
         }
     }
     (documents, errors)
+}
+
+/// The items of a `kind: List`, as `kubectl get -o yaml` prints them; else the document itself.
+fn items(mut value: Value) -> Vec<Value> {
+    let is_list = value["kind"].as_str().is_some_and(|kind| kind == "List" || kind == "TrafficShiftList");
+    match value.get_mut("items").filter(|_| is_list).map(Value::take) {
+        Some(Value::Array(items)) => items,
+        _ => vec![value],
+    }
 }
 
 /// Whether a document says nothing that only a cluster could tell.
@@ -285,6 +294,7 @@ fn values(text: &str) -> Result<Vec<Value>, String> {
         });
         let hint = match error.without_snippet() {
             serde_saphyr::Error::UnknownAnchor { .. } => "; a text that begins with * must be in quotes",
+            _ if text.contains("{{") => "; {{ … }} looks like a template that was not rendered",
             _ => "",
         };
         format!("not YAML: {}{hint}", message.replace('\n', " "))
@@ -492,5 +502,20 @@ spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
         assert_eq!(values(text).unwrap(), [expected]);
         let merged = values("base: &b {x: 1}\nover: {<<: *b, y: 2}\n").unwrap();
         assert_eq!(merged, [json!({"base": {"x": 1}, "over": {"x": 1, "y": 2}})]);
+    }
+
+    #[test]
+    fn a_list_is_its_items() {
+        let item = |name: &str| {
+            json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": name},
+                "spec": {"hostnames": [format!("{name}.example")], "versions": [{"name": "v1"}], "stable": "v1"}})
+        };
+        let list = |items: Value| json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string();
+        let loaded = load_texts(&[("all.yaml", &list(json!([item("a"), item("b")])))]).unwrap();
+        assert_eq!(loaded.len(), 2);
+        let wrong = load_texts(&[("all.yaml", &list(json!([item("a"), {"kind": "Other"}])))]).unwrap_err();
+        assert!(wrong.contains("all.yaml (document 2): "), "{wrong}");
+        let template = load_texts(&[("a.yaml", "metadata: {name: {{ .Values.name }}}")]).unwrap_err();
+        assert!(template.contains("template"), "{template}");
     }
 }

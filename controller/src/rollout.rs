@@ -518,7 +518,18 @@ impl Rollout {
             _ => Some(self.stable.clone()),
         };
         let target = self.target.clone();
-        self.news.push(Transition { time: now, rollout, phase, reason, message, step, from, target, left_out: 0 });
+        self.news.push(Transition {
+            time: now,
+            rollout,
+            phase,
+            reason,
+            message,
+            step,
+            from,
+            target,
+            by: None,
+            left_out: 0,
+        });
     }
 }
 

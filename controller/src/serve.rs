@@ -198,6 +198,13 @@ async fn listen(options: &Options) -> Result<Listeners, ServeError> {
 /// Ends when somebody asks the process to end.
 fn signals() -> io::Result<impl Future<Output = ()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Otherwise it would end the process, as it does with those who think that it makes it read its files again.
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!("SIGHUP: nothing to do, every file is read again as soon as it changes");
+        }
+    });
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -254,7 +261,7 @@ impl Service {
             let health = api::health_router(shared.clone());
             tokio::spawn(http::serve(listener, admission, None, health, shared.ending.clone()));
         }
-        tokio::spawn(secrets.keep_fresh(options.clone()));
+        tokio::spawn(secrets.keep_fresh(options.clone(), shared.done.clone()));
         tokio::spawn(api::keep_telling(shared.clone()));
         Self { shared, publish, end, server }
     }

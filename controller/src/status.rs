@@ -181,6 +181,20 @@ pub struct TransitionStatus {
     /// The version to move to, or that was moved to, or that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// Who asked for it: the name of the credential and the address, such as `alice from 10.1.2.3`. Left out for what the
+    /// controller decided itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
+}
+
+impl TransitionStatus {
+    /// The message, with who asked for it.
+    pub fn words(&self) -> String {
+        match &self.by {
+            Some(by) => format!("{} (by {by})", self.message),
+            None => self.message.clone(),
+        }
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
@@ -200,6 +214,7 @@ impl From<&Transition> for TransitionStatus {
             left_out: transition.left_out,
             from: transition.from.clone(),
             target: transition.target.clone(),
+            by: transition.by.clone(),
         }
     }
 }

@@ -196,7 +196,10 @@ impl Decoder {
 
     /// An integer from `low` to `high`, both included.
     pub fn integer(&mut self, value: &Value, low: u64, high: u64) -> Option<u64> {
-        match value.as_u64() {
+        // `30.0` is whole, too; beyond 2^53 not every number is told apart.
+        let is_whole = |number: &f64| *number >= 0.0 && *number < 9e15 && libm::trunc(*number) == *number;
+        let whole = || value.as_f64().filter(is_whole).map(|number| number as u64);
+        match value.as_u64().or_else(whole) {
             Some(number) if (low..=high).contains(&number) => Some(number),
             _ => {
                 let allowed = match high {

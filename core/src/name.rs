@@ -17,14 +17,23 @@ pub const EXPLAIN_HEADER: &str = "x-tideshift-explain";
 
 /// A service's name: a Kubernetes object name (RFC 1123 subdomain, up to 253 characters).
 pub(crate) fn service(d: &mut Decoder, value: &Value) -> Option<String> {
-    let allowed = "a name of lower-case letters, digits, '-' and '.', up to 253 long (RFC 1123 subdomain)";
-    d.text_where(value, allowed, |name| is_subdomain(name, 253))
+    named(d, value, "a name of lower-case letters, digits, '-' and '.', up to 253 long (RFC 1123 subdomain)", 253)
 }
 
 /// A version's name: like a service's, up to 63 characters, so that it fits a Kubernetes label's value.
 pub(crate) fn version(d: &mut Decoder, value: &Value) -> Option<String> {
-    let allowed = "a version name of lower-case letters, digits, '-' and '.', up to 63 long";
-    d.text_where(value, allowed, |name| is_subdomain(name, 63))
+    named(d, value, "a version name of lower-case letters, digits, '-' and '.', up to 63 long", 63)
+}
+
+/// Says also what it usually is if it is no such name.
+fn named(d: &mut Decoder, value: &Value, allowed: &str, longest: usize) -> Option<String> {
+    let hint = match value {
+        Value::Number(_) => "; without quotes YAML reads it as a number: put it in quotes, such as \"1.10\"",
+        Value::Bool(_) => "; without quotes YAML reads it as true or false: put it in quotes",
+        Value::String(text) if text.contains("{{") => "; this is a template that was not rendered",
+        _ => "",
+    };
+    d.text_where(value, &format!("{allowed}{hint}"), |name| is_subdomain(name, longest))
 }
 
 /// A header's name, in lower case as HTTP/2 and Envoy have it.
@@ -49,4 +58,20 @@ pub(crate) fn is_subdomain(name: &str, longest: usize) -> bool {
 /// RFC 9110 token, which header names and methods are.
 pub(crate) fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_name_that_is_none_is_told_what_it_is() {
+        let error = |value: Value| Decoder::read(&value, version).unwrap_err().to_string();
+        assert!(error(json!(1.1)).ends_with("reads it as a number: put it in quotes, such as \"1.10\""));
+        assert!(error(json!(2)).contains("put it in quotes") && error(json!(1e3)).contains("put it in quotes"));
+        assert!(error(json!(true)).contains("true or false"));
+        assert!(error(json!("{{ .Values.target }}")).ends_with("a template that was not rendered"));
+        assert!(error(json!("V1")).ends_with("up to 63 long"));
+    }
 }

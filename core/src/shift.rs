@@ -472,7 +472,11 @@ impl Endpoint {
     fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let parsed = value.as_str().and_then(Self::parse);
         if parsed.is_none() {
-            d.invalid(value, "host:port, such as 127.0.0.1:9001, [::1]:9001 or payments.internal:8080");
+            let hint = match value.as_str() {
+                Some(text) if text.contains("://") => "; an endpoint is no URL: leave out the scheme and the path",
+                _ => "",
+            };
+            d.invalid(value, format!("host:port, such as 127.0.0.1:9001, [::1]:9001 or payments.internal:8080{hint}"));
         }
         parsed
     }

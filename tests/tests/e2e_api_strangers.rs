@@ -1,6 +1,6 @@
 //! Clients without a good token that hold what they get: connections, heads that never end. The others notice nothing.
 
-use std::{fs, net::Ipv4Addr, net::SocketAddr, time::Duration};
+use std::{fs, net::Ipv4Addr, net::SocketAddr, process::Command, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
@@ -156,6 +156,12 @@ async fn a_head_without_an_end_is_closed_soon_and_two_hosts_are_refused() -> any
     eventually("the slow head is closed", Duration::from_secs(10), async || {
         sleep(Duration::from_millis(50)).await;
         slow.write(b"a").await.is_err().then_some(()).context("it is still open")
+    })
+    .await?;
+    // A hangup, which ends other programs or has them read their files again, is no harm.
+    ensure!(Command::new("kill").args(["-HUP", &setting.controller.id().to_string()]).status()?.success());
+    eventually("the log to tell of the signal", Duration::from_secs(5), async || {
+        setting.controller.log().contains("SIGHUP").then_some(()).context("nothing yet")
     })
     .await?;
     let two = get(address, "/healthz").header("host", "other.example").send().await?;

@@ -1,12 +1,14 @@
 //! What a replica that does not lead does with requests that only the leader can answer: it hands them on.
 
-use super::{MAX_SHIFT_BYTES, Problem, Shared, twin};
+use super::{MAX_SHIFT_BYTES, Peer, Problem, Shared, twin};
 use crate::kubernetes::Role;
+use axum::Extension;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -14,6 +16,8 @@ use tokio::sync::watch;
 
 /// Says that a request was handed on already; it is not handed on twice.
 const HANDED_ON: HeaderName = HeaderName::from_static("x-tideshift-handed-on");
+/// Whom it was handed on for.
+const HANDED_ON_FOR: HeaderName = HeaderName::from_static("x-tideshift-handed-on-for");
 /// How long a connection to the leader may take.
 const CONNECT: Duration = Duration::from_secs(2);
 
@@ -51,6 +55,20 @@ fn build(certificate: Option<&Path>) -> Result<reqwest::Client, String> {
     builder.no_proxy().connect_timeout(CONNECT).build().map_err(|error| error.to_string())
 }
 
+/// The address of a caller.
+pub(super) fn address(peer: &Peer) -> String {
+    peer.as_ref().map_or_else(
+        || "an unknown address".to_owned(),
+        |Extension(ConnectInfo(peer))| peer.ip().to_canonical().to_string(),
+    )
+}
+
+/// The address for which another replica says that it hands a request on. A client may say so, too, so the address
+/// of the one who says it belongs beside it.
+pub(super) fn handed_on_for(headers: &HeaderMap) -> Option<IpAddr> {
+    headers.get(HANDED_ON).and(headers.get(HANDED_ON_FOR))?.to_str().ok()?.parse().ok()
+}
+
 /// Answers a request here if this replica leads, and hands it on to the one that does if not. One that leads no longer is
 /// not waited for.
 pub(super) async fn hand_on(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
@@ -79,6 +97,8 @@ async fn ask(shared: &Shared, leader: &str, request: Request) -> Result<Response
         headers.remove(own);
     }
     headers.insert(HANDED_ON, HeaderValue::from_static("1"));
+    let peer: Peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().cloned().map(Extension);
+    HeaderValue::try_from(address(&peer)).ok().map(|peer| headers.insert(HANDED_ON_FOR, peer));
     let request = shared.leader.client()?.request(parts.method, format!("{}{path}", leader.trim_end_matches('/')));
     let answer = request.headers(headers).body(body).send().await.map_err(|error| gone(&crate::net::reason(&error)))?;
     let mut response = Response::builder().status(answer.status());

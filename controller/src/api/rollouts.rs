@@ -1,18 +1,20 @@
 //! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
 
+use super::caller::Caller;
 use super::{Part, Peer, Problem, Services, Shared, parse};
 use crate::clock::now;
 use crate::rollout::Command;
 use crate::series::RolloutSeries;
 use crate::status::TransitionStatus;
-use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
+use axum::http::HeaderMap;
 use axum::routing::{MethodRouter, post};
+use axum::{Extension, Json};
 use bytes::Bytes;
 use schemars::JsonSchema;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::sync::Arc;
 
 /// For commands that need nothing more said.
@@ -57,10 +59,17 @@ pub(super) struct SetTarget {
 pub(super) struct SetWeight {
     /// The target's share in percent, 0 to 100.
     #[schemars(range(max = 100))]
+    #[serde(deserialize_with = "percent")]
     pub(super) weight: u32,
     /// Past gates that have not said yes.
     #[serde(default, rename = "overrideGates")]
     pub(super) override_gates: bool,
+}
+
+fn percent<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    let weight = u32::deserialize(from)?;
+    let why = || D::Error::custom(format!("weight: {weight} is not allowed; expected 0 to 100 percent"));
+    (weight <= 100).then_some(weight).ok_or_else(why)
 }
 
 /// A route for a command, whose body says `B`; none is as good as an empty object.
@@ -68,13 +77,16 @@ pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) 
     let handler = async move |State(shared): State<Arc<Shared>>,
                               Part(Path(name)): Part<Path<String>>,
                               peer: Peer,
+                              Extension(caller): Extension<Caller>,
+                              headers: HeaderMap,
                               body: Result<Bytes, BytesRejection>| {
         let body = body.map(|body| if body.is_empty() { Bytes::from_static(b"{}") } else { body });
         let command = command(parse(body, "what this command needs")?);
-        tracing::info!(rollout = name, ?command, peer = super::shown(&peer), "asked for through the API");
+        let by = super::who(&caller, &peer, &headers);
+        tracing::info!(rollout = name, ?command, by, "asked for through the API");
         let (changed, turn) = {
             let mut control = shared.control();
-            (control.command(&name, &command, now())?, shared.turns.ask())
+            (control.command_by(Some(&by), &name, &command, now())?, shared.turns.ask())
         };
         let services = shared.after(turn, &name).await?;
         Ok::<_, Problem>(Json(Services { unchanged: !changed, ..services }))

@@ -1,11 +1,12 @@
 //! Documents that come and go through the API: `/v1/shifts/{name}`.
 
+use super::caller::Caller;
 use super::{Part, Peer, Problem, Services, Shared, parse};
 use crate::kubernetes::Role;
-use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
+use axum::{Extension, Json};
 use bytes::Bytes;
 use serde_json::Value;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub(super) async fn put(
     State(shared): State<Arc<Shared>>,
     Part(Path(name)): Part<Path<String>>,
     peer: Peer,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<Services>), Problem> {
     outside_of_clusters(&shared, "apply")?;
@@ -33,7 +36,7 @@ pub(super) async fn put(
         let is_new = control.put_shift(&name, document)?;
         (is_new, shared.turns.ask())
     };
-    tracing::info!(shift = name, peer = super::shown(&peer), "a document came through the API");
+    tracing::info!(shift = name, by = super::who(&caller, &peer, &headers), "a document came through the API");
     let services = shared.after(turn, &name).await?;
     Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(services)))
 }
@@ -44,6 +47,8 @@ pub(super) async fn delete(
     State(shared): State<Arc<Shared>>,
     Part(Path(name)): Part<Path<String>>,
     peer: Peer,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
 ) -> Result<Json<Services>, Problem> {
     outside_of_clusters(&shared, "delete trafficshift")?;
     let turn = {
@@ -51,7 +56,7 @@ pub(super) async fn delete(
         control.delete_shift(&name)?;
         shared.turns.ask()
     };
-    tracing::info!(shift = name, peer = super::shown(&peer), "a document was deleted through the API");
+    tracing::info!(shift = name, by = super::who(&caller, &peer, &headers), "a document was deleted through the API");
     Ok(Json(shared.after_which_may_be_gone(turn, &name).await?))
 }
 

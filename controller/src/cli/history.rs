@@ -93,8 +93,8 @@ fn table(transitions: &[TransitionStatus]) -> Table {
 /// What is said, and that not everything is listed if so.
 fn message(transition: &TransitionStatus) -> String {
     match transition.left_out {
-        0 => transition.message.clone(),
-        left_out => format!("{} ({left_out} like it before are left out)", transition.message),
+        0 => transition.words(),
+        left_out => format!("{} ({left_out} like it before are left out)", transition.words()),
     }
 }
 

@@ -54,7 +54,7 @@ impl Server {
         let mut client = reqwest::Client::builder().no_proxy().redirect(redirect::Policy::none());
         let way = if self.server.is_some() { None } else { self.place.way().await? };
         let base = match (&self.server, &way) {
-            (Some(server), _) => server.trim_end_matches('/').to_owned(),
+            (Some(server), _) => with_scheme(server.trim_end_matches('/')),
             (None, Some(Way { address, host: Some(host), .. })) => {
                 client = client.resolve(host, *address);
                 format!("https://{host}:{}", address.port())
@@ -90,6 +90,11 @@ impl Server {
             None => Ok(std::env::var(TOKEN).ok().filter(|token| !token.is_empty())),
         }
     }
+}
+
+/// `host:port` alone is taken for HTTP, as curl does.
+fn with_scheme(server: &str) -> String {
+    if server.contains("://") { server.to_owned() } else { format!("http://{server}") }
 }
 
 impl Controller {
@@ -151,5 +156,16 @@ impl Controller {
             status if status.is_client_error() => Failure::Usage(error.to_owned()),
             _ => Failure::Other(format!("{url}: {error}").into()),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_without_a_scheme_is_http() {
+        assert_eq!(with_scheme("127.0.0.1:7460"), "http://127.0.0.1:7460");
+        assert_eq!(with_scheme("https://tideshift.example"), "https://tideshift.example");
     }
 }

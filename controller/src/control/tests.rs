@@ -488,3 +488,15 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     play.control.set_published(&all);
     assert_eq!((play.control.held_back(), play.control.status(play.now).published_revision), (None, None));
 }
+
+#[test]
+fn a_command_leaves_who_gave_it_in_the_history() {
+    let mut play = Play::new(json!({"strategy": {"steps": [{"weight": 10, "holdSeconds": 600}, {"weight": 100}]}}));
+    play.pass(1_000, &[("a", 0)]);
+    play.control.command_by(Some("alice from 10.0.0.1"), "shop", &Command::Pause, play.now).unwrap();
+    play.pass(200, &[("a", 0)]);
+    let history = play.control.history("shop").unwrap();
+    let by: Vec<_> = history.iter().filter_map(|of| of.by.as_deref().zip(Some(of.words()))).collect();
+    let [("alice from 10.0.0.1", words)] = by.as_slice() else { panic!("{history:?}") };
+    assert!(words.ends_with(" (by alice from 10.0.0.1)"), "{words}");
+}

@@ -90,7 +90,8 @@ fn json_body(rollout: &str, id: &str, transition: &TransitionStatus, services: &
 }
 
 fn slack_body(rollout: &str, transition: &TransitionStatus) -> Value {
-    let TransitionStatus { phase, reason, message, from, target, .. } = transition;
+    let TransitionStatus { phase, reason, from, target, .. } = transition;
+    let message = transition.words();
     let way = from.as_ref().zip(target.as_ref()).map(|(from, target)| format!(" ({from} → {target})"));
     let text = format!("{rollout}{}: {}, {reason:?}: {message}", way.unwrap_or_default(), phase.name());
     // What Slack would take for links and mentions.

@@ -77,7 +77,7 @@ impl Hands {
         for (rollout, transition) in transitions {
             if let Some(object) = scene.objects.get(rollout) {
                 let is_warning = transition.phase == Phase::Failed || is_trouble(transition.reason);
-                let words = transition.message.clone();
+                let words = crate::status::TransitionStatus::from(transition).words();
                 self.note(object, Note { reason: format!("{:?}", transition.reason), is_warning, words });
             }
         }

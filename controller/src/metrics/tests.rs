@@ -70,6 +70,7 @@ fn what_was_done_is_counted() {
     );
     assert!(has(&before, "rollout_changes_total{rollout=\"checkout\"} 0"), "{before}");
     let transition = Transition {
+        by: None,
         left_out: 0,
         time: 1,
         rollout: 1,

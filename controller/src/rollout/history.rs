@@ -25,6 +25,9 @@ pub struct Transition {
     /// The version to move to, or that was moved to, or that failed.
     #[serde(default)]
     pub target: Option<String>,
+    /// Who asked for it, where that is known: `NAME from ADDRESS`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
     /// How many transitions just before this one are left out, because endpoints came and went again and again.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out: u64,
@@ -69,7 +72,7 @@ mod tests {
     fn transition(time: Millis, reason: Reason) -> Transition {
         let (message, phase) = (String::new(), Phase::Progressing);
         let (from, target) = (None, None);
-        Transition { time, rollout: 1, phase, reason, message, step: Some(0), from, target, left_out: 0 }
+        Transition { time, rollout: 1, phase, reason, message, step: Some(0), from, target, by: None, left_out: 0 }
     }
 
     #[test]

@@ -3,11 +3,15 @@
 use super::files::Files;
 use super::{LOOK, Options, ServeError, TlsFiles};
 use crate::api::Tokens;
+use crate::metrics::Done;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
 use tokio::time::interval;
 use tokio_rustls::rustls::ServerConfig;
+
+/// A certificate that is valid for less than so many seconds is warned of: a week.
+const SOON: i64 = 7 * 24 * 3600;
 
 /// Tokens, and the certificate with its key: whoever changes their files changes them here, too.
 pub(super) struct Secrets {
@@ -31,7 +35,18 @@ impl Secrets {
     }
 
     /// Reads them again whenever they have changed; if that fails, what was there before stays.
-    pub(super) async fn keep_fresh(mut self, options: Options) {
+    pub(super) async fn keep_fresh(mut self, options: Options, done: Done) {
+        let look_at_certificate = || {
+            let Some((tls, at)) = options.tls.as_ref().and_then(|tls| Some((tls, tls.expires()?))) else { return };
+            done.certificate_expires(at.as_millisecond() as f64 / 1e3);
+            let (path, left) = (tls.cert.display(), at.as_second() - jiff::Timestamp::now().as_second());
+            match left {
+                ..=0 => tracing::warn!("--tls-cert {path}: expired at {at}; clients refuse it, renew it"),
+                1..SOON => tracing::warn!("--tls-cert {path}: expires at {at}; renew it"),
+                _ => {}
+            }
+        };
+        look_at_certificate();
         let left_out = options.tokens.left_out();
         if !left_out.is_empty() {
             tracing::warn!("{left_out}");
@@ -65,6 +80,7 @@ impl Secrets {
             match (&self.tls, options.tls.as_ref().map(TlsFiles::load)) {
                 (Some(tls), Some(Ok(config))) => {
                     tls.send_replace(config);
+                    look_at_certificate();
                     tracing::info!("the certificate was read again");
                 }
                 (_, Some(Err(error))) => tracing::error!("{error}; the certificate from before stays"),

@@ -92,6 +92,8 @@ impl Webhook {
         let name = f.required(d, "name", "a name", name::service);
         let kind = f.required(d, "type", "Gate or Notification", |d, v| choice(d, v, &["Gate", "Notification"]));
         let url = f.required(d, "url", "an http or https URL", |d, v| {
+            // Its password is for no log.
+            let v = &v.as_str().map_or_else(|| v.clone(), |url| Value::from(without_user(url)));
             d.text_where(v, "an http or https URL with a host, without user, spaces or fragment", is_url)
         });
         let text = f.optional(d, "secret", Secret::read).map(HookSecret::Text);
@@ -153,6 +155,16 @@ fn phases(d: &mut Decoder, value: &Value) -> Option<Vec<&'static str>> {
 fn format(d: &mut Decoder, value: &Value) -> Option<NotificationFormat> {
     let format = choice(d, value, &["Json", "Slack"])?;
     Some(if format == "Slack" { NotificationFormat::Slack } else { NotificationFormat::Json })
+}
+
+/// The same URL with `***` in the place of a user and password.
+fn without_user(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    match rest.get(..end).and_then(|authority| authority.rfind('@')) {
+        Some(at) => format!("{scheme}://***{}", rest.get(at..).unwrap_or_default()),
+        None => url.to_owned(),
+    }
 }
 
 fn is_url(url: &str) -> bool {
@@ -285,5 +297,20 @@ mod tests {
             assert!(!is_url(bad), "{bad}");
         }
         assert!(!is_url(&format!("http://a/{}", "b".repeat(LONGEST_URL))));
+    }
+
+    #[test]
+    fn a_password_in_a_url_is_in_no_message() {
+        for (url, shown) in [
+            ("https://user:hunter2@a.example/b?c@d", "https://***@a.example/b?c@d"),
+            ("https://user@p@ss@a.example", "https://***@a.example"),
+            ("https://a.example/b@c", "https://a.example/b@c"),
+            ("nothing", "nothing"),
+        ] {
+            assert_eq!(without_user(url), shown);
+        }
+        let webhook = json!({"name": "a", "type": "Gate", "url": "https://user:hunter2@a.example/"});
+        let error = Decoder::read(&webhook, Webhook::read).unwrap_err().to_string();
+        assert!(error.contains("without user") && !error.contains("hunter2"), "{error}");
     }
 }
