@@ -38,6 +38,7 @@ fn everything() -> Value {
         "replicas": 3,
         "watchNamespaces": ["shop", "store"],
         "proxyTokenAudience": "tideshift",
+        "webhookAllow": ["public", "10.0.0.0/8"],
         "tls": {"secret": "tideshift-tls"},
         "ipv6": true,
         "image": {"digest": format!("sha256:{}", "0123456789abcdef".repeat(4)), "pullSecrets": [{"name": "registry"}]},
