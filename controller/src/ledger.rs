@@ -7,7 +7,7 @@
 //! says when it comes back is a base line and is not counted twice.
 
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, Tally, VersionReport};
