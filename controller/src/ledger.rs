@@ -7,7 +7,8 @@
 //! says when it comes back is a base line and is not counted twice.
 
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, Tally, VersionReport};
 
@@ -154,7 +155,7 @@ struct Said<'a> {
     version: &'a VersionReport,
     is_known: bool,
     /// Where it is in what was packed of the report.
-    packed: std::ops::Range<usize>,
+    packed: Range<usize>,
     /// What was said before; none: nothing.
     last: Option<Total>,
     is_same: bool,
@@ -229,7 +230,7 @@ impl Ledger {
             run.reported_at = now;
         }
         let is_from_before = is_first && started(&key.1).is_some_and(|started| started < self.since);
-        let mut new: Vec<(u32, Vec<u8>)> = Vec::new();
+        let mut new: Vec<(u32, Range<usize>)> = Vec::new();
         let mut all_said = said.iter();
         for service in &report.services {
             let mut is_service_known = false;
@@ -240,7 +241,7 @@ impl Ledger {
                     continue;
                 }
                 let of = self.version(&service.name, &said.version.name);
-                new.push((of.id, bytes.to_vec()));
+                new.push((of.id, said.packed.clone()));
                 // A filter that has forgotten a version which was gone for a while counts on from there.
                 if !said.goes_back && !is_base {
                     let all = Total::of(said.version, report.format);
@@ -252,22 +253,24 @@ impl Ledger {
                 }
             }
             if is_service_known {
-                new.extend(self.take_unrouted(service, &entries, is_base));
+                new.extend(self.take_unrouted(service, &entries, is_base, &mut packed));
             }
         }
         changed |= !new.is_empty();
-        run.counts = Some(if new.is_empty() && !was_reset { counts.clone() } else { merged(&entries, new) });
+        run.counts =
+            Some(if new.is_empty() && !was_reset { counts.clone() } else { merged(&entries, &mut new, &packed) });
         self.put(key, run);
         if changed { Taken::News } else { Taken::NoNews }
     }
 
-    /// Takes what is new of a service's unrouted requests; what to keep of it, if anything is.
+    /// Takes what is new of a service's unrouted requests; where what to keep of it is packed, if anything is.
     fn take_unrouted(
         &mut self,
         service: &ServiceReport,
         entries: &[(u32, &[u8])],
         is_base: bool,
-    ) -> Option<(u32, Vec<u8>)> {
+        packed: &mut Vec<u8>,
+    ) -> Option<(u32, Range<usize>)> {
         let of = self.service(&service.name);
         let last = number(entry(entries, of.id));
         if service.unrouted <= last {
@@ -276,9 +279,9 @@ impl Ledger {
         if !is_base {
             of.unrouted = of.unrouted.saturating_add(service.unrouted - last);
         }
-        let mut bytes = Vec::new();
-        packed::put(&mut bytes, service.unrouted);
-        Some((of.id, bytes))
+        let from = packed.len();
+        packed::put(packed, service.unrouted);
+        Some((of.id, from..packed.len()))
     }
 
     fn put(&mut self, key: &RunKey, run: Run) {
@@ -358,29 +361,18 @@ impl Ledger {
     }
 
     fn service(&mut self, name: &str) -> &mut OfService {
-        let is_new = !self.services.contains_key(name);
-        let id = if is_new { self.new_id() } else { 0 };
-        let of = self.services.entry(name.to_owned()).or_default();
-        if is_new {
-            of.id = id;
-        }
-        of
+        service_of(&mut self.services, &mut self.next, name)
     }
 
     fn version(&mut self, service: &str, name: &str) -> &mut OfVersion {
-        let known = self.service(service).versions.iter().position(|version| version.name == name);
+        let of = service_of(&mut self.services, &mut self.next, service);
+        let known = of.versions.iter().position(|version| version.name == name);
         let at = known.unwrap_or_else(|| {
-            let id = self.new_id();
-            let versions = &mut self.service(service).versions;
-            versions.push(OfVersion { name: name.to_owned(), id, ..OfVersion::default() });
-            versions.len() - 1
+            self.next += 1;
+            of.versions.push(OfVersion { name: name.to_owned(), id: self.next, ..OfVersion::default() });
+            of.versions.len() - 1
         });
-        &mut self.service(service).versions[at]
-    }
-
-    fn new_id(&mut self) -> u32 {
-        self.next += 1;
-        self.next
+        &mut of.versions[at]
     }
 
     fn of(&self, service: &str, version: &str) -> Option<&OfVersion> {
@@ -432,6 +424,13 @@ impl Ledger {
     }
 }
 
+fn service_of<'a>(services: &'a mut HashMap<String, OfService>, next: &mut u32, name: &str) -> &'a mut OfService {
+    services.entry(name.to_owned()).or_insert_with(|| {
+        *next += 1;
+        OfService { id: *next, ..OfService::default() }
+    })
+}
+
 /// Packs what a report says of a version.
 fn say<'a>(version: &'a VersionReport, is_known: bool, format: u32, packed: &mut Vec<u8>) -> Said<'a> {
     let from = packed.len();
@@ -464,11 +463,24 @@ fn number(mut bytes: Option<&[u8]>) -> u64 {
 }
 
 /// What a run said before, with what is new in its place.
-fn merged(before: &[(u32, &[u8])], new: Vec<(u32, Vec<u8>)>) -> Arc<[u8]> {
-    // The last word of a report that says something twice.
-    let mut all: BTreeMap<u32, &[u8]> = before.iter().copied().collect();
-    all.extend(new.iter().map(|(id, counts)| (*id, counts.as_slice())));
-    let mut bytes = Vec::new();
+fn merged(before: &[(u32, &[u8])], new: &mut [(u32, Range<usize>)], packed: &[u8]) -> Arc<[u8]> {
+    // Of a report that says something twice, the last word counts.
+    new.sort_by_key(|(id, _)| *id);
+    let mut all: Vec<(u32, &[u8])> = Vec::with_capacity(before.len() + new.len());
+    let mut before = before.iter().copied().peekable();
+    for (id, range) in new.iter() {
+        while let Some(kept) = before.next_if(|(of, _)| of < id) {
+            all.push(kept);
+        }
+        before.next_if(|(of, _)| of == id);
+        let counts = packed.get(range.clone()).unwrap_or_default();
+        match all.last_mut().filter(|(of, _)| of == id) {
+            Some(last) => last.1 = counts,
+            None => all.push((*id, counts)),
+        }
+    }
+    all.extend(before);
+    let mut bytes = Vec::with_capacity(all.iter().map(|(_, counts)| counts.len() + 3).sum());
     packed::put_entries(&mut bytes, all);
     bytes.into()
 }
