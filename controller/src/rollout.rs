@@ -119,6 +119,9 @@ pub struct Rollout {
     /// The gates of its steps.
     #[serde(default)]
     gates: Gates,
+    /// The stable version before the present one.
+    #[serde(default)]
+    served_before: Option<String>,
     /// What the document listed of the stable version when nothing was being moved.
     #[serde(default)]
     listed: Option<Listed>,
@@ -331,6 +334,7 @@ impl Rollout {
             before: None,
             reached: 0,
             counted_before: BTreeMap::new(),
+            served_before: None,
             said: Said::new(shift),
             plan: Vec::new(),
             gates: Gates::default(),

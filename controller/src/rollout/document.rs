@@ -95,6 +95,7 @@ impl Rollout {
         }
         let old = (self.stable != shift.stable).then(|| std::mem::replace(&mut self.stable, shift.stable.clone()));
         self.leaving = old.clone().or(self.leaving.take());
+        self.served_before = old.clone().or(self.served_before.take());
         let stable = self.stable.clone();
         let why = if is_gone { "which is gone from the document" } else { "as the document says" };
         let ends = self.target.as_ref() == Some(&stable) || !self.phase.is_under_way();

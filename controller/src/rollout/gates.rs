@@ -105,7 +105,7 @@ impl Rollout {
 
     /// Whether a version has had everything, by what is remembered.
     pub(super) fn has_served(&self, version: &str) -> bool {
-        self.stable == version || self.said.stable == version || self.leaving.as_deref() == Some(version)
+        self.stable == version || self.said.stable == version || self.served_before.as_deref() == Some(version)
     }
 
     /// A gate of the present step has said yes.

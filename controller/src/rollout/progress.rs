@@ -68,6 +68,7 @@ impl Rollout {
             self.announce(Phase::Progressing, Reason::StepStarted, message, now);
         } else {
             self.leaving = Some(std::mem::replace(&mut self.stable, target.clone()));
+            self.served_before.clone_from(&self.leaving);
             self.begin_step(0, 0.0, shift, now);
             self.outcome = format!("{target} serves everything");
             self.announce(Phase::Succeeded, Reason::Completed, self.outcome.clone(), now);

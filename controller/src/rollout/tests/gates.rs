@@ -138,3 +138,22 @@ fn an_edited_stable_is_a_rollout_where_there_are_gates() {
     play.pass(1).set("stable", json!("v2"));
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
 }
+
+#[test]
+fn a_superseded_target_has_not_served() {
+    // It still helps out, but has never had everything: its gate lies before that as before.
+    let superseded = || {
+        let mut play = gated();
+        play.ready("v1", 3);
+        play.pass(1).set("target", json!("v3"));
+        play.pass(1);
+        assert_eq!(play.rollout.leaving.as_deref(), Some("v2"));
+        play
+    };
+    refused(&mut superseded(), Command::Rollback { to: "v2".to_owned(), override_gates: false });
+    let mut play = superseded();
+    play.set("stable", json!("v2"));
+    play.set("target", json!(null));
+    play.pass(10);
+    assert_eq!((play.rollout.stable.as_str(), play.rollout.target.as_deref()), ("v1", Some("v2")));
+}
