@@ -5,7 +5,7 @@ use super::{
     Document, DocumentError, DocumentErrors, ReadOne, is_static, needs_no_cluster, read_file, read_files, shown_name,
 };
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tideshift_core::decode::Errors;
 use tideshift_core::shift::TrafficShift;
 
@@ -24,6 +24,8 @@ struct LastGoodFile {
     /// Standard input or a pipe: what has been read of it is gone.
     is_static: bool,
     documents: Vec<AsWritten>,
+    /// What was wrong with it when it was read last.
+    errors: Vec<DocumentError>,
 }
 
 impl LastGood {
@@ -39,7 +41,7 @@ impl LastGood {
             if is_static {
                 tracing::info!("{}: read once; changes need a restart", shown_name(path));
             }
-            LastGoodFile { path: path.clone(), is_static, documents }
+            LastGoodFile { path: path.clone(), is_static, documents, errors: Vec::new() }
         };
         Ok(Self { files: files.iter().zip(documents).map(with).collect() })
     }
@@ -49,19 +51,22 @@ impl LastGood {
         self.files.iter().flat_map(|file| file.documents.iter().cloned()).collect()
     }
 
-    /// Reads the files again. A document that is wrong stays as it was. While something is wrong with a file, no document
-    /// of it goes: the one that is missed may be the one that is wrong.
-    pub fn read_again(&mut self) -> Vec<DocumentError> {
-        let mut all = Vec::new();
-        for LastGoodFile { path, documents: good, .. } in self.files.iter_mut().filter(|file| !file.is_static) {
+    /// Reads a file again. A document that is wrong stays as it was. While something is wrong with a file, no document of it
+    /// goes: the one that is missed may be the one that is wrong.
+    pub fn read_again(&mut self, path: &Path) {
+        for file in self.files.iter_mut().filter(|file| !file.is_static && file.path == path) {
             let (documents, errors) = read_file(path, read);
             let documents = shifts(documents);
             let is_there = |name: &str| documents.iter().any(|(shift, _)| shift.name == name);
-            good.retain(|(shift, _)| !errors.is_empty() && !is_there(&shift.name));
-            good.splice(0..0, documents);
-            all.extend(errors);
+            file.documents.retain(|(shift, _)| !errors.is_empty() && !is_there(&shift.name));
+            file.documents.splice(0..0, documents);
+            file.errors = errors;
         }
-        all
+    }
+
+    /// What was wrong with the files when each was read last.
+    pub fn errors(&self) -> impl Iterator<Item = &DocumentError> {
+        self.files.iter().flat_map(|file| &file.errors)
     }
 }
 
@@ -94,6 +99,10 @@ mod tests {
         write(0, &format!("{}---\n{}", document("one", ""), document("two", "")));
         write(1, &document("three", ""));
         let mut good = LastGood::open(&files).unwrap();
+        let read_again = |good: &mut LastGood| -> Vec<String> {
+            files.iter().for_each(|file| good.read_again(file));
+            good.errors().map(ToString::to_string).collect()
+        };
         let drains = |good: &LastGood| {
             let of = |(shift, _): AsWritten| format!("{} {}", shift.name, shift.drain_timeout.as_secs());
             good.documents().into_iter().map(of).collect::<Vec<_>>()
@@ -102,17 +111,17 @@ mod tests {
         let (long, wrong) = (", drain: {timeoutSeconds: 400}", ", drain: {timeoutSeconds: -1}");
         write(0, &format!("{}---\n{}", document("one", long), document("two", wrong)));
         write(1, &document("three", long));
-        let errors: Vec<_> = good.read_again().iter().map(ToString::to_string).collect();
+        let errors = read_again(&mut good);
         assert!(errors.len() == 1 && errors[0].contains("a.yaml (document 2): spec.drain"), "{errors:?}");
         assert_eq!(drains(&good), ["one 400", "two 300", "three 400"]);
         std::fs::remove_file(&files[0]).unwrap();
         write(1, "[");
-        assert_eq!(good.read_again().len(), 2);
+        assert_eq!(read_again(&mut good).len(), 2);
         assert_eq!(drains(&good), ["one 400", "two 300", "three 400"]);
         write(0, &document("two", ""));
         write(1, &document("three", ""));
         assert_eq!(
-            (good.read_again(), drains(&good)),
+            (read_again(&mut good), drains(&good)),
             (Vec::new(), vec!["two 300".to_owned(), "three 300".to_owned()])
         );
     }
@@ -128,8 +137,9 @@ mod tests {
             let pipe = pipe.clone();
             move || std::fs::write(pipe, document("one", ""))
         });
-        let mut good = LastGood::open(&[pipe]).unwrap();
+        let mut good = LastGood::open(std::slice::from_ref(&pipe)).unwrap();
         writer.join().unwrap().unwrap();
-        assert_eq!((good.read_again(), good.documents().len()), (Vec::new(), 1));
+        good.read_again(&pipe);
+        assert_eq!((good.errors().count(), good.documents().len()), (0, 1));
     }
 }

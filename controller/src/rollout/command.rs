@@ -90,7 +90,8 @@ impl Rollout {
                 if !self.allowed && !override_gates {
                     return Err(self.conflict("the gate of the present step has not said yes"));
                 }
-                self.allowed = true;
+                // A gate that lies before more than this share stays closed.
+                self.allowed |= !besides.is_empty();
                 self.unpause(now);
                 (self.paused, self.weight_by_hand, self.held_since) = (true, Some(*weight), None);
                 self.announce(

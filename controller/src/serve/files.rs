@@ -22,6 +22,8 @@ struct Watched {
     taken: Option<Stamp>,
     seen: Option<Stamp>,
     since: Instant,
+    /// When a process was last seen that has it open for writing.
+    asked: Option<Instant>,
     /// Whether the log says already that it is open for writing.
     is_told: bool,
 }
@@ -40,41 +42,42 @@ impl Files {
     pub(super) fn new(paths: &[PathBuf], now: Instant) -> Self {
         let watched = paths.iter().filter(|path| !is_static(path)).map(|path| {
             let stamp = stamp(path);
-            Watched { path: path.clone(), taken: stamp, seen: stamp, since: now, is_told: false }
+            Watched { path: path.clone(), taken: stamp, seen: stamp, since: now, asked: None, is_told: false }
         });
         Self { watched: watched.collect() }
     }
 
-    /// Whether some have changed since the last time that this was true, and all of these have settled.
-    pub(super) fn have_changed(&mut self, now: Instant) -> bool {
-        let mut has_changed = false;
-        let mut is_settled = true;
-        for file in &mut self.watched {
-            let stamp = stamp(&file.path);
-            if stamp != file.seen {
-                (file.seen, file.since) = (stamp, now);
-            }
-            if file.seen != file.taken {
-                has_changed = true;
-                is_settled &= now.duration_since(file.since) >= SETTLED && !file.is_being_written();
-            }
-        }
-        if !(has_changed && is_settled) {
-            return false;
-        }
-        self.watched.iter_mut().for_each(|file| file.taken = file.seen);
-        true
+    /// Those that have changed since they were taken last, and have settled; they are taken by that.
+    pub(super) fn changed(&mut self, now: Instant) -> Vec<PathBuf> {
+        self.watched.iter_mut().filter_map(|file| file.is_taken(now).then(|| file.path.clone())).collect()
     }
 
-    /// Whether they are still as they were taken: what was read since then is whole.
-    pub(super) fn are_as_taken(&self) -> bool {
-        self.watched.iter().all(|file| stamp(&file.path) == file.taken)
+    /// Whether a file is still as it was taken: what was read of it since then is whole.
+    pub(super) fn is_as_taken(&self, path: &Path) -> bool {
+        self.watched.iter().all(|file| file.path != path || stamp(&file.path) == file.taken)
     }
 }
 
 impl Watched {
-    fn is_being_written(&mut self) -> bool {
+    fn is_taken(&mut self, now: Instant) -> bool {
+        let stamp = stamp(&self.path);
+        if stamp != self.seen {
+            (self.seen, self.since) = (stamp, now);
+        }
+        if self.seen == self.taken || now.duration_since(self.since) < SETTLED || self.is_being_written(now) {
+            return false;
+        }
+        self.taken = self.seen;
+        true
+    }
+
+    fn is_being_written(&mut self, now: Instant) -> bool {
+        // All processes are looked at for this: once a second is enough.
+        if self.asked.is_some_and(|asked| now.duration_since(asked) < SETTLED) {
+            return true;
+        }
         let writer = self.seen.and_then(|stamp| writers::of(stamp.file));
+        self.asked = writer.map(|_| now);
         if let Some(pid) = writer.filter(|_| !self.is_told) {
             let file = self.path.display();
             tracing::warn!(
@@ -114,19 +117,20 @@ mod tests {
         fs::write(&path, "a").unwrap();
         let begun = Instant::now();
         let mut files = Files::new(std::slice::from_ref(&path), begun);
-        assert!(!files.have_changed(after(begun, 5_000)));
+        assert!(files.changed(after(begun, 5_000)).is_empty());
         fs::write(&path, "ab").unwrap();
-        assert!(!files.have_changed(after(begun, 6_000)));
+        assert!(files.changed(after(begun, 6_000)).is_empty());
         fs::write(&path, "abc").unwrap();
-        assert!(!files.have_changed(after(begun, 7_000)), "changed again");
-        assert!(!files.have_changed(after(begun, 7_900)));
-        assert!(files.have_changed(after(begun, 8_000)) && files.are_as_taken());
-        assert!(!files.have_changed(after(begun, 9_500)));
+        assert!(files.changed(after(begun, 7_000)).is_empty(), "changed again");
+        assert!(files.changed(after(begun, 7_900)).is_empty());
+        assert_eq!(files.changed(after(begun, 8_000)), [path.as_path()]);
+        assert!(files.is_as_taken(&path));
+        assert!(files.changed(after(begun, 9_500)).is_empty());
         fs::write(&path, "abcd").unwrap();
-        assert!(!files.are_as_taken());
+        assert!(!files.is_as_taken(&path));
         fs::remove_file(&path).unwrap();
-        assert!(!files.have_changed(after(begun, 10_000)));
-        assert!(files.have_changed(after(begun, 11_000)));
+        assert!(files.changed(after(begun, 10_000)).is_empty());
+        assert_eq!(files.changed(after(begun, 11_000)), [path.as_path()]);
     }
 
     #[cfg(target_os = "linux")]
@@ -136,14 +140,20 @@ mod tests {
         let path = dir.path().join("shift.yaml");
         fs::write(&path, "a").unwrap();
         let begun = Instant::now();
-        let mut files = Files::new(std::slice::from_ref(&path), begun);
+        let other = dir.path().join("other.yaml");
+        fs::write(&other, "a").unwrap();
+        let mut files = Files::new(&[path.clone(), other.clone()], begun);
         let mut writer = fs::OpenOptions::new().append(true).open(&path).unwrap();
         writer.write_all(b"half").unwrap();
-        assert!(!files.have_changed(after(begun, 1_000)));
-        assert!(!files.have_changed(after(begun, 60_000)), "it has stayed the same for a minute");
+        assert!(files.changed(after(begun, 1_000)).is_empty());
+        assert!(files.changed(after(begun, 60_000)).is_empty(), "it has stayed the same for a minute");
+        // It holds up no other file.
+        fs::write(&other, "ab").unwrap();
+        assert!(files.changed(after(begun, 60_100)).is_empty());
+        assert_eq!(files.changed(after(begun, 61_100)), [other.as_path()]);
         drop(writer);
         let _reader = fs::File::open(&path).unwrap();
-        assert!(files.have_changed(after(begun, 61_000)));
+        assert_eq!(files.changed(after(begun, 63_000)), [path.as_path()]);
     }
 
     #[test]
@@ -154,7 +164,7 @@ mod tests {
         let begun = Instant::now();
         let mut files = Files::new(&[PathBuf::from("-"), path.clone()], begun);
         fs::write(&path, "ab").unwrap();
-        assert!(!files.have_changed(begun));
-        assert!(files.have_changed(after(begun, 1_000)));
+        assert!(files.changed(begun).is_empty());
+        assert_eq!(files.changed(after(begun, 1_000)), [path.as_path()]);
     }
 }

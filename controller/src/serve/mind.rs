@@ -233,16 +233,19 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
 
     fn look_at_files(&mut self) {
         let Source::Files(files, good) = &mut self.source else { return };
-        if !files.have_changed(Instant::now().into_std()) {
+        let mut has_changed = false;
+        for path in files.changed(Instant::now().into_std()) {
+            let mut read = good.clone();
+            read.read_again(&path);
+            // One that was written again meanwhile is seen by the next look.
+            if files.is_as_taken(&path) {
+                (*good, has_changed) = (read, true);
+            }
+        }
+        if !has_changed {
             return;
         }
-        let mut read = good.clone();
-        let errors: Vec<String> = read.read_again().iter().map(ToString::to_string).collect();
-        if !files.are_as_taken() {
-            // It has been written again meanwhile, which the next look will see.
-            return;
-        }
-        *good = read;
+        let errors = good.errors().map(ToString::to_string).collect();
         tracing::info!("documents have changed");
         let mut control = self.shared.control();
         control.set_documents(good.documents());

@@ -65,7 +65,7 @@ impl Secrets {
         let mut look = interval(LOOK);
         loop {
             look.tick().await;
-            if !self.files.have_changed(Instant::now()) {
+            if self.files.changed(Instant::now()).is_empty() {
                 continue;
             }
             match options.tokens.load() {

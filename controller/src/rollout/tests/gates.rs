@@ -88,6 +88,24 @@ fn a_gate_is_overridden_by_saying_so() {
 }
 
 #[test]
+fn an_override_opens_no_gate_that_lies_beyond_it() {
+    let mut play = gated();
+    play.command(PROMOTE).unwrap();
+    play.pass(1).command(PROMOTE).unwrap();
+    assert_eq!(play.pass(1).stands(), (Phase::Waiting, Reason::GateClosed));
+    play.command(Command::SetWeight { weight: 5, override_gates: true }).unwrap();
+    assert_eq!(play.pass(1).shares(), [95.0, 5.0, 0.0]);
+    refused(&mut play, FULL);
+    refused(&mut play, weight(60));
+    play.command(Command::Resume).unwrap();
+    for _ in 0..3 {
+        let _ = play.pass(5).command(PROMOTE);
+    }
+    assert_eq!(play.pass(5).stands(), (Phase::Waiting, Reason::GateClosed));
+    assert!(play.shares()[1] <= 25.0);
+}
+
+#[test]
 fn edited_steps_move_no_gate_out_of_the_way() {
     // The gate's number is that of no step any longer, or of one further on.
     for steps in
