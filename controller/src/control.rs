@@ -83,7 +83,7 @@ pub struct Control {
     counts_changed: bool,
     /// Whether they have since targets were last measured by them.
     recounted: bool,
-    /// When it was last looked for counts that nobody needs any longer.
+    /// When it was last looked for counts that are not needed any longer.
     tidied: Millis,
     kept: Kept,
     /// Whether what is kept has changed since it was last looked at.
@@ -226,9 +226,9 @@ impl From<Refused> for CommandError {
 const CATCH_UP: Millis = 2_000;
 /// From one look at which proxies are there to the next.
 const CENSUS: Millis = 100;
-/// From one look for counts that nobody needs any longer to the next.
+/// From one look for counts that are not needed any longer to the next.
 const TIDY: Millis = 10_000;
-/// So much newer is what is published before it is safe: nobody who goes on from an older state comes that far before
+/// So much newer is what is published before it is safe: a replica that goes on from an older state does not come that far before
 /// proxies say what they have.
 const LEAP: u64 = 1_000;
 /// While something is held or waited for, the time is kept this often.

@@ -1,5 +1,5 @@
 //! State in Secrets of the size that a real API server takes: it fits whatever the number of proxies that come and go, and
-//! what does not fit holds up nobody.
+//! what does not fit holds up nothing else.
 
 use anyhow::ensure;
 use serde_json::{Value, json};

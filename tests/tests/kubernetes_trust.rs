@@ -52,7 +52,7 @@ impl Drop for Victim {
     }
 }
 
-/// A TrafficShift `payment` with v2 at 30 %, which nobody attacks.
+/// A TrafficShift `payment` with v2 at 30 %, which is not attacked.
 async fn bystander(cluster: &Cluster) -> anyhow::Result<String> {
     cluster.slice("payment-v1", 2, 2).await?;
     cluster.slice("payment-v2", 2, 2).await?;

@@ -400,7 +400,7 @@ mod tests {
         assert_eq!(statuses(OPERATE), [200, 200, 403, 200, 200]);
         assert_eq!(statuses("operate-operate-2"), [200, 200, 403, 200, 200], "each line is a token");
         assert_eq!(statuses(PROXY), [403, 403, 200, 200, 200]);
-        for nobody in ["", "read-read-read-rea", "read-read-read-readx"] {
+        for special in ["", "read-read-read-rea", "read-read-read-readx"] {
             assert_eq!(statuses(nobody), [401, 401, 401, 401, 200], "{nobody}");
         }
         let none = routes.map(|allowed| refusal(&tokens, allowed, false, &[("host", "127.0.0.1")]).0);

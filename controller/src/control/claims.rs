@@ -1,5 +1,5 @@
 //! What of a report can be true. One proxy, or one that has a proxy's token, speaks for itself: a number that leaps, a
-//! revision that nobody published and a veto that no guard issues are left out, whatever else it says.
+//! revision that was never published and a veto that no guard issues are left out, whatever else it says.
 
 use crate::ledger::{Ledger, RunKey, started};
 use crate::metrics::Claim;
@@ -22,7 +22,7 @@ const ADVANCE_EVERY: Millis = 60_000;
 /// What was left out, and why.
 pub type Ignored = (Claim, String);
 
-/// Whether a report's number can be: nobody may number so far ahead that the proxy's own reports seem old.
+/// Whether a report's number can be: none may be so far ahead that the proxy's own reports seem old.
 pub(super) fn sequence(ledger: &Ledger, run: &RunKey, report: &Report, now: Millis) -> Result<(), Ignored> {
     let (last, since) = match ledger.last_report(run) {
         Some((last, at)) => (last, now.saturating_sub(at)),

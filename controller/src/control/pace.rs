@@ -1,6 +1,6 @@
 //! When a policy is published: at once after quiet, then at most once a second, so that one endpoint that comes and goes
 //! does not send policies to all proxies many times a second. What takes traffic away from a version does not wait, and
-//! neither does what a rollout has decided or somebody has asked for.
+//! neither does what a rollout has decided or a user has asked for.
 
 use crate::rollout::Millis;
 use std::collections::BTreeMap;

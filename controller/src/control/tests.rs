@@ -430,7 +430,7 @@ fn counts_that_cannot_be_kept_hold_back_steps_by_evidence_and_nothing_else() {
         play.pass(2_000, &EDGE);
         assert_eq!(play.control.policy.as_ref().map(shares), Some(then));
     }
-    // What somebody says.
+    // Commands.
     play.control.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
     play.pass(1_000, &EDGE);
     assert_eq!(play.rollout().step, 1);
@@ -470,11 +470,11 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     let away = play.control.away().unwrap();
     play.control.set_published(&away);
     assert_eq!(shares(&away), [100.0, 0.0]);
-    assert!(away.revision > first.revision + LEAP, "nobody else gives it to another policy");
+    assert!(away.revision > first.revision + LEAP, "no other policy has it");
     let after = play.control.evaluate(play.now);
     assert!(after.keep && after.policy.unwrap().revision > away.revision);
     assert_eq!(play.control.away(), None, "it is said once");
-    // Neither does what somebody takes back.
+    // Neither does what is taken back by a command.
     play.control.set_readiness(readiness());
     play.control.evaluate(play.now);
     play.control.command("shop", &Command::Abort, play.now).unwrap();

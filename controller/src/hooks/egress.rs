@@ -95,7 +95,7 @@ impl Egress {
         Self { allowed, apart: api_server }
     }
 
-    /// For a controller whose documents are the operator's own: everything but what nobody means to call.
+    /// For a controller whose documents are the operator's own: everything but link-local and metadata addresses.
     pub fn of_machine(allowed: Vec<Allowed>) -> Self {
         let all = || vec![Allowed::Public, Allowed::Private, Allowed::Loopback];
         Self { allowed: if allowed.is_empty() { all() } else { allowed }, apart: Vec::new() }
@@ -283,7 +283,7 @@ mod tests {
         {
             assert!(!goes(&cluster, "a", near) && goes(&machine, "a", near), "{near}");
         }
-        for nobody in [
+        for special in [
             "169.254.169.254",
             "169.254.170.2",
             "::ffff:169.254.169.254",
@@ -301,7 +301,7 @@ mod tests {
             "255.255.255.255",
             "ff02::1",
         ] {
-            assert!(!goes(&cluster, "a", nobody) && !goes(&machine, "a", nobody), "{nobody}");
+            assert!(!goes(&cluster, "a", special) && !goes(&machine, "a", special), "{special}");
         }
     }
 

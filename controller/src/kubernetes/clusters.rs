@@ -271,6 +271,6 @@ mod tests {
         assert!(is_open(&opened(json!({NAMESPACES_ANNOTATION: "*"})), "anything"));
         let unnamed = opened(json!({}));
         assert!(is_open(&unnamed, "tideshift-system") && !is_open(&unnamed, "shop"));
-        assert!(opened(json!({NAMESPACES_ANNOTATION: ""})).is_empty(), "an empty list is nobody");
+        assert!(opened(json!({NAMESPACES_ANNOTATION: ""})).is_empty(), "an empty list is no namespace");
     }
 }

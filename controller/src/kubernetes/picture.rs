@@ -19,7 +19,7 @@ pub struct Picture {
     pub views: BTreeMap<Place, View>,
     /// The clusters that cannot be seen, and why; the controller's own has no name.
     pub lost: BTreeMap<Option<String>, String>,
-    /// The places that nobody looks at, and why: there is no such cluster, or it is not open to documents of the namespace.
+    /// The places that are not watched, and why: there is no such cluster, or it is not open to documents of the namespace.
     pub closed: BTreeMap<Place, String>,
 }
 

@@ -252,7 +252,7 @@ fn what_there_is_no_room_for_is_a_base_line_of_the_silent_first() {
     assert_eq!(next(0), 0, "nothing is counted twice");
     let mut empty = again(&ledger, 0);
     take_at(&mut empty, &began(600_000, 5), 600_100);
-    assert_eq!(empty.total("checkout", "v1").ok, 205, "whoever starts after that counts from nothing");
+    assert_eq!(empty.total("checkout", "v1").ok, 205, "a start after that counts from nothing");
 }
 
 #[test]

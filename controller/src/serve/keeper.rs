@@ -255,7 +255,7 @@ impl<D: Disk, C: CountsDisk> Keeper<D, C> {
         self.trouble.as_deref()
     }
 
-    /// Whether what was decided last was refused, and the refusal says that nobody else decides.
+    /// Whether what was decided last was refused, and the refusal says that no other replica decides.
     pub(super) fn is_refused(&self) -> bool {
         self.trouble.is_some() && self.is_refused
     }
