@@ -400,8 +400,8 @@ mod tests {
         assert_eq!(statuses(OPERATE), [200, 200, 403, 200, 200]);
         assert_eq!(statuses("operate-operate-2"), [200, 200, 403, 200, 200], "each line is a token");
         assert_eq!(statuses(PROXY), [403, 403, 200, 200, 200]);
-        for special in ["", "read-read-read-rea", "read-read-read-readx"] {
-            assert_eq!(statuses(nobody), [401, 401, 401, 401, 200], "{nobody}");
+        for stranger in ["", "read-read-read-rea", "read-read-read-readx"] {
+            assert_eq!(statuses(stranger), [401, 401, 401, 401, 200], "{stranger}");
         }
         let none = routes.map(|allowed| refusal(&tokens, allowed, false, &[("host", "127.0.0.1")]).0);
         assert_eq!(none, [401, 401, 401, 401, 200]);
