@@ -104,7 +104,7 @@ impl Envoy {
             // Processes with the same base id take over from each other; the port is nobody else's.
             Some(epoch) => command
                 .args(["--base-id", &options.admin.to_string(), "--restart-epoch", &epoch.to_string()])
-                .args(["--parent-shutdown-time-s", "2"]),
+                .args(["--parent-shutdown-time-s", "4"]),
             None => command.arg("--disable-hot-restart"),
         };
         let process = Process::start("Envoy", command, &directory.path().join("envoy.log"))?;
