@@ -8,7 +8,7 @@
 //! Δ(r) = x·ln r − (x + y)·ln(rρ + 1 − ρ)
 //! ```
 //!
-//! If the version is no worse, exp(Δ) is 1 at most on average: see `docs/guard.md` for why and `docs/verdict-proof.md` for
+//! If the version is no worse, exp(Δ) is 1 at most on average: see `docs/guard-proof.md` for why and `docs/verdict-proof.md` for
 //! what else it is good for; both name the sources (Lindon and Malek, arXiv 2011.03567; Lindon, Sanden and Shirikian,
 //! arXiv 2205.14762; Turner, Ly and Grünwald, arXiv 2106.02693; for evidence that forgets, Shin, Ramdas and Rinaldo,
 //! arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree to the last bit.

@@ -1,7 +1,7 @@
 //! The verdict and the guards against whole rollouts with a population of clients: how often a healthy target is taken
 //! back where requests are not independent, and how soon a broken one is, with one caller and with many.
 //!
-//! `make verdict-tables` prints the tables of `docs/verdict-proof.md`, and that of guards in `docs/guard.md`; with
+//! `make verdict-tables` prints the tables of `docs/verdict-proof.md`, and that of guards in `docs/guard-proof.md`; with
 //! `DIVIDE_RUNS=10` from a tenth of the runs.
 
 #![cfg(not(target_arch = "wasm32"))] // Thousands of rollouts are slow there.

@@ -2,7 +2,7 @@
 //! one that fails. Requests come at random times and are dealt by the sequence that proxies deal by; time is an
 //! argument, so hours pass in milliseconds.
 //!
-//! The tables of `docs/guard.md`: `cargo test --release -p tideshift-core --test guard -- --ignored --nocapture`.
+//! The tables of `docs/guard-proof.md`: `cargo test --release -p tideshift-core --test guard -- --ignored --nocapture`.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout)] // Tests unwrap; tables are printed.
 
