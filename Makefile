@@ -19,6 +19,7 @@ export CFLAGS_x86_64_unknown_linux_musl := -U_FORTIFY_SOURCE
 
 module := target/wasm32-unknown-unknown/wasm/tideshift_filter.wasm
 FUZZ_SECONDS ?= 10
+render := cargo run -q -p tideshift --bin tideshift -- render
 heading = @printf '\n\033[1m== %s\033[0m\n'
 
 ## Use it
@@ -78,7 +79,9 @@ test: lint deny unit wasm-test fuzz e2e ## Everything below, as CI does
 	$(heading) 'All tests passed'
 
 .PHONY: lint
-lint: rust ## Formatting and clippy
+lint: rust ## Formatting, dead links in documents, and clippy
+	$(heading) 'Links'
+	tools/links
 	$(heading) 'Formatting'
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
@@ -137,6 +140,17 @@ simulation: rust ## The picture in docs/simulate.md, anew
 pictures: build chromium ## The web page's pictures in docs/images, anew (nicer where the font Inter is installed)
 	$(heading) 'Pictures of the web page'
 	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
+
+.PHONY: generate
+generate: manifests simulation ## Every generated file that is committed
+	$(heading) 'OpenAPI, the document reference, golden decisions'
+	UPDATE_GOLDEN=1 cargo test -q -p tideshift --lib is_what_the_code_says
+	UPDATE_GOLDEN=1 cargo test -q -p tideshift-core --test golden
+	$(heading) 'Examples'
+	$(render) envoy -f envoy-configs/checkout.yaml > target/rendered && cp target/rendered envoy-configs/envoy.yaml
+	cd envoy-configs/kubernetes; render() { $(render) "$${@:2}" -f payment.yaml > $(CURDIR)/target/rendered && cp $(CURDIR)/target/rendered "$$1"; }; \
+	render istio-gateway.yaml istio; render istio-sidecar.yaml istio --for sidecar; render istio-waypoint.yaml istio --for waypoint; \
+	render envoy-gateway.yaml envoy-gateway; render httproute.yaml httproute
 
 .PHONY: manifests
 manifests: rust ## The plain Kubernetes manifests and the chart's table of values, anew from the chart
