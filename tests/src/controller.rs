@@ -30,6 +30,7 @@ const CLI: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Controller {
     port: Port,
+    program: PathBuf,
     arguments: Vec<String>,
     process: Process,
     directory: TempDir,
@@ -48,6 +49,16 @@ impl Controller {
 
     /// The same on a port that was reserved before, so that an Envoy can be told of it first.
     pub async fn start_on(port: Port, documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
+        Self::start_program(artifacts::tideshift()?, port, documents, further).await
+    }
+
+    /// The same of another build of the binary.
+    pub async fn start_program(
+        program: PathBuf,
+        port: Port,
+        documents: &[&Path],
+        further: &[&str],
+    ) -> anyhow::Result<Self> {
         let mut arguments = vec!["serve".to_owned(), "--listen".to_owned(), port.address().to_string()];
         for document in documents {
             arguments.push("-f".to_owned());
@@ -55,8 +66,8 @@ impl Controller {
         }
         arguments.extend(further.iter().map(|&argument| argument.to_owned()));
         let directory = tempfile::tempdir()?;
-        let process = spawn(&arguments, &log_of(&directory))?;
-        let mut controller = Self { port, arguments, process, directory };
+        let process = spawn(&program, &arguments, &log_of(&directory))?;
+        let mut controller = Self { port, program, arguments, process, directory };
         controller.until_ready().await?;
         Ok(controller)
     }
@@ -64,7 +75,7 @@ impl Controller {
     /// Starts it once more after its end, waiting until it is ready; its log goes on in the same file.
     pub async fn start_again(&mut self) -> anyhow::Result<()> {
         ensure!(self.process.ended()?.is_some(), "the controller still runs");
-        self.process = spawn(&self.arguments, &log_of(&self.directory))?;
+        self.process = spawn(&self.program, &self.arguments, &log_of(&self.directory))?;
         self.until_ready().await
     }
 
@@ -187,8 +198,8 @@ fn log_of(directory: &TempDir) -> PathBuf {
     directory.path().join("controller.log")
 }
 
-fn spawn(arguments: &[String], log: &Path) -> anyhow::Result<Process> {
-    let mut command = Command::new(artifacts::tideshift()?);
+fn spawn(program: &Path, arguments: &[String], log: &Path) -> anyhow::Result<Process> {
+    let mut command = Command::new(program);
     command.args(arguments);
     Process::start("the controller", command, log)
 }

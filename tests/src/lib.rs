@@ -37,6 +37,7 @@ pub mod schemas;
 pub mod setup;
 #[cfg(feature = "browser")]
 pub mod stage;
+pub mod usage;
 pub mod wait;
 #[cfg(feature = "wasm-host")]
 pub mod wasm_host;

@@ -3,9 +3,8 @@
 //! `make bench-fleet` runs it; `PROXIES=10000` says how many, `CHANGES=20` how often the policy changes.
 
 use std::{
-    env, fs,
+    env,
     net::SocketAddr,
-    str::FromStr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -20,6 +19,7 @@ use serde_json::{Value, json};
 use tideshift_tests::{
     client::{Connection, Request, get},
     rig::{FOR_EVER, Rig, SERVICE},
+    usage::Usage,
 };
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
@@ -294,30 +294,6 @@ impl Fleet {
 
     fn failures(&self) -> Vec<String> {
         lock(&self.failures).clone()
-    }
-}
-
-/// What a process uses.
-struct Usage {
-    process: u32,
-}
-
-impl Usage {
-    /// `VmRSS` or `VmHWM`, in MB.
-    fn resident(&self, field: &str) -> anyhow::Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process))?;
-        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-        let kilobytes: f64 = line.context("no such field")?.trim().trim_end_matches(" kB").parse()?;
-        Ok(kilobytes / 1000.0)
-    }
-
-    /// CPU time so far, of all its threads.
-    fn cpu(&self) -> anyhow::Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process))?;
-        // The second field is the name, in parentheses; user and system time are the 14th and 15th.
-        let fields = stat.rsplit(") ").next().context("no fields")?.split(' ').skip(11).take(2);
-        let ticks = fields.map(u64::from_str).sum::<Result<u64, _>>()?;
-        Ok(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
     }
 }
 
