@@ -6,7 +6,7 @@
 use crate::clients::Request;
 use crate::guard::Veto;
 use crate::outcome::Outcome;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::ops::{Add, AddAssign};
 
 /// The body of `POST /v1/reports`.
@@ -144,7 +144,7 @@ pub const MAX_CLIENTS: usize = 4;
 pub const MAX_EVENTS: usize = 128;
 
 /// One version's counts.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VersionReport {
@@ -175,7 +175,7 @@ pub struct VersionReport {
 }
 
 /// Exchanges whose version was chosen in one way.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Tally {
@@ -191,6 +191,64 @@ pub struct Tally {
     /// How long clients had waited that went away, in the same way.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waited: Vec<u64>,
+}
+
+/// [`VersionReport`] as it is read. To read what is flattened, serde puts every field aside first, which costs more than all
+/// else about a report.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FlatVersion {
+    name: String,
+    ok: u64,
+    error: u64,
+    client_error: u64,
+    cancelled: u64,
+    #[serde(default)]
+    in_flight: u64,
+    #[serde(default)]
+    misrouted: u64,
+    #[serde(default)]
+    durations: Vec<u64>,
+    #[serde(default)]
+    dealt: Tally,
+    #[serde(default)]
+    session: Tally,
+    #[serde(default)]
+    rule: Tally,
+}
+
+/// The same of [`Tally`].
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FlatTally {
+    #[serde(default)]
+    started: u64,
+    ok: u64,
+    error: u64,
+    client_error: u64,
+    cancelled: u64,
+    #[serde(default)]
+    durations: Vec<u64>,
+    #[serde(default)]
+    waited: Vec<u64>,
+}
+
+impl<'de> Deserialize<'de> for VersionReport {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let flat = FlatVersion::deserialize(from)?;
+        let FlatVersion { ok, error, client_error, cancelled, .. } = flat;
+        let ended = Counts { ok, error, client_error, cancelled };
+        let FlatVersion { name, in_flight, misrouted, durations, dealt, session, rule, .. } = flat;
+        Ok(Self { name, ended, in_flight, misrouted, durations, dealt, session, rule })
+    }
+}
+
+impl<'de> Deserialize<'de> for Tally {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let FlatTally { started, ok, error, client_error, cancelled, durations, waited } =
+            FlatTally::deserialize(from)?;
+        Ok(Self { started, ended: Counts { ok, error, client_error, cancelled }, durations, waited })
+    }
 }
 
 impl VersionReport {
