@@ -4,6 +4,7 @@
 mod applied;
 mod claims;
 mod drain;
+mod due;
 mod judge;
 mod pace;
 mod proxies;
@@ -26,11 +27,12 @@ use crate::compile;
 use crate::ledger::{Ledger, Taken, Written};
 use crate::metrics::Claim;
 use crate::readiness::Readiness;
-use crate::rollout::{Command, Millis, Refused, Rollout, Transition, remember};
+use crate::rollout::{Command, Millis, Part, Refused, Rollout, Transition, remember};
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
 use claims::Advances;
+use due::{Document, Due};
 use pace::Pace;
 use proxies::{Census, Proxies};
 use requests::Requests;
@@ -58,6 +60,10 @@ pub struct Control {
     unreadable: BTreeMap<String, Errors>,
     /// Where each service is in these: the document, and which one of it.
     places: HashMap<String, (usize, usize)>,
+    /// Which of them are to be looked at, and what came of the last look at each.
+    due: Due,
+    /// Whether something else is to be published than was, as far as that has been looked at.
+    unpublished: bool,
     /// The files' documents, as they were read and as they are written.
     files: Vec<(TrafficShift, Value)>,
     /// Whether what is in force has changed since this was last asked.
@@ -71,18 +77,32 @@ pub struct Control {
     counts_error: Option<String>,
     /// What proxies were given last; none: nothing by this process.
     published: Option<Policy>,
+    /// Where each service is in it.
+    published_at: HashMap<String, usize>,
     /// The rollouts that have changed since their state was last safe, and the revision that was.
     unwritten: BTreeSet<String>,
     written: u64,
     /// The namespaces whose documents cannot be seen, and which thus stay as proxies have them; `None` is all.
     hidden: Vec<Option<String>>,
     readiness: Arc<Readiness>,
+    /// The services whose endpoints are others than when they were last looked at.
+    changed_ready: BTreeSet<String>,
     availability: Availability,
+    /// When some of the endpoints that have become ready of late have been for long enough; 0: not known.
+    young_until: Option<Millis>,
+    /// The services that guards kept versions of out when that was last looked at.
+    vetoed: BTreeSet<String>,
+    /// Whether proxies had said what they counted while no controller was there.
+    was_up_to_date: bool,
     counted: Counted,
     /// Whether counts have changed since they were last asked for.
     counts_changed: bool,
-    /// Whether they have since targets were last measured by them.
-    recounted: bool,
+    /// The services whose counts have since targets were last measured by them, by their places.
+    recounted: BTreeSet<(usize, usize)>,
+    /// Whether that may be so of all.
+    all_recounted: bool,
+    /// By document, the services of which the verdict has yet to take what is new.
+    unjudged: BTreeMap<usize, BTreeSet<usize>>,
     /// When it was last looked for counts that are not needed any longer.
     tidied: Millis,
     kept: Kept,
@@ -97,6 +117,8 @@ pub struct Control {
     stale_since: Option<Millis>,
     /// The services that proxies have run last, under this controller or the one before.
     in_force: Vec<Service>,
+    /// Where each of them is.
+    in_force_at: HashMap<String, usize>,
     /// Those of them whose versions are compared.
     compared: HashSet<String>,
     /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
@@ -112,7 +134,9 @@ pub struct Control {
     /// Who of them is there, when that was looked at, and at which revision.
     census: (Census, Millis, u64),
     /// The revision in which each service changed last.
-    changed_in: BTreeMap<String, u64>,
+    changed_in: HashMap<String, u64>,
+    /// What was to be seen of proxies when drains were last looked at, and when time alone changes one.
+    drains: (u64, Option<Millis>),
     /// What the last minutes were like.
     series: Series,
 }
@@ -175,6 +199,20 @@ pub struct Outcome {
     pub transitions: Vec<(String, Transition)>,
     /// Messages for the log: the rollout's name and what is new of it.
     pub messages: Vec<(String, String)>,
+}
+
+/// What came of a look at a document.
+#[derive(Debug, Default)]
+struct Looked {
+    document: Document,
+    /// Where its rollout stands, if that has changed; what is new of it, and what to say in the log.
+    rollout: Option<Rollout>,
+    news: Vec<Transition>,
+    message: Option<String>,
+    /// Whether that is to be written down.
+    keep: bool,
+    /// Whether it is to be looked at once more.
+    again: bool,
 }
 
 /// What came of a report.
@@ -265,6 +303,8 @@ impl Control {
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             places: HashMap::new(),
+            due: Due::default(),
+            unpublished: true,
             files: Vec::new(),
             shifts_changed: false,
             document_errors: Vec::new(),
@@ -272,17 +312,24 @@ impl Control {
             waits_for_state: false,
             counts_error: None,
             published: None,
+            published_at: HashMap::new(),
             unwritten: BTreeSet::new(),
             written: kept.revision,
             hidden: Vec::new(),
             readiness: Arc::default(),
+            changed_ready: BTreeSet::new(),
+            young_until: Some(0),
+            vetoed: BTreeSet::new(),
+            was_up_to_date: false,
             availability: Availability::new(&kept.ready, &kept.young),
             proxies: Proxies::awaiting(counted.ledger.heard_of_last(proxies::SILENT)),
             counted,
             requests: Requests::default(),
             advances: Advances::new(kept.revision > 0),
             counts_changed: false,
-            recounted: true,
+            recounted: BTreeSet::new(),
+            all_recounted: true,
+            unjudged: BTreeMap::new(),
             tidied: 0,
             dirty: false,
             news: Vec::new(),
@@ -291,11 +338,13 @@ impl Control {
             is_held_back: false,
             stale_since: None,
             in_force: Vec::new(),
+            in_force_at: HashMap::new(),
             compared: HashSet::new(),
             catching_up: None,
             looked: None,
             census: Default::default(),
-            changed_in: BTreeMap::new(),
+            changed_in: HashMap::new(),
+            drains: (0, Some(0)),
             kept,
             series: Series::default(),
         };
@@ -317,8 +366,8 @@ impl Control {
         self.hidden = hidden;
         self.files = files;
         self.document_errors.clear();
-        self.shifts = self.files.iter().map(|(shift, _)| shift.clone()).collect();
-        self.put_in_force();
+        let shifts = self.files.iter().map(|(shift, _)| shift.clone()).collect();
+        self.put_in_force(shifts);
     }
 
     fn take_in(&mut self, admitted: InForce) {
@@ -329,19 +378,24 @@ impl Control {
         self.refused = admitted.refused;
         self.held = admitted.held;
         self.pace.hurry();
-        self.shifts = self.held.iter().map(|held| held.shift.clone()).collect();
-        self.put_in_force();
+        let shifts = self.held.iter().map(|held| held.shift.clone()).collect();
+        self.put_in_force(shifts);
     }
 
     /// What is no longer in force is forgotten.
-    fn put_in_force(&mut self) {
+    fn put_in_force(&mut self, shifts: Vec<TrafficShift>) {
+        let before = std::mem::replace(&mut self.shifts, shifts);
+        self.due.set(&before, &self.shifts);
         let places = self.shifts.iter().enumerate().flat_map(|(i, shift)| {
             shift.services.iter().enumerate().map(move |(j, service)| (service.name.clone(), (i, j)))
         });
         self.places = places.collect();
-        self.recounted = true;
+        (self.all_recounted, self.unpublished) = (true, true);
+        self.recounted.clear();
+        self.unjudged.clear();
+        (self.young_until, self.drains.1) = (Some(0), Some(0));
         let hidden = &self.hidden;
-        let is_known = |name: &String| self.shifts.iter().any(|shift| shift.name == *name) || is_in(name, hidden);
+        let is_known = |name: &String| self.due.place(name).is_some() || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
         self.counted.judges.retain(is_known);
@@ -352,14 +406,21 @@ impl Control {
 
     /// The document of this name; where namespaces are part of names, its name alone will do if only one has it.
     fn shift(&self, name: &str) -> Option<&TrafficShift> {
+        if let Some(shift) = self.named(name) {
+            return Some(shift);
+        }
         let is_short = |full: &str, namespace: &Option<String>| {
             namespace
                 .as_ref()
                 .is_some_and(|namespace| full.strip_suffix(namespace.as_str()) == Some(&format!("{name}.")))
         };
         let mut short = self.shifts.iter().filter(|shift| is_short(&shift.name, &shift.namespace));
-        let only = short.next().filter(|_| short.next().is_none());
-        self.shifts.iter().find(|shift| shift.name == name).or(only)
+        short.next().filter(|_| short.next().is_none())
+    }
+
+    /// The document of exactly this name.
+    fn named(&self, name: &str) -> Option<&TrafficShift> {
+        self.shifts.get(self.due.place(name)?)
     }
 
     /// The documents in force.
@@ -408,6 +469,7 @@ impl Control {
     pub fn set_counts_error(&mut self, error: Option<&str>) {
         if self.counts_error.as_deref() != error {
             self.counts_error = error.map(str::to_owned);
+            self.due.mark_all_moving();
         }
     }
 
@@ -437,6 +499,7 @@ impl Control {
         // Whoever goes on from what is kept gives none of its policies this revision.
         let revision = self.kept.revision.max(published.revision).max(self.written.saturating_add(LEAP)) + 1;
         (self.kept.revision, self.policy, self.dirty) = (revision, None, true);
+        self.due.mark_all_moving();
         self.pace.hurry();
         self.kept.services.clear();
         Some(Policy { revision, services, ..Policy::default() })
@@ -463,6 +526,7 @@ impl Control {
     /// Proxies are given this from now on.
     pub fn set_published(&mut self, policy: &Policy) {
         self.published = Some(policy.clone());
+        self.published_at = places_of(&policy.services);
     }
 
     /// Whether nothing is being moved, held or drained.
@@ -489,7 +553,7 @@ impl Control {
         if let Some(errors) = admitted.refused.get(name) {
             return Err(CommandError::Invalid(errors.to_string()));
         }
-        let is_new = !self.shifts.iter().any(|shift| shift.name == name);
+        let is_new = self.named(name).is_none();
         self.kept.applied = all;
         self.dirty = true;
         self.take_in(admitted);
@@ -527,7 +591,8 @@ impl Control {
 
     /// What the probes say now.
     pub fn set_readiness(&mut self, readiness: Arc<Readiness>) {
-        self.readiness = readiness;
+        let before = std::mem::replace(&mut self.readiness, readiness);
+        self.changed_ready.extend(self.readiness.differs_from(&before));
     }
 
     /// A proxy reports. What of it cannot be true is left out.
@@ -566,22 +631,39 @@ impl Control {
         }
         let decides = self.proxies.reported(&run, &report, &self.kept.epoch, knows, now);
         self.counts_changed |= taken == Taken::News;
-        self.recounted |= taken == Taken::News;
         if !self.compared.is_empty() {
             let compared = &self.compared;
             self.requests.reported(&run, &report, |name| compared.contains(name), now);
         }
+        // What does not move waits for the next look at the clock.
+        let moves = taken == Taken::News && self.note_counts(&report);
         if advances {
             // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
             // nothing before it is newer than that.
             self.kept.revision = report.revision;
             self.kept.services.clear();
             self.changed_in.clear();
+            self.due.mark_all_moving();
             self.policy = None;
             self.pace.hurry();
             self.dirty = true;
         }
-        Reported { decides: decides || taken == Taken::News, ignored }
+        Reported { decides: decides || moves, ignored }
+    }
+
+    /// Counts of these services have changed. Returns whether a rollout of theirs is under way.
+    fn note_counts(&mut self, report: &Report) -> bool {
+        let mut moves = false;
+        for service in &report.services {
+            let Some(&(shift, at)) = self.places.get(&service.name) else { continue };
+            self.recounted.insert((shift, at));
+            if self.due.is_under_way(shift) {
+                moves = true;
+                self.due.mark(shift);
+                self.unjudged.entry(shift).or_default().insert(at);
+            }
+        }
+        moves
     }
 
     /// Why what is decided cannot be kept, if so.
@@ -632,21 +714,31 @@ impl Control {
         if is_elsewhere(Some(&before), &rollout) {
             self.unwritten.insert(name.clone());
         }
+        self.mark(&name);
         self.kept.rollouts.insert(name, rollout);
         self.dirty = true;
         self.pace.hurry();
         Ok(true)
     }
 
-    /// The steps that wait for a gate.
-    pub fn questions(&self) -> Vec<Question> {
-        let question = |shift: &TrafficShift| {
+    /// Something of a document has changed.
+    fn mark(&mut self, name: &str) {
+        if let Some(at) = self.due.place(name) {
+            self.due.mark(at);
+        }
+    }
+
+    /// The steps that wait for a gate, each with a number that grows when something of its rollout has changed.
+    pub fn questions(&self) -> Vec<(Question, u64)> {
+        let question = |at: usize| {
+            let shift = self.shifts.get(at)?;
             let rollout = self.kept.rollouts.get(&shift.name)?;
             let step = rollout.asks_for_step(shift)?;
             let gates = rollout.gates_of(step, shift).map(|webhook| webhook.name.clone()).collect();
-            Some(Question { name: shift.name.clone(), rollout: rollout.number, step, gates })
+            let question = Question { name: shift.name.clone(), rollout: rollout.number, step, gates };
+            Some((question, self.due.documents().get(at)?.looks))
         };
-        self.shifts.iter().filter_map(question).collect()
+        self.due.under_way().filter_map(question).collect()
     }
 
     /// A gate has answered. Answers to questions of the past change nothing.
@@ -656,6 +748,7 @@ impl Control {
         {
             rollout.gate_answered(question.step, allowed, words);
             self.dirty = true;
+            self.mark(&question.name);
         }
     }
 
@@ -664,58 +757,40 @@ impl Control {
         let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
         outcome.transitions = std::mem::take(&mut self.news);
         self.attend(now);
-        self.availability.look(&self.readiness, now);
+        self.look_at_readiness(now);
         self.listen(now);
-        self.judge(now);
-        let mut services = Vec::with_capacity(self.shifts.len());
-        let mut changed = Vec::new();
-        for shift in &self.shifts {
-            // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
-            // are not ready would take traffic away from those that are.
-            if !self.is_known(shift) {
-                services.extend(shift.services.iter().map(|service| self.service_in_force(service, &shift.stable)));
-                continue;
-            }
-            let world = self.world(shift, now);
-            let before = self.kept.rollouts.get(&shift.name).cloned();
-            let mut after = before.clone().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
-            let news = after.take_news();
-            services.extend(shift.services.iter().map(|service| service_of(&after, shift, service, &world)));
-            if before.as_ref() != Some(&after) {
-                if before.as_ref().is_none_or(|before| before.message != after.message) {
-                    let message = format!("{}: {}", after.phase.name(), after.message);
-                    outcome.messages.push((shift.name.clone(), message));
-                }
-                // Counts in words are no reason to write everything down anew.
-                let keep = before.as_ref().is_none_or(|before| !before.is_but_in_words(&after));
-                changed.push((shift.name.clone(), after, news, keep));
-            }
-        }
-        let seen: Vec<_> = services.iter().map(|service| service.name.clone()).collect();
-        let hidden = |service: &&Service| is_in(&service.name, &self.hidden) && !seen.contains(&service.name);
-        services.extend(self.in_force.iter().filter(hidden).cloned());
-        for (name, rollout, news, keep) in changed {
+        self.look_at_vetoes(now);
+        let mut due = self.due.take(now);
+        self.judge(&mut due, now);
+        let looked: Vec<_> = due.into_iter().filter_map(|at| Some((at, self.look(at, now)?))).collect();
+        for (at, Looked { document, rollout, news, keep, message, again }) in looked {
+            let Some(shift) = self.shifts.get(at) else { continue };
+            let name = &shift.name;
+            self.unpublished |= self.due.documents().get(at).is_none_or(|before| before.services != document.services);
             outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
-            if is_elsewhere(self.kept.rollouts.get(&name), &rollout) {
-                self.unwritten.insert(name.clone());
+            outcome.messages.extend(message.map(|message| (name.clone(), message)));
+            if let Some(rollout) = rollout {
+                if is_elsewhere(self.kept.rollouts.get(name), &rollout) {
+                    self.unwritten.insert(name.clone());
+                }
+                self.kept.rollouts.insert(name.clone(), rollout);
             }
-            self.kept.rollouts.insert(name, rollout);
             outcome.keep |= keep;
+            self.due.put(at, document);
+            if again {
+                self.due.mark(at);
+            }
         }
         for (name, transition) in &outcome.transitions {
             remember(self.kept.history.entry(name.clone()).or_default(), transition.clone());
         }
-        let ready = self.readiness.remember();
-        if self.kept.ready != ready && !self.readiness.services.is_empty() {
-            self.kept.ready = ready;
-            self.stale_since.get_or_insert(now);
-        }
-        let young = self.availability.young(&self.shifts, now);
-        if self.kept.young != young {
+        if self.young_until.is_some_and(|until| now >= until) {
+            let (young, until) = self.availability.young(&self.shifts, now);
+            self.young_until = until;
+            outcome.keep |= self.kept.young != young;
             self.kept.young = young;
-            outcome.keep = true;
         }
-        self.publish(services, &mut outcome, now);
+        self.publish(&mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
         self.note(now);
         // What has passed of a hold has passed after a restart, too.
@@ -728,6 +803,86 @@ impl Control {
             (self.kept.time, self.kept.wall) = (now, clock::wall(now));
         }
         outcome
+    }
+
+    /// How a document stands now.
+    fn look(&self, at: usize, now: Millis) -> Option<Looked> {
+        let shift = self.shifts.get(at)?;
+        let looks = self.due.documents().get(at).map_or(0, |before| before.looks) + 1;
+        let world = self.world(shift, now);
+        let before = self.kept.rollouts.get(&shift.name);
+        let evidence = |rollout: &Rollout| self.counted.judges.evidence(shift, rollout);
+        // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
+        // are not ready would take traffic away from those that are.
+        if !self.is_known(shift) {
+            let services = shift.services.iter().map(|service| {
+                let in_force = self.service_in_force(service, &shift.stable);
+                self.with_session(in_force, before)
+            });
+            let rollout = before.cloned().unwrap_or_else(|| Rollout::new(shift, now));
+            let (evidence, parts) = (evidence(&rollout), rollout.all_parts(shift, &world));
+            let is_under_way = rollout.phase.is_under_way();
+            let services = services.collect();
+            let document = Document { services, parts, evidence, is_under_way, looks, ..Document::default() };
+            return Some(Looked { document, ..Looked::default() });
+        }
+        let mut after = before.cloned().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
+        let news = after.take_news();
+        let parts = after.all_parts(shift, &world);
+        let services = shift.services.iter().zip(&parts).map(|(service, parts)| {
+            let compiled = service_of(&after, shift, service, parts);
+            self.with_session(compiled, Some(&after))
+        });
+        let (services, evidence) = (services.collect(), evidence(&after));
+        let is_under_way = after.phase.is_under_way();
+        let due = is_under_way.then(|| {
+            let of_endpoints = self.availability.next(shift, now);
+            due::at_the_latest(after.next_due(shift, now).into_iter().chain(of_endpoints), now)
+        });
+        let document = Document { services, parts, evidence, is_known: true, is_under_way, due, looks };
+        let is_same = before == Some(&after);
+        // Counts in words are no reason to write everything down anew.
+        let keep = !is_same && before.is_none_or(|before| !before.is_but_in_words(&after));
+        let is_said = before.is_some_and(|before| before.message == after.message);
+        let message = (!is_said).then(|| format!("{}: {}", after.phase.name(), after.message));
+        // One step at a time: what follows from where it is now is for the next look.
+        let (rollout, again) = ((!is_same).then_some(after), !is_same);
+        Some(Looked { document, rollout, news, keep, message, again })
+    }
+
+    /// What a session needs beside what the document says of it.
+    fn with_session(&self, mut service: Service, rollout: Option<&Rollout>) -> Service {
+        if let Some(session) = &mut service.session {
+            session.secret.get_or_insert_with(|| Secret::new(self.kept.session_secret.clone()));
+            session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
+        }
+        service
+    }
+
+    /// Takes note of the services whose endpoints are others than before.
+    fn look_at_readiness(&mut self, now: Millis) {
+        if self.changed_ready.is_empty() {
+            return;
+        }
+        let changed = std::mem::take(&mut self.changed_ready);
+        self.availability.look(&changed, &self.readiness, now);
+        self.young_until = Some(0);
+        for (shift, _) in changed.iter().filter_map(|name| self.places.get(name)) {
+            self.due.mark(*shift);
+        }
+        let services = &self.readiness.services;
+        if !services.is_empty() && self.readiness.remember(&mut self.kept.ready, &changed) {
+            self.stale_since.get_or_insert(now);
+        }
+    }
+
+    /// Guards keep versions out, or have ceased to, which is for rollouts under way to know.
+    fn look_at_vetoes(&mut self, now: Millis) {
+        let vetoed: BTreeSet<String> = self.proxies.vetoes(now).iter().map(|(name, _)| (*name).to_owned()).collect();
+        let before = std::mem::replace(&mut self.vetoed, vetoed);
+        for (shift, _) in before.iter().chain(&self.vetoed).filter_map(|name| self.places.get(name)) {
+            self.due.mark_moving(*shift);
+        }
     }
 
     /// At the start, and whenever the process stood still, nothing was evaluated: no time has passed for what is held,
@@ -756,6 +911,8 @@ impl Control {
         }
         kept.idle.was_unattended(long, restated);
         self.availability.was_unattended(long);
+        self.due.mark_all();
+        (self.young_until, self.drains.1) = (Some(0), Some(0));
     }
 
     /// At the start, and whenever the process stood still, proxies were not listened to for a while.
@@ -772,7 +929,15 @@ impl Control {
         let (_, counted, revision) = &self.census;
         let is_due = now.saturating_sub(*counted) >= CENSUS || *revision != self.kept.revision;
         if is_due && self.kept.rollouts.values().any(|rollout| rollout.phase.is_under_way()) {
-            self.census = (self.proxies.census(now), now, self.kept.revision);
+            let census = self.proxies.census(now);
+            if census != self.census.0 {
+                self.due.mark_all_moving();
+            }
+            self.census = (census, now, self.kept.revision);
+        }
+        if self.is_up_to_date(now) != self.was_up_to_date {
+            self.was_up_to_date = !self.was_up_to_date;
+            self.due.mark_all();
         }
     }
 
@@ -786,23 +951,46 @@ impl Control {
         let is_known =
             |service: &str, version: &str| is_known(shifts, places, idle, service, version) || is_in(service, hidden);
         self.counted.ledger.tidy(is_known, now);
-    }
-
-    /// Gathers evidence from what is new in the counts.
-    fn judge(&mut self, now: Millis) {
-        let recounted = std::mem::take(&mut self.recounted);
-        let mut changed = recounted && self.counted.recent.look(&self.shifts, &self.counted.ledger);
         let (compared, proxies) = (&self.compared, &self.proxies);
         self.requests.retain(|name| compared.contains(name), |run| proxies.has(run));
+    }
+
+    /// Gathers evidence from what is new in the counts, for the documents that are due and those whose services were
+    /// counted, which become due if anything follows.
+    fn judge(&mut self, due: &mut BTreeSet<usize>, now: Millis) {
+        let (recounted, all) = (std::mem::take(&mut self.recounted), std::mem::take(&mut self.all_recounted));
+        let (recent, ledger) = (&mut self.counted.recent, &self.counted.ledger);
+        let mut changed = if all {
+            for (at, shift) in self.shifts.iter().enumerate() {
+                self.unjudged.insert(at, (0..shift.services.len()).collect());
+            }
+            recent.look(self.shifts.iter().flat_map(|shift| &shift.services), ledger)
+        } else {
+            let services = recounted.iter().filter_map(|(shift, at)| self.shifts.get(*shift)?.services.get(*at));
+            recent.look(services, ledger)
+        };
         let mut judges = std::mem::take(&mut self.counted.judges);
         let mut requests = std::mem::take(&mut self.requests);
-        for shift in self.shifts.iter().filter(|shift| self.is_known(shift)) {
-            if let Some(rollout) = self.kept.rollouts.get(&shift.name) {
-                let world = self.world(shift, now);
-                changed |= judges.look(shift, rollout, &world, (&self.counted, &mut requests), now);
+        let mut unjudged = std::mem::take(&mut self.unjudged);
+        let nothing = BTreeSet::new();
+        for at in due.iter().chain(unjudged.keys()).copied().collect::<BTreeSet<_>>() {
+            let Some(shift) = self.shifts.get(at).filter(|shift| self.is_known(shift)) else { continue };
+            let Some(rollout) = self.kept.rollouts.get(&shift.name) else {
+                unjudged.remove(&at);
+                continue;
+            };
+            let parts = || rollout.all_parts(shift, &self.world(shift, now));
+            let new = unjudged.get(&at).unwrap_or(&nothing);
+            let looked = judges.look(shift, rollout, parts, (&self.counted, &mut requests, new), now);
+            if looked.all {
+                unjudged.remove(&at);
+            }
+            if looked.changed {
+                changed = true;
+                due.insert(at);
             }
         }
-        (self.counted.judges, self.requests) = (judges, requests);
+        (self.counted.judges, self.requests, self.unjudged) = (judges, requests, unjudged);
         self.counts_changed |= changed;
     }
 
@@ -822,7 +1010,7 @@ impl Control {
         self.catching_up.is_some_and(|until| now >= until)
     }
 
-    fn world(&self, shift: &TrafficShift, now: Millis) -> World<'_> {
+    fn world<'a>(&'a self, shift: &'a TrafficShift, now: Millis) -> World<'a> {
         let up_to_date = self.is_up_to_date(now);
         let opinion = self.counted.judges.opinion(shift);
         let availability = self.availability.of(shift, &self.readiness, now);
@@ -833,30 +1021,30 @@ impl Control {
             .with_counts_kept(self.counts_error.is_none())
     }
 
-    fn publish(&mut self, mut services: Vec<Service>, outcome: &mut Outcome, now: Millis) {
-        for service in &mut services {
-            let Some(session) = &mut service.session else { continue };
-            let secret = || Secret::new(self.kept.session_secret.clone());
-            session.secret.get_or_insert_with(secret);
-            let shift = self.shifts.iter().find(|shift| shift.service(&service.name).is_some());
-            let rollout = shift.and_then(|shift| self.kept.rollouts.get(&shift.name));
-            session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
-        }
+    fn publish(&mut self, outcome: &mut Outcome, now: Millis) {
         // Nothing to go on by is no reason to take from proxies what they have begun with.
-        let nothing_known = match self.shifts.is_empty() {
-            true => services.is_empty() && !self.hidden.is_empty(),
-            false => !self.shifts.iter().any(|shift| self.is_known(shift)),
-        };
-        if nothing_known {
+        if (self.policy.is_some() && !self.unpublished) || self.due.knows_none() {
             return;
+        }
+        let mut services: Vec<Service> =
+            self.due.documents().iter().flat_map(|document| &document.services).cloned().collect();
+        if !self.hidden.is_empty() {
+            let seen: HashSet<&str> = services.iter().map(|service| service.name.as_str()).collect();
+            let hidden = |service: &&Service| is_in(&service.name, &self.hidden) && !seen.contains(&*service.name);
+            let hidden: Vec<Service> = self.in_force.iter().filter(hidden).cloned().collect();
+            services.extend(hidden);
+            if self.shifts.is_empty() && services.is_empty() {
+                return;
+            }
         }
         if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             self.unreadable.clear();
-            self.is_held_back = false;
+            (self.is_held_back, self.unpublished) = (false, false);
             return;
         }
         self.leave_out_unreadable(&mut services);
         if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
+            self.unpublished = self.is_held_back;
             return;
         }
         let ready = |service: &str, version: &str| {
@@ -874,14 +1062,17 @@ impl Control {
             outcome.keep = true;
         }
         let policy = Policy { revision: self.kept.revision, services, ..Policy::default() };
-        self.changed_in.retain(|name, _| policy.services.iter().any(|service| service.name == *name));
+        let mut changed_in = std::mem::take(&mut self.changed_in);
         for service in &policy.services {
-            let is_same = self.in_force.contains(service);
-            let changed_in = self.changed_in.entry(service.name.clone()).or_insert(policy.revision);
-            *changed_in = if is_same { *changed_in } else { policy.revision };
+            let before = self.in_force_at.get(&service.name).and_then(|at| self.in_force.get(*at));
+            let known = changed_in.remove(&service.name).filter(|_| before == Some(service));
+            self.changed_in.insert(service.name.clone(), known.unwrap_or(policy.revision));
         }
-        let deadline = |service: &str| drain_deadline(&self.shifts, service);
+        let deadline = |service: &str| drain_deadline(&self.shifts, &self.places, service);
         outcome.keep |= self.kept.idle.publish(&policy, &self.in_force, deadline, now);
+        self.due.mark_all_moving();
+        self.due.mark_unknown();
+        (self.unpublished, self.drains.1) = (false, Some(0));
         self.put_services_in_force(&policy.services);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
@@ -921,8 +1112,10 @@ impl Control {
 
     fn put_services_in_force(&mut self, services: &[Service]) {
         services.clone_into(&mut self.in_force);
+        self.in_force_at = places_of(services);
         let compared = services.iter().filter(|service| service.step > 0);
         self.compared = compared.map(|service| service.name.clone()).collect();
+        self.requests.retain(|name| self.compared.contains(name), |run| self.proxies.has(run));
     }
 
     fn look_at_drains(&mut self, now: Millis) -> bool {
@@ -930,13 +1123,20 @@ impl Control {
         if now.saturating_sub(self.proxies.listening_since()) < CATCH_UP {
             return false;
         }
-        let deadline = |service: &str| drain_deadline(&self.shifts, service);
-        self.kept.idle.look(now, deadline, &self.proxies, &self.in_force)
+        let changes = self.proxies.changes();
+        let (seen, due) = self.drains;
+        if changes == seen && due.is_none_or(|due| now < due) {
+            return false;
+        }
+        let deadline = |service: &str| drain_deadline(&self.shifts, &self.places, service);
+        let changed = self.kept.idle.look(now, deadline, &self.proxies, &self.in_force);
+        self.drains = (changes, self.kept.idle.next_due(now, deadline));
+        changed
     }
 
     /// A service with the weights that proxies have for it; if they have none, with those that they start with.
     fn service_in_force(&self, service: &ShiftService, stable: &str) -> Service {
-        let Some(in_force) = self.in_force.iter().find(|in_force| in_force.name == service.name) else {
+        let Some(in_force) = self.in_force_at.get(&service.name).and_then(|at| self.in_force.get(*at)) else {
             return compile::service_at_rest(service, stable);
         };
         let compiled = compile::service(service, |name| {
@@ -986,8 +1186,18 @@ fn share_of(service: &Service, name: &str) -> f64 {
 }
 
 /// How long a service's versions may take to drain.
-fn drain_deadline(shifts: &[TrafficShift], service: &str) -> Option<Duration> {
-    shifts.iter().find(|shift| shift.service(service).is_some()).map(|shift| shift.drain_timeout)
+fn drain_deadline(
+    shifts: &[TrafficShift],
+    places: &HashMap<String, (usize, usize)>,
+    service: &str,
+) -> Option<Duration> {
+    let (shift, _) = places.get(service)?;
+    shifts.get(*shift).map(|shift| shift.drain_timeout)
+}
+
+/// Where each service is.
+fn places_of(services: &[Service]) -> HashMap<String, usize> {
+    services.iter().enumerate().map(|(at, service)| (service.name.clone(), at)).collect()
 }
 
 /// Whether something of a cluster belongs to one of these namespaces.
@@ -997,8 +1207,7 @@ fn is_in(name: &str, namespaces: &[Option<String>]) -> bool {
 }
 
 /// What proxies run for a service while its rollout stands like this.
-fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, world: &World<'_>) -> Service {
-    let parts = rollout.parts(shift, service, world);
+fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, parts: &[Part]) -> Service {
     let mut compiled = compile::service(service, |version| {
         let part = parts.iter().find(|part| part.version == version);
         part.map_or((0, false), |part| (part.weight, part.serving))

@@ -73,20 +73,27 @@ impl Hooks {
         self.webhooks = webhooks;
     }
 
-    /// The questions that are open now; `status` says how a rollout's services stand. Those that are no longer open are
-    /// not asked any more.
-    pub fn ask(&mut self, open: Vec<Question>, status: impl Fn(&str) -> Option<Vec<ServiceStatus>>) {
-        self.asking.retain(|question, _| open.contains(question));
-        for question in open {
+    /// The questions that are open now, each with a number that grows when something of its rollout has changed; `status`
+    /// says how a rollout's services stand. Those that are no longer open are not asked any more.
+    pub fn ask(&mut self, open: Vec<(Question, u64)>, status: impl Fn(&str) -> Option<Vec<ServiceStatus>>) {
+        if open.is_empty() {
+            return self.asking.clear();
+        }
+        let numbers: BTreeMap<&Question, u64> = open.iter().map(|(question, number)| (question, *number)).collect();
+        self.asking.retain(|question, _| numbers.contains_key(question));
+        for (question, number) in open {
+            if self.asking.get(&question).is_some_and(|asking| !asking.is_old(number)) {
+                continue;
+            }
             let Some(services) = status(&question.name) else { continue };
-            if let Some(asking) = self.asking.get(&question) {
-                asking.update(&question, &services);
+            if let Some(asking) = self.asking.get_mut(&question) {
+                asking.update(&question, number, &services);
                 continue;
             }
             let (namespace, webhooks) = self.webhooks.get(&question.name).cloned().unwrap_or_default();
             let gates = webhooks.into_iter().filter(|webhook| question.gates.contains(&webhook.name)).collect();
             let (courier, answers) = (self.courier.clone(), self.answers.clone());
-            let asking = Asking::start(namespace, question.clone(), &services, gates, courier, answers);
+            let asking = Asking::start(namespace, (question.clone(), number), &services, gates, courier, answers);
             self.asking.insert(question, asking);
         }
     }

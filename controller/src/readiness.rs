@@ -87,16 +87,34 @@ impl Readiness {
         versions.is_some_and(|versions| versions.values().flatten().all(|endpoint| endpoint.known))
     }
 
-    /// What a controller should remember for its next start.
-    pub fn remember(&self) -> RememberedReadiness {
+    /// The services of which anything is other than before.
+    pub fn differs_from(&self, before: &Self) -> BTreeSet<String> {
+        let names: BTreeSet<&String> = self.services.keys().chain(before.services.keys()).collect();
+        let (own, other) = (&self.outlook.unseen, &before.outlook.unseen);
+        let is_same_outlook = Arc::ptr_eq(&self.outlook, &before.outlook) || own == other;
+        let is_other = |name: &&String| {
+            let is_same = self.services.get(*name) == before.services.get(*name);
+            !(is_same && (is_same_outlook || own.get(*name) == other.get(*name)))
+        };
+        names.into_iter().filter(is_other).cloned().collect()
+    }
+
+    /// What a controller should remember for its next start, where these services are others than before. Returns whether
+    /// that is anything else.
+    pub fn remember(&self, remembered: &mut RememberedReadiness, changed: &BTreeSet<String>) -> bool {
         let ready = |endpoints: &Vec<EndpointState>| {
             let ready = endpoints.iter().filter(|endpoint| endpoint.ready);
             ready.map(|endpoint| endpoint.endpoint.to_string()).collect()
         };
-        let versions = |versions: &BTreeMap<String, Vec<EndpointState>>| {
-            versions.iter().map(|(name, endpoints)| (name.clone(), ready(endpoints))).collect()
-        };
-        RememberedReadiness(self.services.iter().map(|(name, v)| (name.clone(), versions(v))).collect())
+        let number = remembered.0.len();
+        remembered.0.retain(|name, _| self.services.contains_key(name));
+        let mut is_other = remembered.0.len() != number;
+        for (name, versions) in changed.iter().filter_map(|name| self.services.get_key_value(name)) {
+            let now = versions.iter().map(|(name, endpoints)| (name.clone(), ready(endpoints))).collect();
+            let before = remembered.0.insert(name.clone(), now);
+            is_other |= before.as_ref() != remembered.0.get(name);
+        }
+        is_other
     }
 
     /// Whether a version other than this one has an endpoint that can take traffic.

@@ -4,6 +4,7 @@
 
 mod command;
 mod document;
+mod due;
 mod gates;
 mod history;
 mod measured;

@@ -7,7 +7,7 @@ use crate::ledger::VersionKey;
 use crate::rollout::Millis;
 use crate::status::{DrainState, DrainStatus};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 use tideshift_core::policy::{Policy, Service};
 
@@ -125,9 +125,9 @@ impl Idle {
             }
         }
         // Those that nobody wants any more drain all the same.
+        let by_name: HashMap<&str, &Service> = policy.services.iter().map(|of| (of.name.as_str(), of)).collect();
         let is_in = |(service, version): &VersionKey| {
-            let service = policy.services.iter().find(|of| of.name == *service);
-            service.is_some_and(|service| service.versions.iter().any(|of| of.name == *version))
+            by_name.get(service.as_str()).is_some_and(|service| service.versions.iter().any(|of| of.name == *version))
         };
         let left = before.iter().flat_map(|service| {
             let given = service.versions.iter().filter(|version| is_given(service, &version.name));
@@ -186,6 +186,19 @@ impl Idle {
         };
         self.0.retain(|_, since| !is_over(since));
         changed || self.0.len() != before
+    }
+
+    /// When time alone ends a drain, or makes one forgotten.
+    pub(super) fn next_due(&self, now: Millis, deadline: impl Fn(&str) -> Option<Duration>) -> Option<Millis> {
+        let due = |(key, since): (&VersionKey, &Since)| match &since.ended {
+            None => {
+                let long = deadline(&key.0).map(millis).or(since.deadline).unwrap_or(DEADLINE);
+                Some(since.begun().saturating_add_signed(since.unattended).saturating_add(long))
+            }
+            Some(ended) => since.gone.then(|| ended.attended_since().saturating_add(REMEMBERED + 1)),
+        };
+        // What is overdue is looked at again as soon as anything else is.
+        self.0.iter().filter_map(due).filter(|due| *due > now).min()
     }
 
     /// Time has passed in which no controller was there: as [`crate::rollout::Rollout::was_unattended`].

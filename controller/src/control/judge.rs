@@ -4,10 +4,11 @@
 use super::requests::Requests;
 use super::{Counted, Recent};
 use crate::ledger::{Ledger, Total};
-use crate::rollout::{Millis, Observed, Opinion, Rollout, ServiceOpinion};
+use crate::rollout::{Millis, Opinion, Part, Rollout, ServiceOpinion};
 use crate::status::{Judged, LatencyStatus, VerdictOutcome, VerdictStatus};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::cell::LazyCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tideshift_core::report::Tally;
 use tideshift_core::shift::TrafficShift;
@@ -89,25 +90,34 @@ pub(super) fn sample(tally: Tally) -> Sample {
     }
 }
 
+/// What came of a look at a rollout.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looked {
+    /// Whether anything was new of it.
+    pub(super) changed: bool,
+    /// Whether all that was new has been taken; what has come too soon has not.
+    pub(super) all: bool,
+}
+
 impl Judges {
     /// Forgets the rollouts that are gone.
     pub(super) fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
         self.0.retain(|name, _| is_known(name));
     }
 
-    /// Takes in what is new of a rollout. Returns whether that was anything.
+    /// Takes in what is new of a rollout, of those of its services of which something is.
     pub(super) fn look(
         &mut self,
         shift: &TrafficShift,
         rollout: &Rollout,
-        world: &impl Observed,
-        (counted, requests): (&Counted, &mut Requests),
+        parts: impl FnOnce() -> Vec<Vec<Part>>,
+        (counted, requests, new): (&Counted, &mut Requests, &BTreeSet<usize>),
         now: Millis,
-    ) -> bool {
+    ) -> Looked {
         let Some(target) =
             rollout.target.as_ref().filter(|_| rollout.phase.is_under_way() && !rollout.goes_back(shift))
         else {
-            return false;
+            return Looked { changed: false, all: true };
         };
         let (ledger, recent) = (&counted.ledger, &counted.recent);
         let known = self.0.get(&shift.name).is_some_and(|judge| {
@@ -115,10 +125,16 @@ impl Judges {
         });
         if !known {
             self.0.insert(shift.name.clone(), Judge::new(shift, rollout, target, ledger, recent, now));
-            return true;
+            return Looked { changed: true, all: new.is_empty() };
         }
-        let Some(judge) = self.0.get_mut(&shift.name) else { return false };
-        judge.look(shift, rollout, world, (ledger, recent, requests), now)
+        let Some(judge) = self.0.get_mut(&shift.name) else { return Looked { changed: false, all: true } };
+        judge.look(shift, rollout, parts, (ledger, recent, requests, new), now)
+    }
+
+    /// How much speaks against a rollout's target and for it, if it was judged.
+    pub(super) fn evidence(&self, shift: &TrafficShift, rollout: &Rollout) -> Option<[f64; 2]> {
+        let (_, judgement) = self.judgement(shift).filter(|(judge, _)| judge.rollout == rollout.number)?;
+        Some([judgement.evidence, judgement.pass_evidence])
     }
 
     /// What the engine may know of it.
@@ -214,10 +230,10 @@ impl Judge {
         &mut self,
         shift: &TrafficShift,
         rollout: &Rollout,
-        world: &impl Observed,
-        (ledger, recent, requests): (&Ledger, &Recent, &mut Requests),
+        parts: impl FnOnce() -> Vec<Vec<Part>>,
+        (ledger, recent, requests, new): (&Ledger, &Recent, &mut Requests, &BTreeSet<usize>),
         now: Millis,
-    ) -> bool {
+    ) -> Looked {
         let is_next_step = self.step != rollout.step;
         if is_next_step {
             self.step = rollout.step;
@@ -225,10 +241,11 @@ impl Judge {
         }
         let elapsed = now.saturating_sub(self.ticked);
         if elapsed < TICK {
-            return is_next_step;
+            return Looked { changed: is_next_step, all: new.is_empty() };
         }
         let mut ticked = false;
-        for service in &shift.services {
+        let all_parts = LazyCell::new(parts);
+        for (at, service) in new.iter().filter_map(|at| Some((*at, shift.services.get(*at)?))) {
             let new = || OfService::new(&service.name, [&self.target, &self.stable], ledger, recent);
             let of = self.services.entry(service.name.clone()).or_insert_with(new);
             let target = sample(of.target.take(ledger, &service.name, &self.target).dealt);
@@ -237,8 +254,8 @@ impl Judge {
             if is_nothing(&target) && is_nothing(&stable) && requests.ended.is_empty() {
                 continue;
             }
-            let parts = rollout.parts(shift, service, world);
-            let share = |name: &str| parts.iter().find(|part| part.version == name).map_or(0.0, |part| part.share);
+            let parts = || all_parts.get(at).into_iter().flatten();
+            let share = |name: &str| parts().find(|part| part.version == name).map_or(0.0, |part| part.share);
             let (own, others) = (share(&self.target), share(&self.stable));
             let share = if own + others > 0.0 { own / (own + others) } else { 0.0 };
             let elapsed = Duration::from_millis(elapsed);
@@ -250,6 +267,6 @@ impl Judge {
         if ticked {
             self.ticked = now;
         }
-        ticked || is_next_step
+        Looked { changed: ticked || is_next_step, all: true }
     }
 }

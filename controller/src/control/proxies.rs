@@ -28,6 +28,8 @@ pub(super) struct Proxies {
     sums: Sums,
     /// Those with vetoes.
     vetoing: BTreeSet<RunKey>,
+    /// How often anything has changed that drains depend on.
+    changes: u64,
     /// Since when reports have been listened to: nobody is silent who could not have been heard.
     listening_since: Millis,
     /// No run was heard of longer ago.
@@ -64,7 +66,7 @@ impl Said {
 }
 
 /// Which proxies are there, and what they run.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub(super) struct Census {
     /// How many of those that report run each revision, and the first of them.
     live: BTreeMap<Option<u64>, (usize, String)>,
@@ -177,6 +179,11 @@ impl Proxies {
         self.listening_since = now;
     }
 
+    /// How often anything has changed that drains depend on.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Since when that is so.
     pub(super) fn listening_since(&self) -> Millis {
         self.listening_since
@@ -248,18 +255,21 @@ impl Proxies {
             self.longest_ago = proxy.heard;
         }
         let has_vetoes = proxy.said.as_ref().is_some_and(|said| !said.vetoes.is_empty());
-        match has_vetoes {
-            true => drop(self.vetoing.insert(run.clone())),
-            false => drop(self.vetoing.remove(run)),
-        }
+        let had_vetoes = match has_vetoes {
+            true => !self.vetoing.insert(run.clone()),
+            false => self.vetoing.remove(run),
+        };
+        self.changes += u64::from(has_vetoes || had_vetoes);
         if let Some(before) = self.runs.get_mut(run) {
             if !before.adds_the_same(&proxy) {
+                self.changes += 1;
                 self.sums.add(&proxy);
                 self.sums.remove(before);
             }
             *before = proxy;
             return;
         }
+        self.changes += 1;
         self.sums.add(&proxy);
         if self.runs.len() >= MAX_PROXIES {
             let silent = self.runs.iter().min_by_key(|(_, proxy)| proxy.heard).map(|(run, _)| run.clone());
@@ -269,6 +279,7 @@ impl Proxies {
     }
 
     fn remove(&mut self, run: &RunKey) {
+        self.changes += 1;
         self.vetoing.remove(run);
         let proxy = self.runs.remove(run);
         proxy.iter().for_each(|proxy| self.sums.remove(proxy));
@@ -500,7 +511,7 @@ mod tests {
                 let mut sums = Sums::default();
                 proxies.runs.values().for_each(|proxy| sums.add(proxy));
                 prop_assert_eq!(&proxies.sums, &sums);
-                prop_assert!(proxies.runs.values().all(|proxy| now - proxy.heard <= SILENT));
+                prop_assert!(proxies.runs.values().all(|proxy| now.saturating_sub(proxy.heard) <= SILENT));
             }
         }
     }

@@ -4,7 +4,7 @@ use super::judge::{Taken, sample};
 use crate::ledger::Ledger;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::shift::TrafficShift;
+use tideshift_core::shift::ShiftService;
 use tideshift_core::verdict::Lately;
 
 /// By service and version. Kept across restarts of the controller, together with the counts that it was made of.
@@ -31,12 +31,13 @@ impl Recent {
         self.0.retain(|name, _| is_known(name));
     }
 
-    /// Takes in what is new of all versions, and forgets those that are gone. Returns whether there was anything.
-    pub(super) fn look(&mut self, shifts: &[TrafficShift], ledger: &Ledger) -> bool {
+    /// Takes in what is new of all versions of these services, and forgets those that are gone. Returns whether there was
+    /// anything.
+    pub(super) fn look<'s>(&mut self, services: impl IntoIterator<Item = &'s ShiftService>, ledger: &Ledger) -> bool {
         let mut changed = false;
         // Where nothing was kept yet but counts, everything that was ever counted has to do; …
         let is_first = self.0.is_empty();
-        for service in shifts.iter().flat_map(|shift| &shift.services) {
+        for service in services {
             let of_service = self.0.entry(service.name.clone()).or_default();
             of_service.retain(|version, _| service.version(version).is_some());
             for version in &service.versions {
@@ -62,14 +63,15 @@ impl Recent {
 mod tests {
     use super::*;
     use serde_json::json;
+    use tideshift_core::shift::TrafficShift;
 
-    fn shifts(versions: &[&str]) -> Vec<TrafficShift> {
+    fn services(versions: &[&str]) -> Vec<ShiftService> {
         let version = |name: &&str| json!({"name": name, "endpoints": ["127.0.0.1:1"]});
         let spec = json!({"versions": versions.iter().map(version).collect::<Vec<_>>(), "stable": versions[0]});
         let document = json!({
             "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "shop"}, "spec": spec,
         });
-        vec![TrafficShift::read(&document).unwrap()]
+        TrafficShift::read(&document).unwrap().services
     }
 
     fn report(ok: u64, errors: u64) -> tideshift_core::report::Report {
@@ -91,13 +93,13 @@ mod tests {
 
     #[test]
     fn what_was_long_ago_is_forgotten_and_a_restart_changes_nothing() {
-        let (mut ledger, mut recent, shifts) = (Ledger::default(), Recent::default(), shifts(&["v1", "v2"]));
+        let (mut ledger, mut recent, services) = (Ledger::default(), Recent::default(), services(&["v1", "v2"]));
         let mut count = |recent: &mut Recent, ok, errors| {
             ledger.take(&run(), &report(ok, errors), |_, _| true, 0);
-            recent.look(&shifts, &ledger);
+            recent.look(&services, &ledger);
             let json = serde_json::to_string(recent).unwrap();
             assert_eq!(serde_json::from_str::<Recent>(&json).unwrap(), *recent);
-            recent.look(&shifts, &ledger);
+            recent.look(&services, &ledger);
             known(recent)
         };
         assert_eq!(count(&mut recent, 100_000, 50_000), (150_000, 50_000));
@@ -111,13 +113,13 @@ mod tests {
     fn who_comes_back_begins_anew() {
         let (mut ledger, mut recent) = (Ledger::default(), Recent::default());
         ledger.take(&run(), &report(100, 0), |_, _| true, 0);
-        recent.look(&shifts(&["v1", "v2"]), &ledger);
+        recent.look(&services(&["v1", "v2"]), &ledger);
         assert_eq!(known(&recent), (100, 0));
-        recent.look(&shifts(&["v2"]), &ledger);
-        recent.look(&shifts(&["v1", "v2"]), &ledger);
+        recent.look(&services(&["v2"]), &ledger);
+        recent.look(&services(&["v1", "v2"]), &ledger);
         assert_eq!(known(&recent), (0, 0));
         ledger.take(&run(), &report(103, 1), |_, _| true, 0);
-        recent.look(&shifts(&["v1", "v2"]), &ledger);
+        recent.look(&services(&["v1", "v2"]), &ledger);
         assert_eq!(known(&recent), (4, 1));
     }
 }

@@ -1,17 +1,28 @@
 //! The status, history and drains, for people and tools.
 
-use super::Control;
+use super::{Control, Document};
 use crate::kubernetes::picture::Picture;
 use crate::kubernetes::scale::{Facts, Want};
 use crate::ledger::VersionKey;
-use crate::rollout::{Millis, Rollout, percent};
+use crate::rollout::{Millis, Part, Rollout, percent};
 use crate::series::{RolloutSeries, Sample, VersionSample};
 use crate::status::{
     DrainStatus, EndpointsStatus, NotReady, ServiceStatus, Status, StepPlan, StepStatus, TransitionStatus,
-    VersionStatus, timestamp,
+    VerdictStatus, VersionStatus, timestamp,
 };
+use std::borrow::Cow;
 use tideshift_core::policy::Policy;
 use tideshift_core::shift::{ShiftService, TrafficShift};
+
+/// What is the same of all services of a document.
+struct OfShift<'a> {
+    shift: &'a TrafficShift,
+    rollout: &'a Rollout,
+    steps: Vec<StepPlan>,
+    step: Option<StepStatus>,
+    verdict: Option<VerdictStatus>,
+    message: String,
+}
 
 impl Control {
     /// How things stand.
@@ -36,7 +47,7 @@ impl Control {
     }
 
     fn weight_in_force(&self, service: &str, version: &str) -> Option<f64> {
-        let published = self.unpublished()?.services.iter().find(|of| of.name == service)?;
+        let published = self.unpublished()?.services.get(*self.published_at.get(service)?)?;
         Some(percent(super::share_of(published, version)))
     }
 
@@ -63,18 +74,14 @@ impl Control {
         if !self.series.is_due(now) || !self.is_up_to_date(now) {
             return;
         }
-        let samples: Vec<_> = self.shifts.iter().flat_map(|shift| self.samples(shift, now)).collect();
+        let documents = self.shifts.iter().zip(self.due.documents());
+        let samples: Vec<_> = documents.flat_map(|(shift, document)| self.samples(shift, document)).collect();
         self.series.take(now, samples);
     }
 
-    fn samples(&self, shift: &TrafficShift, now: Millis) -> Vec<Sample> {
-        let world = self.world(shift, now);
-        let rollout = self.kept.rollouts.get(&shift.name).cloned();
-        let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
-        let verdict = self.counted.judges.status(shift, &rollout);
-        let evidence = verdict.map(|verdict| [verdict.evidence, verdict.pass_evidence]);
-        let of = |service: &ShiftService| {
-            let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
+    fn samples<'a>(&'a self, shift: &'a TrafficShift, document: &'a Document) -> impl Iterator<Item = Sample> + 'a {
+        shift.services.iter().zip(&document.parts).map(|(service, parts)| {
+            let versions = parts.iter().map(|part| {
                 let counts = self.counted.ledger.total(&service.name, &part.version);
                 let sample = VersionSample {
                     weight: percent(part.share),
@@ -82,16 +89,16 @@ impl Control {
                     errors: counts.error,
                     cancelled: counts.cancelled,
                 };
-                (part.version, sample)
+                (part.version.clone(), sample)
             });
-            Sample { service: service.name.clone(), evidence, versions: versions.collect() }
-        };
-        shift.services.iter().map(of).collect()
+            Sample { service: service.name.clone(), evidence: document.evidence, versions: versions.collect() }
+        })
     }
 
     /// How far a version is from being at rest; `None` if there is no such version.
     pub fn drain(&self, service: &str, version: &str) -> Option<DrainStatus> {
-        let known = self.shifts.iter().find_map(|shift| shift.service(service));
+        let known = self.places.get(service);
+        let known = known.and_then(|(shift, at)| self.shifts.get(*shift)?.services.get(*at));
         // A service that is alone in its document has the document's name, and may be called as that may be.
         let alone = || self.shift(service).filter(|shift| shift.services.len() == 1)?.services.first();
         let known = known.or_else(alone);
@@ -103,7 +110,7 @@ impl Control {
 
     /// What the workloads of a rollout should be changed to; nothing while not everything of it can be seen.
     pub fn scale(&self, name: &str, picture: &Picture, now: Millis) -> Vec<Want> {
-        let shift = self.shifts.iter().find(|shift| shift.name == name).filter(|shift| self.is_known(shift));
+        let shift = self.named(name).filter(|shift| self.is_known(shift));
         let Some((shift, rollout)) = shift.zip(self.kept.rollouts.get(name)) else { return Vec::new() };
         let drained = |service: &str, version: &str| {
             let key = (service.to_owned(), version.to_owned());
@@ -119,7 +126,7 @@ impl Control {
 
     /// Whether the readiness of all endpoints of a rollout is known; if not, why, where that can be said.
     pub fn sight(&self, name: &str) -> Result<(), Option<&str>> {
-        match self.shifts.iter().find(|shift| shift.name == name) {
+        match self.named(name) {
             Some(shift) if self.is_known(shift) => Ok(()),
             Some(shift) => Err(self.unseen(shift)),
             None => Err(None),
@@ -131,14 +138,10 @@ impl Control {
     }
 
     fn shift_status(&self, shift: &TrafficShift, now: Millis) -> Vec<ServiceStatus> {
-        shift.services.iter().map(|service| self.service_status(shift, service, now)).collect()
-    }
-
-    fn service_status(&self, shift: &TrafficShift, service: &ShiftService, now: Millis) -> ServiceStatus {
         let world = self.world(shift, now);
-        let rollout = self.kept.rollouts.get(&shift.name).cloned();
-        let known = rollout.is_some();
-        let rollout = rollout.unwrap_or_else(|| Rollout::new(shift, now));
+        let known = self.kept.rollouts.get(&shift.name);
+        let rollout = known.map_or_else(|| Cow::Owned(Rollout::new(shift, now)), Cow::Borrowed);
+        let parts = rollout.all_parts(shift, &world);
         let steps = rollout.steps(shift);
         let step = rollout.current_step(shift).map(|step| StepStatus {
             number: rollout.step + 1,
@@ -147,7 +150,30 @@ impl Control {
             hold_seconds: step.hold.as_secs(),
             held_seconds: rollout.held(now).map(|held| held / 1_000),
         });
-        let versions = rollout.parts(shift, service, &world).into_iter().map(|part| {
+        let steps = steps.iter().map(|step| StepPlan {
+            weight: step.weight,
+            hold_seconds: step.hold.as_secs(),
+            pause: step.pause,
+            matches: step.matches.len(),
+        });
+        let all = OfShift {
+            shift,
+            rollout: &rollout,
+            steps: steps.collect(),
+            step,
+            verdict: self.counted.judges.status(shift, &rollout),
+            message: match self.unseen(shift) {
+                Some(why) => format!("weights stay as they are: {why}"),
+                None if known.is_some() => rollout.message.clone(),
+                None => "waiting for the first probes".to_owned(),
+            },
+        };
+        shift.services.iter().zip(parts).map(|(service, parts)| self.service_status(&all, service, parts)).collect()
+    }
+
+    fn service_status(&self, all: &OfShift<'_>, service: &ShiftService, parts: Vec<Part>) -> ServiceStatus {
+        let OfShift { shift, rollout, .. } = all;
+        let versions = parts.into_iter().map(|part| {
             let endpoints = self.readiness.endpoints(&service.name, &part.version);
             let held_back = self.readiness.held_back(&service.name, &part.version);
             let not_ready = endpoints.iter().filter(|endpoint| !endpoint.ready);
@@ -180,23 +206,11 @@ impl Control {
             paused: rollout.paused,
             stable: rollout.stable.clone(),
             target: rollout.target.clone(),
-            steps: steps
-                .iter()
-                .map(|step| StepPlan {
-                    weight: step.weight,
-                    hold_seconds: step.hold.as_secs(),
-                    pause: step.pause,
-                    matches: step.matches.len(),
-                })
-                .collect(),
-            step,
+            steps: all.steps.clone(),
+            step: all.step.clone(),
             deadline: rollout.deadline(shift).map(timestamp),
-            verdict: self.counted.judges.status(shift, &rollout),
-            message: match self.unseen(shift) {
-                Some(why) => format!("weights stay as they are: {why}"),
-                None if known => rollout.message.clone(),
-                None => "waiting for the first probes".to_owned(),
-            },
+            verdict: all.verdict.clone(),
+            message: all.message.clone(),
             since: timestamp(rollout.since),
             unrouted: self.counted.ledger.unrouted(&service.name),
             versions: versions.collect(),

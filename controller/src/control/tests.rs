@@ -1,5 +1,6 @@
 //! Drains over restarts of the controller, and reports that arrive in another order than they were sent.
 
+mod costs;
 mod isolation;
 
 use super::*;

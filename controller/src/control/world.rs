@@ -8,14 +8,16 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::guard::Veto;
 use tideshift_core::report::Counts;
-use tideshift_core::shift::TrafficShift;
+use tideshift_core::shift::{Endpoint, TrafficShift};
+
+/// Endpoints that are ready, and those that have been for long enough, by service and version.
+pub(super) type Ready<'a> = BTreeMap<(&'a str, &'a str), (u32, u32)>;
 
 /// What the engine may see.
 #[derive(Debug)]
 pub(super) struct World<'a> {
     ledger: &'a Ledger,
-    /// Endpoints that are ready, and those that have been for long enough, by service and version.
-    ready: BTreeMap<(String, String), (u32, u32)>,
+    ready: Ready<'a>,
     vetoes: Vec<(&'a str, &'a Veto)>,
     opinion: Opinion,
     up_to_date: bool,
@@ -27,7 +29,7 @@ impl<'a> World<'a> {
     /// Puts together what is known.
     pub(super) fn new(
         ledger: &'a Ledger,
-        ready: BTreeMap<(String, String), (u32, u32)>,
+        ready: Ready<'a>,
         vetoes: Vec<(&'a str, &'a Veto)>,
         opinion: Opinion,
         up_to_date: bool,
@@ -47,7 +49,7 @@ impl<'a> World<'a> {
     }
 
     fn endpoints(&self, service: &str, version: &str) -> (u32, u32) {
-        self.ready.get(&(service.to_owned(), version.to_owned())).copied().unwrap_or_default()
+        self.ready.get(&(service, version)).copied().unwrap_or_default()
     }
 }
 
@@ -98,8 +100,8 @@ pub struct Young(#[serde(with = "crate::ledger::as_list")] BTreeMap<(String, Str
 /// Since when endpoints have been ready.
 #[derive(Debug, Default)]
 pub(super) struct Availability {
-    /// By service, version and `host:port`.
-    since: BTreeMap<(String, String, String), Millis>,
+    /// By service, and by version and `host:port`.
+    since: BTreeMap<String, BTreeMap<(String, String), Millis>>,
     /// The services that have been looked at before. What is ready when a service is first seen has been for long.
     seen: BTreeSet<String>,
 }
@@ -108,79 +110,99 @@ impl Availability {
     /// What was ready under the controller before has been for long, but for what had not been.
     pub(super) fn new(remembered: &RememberedReadiness, young: &Young) -> Self {
         let seen = remembered.0.keys().cloned().collect();
-        let mut since = BTreeMap::new();
+        let mut since: BTreeMap<String, BTreeMap<_, _>> = BTreeMap::new();
         for (service, versions) in &remembered.0 {
+            let of_service = since.entry(service.clone()).or_default();
             for (version, endpoints) in versions {
-                let key = |endpoint: &String| (service.clone(), version.clone(), endpoint.clone());
-                since.extend(endpoints.iter().map(|endpoint| (key(endpoint), 0)));
+                of_service.extend(endpoints.iter().map(|endpoint| ((version.clone(), endpoint.clone()), 0)));
             }
         }
-        since.extend(young.0.iter().map(|(key, time)| (key.clone(), *time)));
+        for ((service, version, endpoint), time) in &young.0 {
+            since.entry(service.clone()).or_default().insert((version.clone(), endpoint.clone()), *time);
+        }
         Self { since, seen }
     }
 
     /// Time has passed in which no controller was there: what was young is no older for that.
     pub(super) fn was_unattended(&mut self, long: Millis) {
-        let young = self.since.values_mut().filter(|time| **time > 0);
+        let young = self.since.values_mut().flat_map(BTreeMap::values_mut).filter(|time| **time > 0);
         young.for_each(|time| *time = time.saturating_add(long));
     }
 
-    /// The endpoints that are ready, and have not been for as long as their shifts ask for.
-    pub(super) fn young(&self, shifts: &[TrafficShift], now: Millis) -> Young {
-        let mut young = BTreeMap::new();
+    /// The endpoints that are ready, and have not been for as long as their shifts ask for; and until when that is so.
+    pub(super) fn young(&self, shifts: &[TrafficShift], now: Millis) -> (Young, Option<Millis>) {
+        let (mut young, mut until) = (BTreeMap::new(), None::<Millis>);
         for shift in shifts.iter().filter(|shift| !shift.strategy.min_ready.is_zero()) {
             let long = shift.strategy.min_ready.as_millis() as u64;
-            let of_shift = self.since.iter().filter(|((service, ..), _)| shift.service(service).is_some());
-            let is_young = |(_, time): &(_, &Millis)| **time > 0 && now.saturating_sub(**time) < long;
-            young.extend(of_shift.filter(is_young).map(|(key, time)| (key.clone(), *time)));
+            for service in &shift.services {
+                let of_service = self.since.get(&service.name).into_iter().flatten();
+                for ((version, endpoint), time) in of_service.filter(|(_, time)| **time > 0) {
+                    let due = time.saturating_add(long);
+                    if due > now {
+                        young.insert((service.name.clone(), version.clone(), endpoint.clone()), *time);
+                        until = Some(until.map_or(due, |until| until.min(due)));
+                    }
+                }
+            }
         }
-        Young(young)
+        (Young(young), until)
     }
 
-    /// Takes note of what is ready now.
-    pub(super) fn look(&mut self, readiness: &Readiness, now: Millis) {
-        let mut since = BTreeMap::new();
-        for (service, versions) in &readiness.services {
+    /// When the next endpoint of a shift will have been ready for long enough.
+    pub(super) fn next(&self, shift: &TrafficShift, now: Millis) -> Option<Millis> {
+        let long = shift.strategy.min_ready.as_millis() as u64;
+        let services = shift.services.iter().filter(|_| long > 0);
+        let times = services.filter_map(|service| self.since.get(&service.name)).flat_map(BTreeMap::values);
+        times.map(|time| time.saturating_add(long)).filter(|due| *due > now).min()
+    }
+
+    /// Takes note of what is ready now of these services.
+    pub(super) fn look<'s>(
+        &mut self,
+        services: impl IntoIterator<Item = &'s String>,
+        readiness: &Readiness,
+        now: Millis,
+    ) {
+        for service in services {
+            let Some(versions) = readiness.services.get(service) else {
+                self.since.remove(service);
+                continue;
+            };
             if !readiness.is_known(service) {
-                let of_service = self.since.iter().filter(|((of, ..), _)| of == service);
-                since.extend(of_service.map(|(key, time)| (key.clone(), *time)));
                 continue;
             }
             let begins = if self.seen.insert(service.clone()) { 0 } else { now };
+            let before = self.since.remove(service).unwrap_or_default();
+            let mut since = BTreeMap::new();
             for (version, endpoints) in versions {
                 for state in endpoints.iter().filter(|state| state.ready) {
-                    let key = (service.clone(), version.clone(), state.endpoint.to_string());
-                    let time = self.since.get(&key).copied().unwrap_or(begins);
+                    let key = (version.clone(), state.endpoint.to_string());
+                    let time = before.get(&key).copied().unwrap_or(begins);
                     since.insert(key, time);
                 }
             }
+            self.since.insert(service.clone(), since);
         }
-        self.since = since;
     }
 
     /// How many endpoints of each version are ready, and how many have been for as long as the shift asks for.
-    pub(super) fn of(
-        &self,
-        shift: &TrafficShift,
-        readiness: &Readiness,
-        now: Millis,
-    ) -> BTreeMap<(String, String), (u32, u32)> {
+    pub(super) fn of<'a>(&self, shift: &'a TrafficShift, readiness: &Readiness, now: Millis) -> Ready<'a> {
         let long = shift.strategy.min_ready.as_millis() as u64;
         let mut counts = BTreeMap::new();
         for service in &shift.services {
+            let since = self.since.get(&service.name);
             for version in &service.versions {
                 let endpoints = readiness.endpoints(&service.name, &version.name);
-                let ready = endpoints.iter().filter(|state| state.ready);
-                let is_available = |endpoint: String| {
-                    let since = self.since.get(&(service.name.clone(), version.name.clone(), endpoint));
-                    long == 0 || since.is_some_and(|since| now.saturating_sub(*since) >= long)
+                let is_available = |endpoint: &Endpoint| {
+                    let since = || since?.get(&(version.name.clone(), endpoint.to_string()));
+                    long == 0 || since().is_some_and(|since| now.saturating_sub(*since) >= long)
                 };
                 let (mut all, mut available) = (0, 0);
-                for state in ready {
+                for state in endpoints.iter().filter(|state| state.ready) {
                     all += 1;
-                    available += u32::from(is_available(state.endpoint.to_string()));
+                    available += u32::from(is_available(&state.endpoint));
                 }
-                counts.insert((service.name.clone(), version.name.clone()), (all, available));
+                counts.insert((service.name.as_str(), version.name.as_str()), (all, available));
             }
         }
         counts

@@ -10,14 +10,19 @@ use std::time::Duration;
 use tideshift_core::shift::{Webhook, WebhookKind};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
+
+/// What is asked says how things stood at most so long ago; the shortest period is as long.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Asks for as long as this lives.
 #[derive(Debug)]
 pub(super) struct Asking {
     task: JoinHandle<()>,
-    /// What is asked, with the verdict as it is now.
+    /// What is asked, with the verdict as it was of late.
     body: watch::Sender<Vec<u8>>,
+    /// Of which state of the rollout that is, and since when.
+    state: (u64, Instant),
 }
 
 impl Drop for Asking {
@@ -29,7 +34,7 @@ impl Drop for Asking {
 impl Asking {
     pub(super) fn start(
         namespace: String,
-        question: Question,
+        (question, number): (Question, u64),
         services: &[ServiceStatus],
         gates: Vec<Webhook>,
         courier: Courier,
@@ -42,11 +47,18 @@ impl Asking {
             }
             let _ = answers.send(Answer { question, allowed: true, words: String::new() }).await;
         });
-        Self { task, body }
+        Self { task, body, state: (number, Instant::now()) }
+    }
+
+    /// Whether something of its rollout has changed, and not just now.
+    pub(super) fn is_old(&self, number: u64) -> bool {
+        let (of, since) = self.state;
+        of != number && since.elapsed() >= FRESH
     }
 
     /// How the services stand now, for the next time that it is asked.
-    pub(super) fn update(&self, question: &Question, services: &[ServiceStatus]) {
+    pub(super) fn update(&mut self, question: &Question, number: u64, services: &[ServiceStatus]) {
+        self.state = (number, Instant::now());
         self.body.send_replace(body(question, services));
     }
 }

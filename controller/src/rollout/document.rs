@@ -157,9 +157,9 @@ impl Rollout {
     /// Who carries what the stable version cannot, once the present target is not the target any longer: whoever of
     /// it and the version that has done so until now has more of the traffic.
     fn helper(&self, next: Option<&String>, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+        let parts: Vec<_> = self.all_parts(shift, world).into_iter().flatten().collect();
         let share = |version: &String| -> f64 {
-            let parts = shift.services.iter().flat_map(|service| self.parts(shift, service, world));
-            parts.filter(|part| part.version == *version).map(|part| part.share).sum()
+            parts.iter().filter(|part| part.version == *version).map(|part| part.share).sum()
         };
         let target = self.target.as_ref().filter(|_| !self.shunned);
         let candidates = [self.leaving.as_ref(), target].into_iter().flatten();

@@ -10,7 +10,7 @@ use tideshift_core::report::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// A revision is applied and said to be within a fraction of a second; so long, nothing is said of it.
-const USUAL: Millis = 3_000;
+pub(super) const USUAL: Millis = 3_000;
 
 /// What is known of the proxies, as far as a rollout's services are concerned.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,6 +46,11 @@ impl Begun {
     /// When a request went astray last.
     pub(super) fn last_time(&mut self) -> &mut Millis {
         &mut self.last.2
+    }
+
+    /// When what went astray since then counts no longer, if all goes well.
+    pub(super) fn mended(&self) -> Millis {
+        self.last.2 + USUAL + 1
     }
 }
 

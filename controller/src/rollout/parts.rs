@@ -23,8 +23,24 @@ pub struct Part {
 impl Rollout {
     /// Each version's part in a service of the shift, in the document's order.
     pub fn parts(&self, shift: &TrafficShift, service: &ShiftService, world: &impl Observed) -> Vec<Part> {
-        let whole = f64::from(self.full_load(service));
+        self.parts_with(self.wanted(shift, world), shift, service, world)
+    }
+
+    /// The same of all its services, in the document's order.
+    pub fn all_parts(&self, shift: &TrafficShift, world: &impl Observed) -> Vec<Vec<Part>> {
+        // All services look at this.
         let wanted = self.wanted(shift, world);
+        shift.services.iter().map(|service| self.parts_with(wanted, shift, service, world)).collect()
+    }
+
+    fn parts_with(
+        &self,
+        wanted: f64,
+        shift: &TrafficShift,
+        service: &ShiftService,
+        world: &impl Observed,
+    ) -> Vec<Part> {
+        let whole = f64::from(self.full_load(service));
         let counted = |name: &str| self.counted_on(shift, service, name, world);
         // Where nothing has been ready for long enough, what is ready at all must do.
         let none = service.versions.iter().all(|version| counted(&version.name) == 0);
@@ -83,11 +99,8 @@ impl Rollout {
 
     /// The share of the target that all services have, 0 to 1: the smallest.
     pub(super) fn share(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> f64 {
-        let of = |service: &ShiftService| {
-            let parts = self.parts(shift, service, world);
-            parts.into_iter().find(|part| part.version == target).map_or(0.0, |part| part.share)
-        };
-        shift.services.iter().map(of).fold(1.0, f64::min)
+        let of = |parts: &Vec<Part>| parts.iter().find(|part| part.version == target).map_or(0.0, |part| part.share);
+        self.all_parts(shift, world).iter().map(of).fold(1.0, f64::min)
     }
 
     /// What a version can carry in every service, as a share of the load; above 1 if it has endpoints to spare.

@@ -54,8 +54,7 @@ impl Rollout {
         let target = self.target.as_ref().filter(|_| self.phase.is_under_way());
         let meant = self.meant(shift, world);
         let (mut strains, mut missing, mut held) = (Vec::new(), Vec::new(), Vec::new());
-        for service in &shift.services {
-            let parts = self.parts(shift, service, world);
+        for (service, parts) in shift.services.iter().zip(self.all_parts(shift, world)) {
             let should = |name: &String| match () {
                 () if Some(name) == target => meant,
                 () if *name == self.stable => 1.0 - meant,

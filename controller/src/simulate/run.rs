@@ -261,7 +261,7 @@ impl<'s> World<'s> {
         if self.back_at.is_some() {
             return;
         }
-        for question in self.control.questions() {
+        for (question, _) in self.control.questions() {
             self.control.gate_answered(&question, true, "");
         }
         let outcome = self.control.evaluate(self.now());

@@ -1,0 +1,324 @@
+//! A look at what has changed comes to the same as a look at everything, whatever happens; and costs follow what changed.
+
+use super::*;
+use crate::metrics::Claim;
+use crate::rollout::Command;
+use proptest::prelude::*;
+use tideshift_core::guard::Veto;
+use tideshift_core::report::Tally;
+
+const DOCUMENTS: [&[&str]; 3] = [&["a"], &["b"], &["c1", "c2"]];
+const SERVICES: [&str; 4] = ["a", "b", "c1", "c2"];
+const PROXIES: [&str; 2] = ["edge", "other"];
+
+/// What may happen.
+#[derive(Debug, Clone)]
+enum Event {
+    /// Time passes, in steps of so many milliseconds.
+    Passes { steps: u8, millis: u64 },
+    /// The controller stands still.
+    StandsStill(u64),
+    /// A document is edited.
+    Edited { document: usize, kind: u8 },
+    /// A document leaves, or comes back.
+    Listed { document: usize, is_listed: bool },
+    /// So many endpoints of a version are ready; or it is not known.
+    Ready { service: usize, version: usize, ready: u8, known: bool },
+    /// A proxy reports so much more of a service.
+    Reports { proxy: usize, service: usize, ok: u64, errors: u64, in_flight: u64, vetoes: bool, is_behind: bool },
+    /// Somebody wants something.
+    Wants { document: usize, what: u8 },
+    /// A gate answers.
+    Answers(bool),
+    /// Counts can be kept, or cannot.
+    Keeps(bool),
+}
+
+fn events() -> impl Strategy<Value = Event> {
+    let document = || 0..DOCUMENTS.len();
+    let service = || 0..SERVICES.len();
+    let passes = (1u8..8, prop::sample::select(vec![20, 100, 1_000, 3_000]));
+    let ready = (service(), 0..2usize, 0u8..3, prop::bool::weighted(0.9));
+    let reports =
+        (0..2usize, service(), 0..400u64, 0..30u64, 0..2u64, prop::bool::weighted(0.1), prop::bool::weighted(0.1));
+    prop_oneof![
+        8 => passes.prop_map(|(steps, millis)| Event::Passes { steps, millis }),
+        1 => (3_000u64..100_000).prop_map(Event::StandsStill),
+        2 => (document(), 0u8..7).prop_map(|(document, kind)| Event::Edited { document, kind }),
+        1 => (document(), prop::bool::weighted(0.7)).prop_map(|(document, is_listed)| Event::Listed { document, is_listed }),
+        4 => ready.prop_map(|(service, version, ready, known)| Event::Ready { service, version, ready, known }),
+        8 => reports.prop_map(|(proxy, service, ok, errors, in_flight, vetoes, is_behind)| {
+            Event::Reports { proxy, service, ok, errors, in_flight, vetoes, is_behind }
+        }),
+        3 => (document(), 0u8..7).prop_map(|(document, what)| Event::Wants { document, what }),
+        1 => any::<bool>().prop_map(Event::Answers),
+        1 => any::<bool>().prop_map(Event::Keeps),
+    ]
+}
+
+/// Two controllers to which the same happens. One of them looks at everything each time.
+struct Both {
+    changed: Control,
+    full: Control,
+    now: Millis,
+    kinds: [u8; 3],
+    listed: [bool; 3],
+    readiness: Readiness,
+    counts: BTreeMap<(usize, usize), [u64; 2]>,
+    sequences: [u64; 2],
+}
+
+fn spec(document: usize, kind: u8) -> Value {
+    let version = |name: &&str| json!({"name": name, "endpoints": ["127.0.0.1:9001", "127.0.0.1:9002"]});
+    let versions: Vec<Value> = VERSIONS.iter().map(version).collect();
+    let steps =
+        |hold: u64| json!([{"weight": 10, "holdSeconds": hold}, {"weight": 50, "pause": true}, {"weight": 100}]);
+    let mut spec = json!({"stable": "v1", "target": "v2", "drain": {"timeoutSeconds": 20}});
+    let more = match kind {
+        0 => json!({"target": null}),
+        1 => json!({"strategy": {"steps": steps(2)}}),
+        2 => json!({"strategy": {"steps": steps(5), "minReadySeconds": 4, "progressDeadlineSeconds": 6}}),
+        3 => {
+            json!({"strategy": {"steps": [{"weight": 20, "holdSeconds": 3}, {"weight": 100}], "warmUp": {"mirrorPercent": 5, "seconds": 7}}})
+        }
+        4 => {
+            json!({"strategy": {"steps": steps(1)}, "webhooks": [{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1"}]})
+        }
+        5 => json!({"stable": "v2", "target": null}),
+        _ => {
+            json!({"strategy": {"steps": [{"weight": 100}], "progressDeadlineAbort": true, "progressDeadlineSeconds": 3}, "analysis": {"maxErrors": 9},
+            "session": {"type": "Cookie", "name": "c"}})
+        }
+    };
+    spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    match DOCUMENTS[document] {
+        [_] => spec["versions"] = versions.into(),
+        several => {
+            spec.as_object_mut().unwrap().remove("session");
+            spec["services"] =
+                several.iter().map(|name| json!({"name": name, "hostnames": [name], "versions": versions})).collect();
+        }
+    }
+    spec
+}
+
+impl Both {
+    fn new() -> Self {
+        let kept = Kept::fresh("e".to_owned()).unwrap();
+        let control = || Control::new(Vec::new(), kept.clone(), Counted::default());
+        let mut readiness = Readiness::default();
+        let states = super::readiness().services["shop"]["v1"].clone();
+        for service in SERVICES {
+            let both = [
+                states[0].clone(),
+                EndpointState { endpoint: Endpoint { port: 9002, ..states[0].endpoint.clone() }, ..states[0].clone() },
+            ];
+            let versions = VERSIONS.iter().map(|name| ((*name).to_owned(), both.to_vec())).collect();
+            readiness.services.insert(service.to_owned(), versions);
+        }
+        let mut both = Self {
+            changed: control(),
+            full: control(),
+            now: 1_000_000,
+            kinds: [0, 1, 1],
+            listed: [true; 3],
+            readiness,
+            counts: BTreeMap::new(),
+            sequences: [0; 2],
+        };
+        both.edit();
+        both.each(|control, readiness| control.set_readiness(readiness));
+        both
+    }
+
+    fn each(&mut self, mut happens: impl FnMut(&mut Control, Arc<Readiness>)) {
+        let readiness = Arc::new(self.readiness.clone());
+        happens(&mut self.changed, readiness.clone());
+        happens(&mut self.full, readiness);
+    }
+
+    fn edit(&mut self) {
+        let listed = (0..DOCUMENTS.len()).filter(|n| self.listed[*n]);
+        let documents: Vec<_> = listed
+            .map(|n| {
+                let document = json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+                    "metadata": {"name": DOCUMENTS[n][0]}, "spec": with_host(spec(n, self.kinds[n]), DOCUMENTS[n][0])});
+                (TrafficShift::read(&document).unwrap(), document)
+            })
+            .collect();
+        self.each(|control, _| control.set_documents(documents.clone()));
+    }
+
+    fn happens(&mut self, event: &Event) {
+        let now = self.now;
+        match event.clone() {
+            Event::Passes { steps, millis } => {
+                for _ in 0..steps {
+                    self.now += millis;
+                    self.evaluate();
+                }
+            }
+            Event::StandsStill(millis) => self.now += millis,
+            Event::Edited { document, kind } => {
+                self.kinds[document] = kind;
+                self.edit();
+            }
+            Event::Listed { document, is_listed } => {
+                self.listed[document] = is_listed;
+                self.edit();
+            }
+            Event::Ready { service, version, ready, known } => {
+                let endpoints =
+                    self.readiness.services.get_mut(SERVICES[service]).unwrap().get_mut(VERSIONS[version]).unwrap();
+                for (n, endpoint) in endpoints.iter_mut().enumerate() {
+                    (endpoint.ready, endpoint.known) = (n < usize::from(ready), known);
+                }
+                self.each(|control, readiness| control.set_readiness(readiness));
+            }
+            Event::Reports { proxy, service, ok, errors, in_flight, vetoes, is_behind } => {
+                let counts = self.counts.entry((proxy, service)).or_default();
+                counts[0] += ok;
+                counts[1] += errors;
+                let [ok, errors] = *counts;
+                self.sequences[proxy] += 1;
+                let version = |name: &str, ok: u64, error: u64| {
+                    let ended = Counts { ok, error, ..Counts::default() };
+                    let dealt = Tally { started: ended.total() + in_flight, ended, ..Tally::default() };
+                    VersionReport { name: name.to_owned(), ended, in_flight, dealt, ..VersionReport::default() }
+                };
+                let veto = Veto {
+                    version: "v2".to_owned(),
+                    until: (now + 10_000) * 1_000_000,
+                    strikes: 1,
+                    requests: errors,
+                    errors,
+                    others_requests: 10 * ok,
+                    others_errors: 0,
+                };
+                let versions = vec![version("v1", 10 * ok, 0), version("v2", ok, errors)];
+                let vetoes = if vetoes { vec![veto] } else { Vec::new() };
+                let services = vec![ServiceReport {
+                    name: SERVICES[service].to_owned(),
+                    versions,
+                    vetoes,
+                    ..ServiceReport::default()
+                }];
+                let sequence = self.sequences[proxy];
+                self.each(|control, _| {
+                    let revision = control.kept().revision.saturating_sub(u64::from(is_behind));
+                    let report = Report {
+                        proxy: PROXIES[proxy].to_owned(),
+                        start: "1".to_owned(),
+                        sequence,
+                        format: Report::FORMAT,
+                        epoch: "e".to_owned(),
+                        revision,
+                        services: services.clone(),
+                        ..Report::default()
+                    };
+                    let reported = control.reported(&report, now);
+                    assert!(reported.ignored.iter().all(|(claim, _)| *claim == Claim::Veto), "{:?}", reported.ignored);
+                });
+            }
+            Event::Wants { document, what } => {
+                let command = match what {
+                    0 => Command::Promote { full: false, override_gates: true },
+                    1 => Command::Pause,
+                    2 => Command::Resume,
+                    3 => Command::Abort,
+                    4 => Command::SetWeight { weight: 30, override_gates: true },
+                    5 => Command::SetTarget { target: "v2".to_owned() },
+                    _ => Command::Rollback { to: "v1".to_owned(), override_gates: true },
+                };
+                let name = DOCUMENTS[document][0];
+                assert_eq!(self.changed.command(name, &command, now), self.full.command(name, &command, now));
+            }
+            Event::Answers(allowed) => self.each(|control, _| {
+                for (question, _) in control.questions() {
+                    control.gate_answered(&question, allowed, "not today");
+                }
+            }),
+            Event::Keeps(keeps) => self.each(|control, _| control.set_counts_error((!keeps).then_some("no room"))),
+        }
+        self.evaluate();
+    }
+
+    fn evaluate(&mut self) {
+        let now = self.now;
+        let full = &mut self.full;
+        full.due.mark_all();
+        full.changed_ready.extend(SERVICES.map(str::to_owned));
+        (full.all_recounted, full.unpublished) = (true, true);
+        (full.young_until, full.drains.1) = (Some(0), Some(0));
+        let seen = |control: &mut Control| {
+            let Outcome { policy, keep, transitions, messages } = control.evaluate(now);
+            if let Some(policy) = &policy {
+                control.set_published(policy);
+            }
+            let questions: Vec<_> = control.questions().into_iter().map(|(question, _)| question).collect();
+            (policy, keep, transitions, messages, questions, control.status(now))
+        };
+        assert_eq!(seen(&mut self.changed), seen(&mut self.full));
+        assert_eq!(self.changed.kept, self.full.kept);
+        assert_eq!(self.changed.counted, self.full.counted);
+    }
+}
+
+fn with_host(mut spec: Value, name: &str) -> Value {
+    if spec.get("services").is_none() {
+        spec["hostnames"] = json!([name]);
+    }
+    spec
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn what_has_changed_is_enough_to_look_at(events in prop::collection::vec(events(), 1..50)) {
+        let mut both = Both::new();
+        for event in &events {
+            both.happens(event);
+        }
+        let series = |control: &Control| DOCUMENTS.map(|of| control.series(of[0], both.now));
+        prop_assert_eq!(series(&both.changed), series(&both.full));
+    }
+}
+
+/// So many documents at rest, all of them looked at.
+fn at_rest(number: usize) -> Control {
+    let names: Vec<String> = (0..number).map(|n| format!("s{n}")).collect();
+    let one = super::readiness().services["shop"].clone();
+    let files = names.iter().map(|name| {
+        let document = json!({"apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": name},
+            "spec": with_host(spec(0, 0), name)});
+        (TrafficShift::read(&document).unwrap(), document)
+    });
+    let mut control = Control::new(files.collect(), Kept::fresh("e".to_owned()).unwrap(), Counted::default());
+    let services = names.iter().map(|name| (name.clone(), one.clone())).collect();
+    control.set_readiness(Arc::new(Readiness { services, ..Readiness::default() }));
+    for n in 0..50 {
+        control.evaluate(1_000_000 + 100 * n);
+    }
+    control
+}
+
+#[test]
+fn documents_at_rest_are_not_looked_at() {
+    let mut control = at_rest(20);
+    let looks = |control: &Control| control.due.documents().iter().map(|of| of.looks).collect::<Vec<_>>();
+    let before = looks(&control);
+    for n in 50..1_000 {
+        control.evaluate(1_000_000 + 100 * n);
+    }
+    assert_eq!(looks(&control), before);
+    // A report, an endpoint and a command are looked at where they belong.
+    let mut readiness = (*control.readiness).clone();
+    readiness.services.get_mut("s3").unwrap().get_mut("v2").unwrap()[0].ready = false;
+    control.set_readiness(Arc::new(readiness));
+    let command = Command::SetTarget { target: "v2".to_owned() };
+    control.command("s7", &command, 1_100_000).unwrap();
+    control.evaluate(1_100_000);
+    let after = looks(&control);
+    let looked: Vec<usize> = (0..20).filter(|n| after[*n] > before[*n]).collect();
+    assert_eq!(looked, [3, 7]);
+}
