@@ -2,6 +2,8 @@
 //! What a document means, and what is allowed in it, is `tideshift-core`'s.
 
 mod last_good;
+#[cfg(test)]
+mod reference;
 
 pub use last_good::LastGood;
 

@@ -34,6 +34,18 @@ fn the_document_is_valid_and_its_bootstrap_is_what_render_prints() -> anyhow::Re
     Ok(())
 }
 
+#[test]
+fn the_readme_shows_the_document_of_its_tutorial() -> anyhow::Result<()> {
+    let readme = fs::read_to_string(artifacts::workspace().join("README.md"))?;
+    let document = fs::read_to_string(configs().join("quick-start/shift.yaml"))?;
+    ensure!(readme.contains(&format!("```yaml\n{document}```")), "README.md does not show quick-start/shift.yaml");
+    let path = configs().join("quick-start/shift.yaml").display().to_string();
+    let rendered =
+        controller::cli(["render", "envoy", "-f", &path, "--module", &artifacts::wasm()?.to_string_lossy()])?;
+    ensure!(rendered.code == Some(0), "{}", rendered.stderr);
+    Envoy::validate(&rendered.stdout)
+}
+
 /// The examples for Kubernetes, and how `tideshift render` comes to print them.
 const RENDERED: [(&str, &[&str]); 5] = [
     ("istio-gateway.yaml", &["istio"]),

@@ -131,11 +131,15 @@ fn errors_of_both_documents_come_at_once() -> anyhow::Result<()> {
 }
 
 #[test]
-fn the_example_works_as_it_stands() -> anyhow::Result<()> {
+fn the_examples_work_as_they_stand() -> anyhow::Result<()> {
     let configs = artifacts::workspace().join("envoy-configs");
-    let (shift, scenario) = (configs.join("checkout.yaml"), configs.join("scenario.yaml"));
-    let output =
-        cli(["simulate".as_ref(), "-f".as_ref(), shift.as_os_str(), "--scenario".as_ref(), scenario.as_os_str()])?;
-    assert_eq!((output.code, output.stderr.as_str()), (Some(0), ""));
+    for (shift, scenario) in
+        [("checkout.yaml", "scenario.yaml"), ("quick-start/shift.yaml", "quick-start/scenario.yaml")]
+    {
+        let (shift, scenario) = (configs.join(shift), configs.join(scenario));
+        let output =
+            cli(["simulate".as_ref(), "-f".as_ref(), shift.as_os_str(), "--scenario".as_ref(), scenario.as_os_str()])?;
+        assert_eq!((output.code, output.stderr.as_str()), (Some(0), ""), "{}", shift.display());
+    }
     Ok(())
 }
