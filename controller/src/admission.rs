@@ -1,10 +1,14 @@
 //! Which documents may be in force together, whatever they come from: files, the API, a cluster. A document alone must
-//! compile to something that proxies take, and fit into its bytes; no two may claim the same name or hostname. What is
-//! refused keeps nothing of another document from being taken.
+//! compile to something that proxies take, and fit into its bytes; no two may claim the same name, hostname, workload or
+//! pods. What is refused keeps nothing of another document from being taken.
+
+mod runs;
 
 use crate::compile;
+use crate::kubernetes::picture::Place;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use runs::{ONE_VERSION, Runs, claims};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -48,7 +52,8 @@ pub struct Held {
 ///
 /// Everything that is wrong with it.
 pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
-    let contradictions = Admission::default().contradictions(shift, "the same document");
+    let mut contradictions = Admission::default().contradictions(shift, "the same document");
+    contradictions.extend(shared_by_versions(shift));
     if !contradictions.is_empty() {
         return Err(Errors(contradictions));
     }
@@ -75,6 +80,45 @@ pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
     }
     let packed = packed(&json).max(packed(&document)) + testers;
     Ok(Size { bytes, packed })
+}
+
+/// What two versions of a document say that each has for itself.
+fn shared_by_versions(shift: &TrafficShift) -> Vec<FieldError> {
+    let mut taken: BTreeMap<Place, Vec<(Runs, &str)>> = BTreeMap::new();
+    let mut errors = Vec::new();
+    for (n, service) in shift.services.iter().enumerate() {
+        for (i, version) in service.versions.iter().enumerate() {
+            for (field, (place, runs)) in claims(shift, version) {
+                let of_place = taken.entry(place).or_default();
+                let earlier = of_place.iter().find(|(other, name)| *name != version.name && runs.overlaps(other));
+                if let Some((other, name)) = earlier {
+                    let overlap = if runs == *other { String::new() } else { format!("overlaps with {other}, ") };
+                    errors.push(FieldError {
+                        path: format!("{}.versions[{i}].{field}", path_of(shift, n)),
+                        problem: Problem::Unreadable(format!(
+                            "{runs}: not allowed for version {}: {overlap}already version {name}'s in the same document; \
+                             {ONE_VERSION}",
+                            version.name
+                        )),
+                    });
+                }
+                of_place.push((runs, &version.name));
+            }
+        }
+    }
+    errors
+}
+
+/// The field of a document that one of its services is.
+fn path_of(shift: &TrafficShift, service: usize) -> String {
+    match has_several(shift) {
+        true => format!("spec.services[{service}]"),
+        false => "spec".to_owned(),
+    }
+}
+
+fn has_several(shift: &TrafficShift) -> bool {
+    shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name)
 }
 
 /// A service with as many digits as it may ever have.
@@ -142,6 +186,8 @@ pub struct Admission {
     names: BTreeMap<String, String>,
     services: BTreeMap<String, (String, String)>,
     hostnames: BTreeMap<String, (String, String)>,
+    /// The same of workloads and pods, with the version that each is of.
+    runs: BTreeMap<(Place, Runs), (String, String, String)>,
     bytes: BTreeMap<Option<String>, usize>,
     packed: usize,
 }
@@ -185,6 +231,10 @@ impl Admission {
             for hostname in hostnames(service) {
                 self.hostnames.insert(hostname.to_owned(), claim());
             }
+            for version in &service.versions {
+                let of_version = || (version.name.clone(), shift.name.clone(), from.to_owned());
+                self.runs.extend(claims(shift, version).into_iter().map(|(_, runs)| (runs, of_version())));
+            }
         }
         Ok(())
     }
@@ -195,6 +245,8 @@ impl Admission {
         for service in &shift.services {
             self.services.remove(&service.name);
             hostnames(service).for_each(|hostname| drop(self.hostnames.remove(hostname)));
+            let claims = service.versions.iter().flat_map(|version| claims(shift, version));
+            claims.for_each(|(_, runs)| drop(self.runs.remove(&runs)));
         }
         if let Some(bytes) = self.bytes.get_mut(&shift.namespace) {
             *bytes = bytes.saturating_sub(size.bytes);
@@ -210,9 +262,9 @@ impl Admission {
             wrong("metadata.name".to_owned(), why);
         }
         let mut own = BTreeMap::new();
-        let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
+        let several = has_several(shift);
         for (n, service) in shift.services.iter().enumerate() {
-            let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
+            let at = path_of(shift, n);
             let taken = self.services.get(&service.name).filter(|(name, _)| several || *name != service.name);
             if let Some((name, earlier)) = taken {
                 let why = format!("\"{}\" is already a service of the TrafficShift {name} in {earlier}", service.name);
@@ -227,6 +279,18 @@ impl Admission {
                     _ => (format!("{at}.hostnames[{i}]"), format!("\"{hostname}\" is already a hostname of")),
                 };
                 wrong(path, format!("{what} the TrafficShift {name} in {earlier}"));
+            }
+            for (i, version) in service.versions.iter().enumerate() {
+                for (field, (place, runs)) in claims(shift, version) {
+                    let what = runs.to_string();
+                    let Some((other, name, earlier)) = self.runs.get(&(place, runs)) else { continue };
+                    let why = format!(
+                        "{what}: not allowed for version {}: already version {other}'s of the TrafficShift {name} in \
+                         {earlier}; {ONE_VERSION}",
+                        version.name
+                    );
+                    wrong(format!("{at}.versions[{i}].{field}"), why);
+                }
             }
         }
         errors

@@ -27,6 +27,8 @@ pub struct Outlook {
     pub unseen: BTreeMap<String, String>,
     /// The endpoints that are there and cannot take traffic, by service and version.
     pub held_back: BTreeMap<(String, String), Vec<HeldBack>>,
+    /// Why a version is not scaled: it has a pod in common with another one; by service and version.
+    pub shared: BTreeMap<(String, String), String>,
 }
 
 /// An endpoint that cannot take traffic by what its cluster says.

@@ -415,6 +415,64 @@ async fn an_autoscaler_is_told_the_least_and_a_disruption_budget_is_kept() -> an
     Ok(())
 }
 
+/// Waits until a TrafficShift is refused, with these words.
+async fn until_refused(cluster: &Cluster, name: &str, words: &[&str]) -> anyhow::Result<()> {
+    let refused = cluster.until("it to be refused", "TrafficShift", name, |object| {
+        let accepted = condition(object, "Accepted");
+        let message = accepted["message"].as_str().unwrap_or_default();
+        ensure!(accepted["status"] == "False" && words.iter().all(|word| message.contains(word)), "{accepted}");
+        Ok(())
+    });
+    refused.await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_that_serve_are_scaled_away_by_no_version_and_by_no_other_document() -> anyhow::Result<()> {
+    let cluster = Cluster::start().await?;
+    let service = cluster.full_name("payment-service");
+    cluster.expose("payment-service").await?;
+    cluster.deploy("payment-service", "v1", 1).await?;
+    cluster.deploy("payment-service", "v2", 1).await?;
+    let document = |name: &str, host: &str, v1: Value, v2: Value| {
+        json!({ "kind": "TrafficShift", "metadata": { "name": name }, "spec": {
+            "hostnames": [host], "versions": [v1, v2], "stable": "v1", "target": "v2",
+            "strategy": { "steps": [{ "weight": 100 }], "scaleDownDelaySeconds": 0 },
+        } })
+    };
+    // What v1 names as its own runs v2, which names nothing.
+    let mut v1 = deployed("v1");
+    v1["workloadRef"]["name"] = json!("payment-service-v2");
+    let v2 = json!({ "name": "v2", "selector": deployed("v2")["selector"] });
+    cluster.apply(document("payment-service", HOST, v1.clone(), v2)).await?;
+    let controller = cluster.replica("a", &[]).await?;
+    let _front = Front::start(&service, &[&controller]).await?;
+    until_in_force(&controller, &service, &[0.0, 100.0]).await?;
+    eventually("what keeps the pods to be told", DEADLINE, async || {
+        let events = cluster.events("payment-service").await?;
+        ensure!(events.iter().any(|event| event == "NotScaled"), "{events:?}");
+        Ok(())
+    })
+    .await
+    .with_context(|| controller.tail())?;
+    let why = "is a ready endpoint of version v2";
+    assert!(controller.log().contains(why), "{}", controller.tail());
+    assert_eq!(replicas(&cluster, "payment-service-v2").await?, 1, "its pods serve");
+
+    // Nobody else has a say in what is scaled already, nor a version of the same document.
+    let rivals = json!({ "name": "v2", "service": "rival-v2", "workloadRef": v1["workloadRef"] });
+    let rival = document("rival", "rival.example.com", json!({ "name": "v1", "service": "rival-v1" }), rivals);
+    cluster.apply(rival).await?;
+    let names =
+        ["Deployment payment-service-v2: not allowed for version v2", "version v1's of the TrafficShift", &service];
+    until_refused(&cluster, "rival", &names).await?;
+    let mut twice = deployed("v2");
+    twice["workloadRef"] = v1["workloadRef"].clone();
+    cluster.apply(document("payment-service", HOST, v1, twice)).await?;
+    until_refused(&cluster, "payment-service", &["version v2: already version v1's in the same document"]).await?;
+    assert_eq!(replicas(&cluster, "payment-service-v2").await?, 1);
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn proxies_are_known_by_the_tokens_that_the_cluster_gave_them() -> anyhow::Result<()> {
     let cluster = Cluster::start().await?;

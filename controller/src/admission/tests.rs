@@ -140,3 +140,104 @@ fn a_rule_of_any_name_gets_along_with_those_of_the_rollout() {
     let steps = json!([{"matches": [{"method": "GET"}], "weight": 1}, {"weight": 100}]);
     held(&document("a", &["x"], &json!({"rules": rules, "strategy": {"steps": steps}}))).unwrap();
 }
+
+/// Versions v1 and v2 with these fields.
+fn versions(v1: &Value, v2: &Value) -> Value {
+    let version = |name: &str, fields: &Value| {
+        let mut version = json!({ "name": name });
+        version.as_object_mut().unwrap().extend(fields.as_object().cloned().unwrap());
+        version
+    };
+    json!({"versions": [version("v1", v1), version("v2", v2)]})
+}
+
+#[test]
+fn two_versions_of_a_document_have_no_workload_and_no_pods_in_common() {
+    let errors = |v1: Value, v2: Value| {
+        held(&document("a", &["x"], &versions(&v1, &v2))).err().map(|errors| errors.to_string()).unwrap_or_default()
+    };
+    let workload = |name: &str| json!({"workloadRef": {"name": name}});
+    let error = errors(workload("shop"), workload("shop"));
+    let expected = "spec.versions[1].workloadRef: Deployment shop: not allowed for version v2: already version v1's in the \
+                    same document; a workload, and a pod, belongs to one version of one TrafficShift";
+    assert_eq!(error, expected);
+    let other_version = json!({"workloadRef": {"apiVersion": "apps/v1beta1", "name": "shop"}});
+    assert!(!errors(workload("shop"), other_version).is_empty());
+    let track = |track: &str| json!({"matchLabels": {"app": "shop", "track": track}});
+    let error = errors(json!({"selector": {"matchLabels": {"app": "shop"}}}), json!({"selector": track("new")}));
+    let expected = "spec.versions[1].selector: the pods of app=shop, track=new: not allowed for version v2: overlaps with \
+                    the pods of app=shop, already version v1's";
+    assert!(error.starts_with(expected), "{error}");
+    let within = |operator: &str| {
+        let values: &[&str] = if operator == "In" { &["new"] } else { &[] };
+        json!({"matchExpressions": [{"key": "app", "operator": "In", "values": ["shop"]},
+            {"key": "track", "operator": operator, "values": values}]})
+    };
+    for (v1, v2) in [
+        (json!({"service": "shop"}), json!({"service": "shop"})),
+        (json!({"service": "shop", "port": "http"}), json!({"service": "shop", "port": "grpc"})),
+        (json!({"service": "shop", "selector": track("new")}), json!({"service": "shop"})),
+        (json!({"selector": track("new")}), json!({"selector": within("In")})),
+    ] {
+        assert!(!errors(v1.clone(), v2.clone()).is_empty(), "{v1} {v2}");
+    }
+    for (v1, v2) in [
+        (workload("shop-v1"), workload("shop-v2")),
+        (workload("shop"), json!({"workloadRef": {"kind": "StatefulSet", "name": "shop"}})),
+        (workload("shop"), json!({"workloadRef": {"name": "shop"}, "cluster": "west"})),
+        (json!({"service": "shop", "selector": track("old")}), json!({"service": "shop", "selector": track("new")})),
+        (json!({"selector": within("Exists")}), json!({"selector": within("DoesNotExist")})),
+        (json!({"service": "shop-v1"}), json!({"service": "shop-v2"})),
+    ] {
+        assert_eq!(errors(v1.clone(), v2.clone()), "", "{v1} {v2}");
+    }
+}
+
+#[test]
+fn a_version_of_several_services_is_one_version() {
+    let of = |name: &str, v2: &str| {
+        let workload = |of: &str| json!({"workloadRef": {"name": of}});
+        let mut service = versions(&workload("one"), &workload(v2));
+        service
+            .as_object_mut()
+            .unwrap()
+            .extend([("name".to_owned(), json!(name)), ("hostnames".to_owned(), json!([name]))]);
+        service
+    };
+    let all = |services: Value| {
+        let mut document = document("a", &[], &json!({"services": services}));
+        ["versions", "hostnames"]
+            .iter()
+            .for_each(|field| drop(document["spec"].as_object_mut().unwrap().remove(*field)));
+        held(&document).err().map(|errors| errors.to_string()).unwrap_or_default()
+    };
+    assert_eq!(all(json!([of("cart", "two"), of("till", "two")])), "");
+    let mixed = all(json!([of("cart", "two"), {"name": "till", "hostnames": ["till"], "versions": [
+        {"name": "v2", "workloadRef": {"name": "one"}}, {"name": "v1", "workloadRef": {"name": "three"}}]}]));
+    assert!(mixed.starts_with("spec.services[1].versions[0].workloadRef: Deployment one: not allowed"), "{mixed}");
+}
+
+#[test]
+fn of_two_documents_over_the_same_workloads_the_older_one_has_them() {
+    let workload = |name: &str| json!({"workloadRef": {"name": name}});
+    let of = |name: &str, v1: &str, v2: &str| document(name, &[name], &versions(&workload(v1), &workload(v2)));
+    let (before, ..) = agreed(&BTreeMap::new(), &[of("b", "one", "two")]);
+    let (after, now, wrong) = agreed(&before.held, &[of("a", "two", "three"), of("b", "one", "two")]);
+    assert_eq!(now, hosts(&[("b", &["b"])]));
+    let expected = "a: spec.versions[0].workloadRef: Deployment two: not allowed for version v1: already version v2's of \
+                    the TrafficShift b in force; a workload, and a pod, belongs to one version of one TrafficShift";
+    assert_eq!(wrong, [expected]);
+    // What is given up may be taken, and exchanged.
+    let (_, now, wrong) = agreed(&after.held, &[of("a", "two", "three"), of("b", "one", "four")]);
+    assert_eq!((now, wrong), (hosts(&[("a", &["a"]), ("b", &["b"])]), Vec::new()));
+    // Another namespace has other ones.
+    let mut elsewhere = of("c", "one", "two");
+    elsewhere["metadata"]["namespace"] = json!("elsewhere");
+    let (_, now, wrong) = agreed(&before.held, &[of("b", "one", "two"), elsewhere]);
+    assert_eq!((now.len(), wrong), (2, Vec::new()));
+    // The pods of one Service are claimed as a workload is.
+    let by_service =
+        |name: &str| document(name, &[name], &versions(&json!({"service": "s"}), &json!({"service": name})));
+    let (_, now, wrong) = agreed(&BTreeMap::new(), &[by_service("d"), by_service("e")]);
+    assert_eq!((now, wrong.len()), (hosts(&[("d", &["d"])]), 1));
+}

@@ -2,7 +2,7 @@
 
 use super::{Control, Document};
 use crate::kubernetes::picture::Picture;
-use crate::kubernetes::scale::{Facts, Want};
+use crate::kubernetes::scale::{self, Facts, Want};
 use crate::ledger::VersionKey;
 use crate::rollout::{Millis, Part, Rollout, percent};
 use crate::series::{RolloutSeries, Sample, VersionSample};
@@ -11,8 +11,9 @@ use crate::status::{
     VerdictStatus, VersionStatus, timestamp,
 };
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use tideshift_core::policy::Policy;
-use tideshift_core::shift::{ShiftService, TrafficShift};
+use tideshift_core::shift::{ShiftService, ShiftVersion, TrafficShift};
 
 /// What is the same of all services of a document.
 struct OfShift<'a> {
@@ -116,7 +117,47 @@ impl Control {
             let key = (service.to_owned(), version.to_owned());
             self.kept.idle.left(&key, &self.proxies, &self.in_force)
         };
-        Facts { shift, rollout, picture, drained: &drained, now }.plan()
+        let shared = |service: &str, version: &str| self.shared(service, version).map(str::to_owned);
+        let in_use = |pods: &BTreeSet<(String, String)>| {
+            let of_namespace = self.shifts.iter().filter(|of| of.namespace == shift.namespace);
+            let is_used =
+                |of: &TrafficShift, service: &ShiftService, version: &ShiftVersion| self.is_used(of, service, version);
+            scale::in_use(of_namespace, is_used, picture, pods)
+        };
+        Facts { shift, rollout, picture, drained: &drained, shared: &shared, in_use: &in_use, now }.plan()
+    }
+
+    /// Whether a version is given requests, or has not drained, or is what a rollout comes from or goes to.
+    fn is_used(&self, shift: &TrafficShift, service: &ShiftService, version: &ShiftVersion) -> bool {
+        let name = &version.name;
+        let by_rollout = match self.kept.rollouts.get(&shift.name) {
+            Some(rollout) => {
+                rollout.stable == *name || (rollout.phase.is_under_way() && rollout.target.as_ref() == Some(name))
+            }
+            None => shift.stable == *name,
+        };
+        let key = (service.name.clone(), name.clone());
+        let is_published = self
+            .in_force
+            .iter()
+            .any(|of| of.name == service.name && of.versions.iter().any(|version| version.name == *name));
+        by_rollout || (is_published && self.kept.idle.left(&key, &self.proxies, &self.in_force).is_none())
+    }
+
+    fn shared(&self, service: &str, version: &str) -> Option<&str> {
+        let shared = self.readiness.outlook.shared.get(&(service.to_owned(), version.to_owned()));
+        shared.map(String::as_str)
+    }
+
+    /// What is wrong with a rollout's versions that have pods in common with others, if they have.
+    pub fn shared_pods(&self, name: &str) -> Option<&str> {
+        if self.readiness.outlook.shared.is_empty() {
+            return None;
+        }
+        let services = &self.named(name)?.services;
+        services
+            .iter()
+            .find_map(|service| service.versions.iter().find_map(|version| self.shared(&service.name, &version.name)))
     }
 
     /// Whether any proxy is there.

@@ -173,6 +173,8 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
             condition("Available", ConditionStatus::Unknown, "OutOfSight", why, timestamp(now))
         }
     };
+    let shared = control.shared_pods(rollout);
+    let shared = shared.map(|why| condition("PodsShared", is(true), "TwoVersions", why, timestamp(now)));
     let reason = format!("{:?}", first.reason);
     let (under_way, succeeded) = (first.phase.is_under_way(), first.phase == Phase::Succeeded);
     let progressing = condition("Progressing", is(under_way), &reason, &first.message, first.since);
@@ -180,7 +182,7 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
     let weights = first.versions.iter().map(|version| format!("{} {} %", version.name, version.weight));
     TrafficShiftStatus {
         observed_generation: Some(object.generation),
-        conditions: vec![accepted, available, progressing, completed],
+        conditions: [accepted, available, progressing, completed].into_iter().chain(shared).collect(),
         phase: Some(first.phase),
         reason: Some(first.reason),
         message: Some(first.message.clone()),
@@ -312,6 +314,15 @@ async fn scale(
                 Change::MinReplicas { autoscaler, min, .. } => {
                     format!("HorizontalPodAutoscaler {autoscaler} has minReplicas {min} now: {why}")
                 }
+                Change::Nothing { workload } => {
+                    let words = format!("{workload} stays as it is: {why}");
+                    if complained.insert(key, words.clone()).as_ref() != Some(&words) {
+                        tracing::warn!(namespace = place.namespace, cluster = place.cluster, "{words}");
+                        let note = Note { reason: "NotScaled".to_owned(), is_warning: true, words };
+                        _ = events.try_send((object, note));
+                    }
+                    continue;
+                }
             };
             let result = match timeout(PATIENCE, make(&clusters, &place, &change)).await {
                 Ok(result) => result,
@@ -342,6 +353,7 @@ async fn make(clusters: &Clusters, place: &Place, change: &Change) -> Result<(),
     let client = clusters.client(place)?;
     let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
     match change {
+        Change::Nothing { .. } => Ok(()),
         Change::Replicas { workload, replicas } => {
             let resource = super::resource(&client, &workload.api_version, &workload.kind).await?;
             let api: Api<DynamicObject> = Api::namespaced_with(client, &place.namespace, &resource);

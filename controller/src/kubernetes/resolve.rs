@@ -3,7 +3,9 @@
 
 use super::picture::{Need, Picture, Place, Slice, SliceEndpoint, View, Workload};
 use crate::readiness::{HeldBack, Outlook};
+use std::collections::hash_map::{Entry, HashMap};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use tideshift_core::shift::{Discovery, Endpoint, PortRef, ShiftVersion, TrafficShift};
 
 /// Why an endpoint gets no probe and no warm-up. Whoever may write EndpointSlices could send the controller's requests
@@ -62,12 +64,68 @@ pub fn place(shift: &TrafficShift, version: &ShiftVersion) -> Place {
 
 /// The documents with the endpoints that the clusters say can take traffic, and what is known beyond them.
 pub fn resolve(shifts: impl IntoIterator<Item = TrafficShift>, picture: &Picture) -> (Vec<TrafficShift>, Outlook) {
-    let mut outlook = Outlook::default();
-    let resolved = shifts.into_iter().map(|shift| resolve_one(shift, picture, &mut outlook)).collect();
+    let (mut outlook, mut owners) = (Outlook::default(), Owners::default());
+    let resolved = shifts.into_iter().map(|shift| resolve_one(shift, picture, &mut outlook, &mut owners)).collect();
+    outlook.shared = owners.shared;
     (resolved, outlook)
 }
 
-fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook) -> TrafficShift {
+/// Which version of which document has each pod as a ready endpoint.
+#[derive(Default)]
+struct Owners {
+    versions: Vec<Owner>,
+    /// The index in `versions`, by namespace, name and address: a pod has the same ones by whatever name a document
+    /// calls its cluster.
+    pods: HashMap<(String, String, String), usize>,
+    /// What is wrong with the versions that have a pod in common, by service and version.
+    shared: BTreeMap<(String, String), String>,
+}
+
+struct Owner {
+    shift: String,
+    service: String,
+    version: String,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "version {} of the TrafficShift {}", self.version, self.shift)
+    }
+}
+
+impl Owners {
+    /// The version whose pods come next.
+    fn next(&mut self, shift: &TrafficShift, service: &str, version: &str) {
+        let (service, version) = (service.to_owned(), version.to_owned());
+        self.versions.push(Owner { shift: shift.name.clone(), service, version });
+    }
+
+    fn take(&mut self, namespace: &str, pod: String, address: String) {
+        let Some(own) = self.versions.len().checked_sub(1) else { return };
+        let (first, pod) = match self.pods.entry((namespace.to_owned(), pod, address)) {
+            Entry::Vacant(entry) => {
+                entry.insert(own);
+                return;
+            }
+            Entry::Occupied(entry) => (*entry.get(), entry.key().1.clone()),
+        };
+        let (Some(first), Some(own)) = (self.versions.get(first), self.versions.get(own)) else { return };
+        // The same version of several services is one.
+        if (&first.shift, &first.version) == (&own.shift, &own.version) {
+            return;
+        }
+        let why = format!(
+            "pod {pod} is a ready endpoint of {first} and of {own}; a pod belongs to one version of one TrafficShift, so \
+             the workloads of both versions are not scaled"
+        );
+        for owner in [first, own] {
+            let key = (owner.service.clone(), owner.version.clone());
+            self.shared.entry(key).or_insert_with(|| why.clone());
+        }
+    }
+}
+
+fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook, owners: &mut Owners) -> TrafficShift {
     let unresolved = shift.clone();
     let mut unseen = None;
     for service in &mut shift.services {
@@ -93,10 +151,15 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
             let version = &mut service.versions[n];
             let held_back = absent.entry(n).or_default();
             let is_asked = version.readiness_probe.is_some() || unresolved.strategy.warm_up.requests.is_some();
+            let namespace = place(&unresolved, version).namespace;
+            owners.next(&unresolved, &service.name, &version.name);
             for found in endpoints {
                 let stranger = (is_asked && found.state.pod.is_none()).then_some(NO_POD);
                 match (stranger.or_else(|| found.obstacle(last_resort)), found.endpoint) {
-                    (None, Some(endpoint)) => version.endpoints.push(endpoint),
+                    (None, Some(endpoint)) => {
+                        version.endpoints.push(endpoint);
+                        found.state.pod.map(|pod| owners.take(&namespace, pod, found.state.address));
+                    }
                     (obstacle, endpoint) => held_back.push(HeldBack {
                         endpoint: endpoint.map_or(found.name, |endpoint| endpoint.to_string()),
                         reason: obstacle.unwrap_or("its EndpointSlice has no such port").to_owned(),
@@ -187,6 +250,29 @@ pub fn pods(view: &View, version: &ShiftVersion, only_ready: bool) -> BTreeSet<S
     let found = discovery(view, &unresolved).map(|discovery| find(view, &discovery)).unwrap_or_default().into_iter();
     let found = found.filter(|found| !only_ready || found.obstacle(false).is_none());
     found.filter_map(|found| found.state.pod).collect()
+}
+
+/// The pods of a version's workload and of its endpoints, by name and address, as far as a slice lists them.
+pub fn workload_pods(view: &View, version: &ShiftVersion) -> BTreeSet<(String, String)> {
+    let mut names = pods(view, version, false);
+    if let Some(selector) = workload(view, version).and_then(|workload| workload.selector.as_ref()) {
+        let selected = view.pods.objects.iter().filter(|(_, labels)| selector.selects(labels));
+        names.extend(selected.map(|(name, _)| name.clone()));
+    }
+    let endpoints = view.slices.objects.values().flat_map(|slice| &slice.endpoints);
+    let pods = endpoints.filter_map(|state| Some((state.pod.clone()?, state.address.clone())));
+    pods.filter(|(name, _)| names.contains(name)).collect()
+}
+
+/// Which of these pods, by name and address, is a ready endpoint of a version, if one is.
+pub fn ready_among(view: &View, version: &ShiftVersion, pods: &BTreeSet<(String, String)>) -> Option<String> {
+    let unresolved = ShiftVersion { endpoints: Vec::new(), ..version.clone() };
+    let mut ready =
+        find(view, &discovery(view, &unresolved)?).into_iter().filter(|found| found.obstacle(false).is_none());
+    ready.find_map(|found| {
+        let pod = (found.state.pod?, found.state.address);
+        pods.contains(&pod).then_some(pod.0)
+    })
 }
 
 fn is_of(slice: &Slice, discovery: &Discovery) -> bool {
@@ -361,6 +447,36 @@ mod tests {
         assert_eq!(held_back, ["Deployment not-there: there is no such workload", "10.0.0.2:8080: not ready"]);
         let desired: Vec<_> = shifts[0].services[0].versions.iter().map(ShiftVersion::desired).collect();
         assert_eq!(desired, [5, 2]);
+    }
+
+    #[test]
+    fn a_pod_of_two_versions_is_said_with_both_names() {
+        let shared = |shifts: Vec<TrafficShift>, slices: &[Slice]| resolve(shifts, &picture(slices, &[])).1.shared;
+        let slices = [
+            slice("all", &[endpoint(1, "rs"), endpoint(2, "rs")]),
+            slice("new", &[endpoint(2, "rs")]),
+            slice("other", &[endpoint(3, "rs")]),
+        ];
+        let within = shift(json!({"service": "all"}), json!({"service": "new"}));
+        let of_both = shared(vec![within.clone()], &slices);
+        let keys: Vec<_> = of_both.keys().map(|(service, version)| format!("{service} {version}")).collect();
+        assert_eq!(keys, ["shop.store v1", "shop.store v2"]);
+        let why = "pod pod-2 is a ready endpoint of version v1 of the TrafficShift shop.store and of version v2 of the \
+                   TrafficShift shop.store; ";
+        assert!(of_both.values().all(|said| said.starts_with(why)), "{of_both:?}");
+        let apart = shift(json!({"service": "all"}), json!({"service": "other"}));
+        assert_eq!(shared(vec![apart.clone()], &slices), BTreeMap::new());
+        let mut rival = shift(json!({"service": "new"}), json!({"service": "nothing"}));
+        rival.name = "rival.store".to_owned();
+        rival.services[0].name = rival.name.clone();
+        let of_two = shared(vec![apart, rival], &slices);
+        assert_eq!(of_two.len(), 2);
+        assert!(
+            of_two[&("rival.store".to_owned(), "v1".to_owned())].contains("of version v1 of the TrafficShift rival")
+        );
+        // One that is not ready is nobody's yet.
+        let not_ready = [slice("all", &[endpoint(2, "")]), slice("new", &[endpoint(2, "")])];
+        assert_eq!(shared(vec![within], &not_ready), BTreeMap::new());
     }
 
     #[test]

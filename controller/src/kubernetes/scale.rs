@@ -1,7 +1,8 @@
 //! How many pods each version's workload should have: the target's as many as its step needs, a few at a time; the
 //! stable version's never fewer than a rollback needs; those of a version that traffic has left none, once it has
 //! drained. Pure. Who has named no workload is left alone, and so is every version that no rollout has moved traffic to
-//! or from.
+//! or from. Nothing is scaled that two versions have in common, nor scaled down as long as one of its pods is a ready
+//! endpoint of a version in use, whichever document that is of.
 
 use super::picture::{Autoscaler, Picture, Place, View};
 use super::resolve::{self, place};
@@ -39,10 +40,21 @@ pub enum Change {
         /// What it said before a rollout raised it, to be written down; `None`: that is restored, nothing to remember.
         before: Option<u32>,
     },
+    /// A workload would be scaled, and stays as it is, because its pods are not its version's alone.
+    Nothing {
+        /// The workload.
+        workload: WorkloadRef,
+    },
 }
 
 /// Since when a version is given nothing and when it had drained, if it has; by service and version.
 pub type Drained<'a> = dyn Fn(&str, &str) -> Option<(Millis, Millis)> + 'a;
+
+/// Why a version's workload may not be scaled at all, if so; by service and version.
+pub type Shared<'a> = dyn Fn(&str, &str) -> Option<String> + 'a;
+
+/// Which version in use has one of these pods, by name and address, as a ready endpoint, in words.
+pub type InUse<'a> = dyn Fn(&BTreeSet<(String, String)>) -> Option<String> + 'a;
 
 /// What a rollout looks like to whoever scales.
 pub struct Facts<'a> {
@@ -54,6 +66,10 @@ pub struct Facts<'a> {
     pub picture: &'a Picture,
     /// What proxies say of versions that are given nothing.
     pub drained: &'a Drained<'a>,
+    /// What versions have in common.
+    pub shared: &'a Shared<'a>,
+    /// The pods that serve.
+    pub in_use: &'a InUse<'a>,
     /// The time.
     pub now: Millis,
 }
@@ -71,6 +87,25 @@ impl Facts<'_> {
     }
 
     fn of(&self, service: &ShiftService, version: &ShiftVersion) -> Option<Want> {
+        let want = self.wanted(service, version)?;
+        let keeps = (self.shared)(&service.name, &version.name).or_else(|| self.serves(version, &want));
+        Some(match keeps.zip(version.workload.clone()) {
+            Some((why, workload)) => Want { change: Change::Nothing { workload }, why, ..want },
+            None => want,
+        })
+    }
+
+    /// Which version in use a change would take a pod from, in words.
+    fn serves(&self, version: &ShiftVersion, want: &Want) -> Option<String> {
+        let Change::Replicas { replicas, .. } = want.change else { return None };
+        let view = self.picture.view(&want.place)?;
+        if replicas >= resolve::workload(view, version)?.replicas {
+            return None;
+        }
+        (self.in_use)(&resolve::workload_pods(view, version))
+    }
+
+    fn wanted(&self, service: &ShiftService, version: &ShiftVersion) -> Option<Want> {
         let workload = version.workload.as_ref()?;
         let place = place(self.shift, version);
         let view = self.picture.view(&place)?;
@@ -188,6 +223,29 @@ impl Facts<'_> {
     }
 }
 
+/// Which of some documents' versions that are in use has one of these pods, by name and address, as a ready endpoint.
+pub fn in_use<'s>(
+    shifts: impl IntoIterator<Item = &'s TrafficShift>,
+    is_used: impl Fn(&TrafficShift, &ShiftService, &ShiftVersion) -> bool,
+    picture: &Picture,
+    pods: &BTreeSet<(String, String)>,
+) -> Option<String> {
+    let of_shift = |shift: &'s TrafficShift| {
+        let of_service =
+            move |service: &'s ShiftService| service.versions.iter().map(move |version| (shift, service, version));
+        shift.services.iter().flat_map(of_service)
+    };
+    let all = shifts.into_iter().flat_map(of_shift);
+    all.filter(|(shift, service, version)| is_used(shift, service, version)).find_map(|(shift, _, version)| {
+        let pod = resolve::ready_among(picture.view(&place(shift, version))?, version, pods)?;
+        let (version, shift) = (&version.name, &shift.name);
+        Some(format!(
+            "its pod {pod} is a ready endpoint of version {version} of the TrafficShift {shift}, which is in use, so it is \
+             not scaled down"
+        ))
+    })
+}
+
 fn scales(autoscaler: &Autoscaler, workload: &WorkloadRef) -> bool {
     let group = |api_version: &str| api_version.split_once('/').map_or(String::new(), |(group, _)| group.to_owned());
     let WorkloadRef { api_version, kind, name } = &autoscaler.target;
@@ -213,6 +271,8 @@ mod tests {
         /// How many pods of each version are ready.
         ready: BTreeMap<String, u32>,
         drained: BTreeMap<String, (Millis, Millis)>,
+        /// Another document, of which every version is in use.
+        other: Option<serde_json::Value>,
         now: Millis,
     }
 
@@ -273,6 +333,7 @@ mod tests {
                 view: View::default(),
                 ready: BTreeMap::new(),
                 drained: BTreeMap::new(),
+                other: None,
                 now: 1_000,
             };
             play.scaled("v1", 4).scaled("v2", 0).has("v1", 4).pass();
@@ -350,8 +411,27 @@ mod tests {
             let (shift, picture) = (self.shift(), self.picture());
             let drained = |_: &str, version: &str| self.drained.get(version).copied();
             let rollout = self.rollout.as_ref().unwrap();
-            let facts = Facts { shift: &shift, rollout, picture: &picture, drained: &drained, now: self.now };
+            let other = self.other.as_ref().map(|other| TrafficShift::read(other).unwrap().qualified());
+            let shifts: Vec<TrafficShift> = [shift.clone()].into_iter().chain(other).collect();
+            let outlook = resolve::resolve(shifts.clone(), &picture).1;
+            let shared =
+                |service: &str, version: &str| outlook.shared.get(&(service.to_owned(), version.to_owned())).cloned();
+            let is_used = |of: &TrafficShift, _: &ShiftService, version: &ShiftVersion| {
+                of.name != shift.name || !self.drained.contains_key(&version.name)
+            };
+            let serving = |pods: &BTreeSet<(String, String)>| in_use(&shifts, is_used, &picture, pods);
+            let now = self.now;
+            let facts = Facts {
+                shift: &shift,
+                rollout,
+                picture: &picture,
+                drained: &drained,
+                shared: &shared,
+                in_use: &serving,
+                now,
+            };
             let shown = |want: Want| match want.change {
+                Change::Nothing { workload } => format!("{} stays: {}", workload.name, want.why),
                 Change::Replicas { workload, replicas } => format!("{} {replicas}: {}", workload.name, want.why),
                 Change::MinReplicas { autoscaler, min, before } => format!("{autoscaler} min {min}, was {before:?}"),
             };
@@ -397,6 +477,36 @@ mod tests {
     }
 
     #[test]
+    fn a_stable_version_that_grew_is_replaced_by_as_many() {
+        let mut play = Play::new();
+        play.target("v2").pass().scaled("v2", 1).has("v2", 1).pass().promote();
+        assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
+        // Its autoscaler adds pods: they count as they become ready, not as they are asked for.
+        play.scaled("v1", 12).pass();
+        assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
+        play.has("v1", 12).pass();
+        assert_eq!(
+            play.plan(),
+            ["payment-v2 4: step 2 gives v2 50 % of what 12 pods carry"],
+            "25 % of 12 are three more"
+        );
+        play.scaled("v2", 6).has("v2", 6).pass().promote().pass();
+        assert_eq!(play.plan(), ["payment-v2 9: step 3 gives v2 100 % of what 12 pods carry"]);
+        // A restart of its pods is no growth, and what is taken from it for good is no load.
+        play.has("v1", 13).pass();
+        assert_eq!(play.rollout.as_ref().unwrap().full_load(&play.shift().services[0]), 12);
+        play.scaled("v1", 8).pass();
+        assert_eq!(play.rollout.as_ref().unwrap().full_load(&play.shift().services[0]), 8);
+    }
+
+    #[test]
+    fn the_load_is_never_taken_for_fewer_pods_than_are_ready() {
+        let mut play = Play::new();
+        play.scaled("v1", 1).pass().target("v2").pass();
+        assert_eq!(play.rollout.as_ref().unwrap().full_load(&play.shift().services[0]), 4, "four are ready");
+    }
+
+    #[test]
     fn the_whole_of_a_preview_is_there_before_it_is_held() {
         let mut play = Play::new();
         play.document["spec"]["strategy"] = json!({"blueGreen": {"autoPromotionEnabled": false}});
@@ -438,6 +548,70 @@ mod tests {
         assert_eq!(play.rollout.as_ref().unwrap().phase, Phase::Succeeded);
         assert_eq!(play.plan(), ["hpa-v1 min 2, was None", "hpa-v2 min 1, was None"]);
         play.autoscaler("v1", 2, None).autoscaler("v2", 1, None).drained("v1", 30_000);
+        assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
+    }
+
+    /// A Service that has the pods of another version as well.
+    fn listing(play: &mut Play, service: &str, of: &str) {
+        let mut slice = play.view.slices.objects[of].clone();
+        slice.service = Some(service.to_owned());
+        play.view.slices.objects.insert(service.to_owned(), slice);
+    }
+
+    #[test]
+    fn no_pod_that_serves_is_taken_from_a_version_in_use() {
+        let mut play = Play::new();
+        play.target("v2").pass().scaled("v2", 4).has("v2", 4).pass().promote().promote();
+        assert_eq!(play.rollout.as_ref().unwrap().phase, Phase::Succeeded);
+        play.drained("v1", 30_000);
+        assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
+        // v1 says another Deployment than its pods are of: that of what serves.
+        play.document["spec"]["versions"][0]["workloadRef"]["name"] = json!("payment-v2");
+        let selector = LabelSelector {
+            match_labels: BTreeMap::from([("version".to_owned(), "v2".to_owned())]),
+            ..LabelSelector::default()
+        };
+        let key = ("apps/v1".to_owned(), "Deployment".to_owned());
+        let workloads = &mut play.view.workloads.get_mut(&key).unwrap().objects;
+        workloads.insert("payment-v2".to_owned(), Workload { replicas: 4, selector: Some(selector) });
+        let kept = "payment-v2 stays: its pod v2-0 is a ready endpoint of version v2 of the TrafficShift payment.shop, \
+                    which is in use, so it is not scaled down";
+        assert_eq!(play.plan(), [kept]);
+    }
+
+    #[test]
+    fn nothing_is_scaled_that_two_versions_have_in_common() {
+        let mut play = Play::new();
+        // After "Completed", v1 has the pods of v2 as well.
+        play.target("v2").pass().scaled("v2", 4).has("v2", 4).pass().promote().promote();
+        listing(&mut play, "everything", "v2");
+        play.document["spec"]["versions"][0].as_object_mut().unwrap().remove("selector");
+        play.document["spec"]["versions"][0]["service"] = json!("everything");
+        play.drained("v1", 30_000);
+        let plan = play.plan();
+        assert!(
+            plan.len() == 1 && plan[0].starts_with("payment-v1 stays: pod v2-0 is a ready endpoint of"),
+            "{plan:?}"
+        );
+    }
+
+    #[test]
+    fn another_document_keeps_the_pods_that_it_uses() {
+        let mut play = Play::new();
+        play.target("v2").pass().scaled("v2", 4).has("v2", 4).pass().promote().promote().drained("v1", 30_000);
+        listing(&mut play, "reports", "v1");
+        let version = json!({"name": "only", "service": "reports"});
+        play.other = Some(json!({
+            "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+            "metadata": {"name": "reports", "namespace": "shop"}, "spec": {"versions": [version], "stable": "only"},
+        }));
+        let plan = play.plan();
+        assert!(plan.len() == 1 && plan[0].contains("of the TrafficShift reports.shop"), "{plan:?}");
+        // Not ready, they serve nobody.
+        for slice in ["reports", "v1"] {
+            let slice = play.view.slices.objects.get_mut(slice).unwrap();
+            slice.endpoints.iter_mut().for_each(|endpoint| endpoint.ready = false);
+        }
         assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
     }
 
