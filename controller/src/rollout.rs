@@ -71,6 +71,9 @@ pub struct Rollout {
     pub gate_says: Option<String>,
     /// How many endpoints carry the whole load of each service where the document does not say.
     pub endpoints_for_full_load: BTreeMap<String, u32>,
+    /// The most endpoints of the stable version that have been ready since the rollout began, for each service.
+    #[serde(default)]
+    stable_had: BTreeMap<String, u32>,
     /// How often users were taken back from a target; what they were given before no longer holds.
     pub taken_back: u64,
     /// How many steps have begun, of all rollouts of the document.
@@ -233,6 +236,12 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Whether it follows from an edit of the document, where nobody has given a command.
+    pub fn is_of_document(self) -> bool {
+        use Reason::{StableChanged, Started, StepsChanged, Superseded, TargetWithdrawn};
+        matches!(self, Started | Superseded | StepsChanged | StableChanged | TargetWithdrawn)
+    }
+
     /// Whether it says no more than that endpoints or proxies have come or gone.
     fn is_to_and_fro(self) -> bool {
         use Reason::{EndpointsBack, EndpointsLost, Holding, NoProxies, ProxiesBehind, Ramping, WaitingForCapacity};
@@ -318,6 +327,7 @@ impl Rollout {
             is_return: false,
             gate_says: None,
             endpoints_for_full_load: desired(shift, &shift.stable),
+            stable_had: BTreeMap::new(),
             taken_back: 0,
             steps_begun: 0,
             waived: false,
@@ -356,6 +366,7 @@ impl Rollout {
     pub fn advance(mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
         let number = self.number;
         self.heed(shift, world, now);
+        self.watch_stable(shift, world);
         if self.number != number {
             // What the counts say is not of this rollout yet.
             return self;
@@ -456,10 +467,26 @@ impl Rollout {
         if self.phase.is_under_way() && !self.goes_back(shift) { self.steps_begun } else { 0 }
     }
 
-    /// How many endpoints carry the whole load of a service.
+    /// How many endpoints carry the whole load of a service: as many as when the rollout began, or as the stable version
+    /// has grown to since then and is still meant to have.
     pub fn full_load(&self, service: &ShiftService) -> u32 {
         let counted = self.endpoints_for_full_load.get(&service.name).copied();
-        service.endpoints_for_full_load.or(counted).unwrap_or(1).max(1)
+        let had = self.stable_had.get(&service.name).zip(service.version(&self.stable));
+        let grown = had.map(|(had, version)| version.desired().min(*had));
+        service.endpoints_for_full_load.or(counted.max(grown)).unwrap_or(1).max(1)
+    }
+
+    /// Takes note of how many endpoints the stable version has while a rollout may need to be replaced by as many.
+    fn watch_stable(&mut self, shift: &TrafficShift, world: &impl Observed) {
+        if !self.phase.is_under_way() && self.phase != Phase::Failed {
+            return self.stable_had.clear();
+        }
+        self.stable_had.retain(|service, _| shift.service(service).is_some());
+        for service in &shift.services {
+            let ready = world.ready(&service.name, &self.stable);
+            let had = self.stable_had.entry(service.name.clone()).or_default();
+            *had = ready.max(*had);
+        }
     }
 
     /// Nothing is being moved: the stable version serves everything, as far as it can.

@@ -106,6 +106,7 @@ impl Rollout {
             Some(old) => {
                 // What was counted of the old one measures nothing any longer.
                 self.begun.clear();
+                self.stable_had.clear();
                 let message = format!("step {}: {stable} is the stable version instead of {old}, {why}", self.step + 1);
                 self.announce(self.phase, Reason::StableChanged, message, now);
             }
@@ -130,7 +131,8 @@ impl Rollout {
     pub(super) fn start(&mut self, target: String, shift: &TrafficShift, world: &impl Observed, now: Millis) {
         let superseded = self.target.clone().filter(|old| self.phase.is_under_way() && *old != target);
         self.leaving = self.helper(Some(&target), shift, world);
-        self.endpoints_for_full_load = desired(shift, &self.stable);
+        self.endpoints_for_full_load = self.load(shift, world);
+        self.stable_had.clear();
         let counts = |service: &ShiftService| (service.name.clone(), world.counts(&service.name, &target));
         self.counted_before = shift.services.iter().map(counts).collect();
         self.number += 1;
@@ -152,6 +154,17 @@ impl Rollout {
         self.plan = self.planned(shift);
         (self.since, self.unattended) = (now, 0);
         self.announce(Phase::Progressing, reason, message, now);
+    }
+
+    /// How many endpoints carry the load when a rollout begins: as many as the stable version is meant to have, and never
+    /// fewer than are ready.
+    fn load(&self, shift: &TrafficShift, world: &impl Observed) -> BTreeMap<String, u32> {
+        let of = |service: &ShiftService| {
+            let listed = service.version(&self.stable).map_or(0, |version| version.endpoints.len() as u32);
+            let ready = world.ready(&service.name, &self.stable).min(listed);
+            (service.name.clone(), desired_of(service, &self.stable).max(ready))
+        };
+        shift.services.iter().map(of).collect()
     }
 
     /// Who carries what the stable version cannot, once the present target is not the target any longer: whoever of

@@ -226,3 +226,17 @@ fn blue_green_bears_after_the_move_what_any_way_bears() {
     play.ready("v2", 3);
     assert_eq!(play.pass(1).shares(), [25.0, 75.0, 0.0], "it had moved");
 }
+
+#[test]
+fn a_stable_version_that_grows_during_a_rollout_is_the_load() {
+    let mut play = held(json!([{"weight": 50, "pause": true}, {"weight": 100}]));
+    assert_eq!(play.rollout.full_load(&read(&play.document).services[0]), 4);
+    let endpoints: Vec<String> = (0..12).map(|i| format!("127.0.0.1:{}", 9_100 + i)).collect();
+    play.document["spec"]["versions"][0]["endpoints"] = json!(endpoints);
+    play.pass(1);
+    assert_eq!(play.rollout.full_load(&read(&play.document).services[0]), 4, "listed and not ready");
+    play.ready("v1", 12);
+    play.pass(1);
+    assert_eq!(play.rollout.full_load(&read(&play.document).services[0]), 12);
+    assert_eq!(play.shares(), [66.667, 33.333, 0.0], "4 of 12");
+}
