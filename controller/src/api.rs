@@ -43,12 +43,13 @@ mod twin;
 
 pub use admission::{Admission, Ticket};
 pub use auth::{TokenError, TokenFiles, Tokens};
-pub use caller::Filtered;
+pub use caller::{Certificate, Filtered};
 pub use events::{Events, keep_telling};
 pub use leader::Leader;
 pub use proxies::Complaints;
 pub use published::Published;
 pub use turns::Turns;
+pub use twin::Twin;
 
 /// The largest body where nothing else is said.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -82,6 +83,8 @@ pub struct Shared {
     pub tokens: watch::Receiver<Tokens>,
     /// Reviews tokens of proxies that are in no file; none outside Kubernetes.
     pub reviewer: Option<Arc<Reviewer>>,
+    /// Whether proxies may be known by their certificates.
+    pub certificates: bool,
     /// Who decides, if it is not this replica.
     pub leader: Leader,
     /// Becomes true when the process is to end.
@@ -227,7 +230,8 @@ pub fn router(shared: Arc<Shared>) -> Router {
     let mut router = Router::new();
     for Route { method, path, allowed, patience, by_all, handler } in routes() {
         let (tokens, reviewer) = (shared.tokens.clone(), shared.reviewer.clone());
-        let guard = Guard { tokens, reviewer, changes: method != Method::GET, allowed, patience };
+        let (certificates, changes) = (shared.certificates, method != Method::GET);
+        let guard = Guard { tokens, reviewer, certificates, changes, allowed, patience };
         let handler = match by_all {
             true => handler,
             false => handler.route_layer(from_fn_with_state(shared.clone(), leader::hand_on)),

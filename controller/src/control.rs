@@ -58,6 +58,8 @@ pub struct Control {
     /// Why documents are not in force as they are now, by name: they, or what becomes of them, are refused.
     refused: BTreeMap<String, Errors>,
     unreadable: BTreeMap<String, Errors>,
+    /// Who made each document what it is, where that is known: a user of the API, a file, a field manager of a cluster.
+    editors: BTreeMap<String, String>,
     /// Where each service is in these: the document, and which one of it.
     places: HashMap<String, (usize, usize)>,
     /// Which of them are to be looked at, and what came of the last look at each.
@@ -302,6 +304,7 @@ impl Control {
             held: Vec::new(),
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            editors: BTreeMap::new(),
             places: HashMap::new(),
             due: Due::default(),
             unpublished: true,
@@ -370,6 +373,21 @@ impl Control {
         self.put_in_force(shifts);
     }
 
+    /// Somebody has made a document what it is from now on.
+    pub fn edited_by(&mut self, name: &str, by: &str) {
+        self.editors.insert(name.to_owned(), by.to_owned());
+    }
+
+    /// The same of documents that are about to be set, where they say something new.
+    pub fn edited(&mut self, documents: &[(TrafficShift, Value)], by: impl Fn(&str) -> Option<String>) {
+        let before: HashMap<&str, &Value> =
+            self.files.iter().map(|(shift, value)| (shift.name.as_str(), value)).collect();
+        let is_new = |(shift, value): &&(TrafficShift, Value)| before.get(shift.name.as_str()) != Some(&value);
+        let new = documents.iter().filter(is_new).filter_map(|(shift, _)| Some((shift.name.clone(), by(&shift.name)?)));
+        let new: Vec<_> = new.collect();
+        self.editors.extend(new);
+    }
+
     fn take_in(&mut self, admitted: InForce) {
         for name in &admitted.overtaken {
             self.kept.applied.remove(name);
@@ -398,6 +416,7 @@ impl Control {
         let is_known = |name: &String| self.due.place(name).is_some() || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
+        self.editors.retain(|name, _| is_known(name));
         self.counted.judges.retain(is_known);
         let has_service = |name: &String| self.places.contains_key(name);
         self.counted.recent.retain(|name| has_service(name) || is_in(name, hidden));
@@ -767,7 +786,12 @@ impl Control {
             let Some(shift) = self.shifts.get(at) else { continue };
             let name = &shift.name;
             self.unpublished |= self.due.documents().get(at).is_none_or(|before| before.services != document.services);
-            outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), news)));
+            let editor = self.editors.get(name);
+            let by = |news: Transition| match news.reason.is_of_document() {
+                true => Transition { by: editor.cloned(), ..news },
+                false => news,
+            };
+            outcome.transitions.extend(news.into_iter().map(|news| (name.clone(), by(news))));
             outcome.messages.extend(message.map(|message| (name.clone(), message)));
             if let Some(rollout) = rollout {
                 if is_elsewhere(self.kept.rollouts.get(name), &rollout) {

@@ -9,6 +9,7 @@ use crate::hooks::{Allowed, Egress, Hooks};
 use crate::kubernetes::{MemoryError, Role};
 use crate::limits::Limits;
 use crate::metrics::Done;
+use crate::net::io_reason;
 use crate::readiness::Prober;
 use crate::store::{Kept, Store, StoreError};
 use std::collections::BTreeSet;
@@ -58,6 +59,13 @@ pub struct Options {
     pub tls: Option<TlsFiles>,
     /// Where webhooks may go; empty: as [`Egress`] has it by default.
     pub webhooks_allowed: Vec<Allowed>,
+}
+
+impl Options {
+    /// Whether proxies may be known by their certificates.
+    fn has_client_ca(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
+    }
 }
 
 /// Where documents come from, and where state is kept.
@@ -162,7 +170,8 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
 
     let limits = Limits::of_machine();
     let prober = Prober::start_within(limits.clone(), kept.ready.clone()).map_err(ServeError::Tls)?;
-    let control = Control::new(documents, kept, counted);
+    let mut control = Control::new(documents, kept, counted);
+    good.origins().iter().for_each(|(name, file)| control.edited_by(name, file));
     prober.set(control.shifts());
     let role = watch::Sender::new(Role::Alone);
     let service = Service::start(&options, listeners, secrets, control, role.subscribe(), (None, Done::default()));
@@ -235,7 +244,8 @@ impl Service {
         let control = Mutex::new(control);
         let (tokens, tls) = (secrets.tokens.subscribe(), secrets.tls.as_ref().map(watch::Sender::subscribe));
         let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-        let leader = api::Leader::new(role, options.tls.as_ref().map(|tls| tls.cert.clone()));
+        let twin = options.tls.as_ref().map(|tls| api::Twin::new(tls.cert.clone(), tls.key.clone()));
+        let (leader, certificates) = (api::Leader::new(role, twin), options.has_client_ca());
         let ending_too = ending.clone();
         let (filtered, complaints) = Default::default();
         let shared = Shared {
@@ -249,6 +259,7 @@ impl Service {
             complaints,
             tokens,
             reviewer,
+            certificates,
             leader,
             ending,
         };
@@ -298,6 +309,11 @@ fn open_store(files: &[PathBuf], dir: Option<&Path>) -> Result<(Option<Store>, K
         Err(StoreError::Io { error, .. }) if !chosen && !Store::is_in(&dir) => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))
         }
+        Err(StoreError::Io { path, error }) if chosen => {
+            let is_file = dir.exists() && !dir.is_dir();
+            let why = if is_file { "it is no folder".to_owned() } else { io_reason(&error) };
+            Err(StoreError::NoFolder { path, why })
+        }
         Err(error) => Err(error),
     }
 }
@@ -305,4 +321,23 @@ fn open_store(files: &[PathBuf], dir: Option<&Path>) -> Result<(Option<Store>, K
 /// A state that begins now.
 fn fresh() -> io::Result<Kept> {
     Kept::fresh(format!("{:x}-{:x}", now(), std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_impossible_folder_for_the_state_is_refused_with_what_is_allowed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let beneath = file.path().join("state");
+        for (path, why) in [(file.path(), "it is no folder"), (&beneath, "not a directory")] {
+            let Err(error) = open_store(&[PathBuf::from("shift.yaml")], Some(path)) else {
+                panic!("{}", path.display())
+            };
+            let (error, start) =
+                (error.to_string(), format!("--state-dir {}: {why}; expected a folder", path.display()));
+            assert!(error.starts_with(&start), "{error}");
+        }
+    }
 }

@@ -96,6 +96,17 @@ pub struct Store {
 /// Why the state cannot be used. Nothing is overwritten.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// The directory that was asked for is none, and cannot become one.
+    #[error(
+        "--state-dir {}: {why}; expected a folder that this user may write to, or a path where it may make one, such as \
+         /var/lib/tideshift", path.display()
+    )]
+    NoFolder {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// The directory or a file in it cannot be read or written.
     #[error("state in {}: {error}", path.display())]
     Io {

@@ -4,7 +4,7 @@
 use std::{fs, net::SocketAddr, path::PathBuf, process::Command, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tideshift_tests::{
@@ -25,7 +25,11 @@ use tokio::{
 use tokio_rustls::{
     TlsConnector,
     client::TlsStream,
-    rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::CertificateDer, pki_types::ServerName},
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName},
+    },
 };
 
 const READ: &str = "read-token-of-the-test";
@@ -78,7 +82,11 @@ fn with_token(request: Request, token: &str) -> Request {
 }
 
 fn report(address: SocketAddr) -> Request {
-    let report = json!({ "proxy": "p", "start": "1", "revision": 0, "services": [] });
+    report_of(address, "p")
+}
+
+fn report_of(address: SocketAddr, proxy: &str) -> Request {
+    let report = json!({ "proxy": proxy, "start": "1", "revision": 0, "services": [] });
     Request::new(address, "POST", "/v1/reports").header("content-type", "application/json").body(report.to_string())
 }
 
@@ -376,6 +384,69 @@ async fn an_envoy_gets_its_policy_by_tls_and_with_a_token() -> anyhow::Result<()
     .with_context(|| envoy.tail())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_is_known_by_its_certificate_and_speaks_for_itself() -> anyhow::Result<()> {
+    let (rig, tokens, authority) = (rig().await?, Tokens::new()?, Authority::new()?);
+    let (proxies, strangers) = (Authority::new()?, Authority::new()?);
+    tokens.write("proxy", &format!("{PROXY}\nedge-2 - nothing-of-this\n"))?;
+    let file = rig.path("clients.pem");
+    fs::copy(proxies.file()?, &file)?;
+    let further = [tokens.arguments(), vec!["--tls-client-ca".to_owned(), file.display().to_string()]].concat();
+    let tls = Tls::start(&rig, &authority, &further).await?;
+    let address = tls.address();
+    let uri = "spiffe://example.com/edge-1";
+    let edge = authority.client_with(&proxies, &["edge-1", "edge-1.example.com", uri])?;
+    let other = authority.client_with(&proxies, &["edge-2"])?;
+    let stranger = authority.client_with(&strangers, &["edge-1"])?;
+    let ask = async |client: &Arc<ClientConfig>, request: Request| {
+        anyhow::Ok(handshake(address, client).await?.send(&request).await?)
+    };
+    let policy = |proxy: &str| get(address, &format!("/v1/policy?proxy={proxy}"));
+    for (client, request, status) in [
+        (&edge, report_of(address, "edge-1"), 204),
+        (&edge, report_of(address, "edge-1.example.com"), 204),
+        (&edge, report_of(address, uri), 204),
+        (&edge, report_of(address, "edge-2"), 403),
+        (&edge, policy("edge-1"), 200),
+        (&edge, policy("edge-2"), 403),
+        // It opens nothing else, and a token goes before it.
+        (&edge, get(address, "/v1/status"), 401),
+        (&edge, get(address, "/metrics"), 401),
+        (&edge, with_token(get(address, "/v1/status"), READ), 200),
+        (&edge, with_token(report_of(address, "edge-1"), "no-such-token-here"), 401),
+        // Who hands a request on is believed if that is a replica, by the controller's own certificate.
+        (
+            &edge,
+            report_of(address, "edge-2")
+                .header("x-tideshift-handed-on", "1")
+                .header("x-tideshift-handed-on-name", "edge-2"),
+            403,
+        ),
+        (&tls.client, report_of(address, "edge-1"), 401),
+        (&tls.client, with_token(report_of(address, "edge-1"), PROXY), 204),
+    ] {
+        let answer = ask(client, request.clone()).await?;
+        ensure!(answer.status == status, "{request:?}: {} {}", answer.status, answer.text());
+    }
+    let services = async |client: &Arc<ClientConfig>, proxy: &str| {
+        let policy: Value = ask(client, policy(proxy)).await?.json()?;
+        anyhow::Ok(policy["services"].as_array().map_or(0, Vec::len))
+    };
+    assert_eq!((services(&edge, "edge-1").await?, services(&other, "edge-2").await?), (1, 0), "a line limits edge-2");
+    assert!(ask(&stranger, report_of(address, "edge-1")).await.is_err(), "of another authority");
+
+    // The authority is changed while it runs.
+    fs::copy(strangers.file()?, &file)?;
+    eventually("the other authority to count", DEADLINE, async || {
+        let answer = ask(&stranger, report_of(address, "edge-1")).await?;
+        ensure!(answer.status == 204, "{}", answer.status);
+        Ok(())
+    })
+    .await?;
+    assert!(ask(&edge, report_of(address, "edge-1")).await.is_err());
+    Ok(())
+}
+
 /// Who issues certificates for 127.0.0.1 and localhost.
 struct Authority {
     directory: TempDir,
@@ -408,11 +479,40 @@ impl Authority {
     }
 
     fn client(&self) -> anyhow::Result<Arc<ClientConfig>> {
+        self.client_showing(None)
+    }
+
+    /// A client with a certificate of another authority: the common name first, then DNS names and URIs.
+    fn client_with(&self, issuer: &Self, names: &[&str]) -> anyhow::Result<Arc<ClientConfig>> {
+        let mut params = CertificateParams::new(Vec::new())?;
+        let (common, others) = names.split_first().context("no name")?;
+        params.distinguished_name.push(DnType::CommonName, *common);
+        for name in others {
+            let name = if name.contains("://") {
+                SanType::URI((*name).try_into()?)
+            } else {
+                SanType::DnsName((*name).try_into()?)
+            };
+            params.subject_alt_names.push(name);
+        }
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &issuer.issuer)?.der().clone();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(anyhow::Error::msg)?;
+        self.client_showing(Some((certificate, key)))
+    }
+
+    fn client_showing(
+        &self,
+        own: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
+    ) -> anyhow::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         roots.add(self.certificate.clone())?;
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let config = config.with_safe_default_protocol_versions()?.with_root_certificates(roots);
-        Ok(Arc::new(config.with_no_client_auth()))
+        Ok(Arc::new(match own {
+            Some((certificate, key)) => config.with_client_auth_cert(vec![certificate], key)?,
+            None => config.with_no_client_auth(),
+        }))
     }
 }
 

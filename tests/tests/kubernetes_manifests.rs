@@ -39,7 +39,7 @@ fn everything() -> Value {
         "watchNamespaces": ["shop", "store"],
         "proxyTokenAudience": "tideshift",
         "webhookAllow": ["public", "10.0.0.0/8"],
-        "tls": {"secret": "tideshift-tls"},
+        "tls": {"secret": "tideshift-tls", "clientCa": true},
         "ipv6": true,
         "image": {"digest": format!("sha256:{}", "0123456789abcdef".repeat(4)), "pullSecrets": [{"name": "registry"}]},
         "service": {"annotations": {"example.com/a": "1"}},

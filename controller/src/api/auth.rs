@@ -1,12 +1,13 @@
-//! Who may ask: bearer tokens from files, or, where there are none, only programs of this machine.
+//! Who may ask: bearer tokens from files, proxies by their certificates, or, where there is neither, only programs of this
+//! machine.
 //!
 //! A token is compared by its SHA-256 in constant time, with every token that there is, so that the time an answer
 //! takes says nothing about any of them. Without tokens a web page that a user looks at must not be able to ask in the
 //! user's name: its `Origin` gives it away, and so does the host name by which it calls us, should that have been
 //! pointed here (DNS rebinding).
 
-use super::caller::{Caller, Sees, SpeaksFor, read_name};
-use super::{Problem, Ticket};
+use super::caller::{Caller, Certificate, Sees, SpeaksFor, read_name};
+use super::{Problem, Ticket, leader};
 use crate::kubernetes::Reviewer;
 use crate::net::io_reason;
 use axum::extract::{ConnectInfo, Request, State};
@@ -14,6 +15,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -71,7 +73,11 @@ pub struct TokenFiles {
 
 /// The tokens there are, as their hashes. None at all: no token is needed.
 #[derive(Clone, Default)]
-pub struct Tokens(Vec<Token>);
+pub struct Tokens {
+    tokens: Vec<Token>,
+    /// What proxies may see that are known by something else than a token of a file.
+    sees: BTreeMap<Arc<str>, Arc<Sees>>,
+}
 
 #[derive(Clone)]
 struct Token {
@@ -100,9 +106,10 @@ impl TokenFiles {
         self.given().map(|(_, path)| path.clone()).collect()
     }
 
-    /// Whom nobody has a token for, in words, while others have one; empty if that is as it should be.
-    pub fn left_out(&self) -> &'static str {
-        match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some()) {
+    /// Whom nobody has a token for, in words, while others have one; empty if that is as it should be. `certificates`:
+    /// proxies may have certificates.
+    pub fn left_out(&self, certificates: bool) -> &'static str {
+        match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some() || certificates) {
             (true, false) => "proxies are refused: there is no --proxy-token-file",
             (false, true) => "people are refused: there is no --read-token-file and no --operate-token-file",
             _ => "",
@@ -116,17 +123,34 @@ impl TokenFiles {
     /// For the first file that cannot be read, has no token in it, or has one that is too short, too long or not of
     /// visible ASCII characters.
     pub fn load(&self) -> Result<Tokens, TokenError> {
-        let mut tokens = Vec::new();
+        let mut tokens = Tokens::default();
         for (scope, path) in self.given() {
             let found = read(path, scope).map_err(|why| TokenError { flag: scope.flag(), path: path.clone(), why })?;
-            let of_scope = |(hash, caller): ([u8; 32], Caller)| Token { scope, hash, caller: caller.in_scope(scope) };
-            tokens.extend(found.into_iter().map(of_scope));
+            for line in found {
+                match line {
+                    Line::Token(hash, caller) => {
+                        tokens.tokens.push(Token { scope, hash, caller: caller.in_scope(scope) });
+                    }
+                    Line::Sees(name, sees) => drop(tokens.sees.insert(name, sees)),
+                }
+            }
         }
-        Ok(Tokens(tokens))
+        Ok(tokens)
     }
 }
 
-fn read(path: &Path, scope: Scope) -> Result<Vec<([u8; 32], Caller)>, String> {
+/// A line of a file of tokens.
+enum Line {
+    /// A token's hash, and whose it is.
+    Token([u8; 32], Caller),
+    /// What a proxy may see that is known by something else.
+    Sees(Arc<str>, Arc<Sees>),
+}
+
+/// Stands in a line for the token of a proxy that is known by something else.
+const NO_TOKEN: &str = "-";
+
+fn read(path: &Path, scope: Scope) -> Result<Vec<Line>, String> {
     let text = fs::read_to_string(path).map_err(|error: io::Error| format!("cannot be read: {}", io_reason(&error)))?;
     let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.trim())).filter(|(_, line)| !line.is_empty());
     let tokens = lines.map(|(number, line)| read_line(line, scope).map_err(|why| format!("line {number}: {why}")));
@@ -137,14 +161,20 @@ fn read(path: &Path, scope: Scope) -> Result<Vec<([u8; 32], Caller)>, String> {
     }
 }
 
-/// `TOKEN`, `NAME TOKEN`, or for proxies `NAME TOKEN SERVICES`. What is wrong says nothing of the token.
-fn read_line(line: &str, scope: Scope) -> Result<([u8; 32], Caller), String> {
+/// `TOKEN`, `NAME TOKEN`, or for proxies `NAME TOKEN SERVICES` and `NAME - SERVICES`. What is wrong says nothing of the
+/// token.
+fn read_line(line: &str, scope: Scope) -> Result<Line, String> {
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
     let (name, token, services) = match (words.as_slice(), scope) {
         ([token], _) => (None, token, None),
         ([name, token], _) => (Some(name), token, None),
+        ([name, NO_TOKEN, services], Scope::Proxy) => {
+            return Ok(Line::Sees(read_name(name)?, Arc::new(Sees::read(services)?)));
+        }
         ([name, token, services], Scope::Proxy) => (Some(name), token, Some(services)),
-        (_, Scope::Proxy) => return Err("expected TOKEN, NAME TOKEN or NAME TOKEN SERVICES".to_owned()),
+        (_, Scope::Proxy) => {
+            return Err("expected TOKEN, NAME TOKEN, NAME TOKEN SERVICES or NAME - SERVICES".to_owned());
+        }
         _ => return Err("expected TOKEN or NAME TOKEN".to_owned()),
     };
     if !(SHORTEST_TOKEN..=LONGEST_TOKEN).contains(&token.len()) || !token.bytes().all(|b| b.is_ascii_graphic()) {
@@ -152,7 +182,7 @@ fn read_line(line: &str, scope: Scope) -> Result<([u8; 32], Caller), String> {
     }
     let name = name.map(|name| read_name(name)).transpose()?;
     let sees = services.map(|services| Sees::read(services)).transpose()?.unwrap_or_default();
-    Ok((hash(token.as_bytes()), Caller { name, sees: Arc::new(sees), ..Caller::default() }))
+    Ok(Line::Token(hash(token.as_bytes()), Caller { name, sees: Arc::new(sees), ..Caller::default() }))
 }
 
 fn hash(token: &[u8]) -> [u8; 32] {
@@ -162,18 +192,23 @@ fn hash(token: &[u8]) -> [u8; 32] {
 impl Tokens {
     /// Whether requests need one.
     pub fn are_needed(&self) -> bool {
-        !self.0.is_empty()
+        !self.tokens.is_empty() || !self.sees.is_empty()
+    }
+
+    /// What a proxy of this name may see, if a line says so.
+    fn sees(&self, name: &str) -> Option<Arc<Sees>> {
+        self.sees.get(name).cloned()
     }
 
     /// Whether there are proxies' tokens without a name, which thus speak for every proxy.
     pub fn has_nameless_proxies(&self) -> bool {
-        self.0.iter().any(|token| token.scope == Scope::Proxy && token.caller.name.is_none())
+        self.tokens.iter().any(|token| token.scope == Scope::Proxy && token.caller.name.is_none())
     }
 
     /// What a token is good for, and whose it is; nothing if there is no such token.
     fn find(&self, token: &[u8]) -> Vec<(Scope, &Caller)> {
         let presented = hash(token);
-        let matches = self.0.iter().map(|token| (token, bool::from(token.hash.ct_eq(&presented))));
+        let matches = self.tokens.iter().map(|token| (token, bool::from(token.hash.ct_eq(&presented))));
         // All of them first, whichever match.
         let matches: Vec<_> = matches.collect();
         matches.into_iter().filter(|(_, is_it)| *is_it).map(|(token, _)| (token.scope, &token.caller)).collect()
@@ -192,7 +227,7 @@ impl Caller {
 
 impl std::fmt::Debug for Tokens {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tokens({})", self.0.len())
+        write!(f, "Tokens({})", self.tokens.len())
     }
 }
 
@@ -204,6 +239,8 @@ pub(super) struct Guard {
     pub(super) allowed: &'static [Scope],
     /// Knows more tokens of proxies.
     pub(super) reviewer: Option<Arc<Reviewer>>,
+    /// Whether proxies may be known by their certificates.
+    pub(super) certificates: bool,
     /// Whether the route changes anything.
     pub(super) changes: bool,
     /// How long a request may take.
@@ -213,8 +250,11 @@ pub(super) struct Guard {
 /// Lets a request pass or says why not, before anything of its body is read.
 pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
-    let reviewed = guard.review(request.headers(), peer).await;
-    let caller = match guard.admit(request.headers(), reviewed) {
+    let known = match guard.certified(request.headers(), request.extensions().get()) {
+        Some(certified) => Some(certified),
+        None => guard.review(request.headers(), peer).await,
+    };
+    let caller = match guard.admit(request.headers(), known) {
         Ok(caller) => caller,
         Err(refusal) => return refusal.into_response(),
     };
@@ -232,6 +272,16 @@ pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next
 }
 
 impl Guard {
+    /// Which proxy it is by its certificate. A token goes before that.
+    fn certified(&self, headers: &HeaderMap, certificate: Option<&Certificate>) -> Option<Caller> {
+        let certificate = certificate.filter(|_| self.certificates && self.allowed.contains(&Scope::Proxy))?;
+        if headers.contains_key(header::AUTHORIZATION) {
+            return None;
+        }
+        let tokens = self.tokens.borrow();
+        leader::certificate(certificate, headers).caller(|name| tokens.sees(name))
+    }
+
     /// Whose token it is, if the cluster itself says that it is a proxy's.
     async fn review(&self, headers: &HeaderMap, peer: Option<IpAddr>) -> Option<Caller> {
         let reviewer = self.reviewer.as_ref().filter(|_| self.allowed.contains(&Scope::Proxy))?;
@@ -245,21 +295,26 @@ impl Guard {
             namespace: namespace.as_str().into(),
             name: name.as_str().into(),
         });
+        let sees = {
+            let tokens = self.tokens.borrow();
+            let pod = proxy.pod.as_ref().map(|(namespace, name)| format!("{namespace}/{name}"));
+            pod.and_then(|pod| tokens.sees(&pod)).or_else(|| tokens.sees(&proxy.user)).unwrap_or_default()
+        };
         // Each of a Deployment's pods has the same user.
         let name = match &speaks_for {
             SpeaksFor::Pod { namespace, name } => format!("pod {namespace}/{name}"),
             _ => proxy.user,
         };
-        Some(Caller { name: Some(name.into()), speaks_for, sees: Arc::default() })
+        Some(Caller { name: Some(name.into()), speaks_for, sees })
     }
 
-    fn admit(&self, headers: &HeaderMap, reviewed: Option<Caller>) -> Result<Caller, Problem> {
+    fn admit(&self, headers: &HeaderMap, known: Option<Caller>) -> Result<Caller, Problem> {
         if self.allowed.is_empty() {
             return Ok(Caller::default());
         }
         let tokens = self.tokens.borrow();
-        let caller = match (tokens.are_needed() || self.reviewer.is_some(), reviewed) {
-            (true, Some(reviewed)) => reviewed,
+        let caller = match (tokens.are_needed() || self.reviewer.is_some() || self.certificates, known) {
+            (true, Some(known)) => known,
             (true, None) => self.authorize(&tokens, headers)?,
             (false, _) => {
                 from_this_machine(headers)?;
@@ -380,7 +435,7 @@ mod tests {
         of: &[(&'static str, &str)],
     ) -> (u16, String) {
         let (_, tokens) = watch::channel(tokens.clone());
-        let guard = Guard { tokens, allowed, reviewer: None, changes, patience: None };
+        let guard = Guard { tokens, allowed, reviewer: None, certificates: false, changes, patience: None };
         let Err(problem) = guard.admit(&headers(of), None) else { return (200, String::new()) };
         let response = problem.into_response();
         let challenge = response.headers().get(header::WWW_AUTHENTICATE);
@@ -419,6 +474,41 @@ mod tests {
         assert!(one.may_speak_for("edge-1").is_ok() && one.may_speak_for("edge-2").is_err());
         assert!(one.sees.is_all() && two.sees.includes("cart") && !two.sees.includes("other"));
         assert!(tokens.has_nameless_proxies());
+    }
+
+    #[test]
+    fn a_certificate_is_good_for_what_proxies_do_and_for_its_own_names() {
+        use super::super::{OPERATORS, PROXIES, PROXIES_AND_OPERATORS, READERS};
+        let files = files([None, None, Some("edge-1 - shop/*\nsystem:serviceaccount:shop:edge - shop/cart\n")]);
+        let tokens = files.1.load().unwrap();
+        assert!(tokens.are_needed() && !tokens.has_nameless_proxies());
+        let edge = Certificate::proxy(["edge-1".to_owned(), "spiffe://a/edge".to_owned(), "no name".to_owned()]);
+        let known = |allowed, certificates, certificate: &Certificate, of: &[(&'static str, &str)]| {
+            let (_, tokens) = watch::channel(tokens.clone());
+            let guard = Guard { tokens, allowed, reviewer: None, certificates, changes: false, patience: None };
+            guard.certified(&headers(of), Some(certificate))
+        };
+        let caller = known(PROXIES, true, &edge, &[]).unwrap();
+        assert_eq!(caller.name(), Some("edge-1"));
+        assert!(caller.may_speak_for("edge-1").is_ok() && caller.may_speak_for("spiffe://a/edge").is_ok());
+        let why = caller.may_speak_for("edge-2").unwrap_err();
+        assert!(why.contains("edge-1 or spiffe://a/edge"), "{why}");
+        assert!(caller.sees.includes("cart.shop") && !caller.sees.includes("cart.bank"));
+        let other = Certificate::proxy(["edge-2".to_owned()]);
+        assert!(known(PROXIES_AND_OPERATORS, true, &other, &[]).unwrap().sees.is_all());
+        for (allowed, certificates) in [(READERS, true), (OPERATORS, true), (PROXIES, false)] {
+            assert_eq!(known(allowed, certificates, &edge, &[]), None);
+        }
+        assert_eq!(known(PROXIES, true, &edge, &[("authorization", "Bearer x")]), None, "a token goes before");
+        assert_eq!(known(PROXIES, true, &Certificate::proxy([]), &[]), None, "it has no name");
+        // Only another replica is believed about whom it hands a request on for.
+        let handed_on = [("x-tideshift-handed-on", "1"), ("x-tideshift-handed-on-name", "edge-9")];
+        let name = |certificate: &Certificate, of: &[(&'static str, &str)]| {
+            known(PROXIES, true, certificate, of).and_then(|caller| caller.name().map(str::to_owned))
+        };
+        assert_eq!(name(&edge, &handed_on).as_deref(), Some("edge-1"));
+        assert_eq!(name(&Certificate::Replica, &handed_on).as_deref(), Some("edge-9"));
+        assert_eq!(name(&Certificate::Replica, &[]), None);
     }
 
     #[test]

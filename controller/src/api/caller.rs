@@ -26,6 +26,8 @@ pub(super) enum SpeaksFor {
     All,
     /// The one of this id.
     One(Arc<str>),
+    /// The one that has any of these as its id: a certificate may have several names.
+    Named(Arc<[Arc<str>]>),
     /// The one in this pod.
     Pod {
         /// The pod's namespace.
@@ -42,6 +44,7 @@ impl SpeaksFor {
         match self {
             Self::All => true,
             Self::One(own) => **own == *id,
+            Self::Named(names) => names.iter().any(|own| **own == *id),
             Self::Pod { namespace, name } => {
                 let is_full = |id: &str| {
                     let rest = id.strip_prefix(&**name).and_then(|rest| rest.strip_prefix('.'));
@@ -58,8 +61,33 @@ impl std::fmt::Display for SpeaksFor {
         match self {
             Self::All => f.write_str("any proxy"),
             Self::One(id) => write!(f, "proxy {id}"),
+            Self::Named(names) => write!(f, "proxy {}", names.join(" or ")),
             Self::Pod { namespace, name } => write!(f, "the proxy of pod {namespace}/{name}"),
         }
+    }
+}
+
+/// What a client's certificate says, which has been verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Certificate {
+    /// It is another replica's, which have all the same.
+    Replica,
+    /// It is a proxy's of any of these names.
+    Proxy(Arc<[Arc<str>]>),
+}
+
+impl Certificate {
+    /// A proxy's. What cannot be a name is left out.
+    pub fn proxy(names: impl IntoIterator<Item = String>) -> Self {
+        Self::Proxy(names.into_iter().filter_map(|name| read_name(&name).ok()).collect())
+    }
+
+    /// Whose request it is, and which services that one may see, by its names; nothing if it has none.
+    pub(super) fn caller(&self, sees: impl Fn(&str) -> Option<Arc<Sees>>) -> Option<Caller> {
+        let Self::Proxy(names) = self else { return None };
+        let name = names.first()?.clone();
+        let sees = names.iter().find_map(|name| sees(name)).unwrap_or_default();
+        Some(Caller { name: Some(name), speaks_for: SpeaksFor::Named(names.clone()), sees })
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a replica that does not lead does with requests that only the leader can answer: it hands them on.
 
-use super::{MAX_SHIFT_BYTES, Peer, Problem, Shared, twin};
+use super::caller::Certificate;
+use super::{MAX_SHIFT_BYTES, Peer, Problem, Shared, Twin};
 use crate::kubernetes::Role;
 use axum::Extension;
 use axum::body::{Body, to_bytes};
@@ -9,7 +10,6 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -18,6 +18,8 @@ use tokio::sync::watch;
 const HANDED_ON: HeaderName = HeaderName::from_static("x-tideshift-handed-on");
 /// Whom it was handed on for.
 const HANDED_ON_FOR: HeaderName = HeaderName::from_static("x-tideshift-handed-on-for");
+/// Whom that one's certificate names, once for each name. It is taken from nobody but another replica.
+const HANDED_ON_NAME: HeaderName = HeaderName::from_static("x-tideshift-handed-on-name");
 /// How long a connection to the leader may take.
 const CONNECT: Duration = Duration::from_secs(2);
 
@@ -26,14 +28,14 @@ const CONNECT: Duration = Duration::from_secs(2);
 pub struct Leader {
     role: watch::Receiver<Role>,
     /// What the leader's certificate must be.
-    certificate: Option<PathBuf>,
+    twin: Option<Twin>,
     client: OnceLock<Result<reqwest::Client, String>>,
 }
 
 impl Leader {
     /// By what this replica's role is. Where replicas speak TLS, they have the same certificate.
-    pub fn new(role: watch::Receiver<Role>, certificate: Option<PathBuf>) -> Self {
-        Self { role, certificate, client: OnceLock::new() }
+    pub fn new(role: watch::Receiver<Role>, twin: Option<Twin>) -> Self {
+        Self { role, twin, client: OnceLock::new() }
     }
 
     /// What this replica is now.
@@ -42,14 +44,14 @@ impl Leader {
     }
 
     fn client(&self) -> Result<reqwest::Client, Problem> {
-        let client = self.client.get_or_init(|| build(self.certificate.as_deref()));
+        let client = self.client.get_or_init(|| build(self.twin.as_ref()));
         client.clone().map_err(|why| Problem::new(StatusCode::BAD_GATEWAY, why))
     }
 }
 
-fn build(certificate: Option<&Path>) -> Result<reqwest::Client, String> {
-    let builder = match certificate {
-        Some(path) => twin::client(path.to_owned())?,
+fn build(twin: Option<&Twin>) -> Result<reqwest::Client, String> {
+    let builder = match twin {
+        Some(twin) => twin.client()?,
         None => reqwest::Client::builder(),
     };
     builder.no_proxy().connect_timeout(CONNECT).build().map_err(|error| error.to_string())
@@ -67,6 +69,18 @@ pub(super) fn address(peer: &Peer) -> String {
 /// of the one who says it belongs beside it.
 pub(super) fn handed_on_for(headers: &HeaderMap) -> Option<IpAddr> {
     headers.get(HANDED_ON).and(headers.get(HANDED_ON_FOR))?.to_str().ok()?.parse().ok()
+}
+
+/// What the certificate says that a request came with: its own, or, where another replica hands it on, that of the client
+/// whose request it was.
+pub(super) fn certificate(certificate: &Certificate, headers: &HeaderMap) -> Certificate {
+    match certificate {
+        Certificate::Proxy(_) => certificate.clone(),
+        Certificate::Replica => {
+            let names = headers.get_all(HANDED_ON_NAME).iter().filter_map(|name| name.to_str().ok());
+            Certificate::proxy(names.map(str::to_owned))
+        }
+    }
 }
 
 /// Answers a request here if this replica leads, and hands it on to the one that does if not. One that leads no longer is
@@ -95,6 +109,12 @@ async fn ask(shared: &Shared, leader: &str, request: Request) -> Result<Response
     let mut headers = parts.headers;
     for own in [header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION] {
         headers.remove(own);
+    }
+    headers.remove(HANDED_ON_NAME);
+    if let Some(Certificate::Proxy(names)) = parts.extensions.get::<Certificate>() {
+        for name in names.iter().filter_map(|name| HeaderValue::from_str(name).ok()) {
+            headers.append(HANDED_ON_NAME, name);
+        }
     }
     headers.insert(HANDED_ON, HeaderValue::from_static("1"));
     let peer: Peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().cloned().map(Extension);

@@ -31,12 +31,14 @@ pub(super) async fn put(
 ) -> Result<(StatusCode, Json<Services>), Problem> {
     outside_of_clusters(&shared, "apply")?;
     let document: Value = parse(body, "a TrafficShift")?;
+    let by = super::who(&caller, &peer, &headers);
     let (is_new, turn) = {
         let mut control = shared.control();
         let is_new = control.put_shift(&name, document)?;
+        control.edited_by(&name, &by);
         (is_new, shared.turns.ask())
     };
-    tracing::info!(shift = name, by = super::who(&caller, &peer, &headers), "a document came through the API");
+    tracing::info!(shift = name, by, "a document came through the API");
     let services = shared.after(turn, &name).await?;
     Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(services)))
 }
@@ -51,12 +53,14 @@ pub(super) async fn delete(
     headers: HeaderMap,
 ) -> Result<Json<Services>, Problem> {
     outside_of_clusters(&shared, "delete trafficshift")?;
+    let by = super::who(&caller, &peer, &headers);
     let turn = {
         let mut control = shared.control();
         control.delete_shift(&name)?;
+        control.edited_by(&name, &by);
         shared.turns.ask()
     };
-    tracing::info!(shift = name, by = super::who(&caller, &peer, &headers), "a document was deleted through the API");
+    tracing::info!(shift = name, by, "a document was deleted through the API");
     Ok(Json(shared.after_which_may_be_gone(turn, &name).await?))
 }
 

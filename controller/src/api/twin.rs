@@ -1,30 +1,51 @@
 //! How replicas know each other when they speak TLS: all have the same certificate. It names a Service, not the addresses
-//! by which replicas reach each other, and who has issued it need not be in its file; so it is compared itself.
+//! by which replicas reach each other, and who has issued it need not be in its file; so it is compared itself. The one that
+//! asks shows it as well, so that its word counts where it says for which proxy it hands a request on.
 
 use reqwest::Client;
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A client's builder that talks to replicas with the certificate in a file alone, as it is by then.
-pub(super) fn client(certificate: PathBuf) -> Result<reqwest::ClientBuilder, String> {
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
-    let twin = Twin { certificate, provider };
-    let config =
-        config.map_err(|error| error.to_string())?.dangerous().with_custom_certificate_verifier(Arc::new(twin));
-    Ok(Client::builder().tls_backend_preconfigured(config.with_no_client_auth()))
+/// Takes nobody but whoever has this replica's own certificate, and its key, as the files are by then.
+#[derive(Debug, Clone)]
+pub struct Twin {
+    certificate: PathBuf,
+    key: PathBuf,
+    provider: Arc<CryptoProvider>,
 }
 
-/// Takes nobody but whoever has this replica's own certificate, and its key.
-#[derive(Debug)]
-struct Twin {
-    certificate: PathBuf,
-    provider: Arc<CryptoProvider>,
+impl Twin {
+    /// By the files that this replica serves with.
+    pub fn new(certificate: PathBuf, key: PathBuf) -> Self {
+        Self { certificate, key, provider: Arc::new(ring::default_provider()) }
+    }
+
+    /// A client's builder that talks to such replicas alone.
+    pub(super) fn client(&self) -> Result<reqwest::ClientBuilder, String> {
+        let config = ClientConfig::builder_with_provider(self.provider.clone()).with_safe_default_protocol_versions();
+        let config = config.map_err(|error| error.to_string())?.dangerous();
+        let config = config.with_custom_certificate_verifier(Arc::new(self.clone()));
+        Ok(Client::builder().tls_backend_preconfigured(config.with_client_cert_resolver(Arc::new(self.clone()))))
+    }
+}
+
+impl ResolvesClientCert for Twin {
+    fn resolve(&self, _root_hint_subjects: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        let certificate = CertificateDer::from_pem_file(&self.certificate).ok()?;
+        let key = ring::sign::any_supported_type(&PrivateKeyDer::from_pem_file(&self.key).ok()?).ok()?;
+        Some(Arc::new(CertifiedKey::new(vec![certificate], key)))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
 }
 
 impl ServerCertVerifier for Twin {

@@ -4,6 +4,7 @@ use super::Failure;
 use crate::api::TokenFiles;
 use crate::hooks::Allowed;
 use crate::serve::{self, Cluster, Documents, Options, ServeError, TlsFiles};
+use crate::store::StoreError;
 use crate::telemetry::{self, LogFormat};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -100,6 +101,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
 
+    /// Authorities whose certificates say which proxy a client is, in PEM: it polls and reports for the proxies of the
+    /// certificate's names (common name, DNS names, URIs) and needs no token for that.
+    #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_CLIENT_CA", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+
     /// Where webhooks may go: an address, a network such as 10.0.0.0/8, a host, *.DOMAIN, or one of the words public, private
     /// and loopback. May be given several times. Held against the address that is connected to. Link-local and metadata
     /// addresses and the cluster's API server are reached only if they are named themselves. [default: public with
@@ -151,13 +157,18 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             proxy: arguments.proxy_token_file,
         },
         webhooks_allowed: arguments.webhook_allow,
-        tls: arguments.tls_cert.zip(arguments.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
+        tls: arguments.tls_cert.zip(arguments.tls_key).map(|(cert, key)| {
+            let client_ca = arguments.tls_client_ca;
+            TlsFiles { cert, key, client_ca }
+        }),
     };
     serve::serve(options).await.map_err(|error| match error {
         ServeError::Documents(errors) => Failure::Documents(errors),
-        ServeError::NotLoopback(_) | ServeError::NoCluster(_) | ServeError::Tokens(_) | ServeError::Certificate(_) => {
-            Failure::Usage(error.to_string())
-        }
+        ServeError::NotLoopback(_)
+        | ServeError::NoCluster(_)
+        | ServeError::Tokens(_)
+        | ServeError::Certificate(_)
+        | ServeError::Store(StoreError::NoFolder { .. }) => Failure::Usage(error.to_string()),
         error => Failure::Other(error.into()),
     })
 }

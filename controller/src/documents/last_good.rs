@@ -5,6 +5,7 @@ use super::{
     Document, DocumentError, DocumentErrors, ReadOne, is_static, needs_no_cluster, read_file, read_files, shown_name,
 };
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tideshift_core::decode::Errors;
 use tideshift_core::shift::TrafficShift;
@@ -49,6 +50,15 @@ impl LastGood {
     /// All documents, in the order of the files.
     pub fn documents(&self) -> Vec<AsWritten> {
         self.files.iter().flat_map(|file| file.documents.iter().cloned()).collect()
+    }
+
+    /// Which file each document is from, in words.
+    pub fn origins(&self) -> BTreeMap<String, String> {
+        let of = |file: &LastGoodFile| {
+            let origin = format!("file {}", shown_name(&file.path));
+            file.documents.iter().map(move |(shift, _)| (shift.name.clone(), origin.clone())).collect::<Vec<_>>()
+        };
+        self.files.iter().flat_map(of).collect()
     }
 
     /// Reads a file again. A document that is wrong stays as it was. While something is wrong with a file, no document of it

@@ -75,6 +75,8 @@ pub struct Object {
     pub generation: i64,
     /// What is wrong with it as it is now; what it said before stays in force.
     pub error: Option<String>,
+    /// Who wrote its spec last, and when, where that is known.
+    pub by: Option<String>,
 }
 
 /// What is seen, as it comes in.
@@ -249,7 +251,8 @@ impl Watches {
             };
             self.generations.insert(rollout.clone(), generation);
             let (namespace, name, uid) = (written.namespace.clone(), written.name.clone(), written.uid.clone());
-            scene.objects.insert(rollout, Object { namespace, name, uid, generation, error });
+            let by = written.by.clone();
+            scene.objects.insert(rollout, Object { namespace, name, uid, generation, error, by });
             scene.documents.extend(held.map(|held| (held.shift.clone(), held.document.clone())));
         }
         self.generations.retain(|rollout, _| scene.objects.contains_key(rollout));

@@ -26,6 +26,8 @@ pub struct Written {
     /// When it was made, in milliseconds since 1970.
     pub(super) created: i64,
     pub(super) generation: i64,
+    /// Who wrote its spec last, and when, as far as the API server has noted it.
+    pub(super) by: Option<String>,
     /// The document alone, as a file has it.
     pub(super) document: Value,
 }
@@ -49,8 +51,21 @@ pub(super) fn written(object: &DynamicObject) -> Option<Written> {
         uid: object.uid().unwrap_or_default(),
         created: object.creation_timestamp().map_or(0, |time| time.0.as_millisecond()),
         generation: object.metadata.generation.unwrap_or_default(),
+        by: last_editor(object),
         document,
     })
+}
+
+/// The field manager that wrote the spec last, and when.
+fn last_editor(object: &DynamicObject) -> Option<String> {
+    let entries = object.metadata.managed_fields.iter().flatten();
+    let of_spec = entries.filter(|entry| {
+        let has_spec = entry.fields_v1.as_ref().is_some_and(|fields| fields.0.get("f:spec").is_some());
+        has_spec && entry.subresource.as_deref().is_none_or(str::is_empty)
+    });
+    let newest = of_spec.max_by_key(|entry| entry.time.as_ref().map(|time| time.0))?;
+    let manager = newest.manager.as_deref().filter(|manager| !manager.is_empty())?;
+    Some(newest.time.as_ref().map_or_else(|| manager.to_owned(), |time| format!("{manager} at {}", time.0)))
 }
 
 pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
@@ -143,6 +158,28 @@ fn selector(selector: &v1::LabelSelector) -> Option<LabelSelector> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_wrote_a_spec_last_is_known_by_its_managed_fields() {
+        let entry = |manager: &str, minute: u8, subresource: &str, field: &str| {
+            json!({"manager": manager, "time": format!("2026-12-01T03:{minute:02}:00Z"), "operation": "Update",
+                "subresource": subresource, "fieldsType": "FieldsV1", "fieldsV1": {field: {}}})
+        };
+        let by = |entries: Value| {
+            let object = json!({"apiVersion": API_VERSION, "kind": KIND, "spec": {},
+                "metadata": {"name": "a", "namespace": "shop", "managedFields": entries}});
+            written(&serde_json::from_value(object).unwrap()).unwrap().by
+        };
+        let edited = entry("kubectl-edit", 2, "", "f:spec");
+        let all = json!([
+            entry("argocd", 1, "", "f:spec"),
+            edited,
+            entry("tideshift", 3, "status", "f:status"),
+            entry("labeller", 4, "", "f:metadata")
+        ]);
+        assert_eq!(by(all).as_deref(), Some("kubectl-edit at 2026-12-01T03:02:00Z"));
+        assert_eq!(by(json!([])), None);
+    }
 
     #[test]
     fn a_pod_is_one_of_the_slices_own_namespace() {

@@ -2,7 +2,8 @@
 //! leaves their requests to the API. A client that is slow to say what it wants is disconnected; which connections give way
 //! where there are too many, `api/admission` decides.
 
-use crate::api::{Admission, Ticket};
+use super::tls::Server;
+use crate::api::{Admission, Certificate, Ticket};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
@@ -24,7 +25,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 use tower::ServiceExt;
 
 /// How long a TLS handshake may take.
@@ -44,7 +44,7 @@ const MIN_CONNECTIONS: u64 = 64;
 const OTHER_FILES: u64 = 512;
 
 /// The TLS configuration for connections from now on.
-pub(super) type Tls = watch::Receiver<Arc<ServerConfig>>;
+pub(super) type Tls = watch::Receiver<Arc<Server>>;
 
 /// Serves until `ending` is true and every request that had begun by then has its answer.
 pub(super) async fn serve(
@@ -66,9 +66,9 @@ pub(super) async fn serve(
         };
         let connection = Connection { peer, api: api.clone(), watcher: graceful.watcher(), ticket };
         // Each in a task of its own kind: thousands that speak no TLS need not have the room for it.
-        match tls.as_ref().map(|tls| TlsAcceptor::from(tls.borrow().clone())) {
+        match tls.as_ref().map(|tls| tls.borrow().clone()) {
             None => tokio::spawn(connection.run(stream)),
-            Some(acceptor) => tokio::spawn(connection.run_tls(stream, acceptor)),
+            Some(tls) => tokio::spawn(connection.run_tls(stream, tls)),
         };
     }
     drop(listener);
@@ -84,11 +84,16 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run_tls(self, stream: TcpStream, acceptor: TlsAcceptor) {
+    async fn run_tls(self, stream: TcpStream, tls: Arc<Server>) {
         let (peer, ticket) = (self.peer, self.ticket.clone());
+        let acceptor = TlsAcceptor::from(tls.config.clone());
         let serve = async {
             match timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => self.serve(stream).await,
+                Ok(Ok(stream)) => {
+                    let certificates = stream.get_ref().1.peer_certificates();
+                    let certificate = certificates.and_then(<[_]>::first).map(|own| tls.client(own));
+                    self.serve(stream, certificate).await;
+                }
                 Ok(Err(error)) => tracing::debug!(%peer, "no TLS: {error}"),
                 Err(_) => tracing::debug!(%peer, "no TLS within {} s", HANDSHAKE.as_secs()),
             }
@@ -98,10 +103,10 @@ impl Connection {
 
     async fn run(self, stream: TcpStream) {
         let (peer, ticket) = (self.peer, self.ticket.clone());
-        unless_evicted(peer, &ticket, self.serve(stream)).await;
+        unless_evicted(peer, &ticket, self.serve(stream, None)).await;
     }
 
-    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static, certificate: Option<Certificate>) {
         let Self { peer, api, watcher, ticket } = self;
         let phase = Arc::new(InHead(AtomicBool::new(true)));
         let stream = Metered { stream, ticket: ticket.clone(), phase: phase.clone() };
@@ -111,6 +116,7 @@ impl Connection {
             let extensions = request.extensions_mut();
             extensions.insert(ConnectInfo(peer));
             extensions.insert(ticket.clone());
+            certificate.clone().map(|certificate| extensions.insert(certificate));
             let (answer, phase) = (api.clone().oneshot(request.map(Body::new)), phase.clone());
             async move {
                 let answer = answer.await;

@@ -138,8 +138,8 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
             tracing::debug!(rollout, "{message}");
         }
         for (rollout, transition) in &outcome.transitions {
-            let Transition { phase, reason, message, .. } = transition;
-            tracing::info!(rollout, ?phase, ?reason, "{message}");
+            let Transition { phase, reason, message, by, .. } = transition;
+            tracing::info!(rollout, ?phase, ?reason, by, "{message}");
             self.shared.done.changed(rollout, transition);
         }
         // First safe, then published: a revision that proxies have seen is never given to another policy. Where this is
@@ -227,6 +227,7 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
                 tracing::error!("{error}");
             }
         }
+        control.edited(&shown.documents, |rollout| shown.objects.get(rollout)?.by.clone());
         control.set_documents_but(shown.documents.clone(), shown.hidden.clone());
         control.set_document_errors(shown.errors.clone());
     }
@@ -247,8 +248,9 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
         }
         let errors = good.errors().map(ToString::to_string).collect();
         tracing::info!("documents have changed");
-        let mut control = self.shared.control();
-        control.set_documents(good.documents());
+        let (mut control, documents, origins) = (self.shared.control(), good.documents(), good.origins());
+        control.edited(&documents, |name| origins.get(name).cloned());
+        control.set_documents(documents);
         control.set_document_errors(errors);
         for error in control.document_errors() {
             tracing::error!("{error}; what it said before stays in force");

@@ -1,6 +1,7 @@
 //! Tokens and certificates: files that are read at the start, and again whenever they have changed.
 
 use super::files::Files;
+use super::tls::Server;
 use super::{LOOK, Options, ServeError, TlsFiles};
 use crate::api::Tokens;
 use crate::metrics::Done;
@@ -8,7 +9,6 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
 use tokio::time::interval;
-use tokio_rustls::rustls::ServerConfig;
 
 /// A certificate that is valid for less than so many seconds is warned of: a week.
 const SOON: i64 = 7 * 24 * 3600;
@@ -17,7 +17,7 @@ const SOON: i64 = 7 * 24 * 3600;
 pub(super) struct Secrets {
     files: Files,
     pub(super) tokens: watch::Sender<Tokens>,
-    pub(super) tls: Option<watch::Sender<Arc<ServerConfig>>>,
+    pub(super) tls: Option<watch::Sender<Arc<Server>>>,
 }
 
 impl Secrets {
@@ -27,7 +27,7 @@ impl Secrets {
         // Looked at before they are read, as the documents are.
         let files = Files::new(&paths, Instant::now());
         let tokens = options.tokens.load()?;
-        if !tokens.are_needed() && !options.listen.ip().is_loopback() {
+        if !tokens.are_needed() && !options.has_client_ca() && !options.listen.ip().is_loopback() {
             return Err(ServeError::NotLoopback(options.listen));
         }
         let tls = options.tls.as_ref().map(TlsFiles::load).transpose()?;
@@ -47,7 +47,7 @@ impl Secrets {
             }
         };
         look_at_certificate();
-        let left_out = options.tokens.left_out();
+        let left_out = options.tokens.left_out(options.has_client_ca());
         if !left_out.is_empty() {
             tracing::warn!("{left_out}");
         }
@@ -81,7 +81,7 @@ impl Secrets {
                 (Some(tls), Some(Ok(config))) => {
                     tls.send_replace(config);
                     look_at_certificate();
-                    tracing::info!("the certificate was read again");
+                    tracing::info!("the certificate and the clients' authority were read again");
                 }
                 (_, Some(Err(error))) => tracing::error!("{error}; the certificate from before stays"),
                 _ => {}

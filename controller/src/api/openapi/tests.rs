@@ -90,7 +90,7 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
     let ((publish, published), (_, tokens)) = (watch::channel(None), watch::channel(Tokens::default()));
     let (control, (end, ending)) = (Mutex::new(control), watch::channel(false));
     let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
-    let (reviewer, leader) = (None, Leader::new(role.subscribe(), None));
+    let (reviewer, certificates, leader) = (None, false, Leader::new(role.subscribe(), None));
     let done = Done::default();
     let (filtered, complaints) = Default::default();
     let shared = Shared {
@@ -104,6 +104,7 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
         complaints,
         tokens,
         reviewer,
+        certificates,
         leader,
         ending,
     };

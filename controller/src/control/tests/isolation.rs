@@ -106,3 +106,37 @@ fn a_document_that_proxies_could_not_read_keeps_its_services_and_the_others_go_o
     let policy = serde_json::to_value(control.policy.as_ref().unwrap()).unwrap();
     Policy::read(&policy).unwrap();
 }
+
+#[test]
+fn an_edit_leaves_who_made_it_in_the_history() {
+    let old = document("a", "a.example.com", "v1");
+    let mut control = start(std::slice::from_ref(&old));
+    control.edited_by("a", "file a.yaml");
+    control.evaluate(1_000);
+    let by = |control: &Control| -> Vec<String> {
+        let history = control.history("a").unwrap();
+        history.iter().map(|of| format!("{:?} {}", of.reason, of.by.as_deref().unwrap_or("-"))).collect()
+    };
+    let edit = |control: &mut Control, document: &Value, by: &str| {
+        let documents = files(std::slice::from_ref(document));
+        control.edited(&documents, |_| Some(by.to_owned()));
+        control.set_documents(documents);
+        control.set_readiness(ready(&["a"]));
+    };
+    // It says the same as before: whoever touched the file has changed nothing.
+    edit(&mut control, &old, "mallory");
+    let mut new = document("a", "a.example.com", "v2");
+    new["spec"]["strategy"] = json!({"steps": [{"weight": 1, "pause": true}, {"weight": 100}]});
+    edit(&mut control, &new, "kubectl-edit at 2026-12-01T03:02:00Z");
+    for now in [2_000, 3_500, 5_000] {
+        control.evaluate(now);
+    }
+    let told = by(&control);
+    assert_eq!(told[0], "Started kubectl-edit at 2026-12-01T03:02:00Z", "{told:?}");
+    assert!(told.len() > 1 && told[1..].iter().all(|line| line.ends_with(" -")), "what follows of itself: {told:?}");
+    // A document of the API is its user's.
+    control.put_shift("a", document("a", "a.example.com", "v1")).unwrap();
+    control.edited_by("a", "alice from 10.0.0.1");
+    control.evaluate(6_000);
+    assert_eq!(by(&control).last().unwrap(), "TargetWithdrawn alice from 10.0.0.1");
+}
