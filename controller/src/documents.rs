@@ -162,9 +162,11 @@ fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> 
     let whole_file = |why: String| Source { file: name.clone(), number: None }.error("", why);
     let values = match read_text(file).and_then(|text| values(&text)) {
         Err(why) => return (Vec::new(), vec![whole_file(why)]),
-        Ok(values) if values.is_empty() => return (Vec::new(), vec![whole_file("no document in it".to_owned())]),
         Ok(values) => values.into_iter().flat_map(items).collect::<Vec<_>>(),
     };
+    if values.is_empty() {
+        return (Vec::new(), vec![whole_file("no document in it".to_owned())]);
+    }
     let (mut documents, mut errors) = (Vec::new(), Vec::new());
     let several = values.len() > 1;
     for (n, value) in values.into_iter().enumerate() {
@@ -515,6 +517,8 @@ spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
         let list = |items: Value| json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string();
         let loaded = load_texts(&[("all.yaml", &list(json!([item("a"), item("b")])))]).unwrap();
         assert_eq!(loaded.len(), 2);
+        let empty = load_texts(&[("all.yaml", &list(json!([])))]).unwrap_err();
+        assert!(empty.ends_with("all.yaml: no document in it"), "{empty}");
         let wrong = load_texts(&[("all.yaml", &list(json!([item("a"), {"kind": "Other"}])))]).unwrap_err();
         assert!(wrong.contains("all.yaml (document 2): "), "{wrong}");
         let template = load_texts(&[("a.yaml", "metadata: {name: {{ .Values.name }}}")]).unwrap_err();

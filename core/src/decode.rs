@@ -109,7 +109,11 @@ impl Decoder {
 
     /// Says that `value` is not allowed here, and what is.
     pub fn invalid(&mut self, value: &Value, allowed: impl Into<String>) {
-        self.error(Problem::Invalid { value: shown(value), allowed: allowed.into() });
+        let mut allowed = allowed.into();
+        if value.as_str().is_some_and(|text| text.contains("{{")) {
+            allowed.push_str("; this is a template that was not rendered");
+        }
+        self.error(Problem::Invalid { value: shown(value), allowed });
     }
 
     /// Says that the field `name` of the object at this place is not there, and what is allowed.

@@ -30,7 +30,6 @@ fn named(d: &mut Decoder, value: &Value, allowed: &str, longest: usize) -> Optio
     let hint = match value {
         Value::Number(_) => "; without quotes YAML reads it as a number: put it in quotes, such as \"1.10\"",
         Value::Bool(_) => "; without quotes YAML reads it as true or false: put it in quotes",
-        Value::String(text) if text.contains("{{") => "; this is a template that was not rendered",
         _ => "",
     };
     d.text_where(value, &format!("{allowed}{hint}"), |name| is_subdomain(name, longest))

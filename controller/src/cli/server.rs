@@ -54,7 +54,7 @@ impl Server {
         let mut client = reqwest::Client::builder().no_proxy().redirect(redirect::Policy::none());
         let way = if self.server.is_some() { None } else { self.place.way().await? };
         let base = match (&self.server, &way) {
-            (Some(server), _) => with_scheme(server.trim_end_matches('/')),
+            (Some(server), _) => base_of(server).map_err(Failure::Usage)?,
             (None, Some(Way { address, host: Some(host), .. })) => {
                 client = client.resolve(host, *address);
                 format!("https://{host}:{}", address.port())
@@ -88,6 +88,26 @@ impl Server {
         match &self.token_file {
             Some(path) => token_in("--token-file", path).map(Some),
             None => Ok(std::env::var(TOKEN).ok().filter(|token| !token.is_empty())),
+        }
+    }
+}
+
+/// What paths are put behind, of what the user says.
+fn base_of(server: &str) -> Result<String, String> {
+    let full = with_scheme(server);
+    let is_right = |url: &reqwest::Url| {
+        let is_http = matches!(url.scheme(), "http" | "https") && url.has_host();
+        is_http && url.username().is_empty() && url.password().is_none()
+    };
+    match reqwest::Url::parse(&full).ok().filter(is_right) {
+        Some(_) => Ok(full.trim_end_matches('/').to_owned()),
+        None => {
+            // A password is for no log.
+            let shown = server.rsplit_once('@').map_or_else(|| server.to_owned(), |(_, rest)| format!("***@{rest}"));
+            Err(format!(
+                "--server {shown}: expected HOST:PORT, or a URL of http or https with a host and without a user, such as \
+                 {NEAR}"
+            ))
         }
     }
 }
@@ -165,6 +185,11 @@ mod tests {
 
     #[test]
     fn an_address_without_a_scheme_is_http() {
+        assert_eq!(base_of("https://tideshift.example/"), Ok("https://tideshift.example".to_owned()));
+        for wrong in ["ftp://x", "https://", "", "http://me:hunter2@x:7460", "a b"] {
+            let error = base_of(wrong).unwrap_err();
+            assert!(error.contains("expected HOST:PORT") && !error.contains("hunter2"), "{error}");
+        }
         assert_eq!(with_scheme("127.0.0.1:7460"), "http://127.0.0.1:7460");
         assert_eq!(with_scheme("https://tideshift.example"), "https://tideshift.example");
     }
