@@ -12,12 +12,13 @@ pub mod resolve;
 pub mod review;
 pub mod scale;
 pub mod shift_status;
+mod transport;
 pub mod views;
 
 pub use clusters::Clusters;
 pub use eyes::{Eyes, Object, Scene};
 pub use hands::Hands;
-pub use lease::{Candidate, Role};
+pub use lease::{Candidate, Role, STUCK};
 pub use memory::{CountsMemory, Memory, MemoryError};
 pub use review::Reviewer;
 

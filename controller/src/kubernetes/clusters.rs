@@ -1,7 +1,7 @@
 //! The clusters: the controller's own, and those that Secrets of its namespace lead to.
 
 use super::picture::Place;
-use super::reason;
+use super::{reason, transport};
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::Api;
@@ -58,6 +58,8 @@ struct ClusterSecret {
 /// The controller's own cluster.
 pub struct Home {
     /// How it is reached.
+    pub config: Config,
+    /// A client for that.
     pub client: Client,
     /// The namespace that goes with that.
     pub namespace: String,
@@ -71,7 +73,7 @@ pub struct Home {
 ///
 /// If there is nothing that leads to a cluster, or it makes no sense.
 pub async fn home(kubeconfig: Option<&Path>) -> Result<Home, String> {
-    let config = match kubeconfig {
+    let mut config = match kubeconfig {
         Some(path) => {
             let shown = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
             let kubeconfig = Kubeconfig::read_from(path).map_err(|error| shown(&error))?;
@@ -80,15 +82,16 @@ pub async fn home(kubeconfig: Option<&Path>) -> Result<Home, String> {
         }
         None => Config::infer().await.map_err(|error| format!("no cluster to speak to: {error}"))?,
     };
+    config.connect_timeout = Some(CONNECT);
     let namespace = config.default_namespace.clone();
     let hosts = [config.cluster_url.host().map(str::to_owned), std::env::var("KUBERNETES_SERVICE_HOST").ok()];
     let api_server = hosts.into_iter().flatten().map(|host| host.trim_matches(['[', ']']).to_owned()).collect();
-    Ok(Home { client: client(config)?, namespace, api_server })
+    Ok(Home { client: client(config.clone())?, config, namespace, api_server })
 }
 
 fn client(mut config: Config) -> Result<Client, String> {
     config.connect_timeout = Some(CONNECT);
-    Client::try_from(config).map_err(|error| reason(&error))
+    transport::shared(config).map_err(|error| reason(&error))
 }
 
 impl Clusters {

@@ -5,13 +5,13 @@ use super::keeper::Keeper;
 use super::mind::{Mind, Source};
 use super::secrets::Secrets;
 use super::{Cluster, Options, ServeError, Service, fresh, listen, signals};
-use crate::api::Published;
+use crate::api::{Published, Shared};
 use crate::clock;
 use crate::control::{Control, Counted};
 use crate::hooks::{Egress, Hooks};
 use crate::kubernetes::{
-    Candidate, Clusters, CountsMemory, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, clusters, memory,
-    watch as watch_objects,
+    Candidate, Clusters, CountsMemory, Eyes, Hands, Memory, MemoryError, Retry, Reviewer, Role, STUCK, clusters,
+    memory, watch as watch_objects,
 };
 use crate::limits::Limits;
 use crate::metrics::Done;
@@ -24,13 +24,17 @@ use kube::api::Api;
 use kube::runtime::watcher;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, interval, sleep};
+
+/// How often this process says that it goes on.
+const BEAT: Duration = Duration::from_secs(1);
 
 pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
     let home = clusters::home(cluster.kubeconfig.as_deref()).await.map_err(ServeError::NoCluster)?;
-    let clusters::Home { client, namespace, api_server } = home;
+    let clusters::Home { config, client, namespace, api_server } = home;
     let namespace = cluster.namespace.clone().unwrap_or(namespace);
     let listeners = listen(&options).await?;
     let address = listeners.api.local_addr()?;
@@ -46,15 +50,18 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
 
     let scheme = if options.tls.is_some() { "https" } else { "http" };
     let candidate = Candidate {
-        client: client.clone(),
+        config,
         namespace: namespace.clone(),
         name: cluster.lease.clone(),
         identity: cluster.identity.clone(),
         address: cluster.advertise.clone().unwrap_or_else(|| format!("{scheme}://{address}")),
+        stuck: STUCK,
     };
     let (asked_to_end, ending) = watch::channel(false);
     let (ended, has_ended) = watch::channel(false);
-    let contest = tokio::spawn(candidate.run(role.clone(), is_true(ending.clone()), is_true(has_ended)));
+    let (beat, pulse) = watch::channel(Instant::now());
+    let heart = tokio::spawn(beat_on(service.shared.clone(), beat));
+    let contest = candidate.start(role.clone(), pulse, is_true(ending.clone()), is_true(has_ended))?;
     let reader =
         tokio::spawn(read_policies(client.clone(), namespace.clone(), cluster.lease.clone(), service.publish.clone()));
     let signals = signals()?;
@@ -75,9 +82,20 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     asked_to_end.send_replace(true);
     ended.send_replace(true);
     let _ = contest.await;
+    heart.abort();
     reader.abort();
     replica.service.end().await;
     result
+}
+
+/// Says again and again that this process goes on: its runtime turns, and what it knows is not locked for good.
+async fn beat_on(shared: Arc<Shared>, beat: watch::Sender<Instant>) {
+    let mut ticks = interval(BEAT);
+    loop {
+        ticks.tick().await;
+        drop(shared.control());
+        beat.send_replace(Instant::now());
+    }
 }
 
 async fn is_true(mut flag: watch::Receiver<bool>) {
