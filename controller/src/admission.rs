@@ -352,6 +352,11 @@ pub fn agree(
         let were_waiting = waiting.len();
         waiting.retain(|(name, document)| {
             let before = held.get(name).cloned();
+            // What is in force already as it is has nothing to give up.
+            if before.as_ref().is_some_and(|before| Arc::ptr_eq(before, document)) {
+                refused.remove(name);
+                return false;
+            }
             before.iter().for_each(|before| admission.give_back(&before.shift, before.size));
             match admission.take(&document.shift, document.size, FORCE) {
                 Ok(()) => {

@@ -1,10 +1,14 @@
 //! Watches what documents speak of, in every cluster, and says what follows for them: one watch for each kind and
 //! namespace that some document needs, none that nobody needs, and no polling.
+//!
+//! Watches write down what they see if it differs from what is known, with what may follow from it ([`News`]). Only the
+//! documents that it may concern are looked at again, on a thread for such work, without a lock that anything else needs.
 
 use super::admission::admit;
-use super::picture::{Need, Picture, Place, Table, View, Workload};
-use super::views::{self, Written};
-use super::{Clusters, Retry, reason, resolve};
+use super::picture::{Changes, Need, Objects, Picture, Place, Table, View, Workload, slice_key};
+use super::resolve::{self, Owner, Resolved};
+use super::views::{self, SERVICE_NAME, Written};
+use super::{Clusters, Retry, reason};
 use crate::admission::{self, Admitted, Held};
 use crate::readiness::Outlook;
 use futures_util::StreamExt;
@@ -28,7 +32,7 @@ use tideshift_core::decode::Errors;
 use tideshift_core::shift::TrafficShift;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, interval, timeout, timeout_at};
+use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 
 /// How often each cluster is asked whether it is there, and how long it may take to say so.
 const LOOK: Duration = Duration::from_secs(2);
@@ -36,19 +40,28 @@ const LOOK: Duration = Duration::from_secs(2);
 /// How long a TrafficShift that is gone stays in force. If they all go because the CRD goes, that is known by then.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// Of all time, at most one part in so many is spent on putting together what follows: as long as what comes in makes much
+/// work, more of it is taken together.
+const REST: u32 = 4;
+/// The longest pause for that.
+const MAX_REST: Duration = Duration::from_secs(1);
+
+/// A document with its endpoints, and as it was written.
+pub type Document = (TrafficShift, Value);
+
 /// What follows from everything that is seen.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default)]
 pub struct Scene {
-    /// The documents, with their endpoints, and as they were written.
-    pub documents: Vec<(TrafficShift, Value)>,
+    /// The documents; the same list as before where nothing of it, and of `outlook`, `errors` and `hidden`, has changed.
+    pub documents: Arc<Vec<Arc<Document>>>,
     /// What is known beyond them.
     pub outlook: Arc<Outlook>,
     /// What is wrong, one line each.
     pub errors: Vec<String>,
     /// The namespaces whose TrafficShifts cannot be seen; `None` stands for all.
     pub hidden: Vec<Option<String>>,
-    /// The resources, by rollout.
-    pub objects: BTreeMap<String, Object>,
+    /// The resources, by rollout; each the same as before where neither it nor what is known of its endpoints has changed.
+    pub objects: Arc<BTreeMap<String, Arc<Object>>>,
     /// All that is known, for what is scaled.
     pub picture: Arc<Picture>,
     /// Whether there was anything to put together.
@@ -59,6 +72,11 @@ impl Scene {
     /// Whether nothing has been seen yet.
     pub fn is_nothing(&self) -> bool {
         !self.seen
+    }
+
+    /// A copy of the documents.
+    pub fn documents(&self) -> Vec<Document> {
+        self.documents.iter().map(|document| Document::clone(document)).collect()
     }
 }
 
@@ -84,6 +102,26 @@ pub struct Object {
 struct Sight {
     picture: Picture,
     shifts: BTreeMap<Option<String>, Table<Written>>,
+    news: News,
+}
+
+/// What has changed since it was last looked.
+#[derive(Debug, Default)]
+struct News {
+    /// Something of TrafficShifts.
+    shifts: bool,
+    places: BTreeMap<Place, Changes>,
+    /// Clusters that have come into sight, or have gone out of it.
+    clusters: BTreeSet<Option<String>>,
+}
+
+impl News {
+    fn place(&mut self, place: &Place) -> &mut Changes {
+        if !self.places.contains_key(place) {
+            self.places.insert(place.clone(), Changes::default());
+        }
+        self.places.entry(place.clone()).or_default()
+    }
 }
 
 /// Where watches write down what they see.
@@ -98,9 +136,12 @@ impl Notes {
         self.sight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, write: impl FnOnce(&mut Sight)) {
-        write(&mut self.lock());
-        self.changed.notify_one();
+    /// Writes something down; it says whether that is anything else than was known.
+    fn write(&self, write: impl FnOnce(&mut Sight) -> bool) {
+        let is_news = write(&mut self.lock());
+        if is_news {
+            self.changed.notify_one();
+        }
     }
 }
 
@@ -124,13 +165,7 @@ impl Eyes {
         for scope in scopes {
             tasks.spawn(follow_shifts(clusters.home(), scope, notes.clone()));
         }
-        let watches = Watches {
-            clusters,
-            notes: notes.clone(),
-            running: BTreeMap::new(),
-            good: BTreeMap::new(),
-            generations: BTreeMap::new(),
-        };
+        let watches = Watches::new(clusters, notes);
         tasks.spawn(watches.run(send));
         Self { scene, _tasks: tasks }
     }
@@ -155,112 +190,205 @@ impl Drop for Running {
 /// A cluster, and what is watched there; nothing: the cluster itself.
 type Watched = (Option<String>, Option<(Place, Need)>);
 
-/// The watches that documents need.
+/// The watches that documents need, and what follows from what they see.
 struct Watches {
     clusters: Clusters,
     notes: Notes,
     running: BTreeMap<Watched, Running>,
+    /// The resources as they were read last, by rollout.
+    read: BTreeMap<String, (Arc<Written>, Result<Arc<Held>, Errors>)>,
     /// The documents that were right last, by rollout, and their generations.
     good: BTreeMap<String, Arc<Held>>,
     generations: BTreeMap<String, i64>,
+    /// The documents in force, the oldest resource first.
+    in_force: Vec<InForce>,
+    /// What is wrong with resources, by rollout and in all.
+    refused: BTreeMap<String, String>,
+    errors: Vec<String>,
+    /// What followed last.
+    scene: Scene,
+}
+
+/// A document in force, and what came of the last look at what it depends on.
+struct InForce {
+    held: Arc<Held>,
+    needs: BTreeMap<Place, BTreeSet<Need>>,
+    /// None before the first look.
+    document: Option<Arc<Document>>,
+    outlook: Outlook,
+    owners: Vec<Owner>,
 }
 
 impl Watches {
+    fn new(clusters: Clusters, notes: Notes) -> Self {
+        Self {
+            clusters,
+            notes,
+            running: BTreeMap::new(),
+            read: BTreeMap::new(),
+            good: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            in_force: Vec::new(),
+            refused: BTreeMap::new(),
+            errors: Vec::new(),
+            scene: Scene::default(),
+        }
+    }
+
     async fn run(mut self, scene: watch::Sender<Arc<Scene>>) {
         let mut of_clusters = self.clusters.changes();
+        let mut rest = Instant::now();
         loop {
+            let mut have_changed = BTreeSet::new();
             tokio::select! {
                 () = self.notes.changed.notified() => {}
-                Ok(()) = of_clusters.changed() => {
-                    for cluster in self.clusters.take_changed() {
-                        self.running.retain(|(of, _), _| *of != Some(cluster.clone()));
-                        self.notes.lock().picture.views.retain(|place, _| place.cluster.as_ref() != Some(&cluster));
-                    }
-                }
+                Ok(()) = of_clusters.changed() => have_changed = self.clusters.take_changed(),
             }
-            let is_complete = {
-                let sight = self.notes.lock();
-                sight.shifts.values().all(|table| table.synced || table.lost.is_some()) && !sight.shifts.is_empty()
+            sleep_until(rest).await;
+            let began = Instant::now();
+            let looking = tokio::task::spawn_blocking(move || {
+                let seen = self.look(have_changed);
+                (self, seen)
+            });
+            let Ok((watches, seen)) = looking.await else { return };
+            self = watches;
+            if let Some(seen) = seen {
+                scene.send_replace(Arc::new(seen));
+            }
+            rest = Instant::now() + MAX_REST.min(began.elapsed() * REST);
+        }
+    }
+
+    /// Puts together what follows from what has changed, and begins to watch what that needs. Nothing if nothing has
+    /// changed, or not all TrafficShifts have been seen.
+    fn look(&mut self, clusters: BTreeSet<String>) -> Option<Scene> {
+        for cluster in &clusters {
+            self.running.retain(|(of, _), _| of.as_ref() != Some(cluster));
+        }
+        let (mut news, shifts) = {
+            let mut sight = self.notes.lock();
+            let of = |place: &Place| place.cluster.as_ref().is_some_and(|cluster| clusters.contains(cluster));
+            sight.picture.views.retain(|place, _| !of(place));
+            sight.news.clusters.extend(clusters.iter().cloned().map(Some));
+            let is_complete = sight.shifts.values().all(|table| table.synced || table.lost.is_some());
+            if !is_complete || sight.shifts.is_empty() {
+                return None;
+            }
+            (std::mem::take(&mut sight.news), sight.shifts.clone())
+        };
+        let is_first = self.scene.is_nothing();
+        let mut are_others = is_first;
+        if news.shifts || is_first {
+            are_others |= self.read(&shifts);
+        }
+        if are_others || !clusters.is_empty() {
+            self.watch(&mut news);
+        }
+        let picture = self.notes.lock().picture.clone();
+        let touched = self.resolve(&news, &picture);
+        let (mut errors, mut hidden) = (Vec::new(), Vec::new());
+        for (scope, table) in &shifts {
+            let Some(why) = &table.lost else { continue };
+            let of = scope.as_ref().map_or_else(String::new, |namespace| format!(" in namespace {namespace}"));
+            errors.push(format!("TrafficShifts{of} cannot be seen: {why}; what they said before stays in force"));
+            if !table.synced {
+                hidden.push(scope.clone());
+            }
+        }
+        errors.extend(self.errors.iter().cloned());
+        are_others |= !touched.is_empty() || (&errors, &hidden) != (&self.scene.errors, &self.scene.hidden);
+        if !are_others && !news.shifts && news.places.is_empty() && news.clusters.is_empty() {
+            return None;
+        }
+        if are_others {
+            let documents = self.in_force.iter().filter_map(|one| one.document.clone());
+            self.scene.documents = Arc::new(documents.collect());
+            let all = self.in_force.iter().map(|one| (&one.outlook, one.owners.as_slice()));
+            self.scene.outlook = Arc::new(resolve::beyond(all));
+        }
+        if are_others || news.shifts {
+            self.scene.objects = Arc::new(self.objects(&touched));
+        }
+        (self.scene.errors, self.scene.hidden, self.scene.seen) = (errors, hidden, true);
+        self.scene.picture = Arc::new(picture);
+        Some(self.scene.clone())
+    }
+
+    /// Resolves the documents that what has changed may concern. The rollouts of those that are others now.
+    fn resolve(&mut self, news: &News, picture: &Picture) -> BTreeSet<String> {
+        let mut touched = BTreeSet::new();
+        let nothing = View::default();
+        for one in &mut self.in_force {
+            let concerns = |place: &Place| {
+                let changes = news.places.get(place);
+                news.clusters.contains(&place.cluster)
+                    || changes.is_some_and(|changes| {
+                        resolve::depends(&one.held.shift, picture.view(place).unwrap_or(&nothing), changes)
+                    })
             };
-            if is_complete {
-                let now = self.look();
-                scene.send_if_modified(|before| {
-                    let now = Scene { seen: true, ..now };
-                    let differs = **before != now;
-                    if differs {
-                        *before = Arc::new(now);
-                    }
-                    differs
-                });
+            if one.document.is_some() && !one.needs.keys().any(concerns) {
+                continue;
+            }
+            let Resolved { shift, outlook, owners } = resolve::resolve_one(one.held.shift.clone(), picture);
+            let before = one.document.as_ref().map(|document| &document.0);
+            if before != Some(&shift) || outlook != one.outlook || owners != one.owners {
+                touched.insert(shift.name.clone());
+                one.document = Some(Arc::new((shift, one.held.document.clone())));
+                (one.outlook, one.owners) = (outlook, owners);
             }
         }
+        touched
     }
 
-    /// Puts together what follows, and begins to watch what that needs.
-    fn look(&mut self) -> Scene {
-        let notes = self.notes.clone();
-        let mut sight = notes.lock();
-        let mut scene = Scene::default();
-        for (scope, table) in &sight.shifts {
-            if let Some(why) = &table.lost {
-                let of = scope.as_ref().map_or_else(String::new, |namespace| format!(" in namespace {namespace}"));
-                scene
-                    .errors
-                    .push(format!("TrafficShifts{of} cannot be seen: {why}; what they said before stays in force"));
-                if !table.synced {
-                    scene.hidden.push(scope.clone());
-                }
-            }
+    /// Takes in the resources: what is wrong is left as it was, and of two documents that contradict each other the one is
+    /// in force that is already, or else the older resource. Returns whether other documents are in force than before.
+    fn read(&mut self, shifts: &BTreeMap<Option<String>, Table<Written>>) -> bool {
+        let all = shifts.values().flat_map(|table| table.objects.all().values());
+        let mut written: Vec<(String, &Arc<Written>)> = all.map(|written| (written.rollout(), written)).collect();
+        written.sort_by(|(_, a), (_, b)| (a.created, &a.uid).cmp(&(b.created, &b.uid)));
+        let mut read = std::mem::take(&mut self.read);
+        for (rollout, written) in &written {
+            let before = read.remove(rollout).filter(|(before, _)| before.document == written.document);
+            let document = before.map_or_else(|| self.read_one(rollout, written), |(_, document)| document);
+            self.read.insert(rollout.clone(), ((*written).clone(), document));
         }
-        self.read(&sight, &mut scene);
-        let mut needs: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
-        for (shift, _) in &scene.documents {
-            for (place, of_shift) in resolve::needs(shift) {
-                needs.entry(place).or_default().extend(of_shift);
-            }
-        }
-        self.watch(&needs, &mut sight.picture);
-        let shifts = scene.documents.iter().map(|(shift, _)| shift.clone());
-        let (resolved, outlook) = resolve::resolve(shifts, &sight.picture);
-        for (document, resolved) in scene.documents.iter_mut().zip(resolved) {
-            document.0 = resolved;
-        }
-        scene.outlook = Arc::new(outlook);
-        scene.picture = Arc::new(sight.picture.clone());
-        scene
-    }
-
-    /// The documents in force: what is wrong is left as it was, and of two that contradict each other the one that is in
-    /// force already, or else the older resource.
-    fn read(&mut self, sight: &Sight, scene: &mut Scene) {
-        let mut written: Vec<&Written> = sight.shifts.values().flat_map(|table| table.objects.values()).collect();
-        written.sort_by(|a, b| (a.created, &a.uid).cmp(&(b.created, &b.uid)));
-        let documents = written.iter().map(|written| (written.rollout(), self.read_one(written)));
+        let documents = written.iter().map(|(rollout, _)| (rollout.clone(), self.read[rollout].1.clone()));
         let Admitted { held, refused } = admission::agree(&self.good, documents);
-        for written in written {
-            let rollout = written.rollout();
-            let error = refused.get(&rollout).map(Errors::to_string);
+        self.errors.clear();
+        let mut generations = BTreeMap::new();
+        for (rollout, written) in &written {
+            let error = refused.get(rollout).map(Errors::to_string);
             let lines = error.iter().flat_map(|error| error.lines());
-            scene.errors.extend(lines.map(|line| format!("{}/{}: {line}", written.namespace, written.name)));
-            let held = held.get(&rollout);
-            let before = self.generations.get(&rollout).copied().unwrap_or_default();
-            let generation = match (&error, held) {
+            self.errors.extend(lines.map(|line| format!("{}/{}: {line}", written.namespace, written.name)));
+            let generation = match (&error, held.contains_key(rollout)) {
                 (None, _) => written.generation,
-                (Some(_), Some(_)) => before,
-                (Some(_), None) => 0,
+                (Some(_), true) => self.generations.get(rollout).copied().unwrap_or_default(),
+                (Some(_), false) => 0,
             };
-            self.generations.insert(rollout.clone(), generation);
-            let (namespace, name, uid) = (written.namespace.clone(), written.name.clone(), written.uid.clone());
-            let by = written.by.clone();
-            scene.objects.insert(rollout, Object { namespace, name, uid, generation, error, by });
-            scene.documents.extend(held.map(|held| (held.shift.clone(), held.document.clone())));
+            generations.insert(rollout.clone(), generation);
         }
-        self.generations.retain(|rollout, _| scene.objects.contains_key(rollout));
-        self.good = held;
+        self.refused = refused.into_iter().map(|(rollout, errors)| (rollout, errors.to_string())).collect();
+        (self.generations, self.good) = (generations, held);
+        let before = std::mem::take(&mut self.in_force);
+        let order: Vec<_> = before.iter().map(|one| one.held.clone()).collect();
+        let mut before: BTreeMap<_, _> = before.into_iter().map(|one| (one.held.shift.name.clone(), one)).collect();
+        for held in written.iter().filter_map(|(rollout, _)| self.good.get(rollout)) {
+            let same = before.remove(&held.shift.name).filter(|one| Arc::ptr_eq(&one.held, held));
+            let new = || InForce {
+                held: held.clone(),
+                needs: resolve::needs(&held.shift),
+                document: None,
+                outlook: Outlook::default(),
+                owners: Vec::new(),
+            };
+            self.in_force.push(same.unwrap_or_else(new));
+        }
+        let is_same = |(one, before): (&InForce, &Arc<Held>)| Arc::ptr_eq(&one.held, before);
+        self.in_force.len() != order.len() || !self.in_force.iter().zip(&order).all(is_same)
     }
 
-    fn read_one(&self, written: &Written) -> Result<Arc<Held>, Errors> {
-        let before = self.good.get(&written.rollout());
+    fn read_one(&self, rollout: &str, written: &Written) -> Result<Arc<Held>, Errors> {
+        let before = self.good.get(rollout);
         if let Some(before) = before.filter(|before| before.document == written.document) {
             return Ok(before.clone());
         }
@@ -270,11 +398,47 @@ impl Watches {
         Ok(Arc::new(Held { shift, document: written.document.clone(), size }))
     }
 
-    fn watch(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {
+    /// The resources, each the same as before if neither it nor its document has changed.
+    fn objects(&self, touched: &BTreeSet<String>) -> BTreeMap<String, Arc<Object>> {
+        let object = |(rollout, (written, _)): (&String, &(Arc<Written>, _))| {
+            let now = Object {
+                namespace: written.namespace.clone(),
+                name: written.name.clone(),
+                uid: written.uid.clone(),
+                generation: self.generations.get(rollout).copied().unwrap_or_default(),
+                error: self.refused.get(rollout).cloned(),
+                by: written.by.clone(),
+            };
+            let before = self.scene.objects.get(rollout).filter(|before| ***before == now);
+            let same = before.filter(|_| !touched.contains(rollout)).cloned();
+            (rollout.clone(), same.unwrap_or_else(|| Arc::new(now)))
+        };
+        self.read.iter().map(object).collect()
+    }
+
+    /// Begins to watch what documents need, and ends what none needs any longer.
+    fn watch(&mut self, news: &mut News) {
+        let mut needs: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
+        for (place, of_shift) in self.in_force.iter().flat_map(|one| &one.needs) {
+            match needs.get_mut(place) {
+                Some(needs) => needs.extend(of_shift.iter().cloned()),
+                None => _ = needs.insert(place.clone(), of_shift.clone()),
+            }
+        }
+        let notes = self.notes.clone();
+        let picture = &mut notes.lock().picture;
+        let before = std::mem::take(&mut picture.closed);
+        self.watch_all(&needs, picture);
+        let are_others = |place: &&Place| before.get(*place) != picture.closed.get(*place);
+        for place in before.keys().chain(picture.closed.keys()).filter(are_others) {
+            news.place(place).all = true;
+        }
+    }
+
+    fn watch_all(&mut self, needs: &BTreeMap<Place, BTreeSet<Need>>, picture: &mut Picture) {
         let home = Place { cluster: None, namespace: String::new() };
         let mut clients: BTreeMap<Option<String>, Client> = BTreeMap::new();
         let mut open: BTreeMap<Place, BTreeSet<Need>> = BTreeMap::new();
-        picture.closed.clear();
         for place in needs.keys().chain([&home]) {
             match self.clusters.client(place) {
                 Ok(client) => {
@@ -343,9 +507,12 @@ async fn look_at(client: Client, cluster: Option<String>, notes: Notes) {
                 Some(why) => tracing::warn!(cluster = name, "cannot be seen: {why}"),
                 None => tracing::info!(cluster = name, "in sight"),
             }
-            notes.write(|sight| match answer {
-                Some(why) => _ = sight.picture.lost.insert(cluster.clone(), why),
-                None => _ = sight.picture.lost.remove(&cluster),
+            notes.write(|sight| {
+                match answer {
+                    Some(why) => _ = sight.picture.lost.insert(cluster.clone(), why),
+                    None => _ = sight.picture.lost.remove(&cluster),
+                }
+                sight.news.clusters.insert(cluster.clone())
             });
         }
     }
@@ -357,19 +524,26 @@ fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
     let task = match need {
         Need::Slices => {
             let api: Api<EndpointSlice> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.slices), views::slice, None))
+            let page = InView { place, table: |view| &mut view.slices, note: Changes::slice };
+            let key = |slice: &EndpointSlice| {
+                slice_key(slice.labels().get(SERVICE_NAME).map(String::as_str), &slice.name_any())
+            };
+            tokio::spawn(follow(api, notes, page, key, views::slice, None))
         }
         Need::Pods => {
             let api: Api<PartialObjectMeta<Pod>> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.pods), views::labels, None))
+            let page = InView { place, table: |view| &mut view.pods, note: Changes::pod };
+            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::labels, None))
         }
         Need::Autoscalers => {
             let api: Api<HorizontalPodAutoscaler> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.autoscalers), views::autoscaler, None))
+            let page = InView { place, table: |view| &mut view.autoscalers, note: |_, _, _| () };
+            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::autoscaler, None))
         }
         Need::Budgets => {
             let api: Api<PodDisruptionBudget> = Api::namespaced(client, &namespace);
-            tokio::spawn(follow(api, notes, in_view(place, |view| &mut view.budgets), views::budget, None))
+            let page = InView { place, table: |view| &mut view.budgets, note: |_, _, _| () };
+            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::budget, None))
         }
         Need::Workloads { api_version, kind } => tokio::spawn(see_workloads(client, place, (api_version, kind), notes)),
     };
@@ -379,29 +553,17 @@ fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
 /// Watches workloads of one kind, once the cluster has said how that kind is asked for.
 async fn see_workloads(client: Client, place: Place, of: (String, String), notes: Notes) {
     let namespace = place.namespace.clone();
-    let key = of.clone();
-    let table = move |sight: &mut Sight, change: Change<'_, Workload>| {
-        let view = sight.picture.views.entry(place.clone()).or_default();
-        change(view.workloads.entry(key.clone()).or_default());
-    };
+    let page = Workloads { place, of: of.clone() };
     let mut retry = Retry::default();
     let resource = loop {
         match super::resource(&client, &of.0, &of.1).await {
             Ok(resource) => break resource,
-            Err(why) => notes.write(|sight| table(sight, &mut |table| table.lost = Some(why.clone()))),
+            Err(why) => notes.write(|sight| page.lose(sight, why)),
         }
         tokio::time::sleep(retry.pause()).await;
     };
     let api: Api<DynamicObject> = Api::namespaced_with(client, &namespace, &resource);
-    follow(api, notes, table, views::workload, None).await;
-}
-
-/// A change of a table, wherever that is.
-type Change<'a, T> = &'a mut dyn FnMut(&mut Table<T>);
-
-/// Where a table is.
-fn in_view<T>(place: Place, get: impl Fn(&mut View) -> &mut Table<T>) -> impl Fn(&mut Sight, Change<'_, T>) {
-    move |sight, change| change(get(sight.picture.views.entry(place.clone()).or_default()))
+    follow(api, notes, page, ResourceExt::name_any, views::workload, None).await;
 }
 
 /// Watches the TrafficShifts of a namespace, or of all.
@@ -411,32 +573,156 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
         Some(namespace) => Api::namespaced_with(client, namespace, &resource),
         None => Api::all_with(client, &resource),
     };
-    let table = move |sight: &mut Sight, change: Change<'_, Written>| {
-        change(sight.shifts.entry(scope.clone()).or_default());
-    };
-    follow(api, notes, table, views::written, Some(FAREWELL)).await;
+    let key = |object: &DynamicObject| format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
+    follow(api, notes, Shifts(scope), key, views::written, Some(FAREWELL)).await;
+}
+
+/// Where objects of one kind are written down.
+trait Page: Send {
+    /// What is written of each.
+    type Object: Clone + PartialEq + Send + Sync;
+
+    /// Where they are.
+    fn table<'s>(&self, sight: &'s mut Sight) -> &'s mut Table<Self::Object>;
+
+    /// Notes what may follow where one of them is another one now.
+    fn note(&self, news: &mut News, name: &str, before: Option<&Arc<Self::Object>>, now: Option<&Arc<Self::Object>>);
+
+    /// Notes that all of them have come into sight, or have gone out of it.
+    fn note_all(&self, news: &mut News);
+
+    /// Writes an object down as it is now. Returns whether that is anything else.
+    fn put(&self, sight: &mut Sight, name: String, now: Option<Self::Object>) -> bool {
+        let table = self.table(sight);
+        let before = table.objects.shared(&name).cloned();
+        if before.as_deref() == now.as_ref() {
+            return false;
+        }
+        let now = now.map(Arc::new);
+        match &now {
+            Some(now) => _ = table.objects.insert(name.clone(), now.clone()),
+            None => _ = table.objects.remove(&name),
+        }
+        self.note(&mut sight.news, &name, before.as_ref(), now.as_ref());
+        true
+    }
+
+    /// The same of all that there are.
+    fn put_all(&self, sight: &mut Sight, objects: Objects<Self::Object>) -> bool {
+        let table = self.table(sight);
+        let comes_into_sight = !table.synced || table.lost.is_some();
+        (table.synced, table.lost) = (true, None);
+        let before = std::mem::replace(&mut table.objects, objects.clone());
+        if comes_into_sight {
+            self.note_all(&mut sight.news);
+            return true;
+        }
+        let names: BTreeSet<&String> = before.all().keys().chain(objects.all().keys()).collect();
+        let mut is_news = false;
+        for name in names {
+            let (before, now) = (before.shared(name), objects.shared(name));
+            if before != now {
+                self.note(&mut sight.news, name, before, now);
+                is_news = true;
+            }
+        }
+        is_news
+    }
+
+    /// They cannot be seen. Returns whether that was not known.
+    fn lose(&self, sight: &mut Sight, why: String) -> bool {
+        let table = self.table(sight);
+        if table.lost.as_ref() == Some(&why) {
+            return false;
+        }
+        table.lost = Some(why);
+        self.note_all(&mut sight.news);
+        true
+    }
+}
+
+/// TrafficShifts of a namespace, or of all.
+struct Shifts(Option<String>);
+
+impl Page for Shifts {
+    type Object = Written;
+
+    fn table<'s>(&self, sight: &'s mut Sight) -> &'s mut Table<Written> {
+        sight.shifts.entry(self.0.clone()).or_default()
+    }
+
+    fn note(&self, news: &mut News, _: &str, _: Option<&Arc<Written>>, _: Option<&Arc<Written>>) {
+        news.shifts = true;
+    }
+
+    fn note_all(&self, news: &mut News) {
+        news.shifts = true;
+    }
+}
+
+/// Objects that are known by their names alone.
+struct InView<T> {
+    place: Place,
+    table: fn(&mut View) -> &mut Table<T>,
+    note: fn(&mut Changes, Option<&Arc<T>>, Option<&Arc<T>>),
+}
+
+impl<T: Clone + PartialEq + Send + Sync> Page for InView<T> {
+    type Object = T;
+
+    fn table<'s>(&self, sight: &'s mut Sight) -> &'s mut Table<T> {
+        (self.table)(sight.picture.views.entry(self.place.clone()).or_default())
+    }
+
+    fn note(&self, news: &mut News, _: &str, before: Option<&Arc<T>>, now: Option<&Arc<T>>) {
+        (self.note)(news.place(&self.place), before, now);
+    }
+
+    fn note_all(&self, news: &mut News) {
+        news.place(&self.place).all = true;
+    }
+}
+
+/// Workloads of one kind: group and version, and the kind's name.
+struct Workloads {
+    place: Place,
+    of: (String, String),
+}
+
+impl Page for Workloads {
+    type Object = Workload;
+
+    fn table<'s>(&self, sight: &'s mut Sight) -> &'s mut Table<Workload> {
+        let view = sight.picture.views.entry(self.place.clone()).or_default();
+        view.workloads.entry(self.of.clone()).or_default()
+    }
+
+    fn note(&self, news: &mut News, name: &str, _: Option<&Arc<Workload>>, _: Option<&Arc<Workload>>) {
+        let (api_version, kind) = self.of.clone();
+        news.place(&self.place).workloads.insert((api_version, kind, name.to_owned()));
+    }
+
+    fn note_all(&self, news: &mut News) {
+        news.place(&self.place).all = true;
+    }
 }
 
 /// Keeps a table as the cluster has it, for as long as nobody ends it. Where there is a farewell, what is deleted stays for
 /// so long, and goes only if the cluster then says what there is without it.
-async fn follow<K, T>(
+async fn follow<K, P: Page>(
     api: Api<K>,
     notes: Notes,
-    table: impl Fn(&mut Sight, Change<'_, T>),
-    view: impl Fn(&K) -> Option<T>,
+    page: P,
+    key: impl Fn(&K) -> String,
+    view: impl Fn(&K) -> Option<P::Object>,
     farewell: Option<Duration>,
 ) where
     K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    T: Clone,
 {
-    let key = |object: &K| format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
-    // Within one namespace the name is enough, and it is what others know the object by.
-    let is_all = api.namespace().is_none();
-    let key = |object: &K| if is_all { key(object) } else { object.name_any() };
     let mut retry = Retry::default();
     loop {
         let mut events = pin!(super::watch(api.clone(), watcher::Config::default()));
-        let mut coming: BTreeMap<String, T> = BTreeMap::new();
+        let mut coming: BTreeMap<String, P::Object> = BTreeMap::new();
         let mut ask_again: Option<Instant> = None;
         loop {
             let event = match ask_again {
@@ -452,29 +738,24 @@ async fn follow<K, T>(
                 Ok(watcher::Event::InitApply(object)) => coming.extend(view(&object).map(|view| (key(&object), view))),
                 Ok(watcher::Event::InitDone) => {
                     retry.reset();
-                    let objects = std::mem::take(&mut coming);
-                    let now = Table { objects, synced: true, lost: None };
-                    notes.write(|sight| table(sight, &mut |table| table.clone_from(&now)));
+                    let objects = std::mem::take(&mut coming).into();
+                    notes.write(|sight| page.put_all(sight, objects));
                 }
-                Ok(watcher::Event::Apply(object)) => notes.write(|sight| {
-                    table(sight, &mut |table| match view(&object) {
-                        Some(view) => _ = table.objects.insert(key(&object), view),
-                        None => _ = table.objects.remove(&key(&object)),
-                    });
-                }),
+                Ok(watcher::Event::Apply(object)) => {
+                    let (key, view) = (key(&object), view(&object));
+                    notes.write(|sight| page.put(sight, key, view));
+                }
                 Ok(watcher::Event::Delete(_)) if farewell.is_some() => {
                     ask_again = ask_again.or(farewell.map(|farewell| Instant::now() + farewell));
                 }
-                Ok(watcher::Event::Delete(object)) => notes.write(|sight| {
-                    table(sight, &mut |table| _ = table.objects.remove(&key(&object)));
-                }),
+                Ok(watcher::Event::Delete(object)) => notes.write(|sight| page.put(sight, key(&object), None)),
                 // A watch that has become too old: everything is listed anew, at once; nothing is missed by that.
                 Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
                 Err(error) => {
                     coming.clear();
                     let why = super::watch_reason(&error);
                     tracing::debug!(url = api.resource_url(), "watch: {why}");
-                    notes.write(|sight| table(sight, &mut |table| table.lost = Some(why.clone())));
+                    notes.write(|sight| page.lose(sight, why));
                     // A watch that goes on where it was says nothing until something changes. Listed anew, the table is
                     // known to be right again.
                     if !matches!(error, watcher::Error::InitialListFailed(_)) {
@@ -486,3 +767,6 @@ async fn follow<K, T>(
         tokio::time::sleep(retry.pause()).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! What is known of the clusters: the few fields of their objects that matter here, by cluster and namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Bound, Index};
+use std::sync::Arc;
 use tideshift_core::shift::{LabelSelector, WorkloadRef};
 
 /// A namespace of a cluster; no cluster is the controller's own.
@@ -26,10 +28,10 @@ pub struct Picture {
 /// What is known of one namespace.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
-    /// EndpointSlices by name.
+    /// EndpointSlices by [`slice_key`].
     pub slices: Table<Slice>,
     /// The labels of pods, by the pods' names.
-    pub pods: Table<BTreeMap<String, String>>,
+    pub pods: Table<Labels>,
     /// Workloads, by what documents call them; one table for each kind.
     pub workloads: BTreeMap<(String, String), Table<Workload>>,
     /// HorizontalPodAutoscalers by name.
@@ -38,15 +40,168 @@ pub struct View {
     pub budgets: Table<Budget>,
 }
 
+/// The labels of a pod.
+pub type Labels = BTreeMap<String, String>;
+
 /// Objects of one kind.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Table<T> {
     /// By name.
-    pub objects: BTreeMap<String, T>,
+    pub objects: Objects<T>,
     /// Whether all of them have been seen.
     pub synced: bool,
     /// Why they cannot be seen now, if so; what is here is what was seen last.
     pub lost: Option<String>,
+}
+
+/// Objects by name. Copies share what none of them has changed since, so that a picture of everything costs little.
+#[derive(Debug, PartialEq)]
+pub struct Objects<T>(Arc<BTreeMap<String, Arc<T>>>);
+
+impl<T> Objects<T> {
+    /// The object of that name.
+    pub fn get(&self, name: &str) -> Option<&T> {
+        self.0.get(name).map(Arc::as_ref)
+    }
+
+    /// The same, to be shared.
+    pub fn shared(&self, name: &str) -> Option<&Arc<T>> {
+        self.0.get(name)
+    }
+
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut T>
+    where
+        T: Clone,
+    {
+        Arc::make_mut(&mut self.0).get_mut(name).map(Arc::make_mut)
+    }
+
+    /// Puts an object in the place of what had its name.
+    pub fn insert(&mut self, name: String, object: impl Into<Arc<T>>) -> Option<Arc<T>> {
+        Arc::make_mut(&mut self.0).insert(name, object.into())
+    }
+
+    /// Takes the object of that name out.
+    pub fn remove(&mut self, name: &str) -> Option<Arc<T>> {
+        Arc::make_mut(&mut self.0).remove(name)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &T)> {
+        self.0.iter().map(|(name, object)| (name, object.as_ref()))
+    }
+
+    /// The same without names.
+    pub fn values(&self) -> impl Iterator<Item = &T> {
+        self.0.values().map(Arc::as_ref)
+    }
+
+    /// The same, to be shared.
+    pub fn all(&self) -> &BTreeMap<String, Arc<T>> {
+        &self.0
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl<T> Clone for Objects<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Default for Objects<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<T> Extend<(String, T)> for Objects<T> {
+    fn extend<I: IntoIterator<Item = (String, T)>>(&mut self, objects: I) {
+        Arc::make_mut(&mut self.0).extend(objects.into_iter().map(|(name, object)| (name, Arc::new(object))));
+    }
+}
+
+impl<T> FromIterator<(String, T)> for Objects<T> {
+    fn from_iter<I: IntoIterator<Item = (String, T)>>(objects: I) -> Self {
+        Self(Arc::new(objects.into_iter().map(|(name, object)| (name, Arc::new(object))).collect()))
+    }
+}
+
+impl<T> From<BTreeMap<String, T>> for Objects<T> {
+    fn from(objects: BTreeMap<String, T>) -> Self {
+        objects.into_iter().collect()
+    }
+}
+
+impl<T> Index<&str> for Objects<T> {
+    type Output = T;
+
+    fn index(&self, name: &str) -> &T {
+        &self.0[name]
+    }
+}
+
+/// The key of a slice: those of one Service are one after the other.
+pub fn slice_key(service: Option<&str>, name: &str) -> String {
+    format!("{}/{name}", service.unwrap_or_default())
+}
+
+impl Objects<Slice> {
+    /// The slices of a Service, or all.
+    pub fn of_service(&self, service: Option<&str>) -> impl Iterator<Item = &Slice> {
+        // Nothing comes between the slash and the nought after it.
+        let bounds = match service {
+            Some(service) => (Bound::Included(format!("{service}/")), Bound::Excluded(format!("{service}0"))),
+            None => (Bound::Unbounded, Bound::Unbounded),
+        };
+        self.0.range::<String, _>(bounds).map(|(_, slice)| slice.as_ref())
+    }
+}
+
+/// What has changed of a namespace, as far as endpoints may depend on it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Changes {
+    /// All that is known of a kind has come into sight, or has gone out of it.
+    pub all: bool,
+    /// The Services whose slices have changed.
+    pub services: BTreeSet<String>,
+    /// The pods that slices say something else of.
+    pub endpoints: BTreeSet<String>,
+    /// The labels that pods have now and did not have before, or the other way round.
+    pub labels: Vec<Arc<Labels>>,
+    /// Workloads, by group and version, kind and name.
+    pub workloads: BTreeSet<(String, String, String)>,
+}
+
+impl Changes {
+    /// A slice was as it was `before`, and is as it is `now`.
+    pub fn slice(&mut self, before: Option<&Arc<Slice>>, now: Option<&Arc<Slice>>) {
+        let both = || before.into_iter().chain(now);
+        self.services.extend(both().filter_map(|slice| slice.service.clone()));
+        let frame = |slice: &Slice| (slice.service.clone(), slice.is_ipv6, slice.ports.clone(), slice.endpoints.len());
+        match (before, now) {
+            (Some(before), Some(now)) if frame(before) == frame(now) => {
+                let pairs = before.endpoints.iter().zip(&now.endpoints).filter(|(before, now)| before != now);
+                self.endpoints.extend(pairs.flat_map(|(before, now)| [&before.pod, &now.pod]).flatten().cloned());
+            }
+            _ => self.endpoints.extend(both().flat_map(|slice| &slice.endpoints).filter_map(|one| one.pod.clone())),
+        }
+    }
+
+    /// The same of a pod's labels.
+    pub fn pod(&mut self, before: Option<&Arc<Labels>>, now: Option<&Arc<Labels>>) {
+        self.labels.extend(before.into_iter().chain(now).cloned());
+    }
 }
 
 /// An EndpointSlice.
@@ -111,7 +266,7 @@ pub struct Budget {
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Self { objects: BTreeMap::new(), synced: false, lost: None }
+        Self { objects: Objects::default(), synced: false, lost: None }
     }
 }
 

@@ -1,12 +1,11 @@
 //! From documents that name Services, labels and workloads to documents that list endpoints: what the clusters say is
 //! put in the place of what a user would have written by hand. Pure.
 
-use super::picture::{Need, Picture, Place, Slice, SliceEndpoint, View, Workload};
+use super::picture::{Changes, Need, Picture, Place, Slice, SliceEndpoint, View, Workload};
 use crate::readiness::{HeldBack, Outlook};
-use std::collections::hash_map::{Entry, HashMap};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
-use tideshift_core::shift::{Discovery, Endpoint, PortRef, ShiftVersion, TrafficShift};
+use tideshift_core::shift::{Discovery, Endpoint, LabelSelector, PortRef, ShiftVersion, TrafficShift, WorkloadRef};
 
 /// Why an endpoint gets no probe and no warm-up. Whoever may write EndpointSlices could send the controller's requests
 /// to any address otherwise.
@@ -62,29 +61,59 @@ pub fn place(shift: &TrafficShift, version: &ShiftVersion) -> Place {
     Place { cluster: version.cluster.clone(), namespace }
 }
 
+/// Whether a document that needs something of a place may have other endpoints by what has changed there.
+pub fn depends(shift: &TrafficShift, view: &View, changes: &Changes) -> bool {
+    let is_changed = |workload: &WorkloadRef| {
+        changes.workloads.iter().any(|(api_version, kind, name)| {
+            (api_version, kind, name) == (&workload.api_version, &workload.kind, &workload.name)
+        })
+    };
+    let mut versions = shift.services.iter().flat_map(|service| &service.versions);
+    changes.all
+        || versions.any(|version| {
+            let of_workload = || workload(view, version).filter(|_| is_found_by_workload(version))?.selector.as_ref();
+            let discovery = version.discovery.as_ref();
+            let service = discovery.and_then(|discovery| discovery.service.as_ref());
+            let selector = discovery.and_then(|discovery| discovery.selector.as_ref()).or_else(of_workload);
+            let is_in_slices = || service.is_none_or(|service| changes.services.contains(service));
+            let by_pods = |selector: &LabelSelector| {
+                let labels = |pod: &String| view.pods.objects.get(pod);
+                changes.labels.iter().any(|labels| selector.selects(labels))
+                    || (is_in_slices() && changes.endpoints.iter().filter_map(labels).any(|of| selector.selects(of)))
+            };
+            version.workload.as_ref().is_some_and(is_changed)
+                || match selector {
+                    Some(selector) => by_pods(selector),
+                    None => service.is_some() && is_in_slices(),
+                }
+        })
+}
+
 /// The documents with the endpoints that the clusters say can take traffic, and what is known beyond them.
 pub fn resolve(shifts: impl IntoIterator<Item = TrafficShift>, picture: &Picture) -> (Vec<TrafficShift>, Outlook) {
-    let (mut outlook, mut owners) = (Outlook::default(), Owners::default());
-    let resolved = shifts.into_iter().map(|shift| resolve_one(shift, picture, &mut outlook, &mut owners)).collect();
-    outlook.shared = owners.shared;
-    (resolved, outlook)
+    let all: Vec<Resolved> = shifts.into_iter().map(|shift| resolve_one(shift, picture)).collect();
+    let outlook = beyond(all.iter().map(|one| (&one.outlook, one.owners.as_slice())));
+    (all.into_iter().map(|one| one.shift).collect(), outlook)
 }
 
-/// Which version of which document has each pod as a ready endpoint.
-#[derive(Default)]
-struct Owners {
-    versions: Vec<Owner>,
-    /// The index in `versions`, by namespace, name and address: a pod has the same ones by whatever name a document
-    /// calls its cluster.
-    pods: HashMap<(String, String, String), usize>,
-    /// What is wrong with the versions that have a pod in common, by service and version.
-    shared: BTreeMap<(String, String), String>,
+/// What is known beyond the documents, put together from what is known beyond each.
+pub fn beyond<'r>(all: impl Iterator<Item = (&'r Outlook, &'r [Owner])> + Clone) -> Outlook {
+    let mut outlook = Outlook { shared: shared(all.clone().flat_map(|(_, owners)| owners)), ..Outlook::default() };
+    for (one, _) in all {
+        outlook.unseen.extend(one.unseen.clone());
+        outlook.held_back.extend(one.held_back.clone());
+    }
+    outlook
 }
 
-struct Owner {
+/// A version's pods that are ready endpoints, by name and address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
     shift: String,
     service: String,
     version: String,
+    namespace: String,
+    pods: Vec<(String, String)>,
 }
 
 impl fmt::Display for Owner {
@@ -93,39 +122,45 @@ impl fmt::Display for Owner {
     }
 }
 
-impl Owners {
-    /// The version whose pods come next.
-    fn next(&mut self, shift: &TrafficShift, service: &str, version: &str) {
-        let (service, version) = (service.to_owned(), version.to_owned());
-        self.versions.push(Owner { shift: shift.name.clone(), service, version });
-    }
-
-    fn take(&mut self, namespace: &str, pod: String, address: String) {
-        let Some(own) = self.versions.len().checked_sub(1) else { return };
-        let (first, pod) = match self.pods.entry((namespace.to_owned(), pod, address)) {
-            Entry::Vacant(entry) => {
-                entry.insert(own);
-                return;
+/// What is wrong with versions that have a pod in common, by service and version. A pod has the same namespace, name and
+/// address by whatever name a document calls its cluster.
+pub fn shared<'o>(owners: impl IntoIterator<Item = &'o Owner>) -> BTreeMap<(String, String), String> {
+    let mut pods: HashMap<(&str, &str, &str), &Owner> = HashMap::new();
+    let mut shared: BTreeMap<(String, String), String> = BTreeMap::new();
+    for own in owners {
+        for (pod, address) in &own.pods {
+            let first = *pods.entry((&own.namespace, pod, address)).or_insert(own);
+            // The same version of several services is one.
+            if (&first.shift, &first.version) == (&own.shift, &own.version) {
+                continue;
             }
-            Entry::Occupied(entry) => (*entry.get(), entry.key().1.clone()),
-        };
-        let (Some(first), Some(own)) = (self.versions.get(first), self.versions.get(own)) else { return };
-        // The same version of several services is one.
-        if (&first.shift, &first.version) == (&own.shift, &own.version) {
-            return;
-        }
-        let why = format!(
-            "pod {pod} is a ready endpoint of {first} and of {own}; a pod belongs to one version of one TrafficShift, so \
-             the workloads of both versions are not scaled"
-        );
-        for owner in [first, own] {
-            let key = (owner.service.clone(), owner.version.clone());
-            self.shared.entry(key).or_insert_with(|| why.clone());
+            let why = format!(
+                "pod {pod} is a ready endpoint of {first} and of {own}; a pod belongs to one version of one TrafficShift, \
+                 so the workloads of both versions are not scaled"
+            );
+            for owner in [first, own] {
+                let key = (owner.service.clone(), owner.version.clone());
+                shared.entry(key).or_insert_with(|| why.clone());
+            }
         }
     }
+    shared
 }
 
-fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook, owners: &mut Owners) -> TrafficShift {
+/// A document with its endpoints, what is known beyond them but for what other documents have of it, and its versions' pods.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The document.
+    pub shift: TrafficShift,
+    /// What is known.
+    pub outlook: Outlook,
+    /// The pods.
+    pub owners: Vec<Owner>,
+}
+
+/// One of the documents.
+pub fn resolve_one(mut shift: TrafficShift, picture: &Picture) -> Resolved {
+    let (mut outlook, mut owners) = (Outlook::default(), Vec::new());
     let unresolved = shift.clone();
     let mut unseen = None;
     for service in &mut shift.services {
@@ -151,14 +186,13 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
             let version = &mut service.versions[n];
             let held_back = absent.entry(n).or_default();
             let is_asked = version.readiness_probe.is_some() || unresolved.strategy.warm_up.requests.is_some();
-            let namespace = place(&unresolved, version).namespace;
-            owners.next(&unresolved, &service.name, &version.name);
+            let mut pods = Vec::new();
             for found in endpoints {
                 let stranger = (is_asked && found.state.pod.is_none()).then_some(NO_POD);
                 match (stranger.or_else(|| found.obstacle(last_resort)), found.endpoint) {
                     (None, Some(endpoint)) => {
                         version.endpoints.push(endpoint);
-                        found.state.pod.map(|pod| owners.take(&namespace, pod, found.state.address));
+                        pods.extend(found.state.pod.map(|pod| (pod, found.state.address)));
                     }
                     (obstacle, endpoint) => held_back.push(HeldBack {
                         endpoint: endpoint.map_or(found.name, |endpoint| endpoint.to_string()),
@@ -166,6 +200,13 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
                     }),
                 }
             }
+            owners.push(Owner {
+                shift: unresolved.name.clone(),
+                service: service.name.clone(),
+                version: version.name.clone(),
+                namespace: place(&unresolved, version).namespace,
+                pods,
+            });
         }
         for (n, held_back) in absent.into_iter().filter(|(_, held_back)| !held_back.is_empty()) {
             outlook.held_back.insert((service.name.clone(), service.versions[n].name.clone()), held_back);
@@ -174,7 +215,7 @@ fn resolve_one(mut shift: TrafficShift, picture: &Picture, outlook: &mut Outlook
     if let Some(why) = unseen {
         outlook.unseen.extend(shift.services.iter().map(|service| (service.name.clone(), why.clone())));
     }
-    shift
+    Resolved { shift, outlook, owners }
 }
 
 /// What is missing where an endpoint might be expected: pods that no Service lists, a workload that is not there.
@@ -219,7 +260,7 @@ impl Found {
 /// A version's endpoints. A pod that several Services list is one endpoint, ready if all of them say so.
 fn find(view: &View, discovery: &Discovery) -> Vec<Found> {
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
-    let slices = || view.slices.objects.values().filter(|slice| is_of(slice, discovery));
+    let slices = || view.slices.objects.of_service(discovery.service.as_deref());
     // Pods of two address families are in slices of both; one of them is enough.
     let has_ipv4 =
         slices().any(|slice| !slice.is_ipv6 && slice.endpoints.iter().any(|state| selects(view, discovery, state)));
@@ -275,10 +316,6 @@ pub fn ready_among(view: &View, version: &ShiftVersion, pods: &BTreeSet<(String,
     })
 }
 
-fn is_of(slice: &Slice, discovery: &Discovery) -> bool {
-    discovery.service.is_none() || slice.service == discovery.service
-}
-
 fn selects(view: &View, discovery: &Discovery, state: &SliceEndpoint) -> bool {
     let Some(selector) = &discovery.selector else { return true };
     let labels = state.pod.as_ref().and_then(|pod| view.pods.objects.get(pod));
@@ -297,8 +334,9 @@ fn port(slice: &Slice, wanted: Option<&PortRef>) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::picture::Table;
+    use crate::kubernetes::picture::{Labels, Objects, Table, slice_key};
     use serde_json::{Value, json};
+    use std::sync::Arc;
     use tideshift_core::shift::WarmUpRequests;
 
     fn shift(v1: Value, v2: Value) -> TrafficShift {
@@ -330,11 +368,12 @@ mod tests {
 
     /// A picture of the one namespace, everything in sight.
     fn picture(slices: &[Slice], labels: &[(u8, &str)]) -> Picture {
-        let slices = slices.iter().enumerate().map(|(n, slice)| (format!("slice-{n}"), slice.clone())).collect();
+        let key = |n: usize, slice: &Slice| slice_key(slice.service.as_deref(), &format!("slice-{n}"));
+        let slices = slices.iter().enumerate().map(|(n, slice)| (key(n, slice), slice.clone())).collect();
         let track = |track: &str| BTreeMap::from([("track".to_owned(), track.to_owned())]);
         let pods = labels.iter().map(|(n, value)| (format!("pod-{n}"), track(value))).collect();
         let deployments = Table {
-            objects: BTreeMap::from([("shop-v1".to_owned(), Workload { replicas: 5, selector: None })]),
+            objects: BTreeMap::from([("shop-v1".to_owned(), Workload { replicas: 5, selector: None })]).into(),
             synced: true,
             lost: None,
         };
@@ -495,5 +534,62 @@ mod tests {
         let slices = &mut here.views.get_mut(&west).unwrap().slices;
         slices.lost = Some("forbidden".to_owned());
         assert_eq!(unseen(&here), "EndpointSlices of cluster west in namespace store cannot be seen: forbidden");
+    }
+
+    #[test]
+    fn a_document_is_looked_at_again_for_what_it_depends_on_and_for_nothing_else() {
+        let slices = [slice("shop", &[endpoint(1, "rs"), endpoint(2, "rs")]), slice("other", &[endpoint(3, "rs")])];
+        let mut picture = picture(&slices, &[(1, "old"), (2, "new"), (3, "new")]);
+        let view = picture.views.values_mut().next().unwrap();
+        let track = |track: &str| json!({"matchLabels": {"track": track}});
+        let by_service = shift(json!({"service": "shop"}), json!({"service": "more"}));
+        let by_labels = shift(json!({"selector": track("old")}), json!({"selector": track("gone")}));
+        let by_both = shift(json!({"service": "shop", "selector": track("old")}), json!({"service": "more"}));
+        let of = |view: &View, changes: &Changes| {
+            [&by_service, &by_labels, &by_both].map(|shift| depends(shift, view, changes))
+        };
+        let changed = |from: usize, to: &[SliceEndpoint]| {
+            let mut changes = Changes::default();
+            let service = slices[from].service.as_deref().unwrap();
+            changes.slice(Some(&Arc::new(slices[from].clone())), Some(&Arc::new(slice(service, to))));
+            of(view, &changes)
+        };
+        assert_eq!(changed(0, &[endpoint(1, ""), endpoint(2, "rs")]), [true, true, true]);
+        assert_eq!(changed(0, &[endpoint(1, "rs"), endpoint(2, "")]), [true, false, false], "pod 2 is new");
+        assert_eq!(changed(1, &[endpoint(3, "")]), [false, false, false], "another Service, and other labels");
+        assert_eq!(changed(1, &[]), [false, false, false]);
+
+        let labelled = |before: Option<&str>, now: Option<&str>| {
+            let labels = |track: &str| Arc::new(Labels::from([("track".to_owned(), track.to_owned())]));
+            let mut changes = Changes::default();
+            changes.pod(before.map(labels).as_ref(), now.map(labels).as_ref());
+            of(view, &changes)
+        };
+        assert_eq!(labelled(None, Some("new")), [false, false, false]);
+        assert_eq!(labelled(None, Some("old")), [false, true, true]);
+        assert_eq!(labelled(Some("gone"), Some("new")), [false, true, false], "it was one of v2's");
+        assert_eq!(of(view, &Changes { all: true, ..Changes::default() }), [true; 3]);
+
+        let scaled = shift(json!({"workloadRef": {"name": "shop-v1"}}), json!({"service": "v2"}));
+        let workload = |name: &str| ("apps/v1".to_owned(), "Deployment".to_owned(), name.to_owned());
+        for (name, is_touched) in [("shop-v1", true), ("shop-v2", false)] {
+            let changes = Changes { workloads: BTreeSet::from([workload(name)]), ..Changes::default() };
+            assert_eq!(depends(&scaled, view, &changes), is_touched, "{name}");
+        }
+    }
+
+    #[test]
+    fn slices_of_a_service_are_those_of_no_other() {
+        let services = ["shop", "shop-v1", "shop.v1", "shop0", "sho", ""];
+        let slices = services.map(|service| (slice_key(Some(service), "a"), slice(service, &[])));
+        let objects: Objects<Slice> = slices.into_iter().collect();
+        let found = |service: Option<&str>| {
+            let found = objects.of_service(service).filter_map(|slice| slice.service.clone());
+            found.collect::<Vec<_>>()
+        };
+        for service in services {
+            assert_eq!(found(Some(service)), [service]);
+        }
+        assert_eq!(found(None).len(), services.len());
     }
 }

@@ -255,7 +255,7 @@ fn scales(autoscaler: &Autoscaler, workload: &WorkloadRef) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::picture::{Budget, Slice, SliceEndpoint, Table, Workload};
+    use crate::kubernetes::picture::{Budget, Slice, SliceEndpoint, Table, Workload, slice_key};
     use crate::rollout::Observed;
     use serde_json::json;
     use std::collections::BTreeMap;
@@ -555,7 +555,7 @@ mod tests {
     fn listing(play: &mut Play, service: &str, of: &str) {
         let mut slice = play.view.slices.objects[of].clone();
         slice.service = Some(service.to_owned());
-        play.view.slices.objects.insert(service.to_owned(), slice);
+        play.view.slices.objects.insert(slice_key(Some(service), service), slice);
     }
 
     #[test]
@@ -608,7 +608,7 @@ mod tests {
         let plan = play.plan();
         assert!(plan.len() == 1 && plan[0].contains("of the TrafficShift reports.shop"), "{plan:?}");
         // Not ready, they serve nobody.
-        for slice in ["reports", "v1"] {
+        for slice in [&slice_key(Some("reports"), "reports"), "v1"] {
             let slice = play.view.slices.objects.get_mut(slice).unwrap();
             slice.endpoints.iter_mut().for_each(|endpoint| endpoint.ready = false);
         }
@@ -628,7 +628,8 @@ mod tests {
             min_available,
         };
         let mut with = |budget| {
-            play.view.budgets = Table { objects: BTreeMap::from([("pdb".to_owned(), budget)]), ..Table::default() };
+            play.view.budgets =
+                Table { objects: BTreeMap::from([("pdb".to_owned(), budget)]).into(), ..Table::default() };
             play.plan()
         };
         let kept = "payment-v1 2: v1 has drained; PodDisruptionBudget pdb promises 2 of its pods";

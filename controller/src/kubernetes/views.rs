@@ -17,6 +17,9 @@ use tideshift_core::shift::{API_VERSION, KIND, LabelOperator, LabelRequirement, 
 /// Where a rollout writes down what the fewest replicas of a HorizontalPodAutoscaler were before it raised them.
 pub const MIN_BEFORE: &str = "tideshift.dev/min-replicas-before";
 
+/// The label of a slice that names its Service.
+pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
 /// A TrafficShift as it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Written {
@@ -76,7 +79,7 @@ pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
     let ports = slice.ports.iter().flatten();
     let ports = ports.filter_map(|port| Some((port.name.clone().unwrap_or_default(), u16::try_from(port.port?).ok()?)));
     Some(Slice {
-        service: slice.labels().get("kubernetes.io/service-name").cloned(),
+        service: slice.labels().get(SERVICE_NAME).cloned(),
         is_ipv6: slice.address_type == "IPv6",
         ports: ports.collect(),
         endpoints: slice.endpoints.iter().flatten().map(|one| endpoint(one, slice.namespace().as_deref())).collect(),

@@ -220,15 +220,19 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
 
     fn look_at_scene(&mut self) {
         let Source::Cluster { scene, shown, .. } = &mut self.source else { return };
-        shown.clone_from(&scene.borrow_and_update());
+        let before = std::mem::replace(shown, scene.borrow_and_update().clone());
+        if Arc::ptr_eq(&before.documents, &shown.documents) {
+            return;
+        }
+        let documents = shown.documents();
         let mut control = self.shared.control();
         for error in &shown.errors {
             if !control.document_errors().contains(error) {
                 tracing::error!("{error}");
             }
         }
-        control.edited(&shown.documents, |rollout| shown.objects.get(rollout)?.by.clone());
-        control.set_documents_but(shown.documents.clone(), shown.hidden.clone());
+        control.edited(&documents, |rollout| shown.objects.get(rollout)?.by.clone());
+        control.set_documents_but(documents, shown.hidden.clone());
         control.set_document_errors(shown.errors.clone());
     }
 
