@@ -158,6 +158,8 @@ struct Said<'a> {
     packed: Range<usize>,
     /// What was said before; none: nothing.
     last: Option<Total>,
+    /// The same of what is said now, if that is another; none: not worked out yet.
+    all: Option<Total>,
     is_same: bool,
     /// Whether something of it is less than it was.
     goes_back: bool,
@@ -231,7 +233,7 @@ impl Ledger {
         }
         let is_from_before = is_first && started(&key.1).is_some_and(|started| started < self.since);
         let mut new: Vec<(u32, Range<usize>)> = Vec::new();
-        let mut all_said = said.iter();
+        let mut all_said = said.into_iter();
         for service in &report.services {
             let mut is_service_known = false;
             for said in all_said.by_ref().take(service.versions.len()).filter(|said| said.is_known) {
@@ -244,8 +246,11 @@ impl Ledger {
                 new.push((of.id, said.packed.clone()));
                 // A filter that has forgotten a version which was gone for a while counts on from there.
                 if !said.goes_back && !is_base {
-                    let all = Total::of(said.version, report.format);
-                    let more = said.last.as_ref().map_or_else(|| all.clone(), |last| all.since(last));
+                    let all = said.all.unwrap_or_else(|| Total::of(said.version, report.format));
+                    let more = match &said.last {
+                        Some(last) => all.since(last),
+                        None => all,
+                    };
                     of.total.add(&more);
                     if is_from_before {
                         of.before.get_or_insert_default().add(&more);
@@ -436,7 +441,7 @@ fn say<'a>(version: &'a VersionReport, is_known: bool, format: u32, packed: &mut
     let from = packed.len();
     packed::put_version(packed, version, format);
     let packed = from..packed.len();
-    Said { version, is_known, packed, last: None, is_same: false, goes_back: false }
+    Said { version, is_known, packed, last: None, all: None, is_same: false, goes_back: false }
 }
 
 impl Said<'_> {
@@ -447,8 +452,8 @@ impl Said<'_> {
             return Self { is_same: true, ..self };
         }
         let last = packed::total(last);
-        let goes_back = Total::of(self.version, format).any_below(&last);
-        Self { goes_back, last: Some(last), ..self }
+        let all = Total::of(self.version, format);
+        Self { goes_back: all.any_below(&last), last: Some(last), all: Some(all), ..self }
     }
 }
 
