@@ -5,6 +5,7 @@ use crate::ledger::{RunKey, VersionKey};
 use crate::rollout::{Coverage, Millis};
 use crate::status::{ProxyStatus, VetoStatus, timestamp};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use tideshift_core::guard::Veto;
 use tideshift_core::policy::Service;
 use tideshift_core::report::{Refused, Report};
@@ -50,8 +51,8 @@ struct Said {
     /// What all of its workers run; `None` if that is nothing of this controller's.
     revision: Option<u64>,
     workers: u32,
-    /// Where there is any.
-    in_flight: Vec<(VersionKey, u64)>,
+    /// Where there is any. Thousands of proxies have the same names in it.
+    in_flight: Vec<(Arc<VersionKey>, u64)>,
     refused: Option<Refused>,
     /// By service.
     vetoes: Vec<(String, Veto)>,
@@ -102,7 +103,7 @@ struct Sums {
     awaited: usize,
     /// How many run each revision.
     revisions: BTreeMap<Option<u64>, usize>,
-    in_flight: HashMap<VersionKey, u64>,
+    in_flight: HashMap<Arc<VersionKey>, u64>,
     /// How many have refused each service of what they run.
     refusing: BTreeMap<String, usize>,
 }
@@ -118,7 +119,7 @@ impl Sums {
             *self.refusing.entry(service.clone()).or_default() += 1;
         }
         for (key, number) in &said.in_flight {
-            match self.in_flight.get_mut(key) {
+            match self.in_flight.get_mut(&**key) {
                 Some(sum) => *sum = sum.saturating_add(*number),
                 None => drop(self.in_flight.insert(key.clone(), *number)),
             }
@@ -142,9 +143,9 @@ impl Sums {
             }
         }
         for (key, number) in &said.in_flight {
-            match self.in_flight.get_mut(key) {
+            match self.in_flight.get_mut(&**key) {
                 Some(sum) if *sum > *number => *sum -= number,
-                _ => drop(self.in_flight.remove(key)),
+                _ => drop(self.in_flight.remove(&**key)),
             }
         }
     }
@@ -220,12 +221,15 @@ impl Proxies {
         for service in &report.services {
             for version in service.versions.iter().filter(|version| version.in_flight > 0) {
                 if knows(&service.name, &version.name) {
-                    in_flight.push(((service.name.clone(), version.name.clone()), version.in_flight));
+                    let key = (service.name.clone(), version.name.clone());
+                    let known = self.sums.in_flight.get_key_value(&key).map(|(known, _)| known.clone());
+                    in_flight.push((known.unwrap_or_else(|| Arc::new(key)), version.in_flight));
                 }
             }
             let known = service.vetoes.iter().filter(|veto| knows(&service.name, &veto.version));
             vetoes.extend(known.map(|veto| (service.name.clone(), veto.clone())));
         }
+        in_flight.shrink_to_fit();
         let before = self.runs.get(run).and_then(|proxy| proxy.said.as_ref());
         let decides = before.is_none_or(|before| {
             before.vetoes != vetoes || before.revision != revision || before.in_flight != in_flight

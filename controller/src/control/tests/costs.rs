@@ -14,8 +14,8 @@ const PROXIES: [&str; 2] = ["edge", "other"];
 /// What may happen.
 #[derive(Debug, Clone)]
 enum Event {
-    /// Time passes, in steps of so many milliseconds.
-    Passes { steps: u8, millis: u64 },
+    /// Time passes, in steps of so many milliseconds; proxies report after each of them.
+    Passes { steps: u8, millis: u64, reports: bool },
     /// The controller stands still.
     StandsStill(u64),
     /// A document is edited.
@@ -25,7 +25,7 @@ enum Event {
     /// So many endpoints of a version are ready; or it is not known.
     Ready { service: usize, version: usize, ready: u8, known: bool },
     /// A proxy reports so much more of a service.
-    Reports { proxy: usize, service: usize, ok: u64, errors: u64, in_flight: u64, vetoes: bool, is_behind: bool },
+    Reports { proxy: usize, service: usize, said: Said },
     /// Somebody wants something.
     Wants { document: usize, what: u8 },
     /// A gate answers.
@@ -34,22 +34,38 @@ enum Event {
     Keeps(bool),
 }
 
+/// What a proxy says of a service.
+#[derive(Debug, Clone, Copy, Default)]
+struct Said {
+    ok: u64,
+    errors: u64,
+    astray: u64,
+    in_flight: u64,
+    vetoes: bool,
+    is_behind: bool,
+}
+
 fn events() -> impl Strategy<Value = Event> {
     let document = || 0..DOCUMENTS.len();
     let service = || 0..SERVICES.len();
-    let passes = (1u8..8, prop::sample::select(vec![20, 100, 1_000, 3_000]));
+    let passes = (1u8..8, prop::sample::select(vec![20, 100, 1_000, 3_000]), prop::bool::weighted(0.8));
     let ready = (service(), 0..2usize, 0u8..3, prop::bool::weighted(0.9));
-    let reports =
-        (0..2usize, service(), 0..400u64, 0..30u64, 0..2u64, prop::bool::weighted(0.1), prop::bool::weighted(0.1));
+    let said = (0..400u64, 0..30u64, 0..3u64, 0..2u64, prop::bool::weighted(0.1), prop::bool::weighted(0.1));
+    let said = said.prop_map(|(ok, errors, astray, in_flight, vetoes, is_behind)| Said {
+        ok: if astray > 0 { 0 } else { ok },
+        errors: errors.saturating_sub(25),
+        astray,
+        in_flight,
+        vetoes,
+        is_behind,
+    });
     prop_oneof![
-        8 => passes.prop_map(|(steps, millis)| Event::Passes { steps, millis }),
+        8 => passes.prop_map(|(steps, millis, reports)| Event::Passes { steps, millis, reports }),
         1 => (3_000u64..100_000).prop_map(Event::StandsStill),
         2 => (document(), 0u8..7).prop_map(|(document, kind)| Event::Edited { document, kind }),
         1 => (document(), prop::bool::weighted(0.7)).prop_map(|(document, is_listed)| Event::Listed { document, is_listed }),
         4 => ready.prop_map(|(service, version, ready, known)| Event::Ready { service, version, ready, known }),
-        8 => reports.prop_map(|(proxy, service, ok, errors, in_flight, vetoes, is_behind)| {
-            Event::Reports { proxy, service, ok, errors, in_flight, vetoes, is_behind }
-        }),
+        6 => (0..2usize, service(), said).prop_map(|(proxy, service, said)| Event::Reports { proxy, service, said }),
         3 => (document(), 0u8..7).prop_map(|(document, what)| Event::Wants { document, what }),
         1 => any::<bool>().prop_map(Event::Answers),
         1 => any::<bool>().prop_map(Event::Keeps),
@@ -64,7 +80,7 @@ struct Both {
     kinds: [u8; 3],
     listed: [bool; 3],
     readiness: Readiness,
-    counts: BTreeMap<(usize, usize), [u64; 2]>,
+    counts: BTreeMap<(usize, usize), [u64; 3]>,
     sequences: [u64; 2],
 }
 
@@ -120,7 +136,7 @@ impl Both {
             changed: control(),
             full: control(),
             now: 1_000_000,
-            kinds: [0, 1, 1],
+            kinds: [4, 2, 1],
             listed: [true; 3],
             readiness,
             counts: BTreeMap::new(),
@@ -152,9 +168,13 @@ impl Both {
     fn happens(&mut self, event: &Event) {
         let now = self.now;
         match event.clone() {
-            Event::Passes { steps, millis } => {
+            Event::Passes { steps, millis, reports } => {
                 for _ in 0..steps {
                     self.now += millis;
+                    for proxy in (0..PROXIES.len()).filter(|_| reports) {
+                        let said = Said { ok: 20, ..Said::default() };
+                        (0..SERVICES.len()).for_each(|service| self.report(proxy, service, said));
+                    }
                     self.evaluate();
                 }
             }
@@ -175,51 +195,7 @@ impl Both {
                 }
                 self.each(|control, readiness| control.set_readiness(readiness));
             }
-            Event::Reports { proxy, service, ok, errors, in_flight, vetoes, is_behind } => {
-                let counts = self.counts.entry((proxy, service)).or_default();
-                counts[0] += ok;
-                counts[1] += errors;
-                let [ok, errors] = *counts;
-                self.sequences[proxy] += 1;
-                let version = |name: &str, ok: u64, error: u64| {
-                    let ended = Counts { ok, error, ..Counts::default() };
-                    let dealt = Tally { started: ended.total() + in_flight, ended, ..Tally::default() };
-                    VersionReport { name: name.to_owned(), ended, in_flight, dealt, ..VersionReport::default() }
-                };
-                let veto = Veto {
-                    version: "v2".to_owned(),
-                    until: (now + 10_000) * 1_000_000,
-                    strikes: 1,
-                    requests: errors,
-                    errors,
-                    others_requests: 10 * ok,
-                    others_errors: 0,
-                };
-                let versions = vec![version("v1", 10 * ok, 0), version("v2", ok, errors)];
-                let vetoes = if vetoes { vec![veto] } else { Vec::new() };
-                let services = vec![ServiceReport {
-                    name: SERVICES[service].to_owned(),
-                    versions,
-                    vetoes,
-                    ..ServiceReport::default()
-                }];
-                let sequence = self.sequences[proxy];
-                self.each(|control, _| {
-                    let revision = control.kept().revision.saturating_sub(u64::from(is_behind));
-                    let report = Report {
-                        proxy: PROXIES[proxy].to_owned(),
-                        start: "1".to_owned(),
-                        sequence,
-                        format: Report::FORMAT,
-                        epoch: "e".to_owned(),
-                        revision,
-                        services: services.clone(),
-                        ..Report::default()
-                    };
-                    let reported = control.reported(&report, now);
-                    assert!(reported.ignored.iter().all(|(claim, _)| *claim == Claim::Veto), "{:?}", reported.ignored);
-                });
-            }
+            Event::Reports { proxy, service, said } => self.report(proxy, service, said),
             Event::Wants { document, what } => {
                 let command = match what {
                     0 => Command::Promote { full: false, override_gates: true },
@@ -241,6 +217,49 @@ impl Both {
             Event::Keeps(keeps) => self.each(|control, _| control.set_counts_error((!keeps).then_some("no room"))),
         }
         self.evaluate();
+    }
+
+    fn report(&mut self, proxy: usize, service: usize, said: Said) {
+        let now = self.now;
+        let counts = self.counts.entry((proxy, service)).or_default();
+        for (sum, more) in counts.iter_mut().zip([said.ok, said.errors, said.astray]) {
+            *sum += more;
+        }
+        let [ok, errors, misrouted] = *counts;
+        self.sequences[proxy] += 1;
+        let version = |name: &str, ok: u64, error: u64, misrouted: u64| {
+            let (ended, in_flight) = (Counts { ok, error, ..Counts::default() }, said.in_flight);
+            let dealt = Tally { started: ended.total() + in_flight, ended, ..Tally::default() };
+            VersionReport { name: name.to_owned(), ended, in_flight, dealt, misrouted, ..VersionReport::default() }
+        };
+        let veto = Veto {
+            version: "v2".to_owned(),
+            until: (now + 10_000) * 1_000_000,
+            strikes: 1,
+            requests: errors,
+            errors,
+            others_requests: 10 * ok,
+            others_errors: 0,
+        };
+        let versions = vec![version("v1", 10 * ok, 0, 0), version("v2", ok, errors, misrouted)];
+        let vetoes = if said.vetoes { vec![veto] } else { Vec::new() };
+        let of = ServiceReport { name: SERVICES[service].to_owned(), versions, vetoes, ..ServiceReport::default() };
+        let sequence = self.sequences[proxy];
+        self.each(|control, _| {
+            let report = Report {
+                proxy: PROXIES[proxy].to_owned(),
+                start: "1".to_owned(),
+                sequence,
+                format: Report::FORMAT,
+                epoch: "e".to_owned(),
+                revision: control.kept().revision.saturating_sub(u64::from(said.is_behind)),
+                services: vec![of.clone()],
+                ..Report::default()
+            };
+            let is_fair = |claim: Claim| matches!(claim, Claim::Veto | Claim::Sequence);
+            let reported = control.reported(&report, now);
+            assert!(reported.ignored.iter().all(|(claim, _)| is_fair(*claim)), "{:?}", reported.ignored);
+        });
     }
 
     fn evaluate(&mut self) {
@@ -281,6 +300,30 @@ proptest! {
         }
         let series = |control: &Control| DOCUMENTS.map(|of| control.series(of[0], both.now));
         prop_assert_eq!(series(&both.changed), series(&both.full));
+    }
+}
+
+#[test]
+fn time_alone_is_enough_to_look() {
+    for reports in [0, 40, 80] {
+        let mut both = Both::new();
+        for (document, kind) in [(0, 1), (1, 2), (2, 6)] {
+            both.happens(&Event::Edited { document, kind });
+        }
+        both.happens(&Event::Ready { service: 1, version: 1, ready: 0, known: true });
+        both.happens(&Event::Keeps(false));
+        for n in 0..200 {
+            both.now += 100;
+            if n % 10 == 0 && n < 2 * reports {
+                // They go on to report, and count nothing.
+                let said = Said { ok: if n < reports { 20 } else { 0 }, ..Said::default() };
+                (0..SERVICES.len()).for_each(|service| both.report(0, service, said));
+            }
+            both.evaluate();
+            if n == 110 {
+                both.happens(&Event::Keeps(true));
+            }
+        }
     }
 }
 
