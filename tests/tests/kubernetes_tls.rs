@@ -1,18 +1,28 @@
 //! Replicas that speak TLS hand requests on to the one that leads, by a certificate that names a Service and no address.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, sync::Arc};
 
 use anyhow::{Context as _, ensure};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use tideshift_tests::{
     artifacts,
+    client::{Connection, Request},
     controller::{Output, cli},
     kubernetes::apiserver::ApiServer,
     ports::Port,
     process::Process,
     setup::DEADLINE,
     wait::eventually,
+};
+use tokio::net::TcpStream;
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
+    },
 };
 
 const TOKEN: &str = "0123456789abcdef";
@@ -26,12 +36,29 @@ async fn status(folder: &Path, port: &Port) -> anyhow::Result<Output> {
     tokio::task::spawn_blocking(move || cli(&arguments)).await?
 }
 
+/// The status that a report of a proxy has, by a client with the certificate of that name.
+async fn report(folder: &Path, port: &Port, certificate: &str, proxy: &str) -> anyhow::Result<u16> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(folder.join("ca.pem"))?)?;
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+    let config = config.with_safe_default_protocol_versions()?.with_root_certificates(roots);
+    let own = CertificateDer::from_pem_file(folder.join(format!("{certificate}.pem")))?;
+    let key = PrivateKeyDer::from_pem_file(folder.join(format!("{certificate}.key")))?;
+    let connector = TlsConnector::from(Arc::new(config.with_client_auth_cert(vec![own], key)?));
+    let stream =
+        connector.connect(ServerName::try_from("localhost")?, TcpStream::connect(port.address()).await?).await?;
+    let report = json!({ "proxy": proxy, "start": "1", "revision": 0, "services": [] }).to_string();
+    let request = Request::new(port.address(), "POST", "/v1/reports").header("content-type", "application/json");
+    Ok(Connection::over(stream).send(&request.body(report)).await?.status)
+}
+
 /// A replica with the certificate of that name.
 fn replica(server: &ApiServer, folder: &Path, name: &str, port: &Port, certificate: &str) -> anyhow::Result<Process> {
     let mut command = Command::new(artifacts::tideshift()?);
     command.args(["serve", "--kubernetes", "--pod-namespace", "tideshift-system", "--pod-name", name]);
     command.arg("--listen").arg(port.address().to_string()).arg("--operate-token-file").arg(folder.join("token"));
     command.arg("--tls-cert").arg(folder.join(format!("{certificate}.pem")));
+    command.arg("--tls-client-ca").arg(folder.join("ca.pem"));
     command.arg("--tls-key").arg(folder.join(format!("{certificate}.key"))).env("KUBECONFIG", server.kubeconfig()?);
     Process::start(name, command, &folder.join(format!("{name}.log")))
 }
@@ -72,6 +99,12 @@ async fn replicas_know_each_other_by_having_the_same_certificate() -> anyhow::Re
     eventually("the second one to hand on", DEADLINE, async || says_payment(&second).await).await?;
     let lease = server.get("leases", "tideshift-system", "tideshift")?;
     assert_eq!(lease["spec"]["holderIdentity"], "leader");
+    // A proxy's certificate counts at every replica, and for itself alone.
+    for port in [&first, &second] {
+        assert_eq!(report(path, port, "other", "other").await?, 204);
+        assert_eq!(report(path, port, "other", "another").await?, 403);
+        assert_eq!(report(path, port, "own", "other").await?, 401, "a replica is no proxy");
+    }
 
     // Of the same issuer, and with the same names.
     let _stranger = replica(&server, path, "stranger", &third, "other")?;

@@ -310,4 +310,28 @@ mod tests {
         let whole = certificate(&[], &[], (0x17, "261201235959Z"));
         assert!((0..whole.len() / 2).all(|end| not_after(&whole[..end]).is_none()), "cut off");
     }
+
+    #[test]
+    fn a_certificate_names_its_subject_and_its_alternative_names() {
+        let oid = |bytes: &[u8]| der(6, bytes);
+        let attribute = |kind: &[u8], text: &[u8]| der(0x31, &der(0x30, &[oid(kind), der(0x0c, text)].concat()));
+        let subject = [attribute(&[0x55, 4, 10], b"an organisation"), attribute(&[0x55, 4, 3], b"edge-1")].concat();
+        let general = [der(0x82, b"edge-1"), der(0x86, b"spiffe://a/b"), der(0x87, &[10, 0, 0, 1])].concat();
+        let extension = |kind: &[u8], content: &[u8]| {
+            der(0x30, &[oid(kind), der(1, &[0xff]), der(4, &der(0x30, content))].concat())
+        };
+        let extensions = [extension(&[0x55, 0x1d, 0x0f], &general), extension(&[0x55, 0x1d, 0x11], &general)].concat();
+        let fields = [
+            der(2, &[1]),
+            der(0x30, &[]),
+            der(0x30, &[]),
+            der(0x30, &[]),
+            der(0x30, &subject),
+            der(0x30, &[]),
+            der(0xa3, &der(0x30, &extensions)),
+        ];
+        let whole = der(0x30, &[der(0x30, &fields.concat()), der(0x30, &[])].concat());
+        assert_eq!(names(&whole).unwrap(), ["edge-1", "spiffe://a/b"]);
+        assert!((0..whole.len()).all(|end| names(&whole[..end]).is_none_or(|names| names.len() <= 2)), "cut off");
+    }
 }
