@@ -71,6 +71,8 @@ bench-fleet: build ## How one controller does with thousands of proxies (PROXIES
 bench-controller: build ## What one controller costs with many documents and reports (BASE=FILE, ROUNDS=3, ONLY=report, STARTS=100000)
 	$(heading) 'What a controller costs'
 	cargo run --release -p tideshift-tests --no-default-features --bin costs
+	$(heading) 'The same in a cluster'
+	cargo run --release -p tideshift-tests --no-default-features --features kubernetes --bin cluster
 
 .PHONY: verdict-tables
 verdict-tables: rust ## The tables of docs/verdict-proof.md: how rarely the verdict is wrong, and how fast it is (30 minutes)
