@@ -15,7 +15,7 @@ use std::io::Write;
 use std::sync::Arc;
 use tideshift_core::decode::{Errors, FieldError, Problem};
 use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
-use tideshift_core::session::Secret;
+use tideshift_core::session::{MAX_PREVIOUS_SECRETS, Secret};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// The most bytes of one document: of its JSON, and of the services that proxies get for it.
@@ -127,7 +127,9 @@ fn at_its_largest(service: &ShiftService, shift: &TrafficShift) -> Service {
     compiled.stable = Some(shift.stable.clone());
     compiled.step = u64::MAX;
     if let Some(session) = &mut compiled.session {
-        session.secret.get_or_insert_with(|| Secret::new("0".repeat(32)));
+        let longest = || Secret::new("0".repeat(if service.session_secret.is_some() { 1024 } else { 32 }));
+        let secret = session.secret.get_or_insert_with(longest).clone();
+        session.previous_secrets = vec![secret; MAX_PREVIOUS_SECRETS];
     }
     compiled
 }

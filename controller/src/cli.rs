@@ -7,6 +7,7 @@ mod delete;
 mod explain;
 mod history;
 mod install;
+mod migrate_secrets;
 mod plugin;
 mod render;
 mod serve;
@@ -88,6 +89,7 @@ enum Command {
     Install(install::Arguments),
     Completions(completions::Arguments),
     Crd(crd::Arguments),
+    MigrateSecrets(migrate_secrets::Arguments),
     Simulate(simulate::Arguments),
 }
 
@@ -133,6 +135,7 @@ impl Cli {
             Command::Install(arguments) => arguments.run(),
             Command::Completions(arguments) => arguments.run(),
             Command::Crd(arguments) => arguments.run(),
+            Command::MigrateSecrets(arguments) => arguments.run(),
             Command::Simulate(arguments) => simulate::run(&arguments),
         }
     }

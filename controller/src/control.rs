@@ -11,6 +11,7 @@ mod proxies;
 mod recent;
 mod report;
 mod requests;
+mod rotation;
 mod world;
 
 pub use applied::Applied;
@@ -19,6 +20,7 @@ pub use claims::Ignored;
 pub use drain::Idle;
 pub use judge::Judges;
 pub use recent::Recent;
+pub use rotation::Rotations;
 pub use world::Young;
 
 use crate::admission::{self, Held};
@@ -28,6 +30,7 @@ use crate::ledger::{Ledger, Taken, Written};
 use crate::metrics::Claim;
 use crate::readiness::Readiness;
 use crate::rollout::{Command, Millis, Part, Refused, Rollout, Transition, remember};
+use crate::secret_values::SecretValues;
 use crate::series::Series;
 use crate::status::timestamp;
 use crate::store::Kept;
@@ -60,6 +63,9 @@ pub struct Control {
     unreadable: BTreeMap<String, Errors>,
     /// Who made each document what it is, where that is known: a user of the API, a file, a field manager of a cluster.
     editors: BTreeMap<String, String>,
+    /// What documents refer to by secretRef, and what of that is not known, by document.
+    secrets: Arc<SecretValues>,
+    unresolved: BTreeMap<String, Vec<String>>,
     /// Where each service is in these: the document, and which one of it.
     places: HashMap<String, (usize, usize)>,
     /// Which of them are to be looked at, and what came of the last look at each.
@@ -305,6 +311,8 @@ impl Control {
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             editors: BTreeMap::new(),
+            secrets: Arc::default(),
+            unresolved: BTreeMap::new(),
             places: HashMap::new(),
             due: Due::default(),
             unpublished: true,
@@ -420,7 +428,34 @@ impl Control {
         self.counted.judges.retain(is_known);
         let has_service = |name: &String| self.places.contains_key(name);
         self.counted.recent.retain(|name| has_service(name) || is_in(name, hidden));
+        self.kept.rotations.retain(|name| has_service(name) || is_in(name, hidden));
         self.shifts_changed = true;
+        self.look_for_unresolved();
+    }
+
+    /// What the secrets are that documents refer to. A session whose secret is not known goes on with the one before.
+    pub fn set_secrets(&mut self, secrets: Arc<SecretValues>) {
+        if self.secrets == secrets {
+            return;
+        }
+        self.secrets = secrets;
+        self.due.mark_all();
+        self.look_for_unresolved();
+    }
+
+    fn look_for_unresolved(&mut self) {
+        let of = |shift: &TrafficShift| (shift.name.clone(), self.secrets.unresolved(shift));
+        let unresolved = self.shifts.iter().map(of).filter(|(_, lines)| !lines.is_empty()).collect();
+        let before = std::mem::replace(&mut self.unresolved, unresolved);
+        for (name, lines) in &self.unresolved {
+            let is_new = |line: &&String| !before.get(name).is_some_and(|before| before.contains(line));
+            lines.iter().filter(is_new).for_each(|line| tracing::error!(rollout = name, "{line}"));
+        }
+    }
+
+    /// What a document refers to and cannot be had, one line for each field.
+    pub fn unresolved(&self, name: &str) -> &[String] {
+        self.unresolved.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// The document of this name; where namespaces are part of names, its name alone will do if only one has it.
@@ -461,7 +496,9 @@ impl Control {
     pub fn document_errors(&self) -> Vec<String> {
         let refused = self.refused.iter().chain(&self.unreadable);
         let lines = refused.flat_map(|(name, errors)| errors.0.iter().map(move |error| format!("{name}: {error}")));
-        self.document_errors.iter().cloned().chain(lines).collect()
+        let unresolved = self.unresolved.iter();
+        let unresolved = unresolved.flat_map(|(name, lines)| lines.iter().map(move |line| format!("{name}: {line}")));
+        self.document_errors.iter().cloned().chain(lines).chain(unresolved).collect()
     }
 
     /// Why a document is not in force as it is now, if so.
@@ -874,9 +911,18 @@ impl Control {
         Some(Looked { document, rollout, news, keep, message, again })
     }
 
-    /// What a session needs beside what the document says of it.
+    /// What a session needs beside what the document says of it. It is signed with what the document says or refers to; while
+    /// that cannot be had, with what it was; else with the controller's own.
     fn with_session(&self, mut service: Service, rollout: Option<&Rollout>) -> Service {
         if let Some(session) = &mut service.session {
+            let place = self.places.get(&service.name);
+            let of = place.and_then(|(shift, at)| Some((self.shifts.get(*shift)?, *at)));
+            let of = of.and_then(|(shift, at)| Some((shift, shift.services.get(at)?)));
+            if let Some((shift, of)) = of.filter(|(_, of)| of.session_secret.is_some()) {
+                let was =
+                    || self.in_force.get(*self.in_force_at.get(&service.name)?)?.session.as_ref()?.secret.as_ref();
+                session.secret = self.secrets.of_session(shift, of).or_else(was).cloned();
+            }
             session.secret.get_or_insert_with(|| Secret::new(self.kept.session_secret.clone()));
             session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
         }
@@ -1046,6 +1092,7 @@ impl Control {
     }
 
     fn publish(&mut self, outcome: &mut Outcome, now: Millis) {
+        self.unpublished |= self.kept.rotations.next().is_some_and(|at| now >= at);
         // Nothing to go on by is no reason to take from proxies what they have begun with.
         if (self.policy.is_some() && !self.unpublished) || self.due.knows_none() {
             return;
@@ -1061,6 +1108,7 @@ impl Control {
                 return;
             }
         }
+        outcome.keep |= self.put_in_rotations(&mut services, now);
         if self.policy.as_ref().is_some_and(|policy| policy.services == services) {
             self.unreadable.clear();
             (self.is_held_back, self.unpublished) = (false, false);
@@ -1100,6 +1148,18 @@ impl Control {
         self.put_services_in_force(&policy.services);
         self.policy = Some(policy.clone());
         outcome.policy = Some(policy);
+    }
+
+    /// Lets what sessions were signed with before hold for a while. Returns whether what is kept has changed.
+    fn put_in_rotations(&mut self, services: &mut [Service], now: Millis) -> bool {
+        let mut has_changed = false;
+        for service in services {
+            let Some(session) = &mut service.session else { continue };
+            let was = self.in_force_at.get(&service.name).and_then(|at| self.in_force.get(*at));
+            let was = was.and_then(|was| was.session.as_ref());
+            has_changed |= self.kept.rotations.look(&service.name, session, was, now);
+        }
+        has_changed
     }
 
     /// What becomes of a document is read back as proxies would read it. If they could not, its services stay as they

@@ -81,6 +81,21 @@ pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, 
     Ok(documents.into_iter().flatten().filter_map(ReadOne::shift).collect())
 }
 
+/// Reads TrafficShift documents, each for itself, as they are written: they may be of different namespaces.
+///
+/// # Errors
+///
+/// All errors of all files.
+pub fn load_each(files: &[PathBuf]) -> Result<Vec<Value>, DocumentErrors> {
+    let read = |value: &Value| TrafficShift::read(value).map(Document::Shift);
+    let (good, bad): (Vec<_>, Vec<_>) = files.iter().map(|file| read_file(file, read)).unzip();
+    let errors: Vec<DocumentError> = bad.into_iter().flatten().collect();
+    if !errors.is_empty() {
+        return Err(DocumentErrors(errors));
+    }
+    Ok(good.into_iter().flatten().map(|one| one.value).collect())
+}
+
 /// Reads a file that holds one document, of whatever kind `read` reads; `-` is standard input.
 ///
 /// # Errors

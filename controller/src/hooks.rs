@@ -11,14 +11,16 @@ mod notify;
 use crate::control::Question;
 use crate::limits::Limit;
 use crate::rollout::Transition;
+use crate::secret_values::SecretValues;
 use crate::status::ServiceStatus;
 use deliver::Courier;
 pub use egress::{Allowed, Egress};
 use gate::Asking;
 use notify::Teller;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tideshift_core::shift::{TrafficShift, Webhook};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Answers that the mind has not looked at yet; whoever has more of them waits.
 const MAX_ANSWERS: usize = 64;
@@ -38,6 +40,8 @@ pub struct Answer {
 #[derive(Debug)]
 pub struct Hooks {
     courier: Courier,
+    /// What the secrets are that webhooks refer to.
+    secrets: watch::Sender<Arc<SecretValues>>,
     answers: mpsc::Sender<Answer>,
     /// By rollout, with the document's namespace.
     webhooks: BTreeMap<String, (String, Vec<Webhook>)>,
@@ -55,10 +59,20 @@ impl Hooks {
     /// If the HTTP client cannot be set up.
     pub fn start(egress: Egress, limit: Limit) -> Result<(Self, mpsc::Receiver<Answer>), reqwest::Error> {
         let (answers, receiver) = mpsc::channel(MAX_ANSWERS);
-        let courier = Courier::new(egress, limit)?;
-        let hooks =
-            Self { courier, answers, webhooks: BTreeMap::new(), asking: BTreeMap::new(), tellers: BTreeMap::new() };
+        let secrets = watch::Sender::new(Arc::default());
+        let courier = Courier::new(egress, limit, secrets.subscribe())?;
+        let (webhooks, asking, tellers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let hooks = Self { courier, secrets, answers, webhooks, asking, tellers };
         Ok((hooks, receiver))
+    }
+
+    /// What the secrets are that webhooks refer to, from the next request on. Gates that have not said yes are asked at once.
+    pub fn set_secrets(&self, secrets: Arc<SecretValues>) {
+        self.secrets.send_if_modified(|before| {
+            let differs = *before != secrets;
+            *before = secrets;
+            differs
+        });
     }
 
     /// The documents in force. Questions to gates that have changed are asked anew; what was to be told of what happened

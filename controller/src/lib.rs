@@ -19,6 +19,7 @@ pub mod probe;
 pub mod readiness;
 pub mod render;
 pub mod rollout;
+pub mod secret_values;
 pub mod series;
 pub mod serve;
 pub mod shares;

@@ -28,12 +28,14 @@ mod files;
 mod http;
 mod keeper;
 mod mind;
+mod secret_files;
 mod secrets;
 mod tls;
 
 use files::Files;
 use keeper::Keeper;
 use mind::{Mind, Source};
+use secret_files::SecretFiles;
 use secrets::Secrets;
 pub use tls::{TlsError, TlsFiles};
 
@@ -77,6 +79,8 @@ pub enum Documents {
         files: Vec<PathBuf>,
         /// Where state is kept; `None`: beside the first document.
         state_dir: Option<PathBuf>,
+        /// Where the secrets are that documents refer to, as `NAME/KEY`.
+        secrets_dir: Option<PathBuf>,
     },
     /// From a Kubernetes cluster, which keeps the state, too.
     Kubernetes(Cluster),
@@ -146,12 +150,19 @@ pub enum ServeError {
 /// If it cannot start: [`ServeError`].
 pub async fn serve(options: Options) -> Result<(), ServeError> {
     match options.documents.clone() {
-        Documents::Files { files, state_dir } => serve_files(options, files, state_dir).await,
+        Documents::Files { files, state_dir, secrets_dir } => {
+            serve_files(options, files, state_dir, SecretFiles::new(secrets_dir)).await
+        }
         Documents::Kubernetes(cluster) => cluster::serve(options, cluster).await,
     }
 }
 
-async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<PathBuf>) -> Result<(), ServeError> {
+async fn serve_files(
+    options: Options,
+    files: Vec<PathBuf>,
+    state_dir: Option<PathBuf>,
+    secret_files: SecretFiles,
+) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
     // Looked at before they are read: what changes in between is read again.
     let watched = Files::new(&files, Instant::now());
@@ -179,7 +190,7 @@ async fn serve_files(options: Options, files: Vec<PathBuf>, state_dir: Option<Pa
 
     let keeper = Keeper::new(store.clone(), store, service.shared.done.clone());
     let hooks = Hooks::start(Egress::of_machine(options.webhooks_allowed.clone()), limits.webhooks);
-    let (hooks, source) = (hooks.map_err(ServeError::Tls)?, Source::Files(watched, good));
+    let (hooks, source) = (hooks.map_err(ServeError::Tls)?, Source::Files(watched, good, secret_files));
     let mut mind = Mind::new(service.shared.clone(), service.publish.clone(), keeper, prober, source, hooks);
     mind.run(signals()?).await;
     tracing::info!("ending");

@@ -2,7 +2,7 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle, Judges, WrittenCounts, Young};
+use crate::control::{Applied, Counted, Idle, Judges, Rotations, WrittenCounts, Young};
 use crate::readiness::RememberedReadiness;
 use crate::rollout::{Millis, Rollout, Transition};
 use serde::de::DeserializeOwned;
@@ -58,6 +58,9 @@ pub struct Kept {
     /// Signs the cookies of sessions whose document brings no secret of its own.
     #[serde(default)]
     pub session_secret: String,
+    /// What sessions were signed with before, where that still holds.
+    #[serde(default, skip_serializing_if = "Rotations::is_empty")]
+    pub rotations: Rotations,
 }
 
 impl Kept {

@@ -8,7 +8,7 @@ use crate::policy::{Mirror, Policy, Rule, Service, Version};
 use crate::request::{self, AUTHORITY, METHOD, Request, SCHEME};
 use crate::rules::RuleIndex;
 use crate::sequence::{EvenSequence, SplitMix64, Starts};
-use crate::session::{Session, SessionBy, SessionHash};
+use crate::session::{Given, Session, SessionBy, SessionHash};
 pub use crate::split::{Split, Turns};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -64,6 +64,8 @@ struct MirrorPlan {
 struct SessionPlan {
     session: Session,
     hash: SessionHash,
+    /// Of the secrets of before.
+    previous: Vec<SessionHash>,
 }
 
 /// Where a request goes.
@@ -318,6 +320,17 @@ fn told_apart(user: u64) -> u32 {
 }
 
 impl SessionPlan {
+    fn new(service: &str, session: &Session, hash: SessionHash) -> Self {
+        let previous = session.previous_secrets.iter().map(|secret| SessionHash::new(service, secret.as_bytes()));
+        Self { session: session.clone(), hash, previous: previous.collect() }
+    }
+
+    /// What a cookie says, and whether it is signed with a secret of before.
+    fn read<'c>(&self, cookie: &'c [u8]) -> Option<(Given<'c>, bool)> {
+        let of_before = || self.previous.iter().find_map(|hash| hash.read(cookie)).map(|given| (given, true));
+        self.hash.read(cookie).map(|given| (given, false)).or_else(of_before)
+    }
+
     /// The user's version; `None` if there is no user, or nothing to choose for one.
     fn choose(
         &self,
@@ -351,13 +364,15 @@ impl SessionPlan {
                 if !sent && route.split.has_one() {
                     return None;
                 }
-                let given = cookies.find_map(|cookie| self.hash.read(cookie));
+                let given = cookies.find_map(|cookie| self.read(cookie));
+                let is_signed_anew = given.as_ref().is_some_and(|(_, is_of_before)| *is_of_before);
+                let given = given.map(|(given, _)| given);
                 let is_new = given.is_none();
                 let id = given.as_ref().map_or_else(random, |given| given.id);
                 let user = self.hash.of(&id.to_le_bytes());
                 let bucket = Reason::bucket(user);
                 let current = given.filter(|given| given.generation == self.session.generation);
-                let is_old = current.as_ref().is_some_and(|given| given.step != service.step);
+                let given_at = current.as_ref().map_or(service.step, |given| given.step);
                 let kept = current.and_then(|given| service.version(given.version));
                 let keeps = |split: &Split| kept.filter(|version| split.has(*version));
                 let (version, reason) = match keeps(route.split) {
@@ -374,13 +389,15 @@ impl SessionPlan {
                 let own = keeps(&service.own.split)
                     .or_else(|| version.filter(|version| service.own.split.has(*version)))
                     .or_else(|| service.own.split.of_user(user));
-                let cookie = own.filter(|own| kept != Some(*own)).and_then(|own| {
+                let cookie = own.filter(|own| is_signed_anew || kept != Some(*own)).and_then(|own| {
                     let generation = self.session.generation;
-                    let value = self.hash.cookie(service.versions.get(own)?, generation, service.step, id);
+                    // What the user has already was given when it was given, whatever it is signed with.
+                    let step = if kept == Some(own) { given_at } else { service.step };
+                    let value = self.hash.cookie(service.versions.get(own)?, generation, step, id);
                     let secure = if request.header(SCHEME).as_deref() == Some(b"https") { "; Secure" } else { "" };
                     Some(format!("{name}={value}; Path=/; Max-Age={ttl_seconds}; HttpOnly; SameSite=Lax{secure}"))
                 });
-                let is_of_this_step = !(is_old && version == kept);
+                let is_of_this_step = given_at == service.step || version != kept;
                 Some(Choice { version, reason, is_of_this_step, user: Some(told_apart(user)), cookie })
             }
         }
@@ -400,7 +417,7 @@ impl ServicePlan {
     fn new(service: &Service, first_slot: usize, serves: impl Fn(&Version) -> bool) -> Self {
         let secret = service.session.as_ref().and_then(|session| session.secret.as_ref());
         let hash = SessionHash::new(&service.name, secret.map_or(service.name.as_bytes(), |secret| secret.as_bytes()));
-        let session = service.session.clone().map(|session| SessionPlan { session, hash });
+        let session = service.session.as_ref().map(|session| SessionPlan::new(&service.name, session, hash));
         let mut slots = first_slot..;
         let mut destination = |weights: &mut dyn Iterator<Item = (&str, u32)>, mirror: Option<&Mirror>| {
             let slot = slots.next().unwrap_or_default();

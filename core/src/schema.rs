@@ -129,6 +129,8 @@ schemas! {
     Method = {"type": "string", "pattern": "^[-!#$%&'*+.^_`|~0-9A-Z]+$"};
     FilledText = {"type": "string", "minLength": 1};
     Secret = {"type": "string", "minLength": 1, "maxLength": 1024};
+    /// [`shift::SecretKeyRef`], which does not begin with two dots; a pattern of this kind can say that.
+    SecretKey = {"type": "string", "maxLength": 253, "pattern": "^(\\.?[-_A-Za-z0-9][-._A-Za-z0-9]*)$"};
     /// [`crate::hostname::read`]
     Hostname = {"type": "string", "maxLength": 255, "pattern": "^(\\*\\.)?[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*$"};
     /// The host of a probe, in place of the endpoint's own.
@@ -318,6 +320,9 @@ pub(crate) struct Session {
     /// name, which keeps accidents out but nobody who knows how cookies are made.
     #[schemars(with = "Option<Secret>")]
     secret: Option<String>,
+    /// Where the secret is, in place of secret: a key of a Secret of the document's namespace, labelled
+    /// `tideshift.dev/use: session`; outside of Kubernetes a file of `--secrets-dir`.
+    secret_ref: Option<shift::SecretKeyRef>,
 }
 
 #[derive(JsonSchema)]
@@ -434,12 +439,17 @@ pub(crate) struct Webhook {
     /// Gate: must say yes before a step begins. Notification: is told of transitions.
     #[schemars(rename = "type")]
     kind: WebhookType,
-    /// Where to send: `http` or `https`, without user or fragment.
-    #[schemars(with = "Url")]
-    url: String,
-    /// What requests are signed with; they are not signed where neither this nor secretFile is given.
+    /// Where to send: `http` or `https`, without user or fragment. Either this or urlSecretRef.
+    #[schemars(with = "Option<Url>")]
+    url: Option<String>,
+    /// Where the URL is, in place of url, if it is a secret, as those of chats are: a key of a Secret of the document's
+    /// namespace, labelled `tideshift.dev/use: webhook`; outside of Kubernetes a file of `--secrets-dir`.
+    url_secret_ref: Option<shift::SecretKeyRef>,
+    /// What requests are signed with; they are not signed where neither this nor secretRef nor secretFile is given.
     #[schemars(with = "Option<Secret>")]
     secret: Option<String>,
+    /// Where the secret is, in place of secret; as urlSecretRef.
+    secret_ref: Option<shift::SecretKeyRef>,
     /// A file of the controller's with the secret, in place of secret. It is read each time.
     #[schemars(with = "Option<FilledText>")]
     secret_file: Option<String>,

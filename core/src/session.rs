@@ -11,7 +11,8 @@
 use crate::decode::{Decoder, Fields};
 use crate::matching::choice;
 use crate::name;
-use serde::Serialize;
+use crate::shift::SecretKeyRef;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use siphasher::sip::SipHasher24;
 use siphasher::sip128;
@@ -31,6 +32,10 @@ pub struct Session {
     /// name, which keeps accidents out but nobody who knows how cookies are made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secret: Option<Secret>,
+    /// What cookies may also be signed with, as the secret has changed of late: who sends such a cookie keeps the version and
+    /// gets a cookie under the new secret. Never in a document.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub previous_secrets: Vec<Secret>,
 }
 
 /// Where a user's name is.
@@ -52,7 +57,7 @@ pub enum SessionBy {
 }
 
 /// Text that no message or log shows.
-#[derive(Clone, PartialEq, Eq, Serialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secret(String);
 
 impl Secret {
@@ -70,6 +75,10 @@ impl fmt::Debug for Secret {
 
 /// How long browsers keep a cookie where the document does not say: a day.
 const DEFAULT_TTL_SECONDS: u64 = 86_400;
+/// The longest secret, in bytes.
+const LONGEST_SECRET: usize = 1024;
+/// The most secrets of before.
+pub const MAX_PREVIOUS_SECRETS: usize = 2;
 /// Browsers cap `Max-Age` at 400 days (RFC 6265bis).
 const LONGEST_TTL_SECONDS: u64 = 400 * 86_400;
 
@@ -79,20 +88,45 @@ fn is_zero(generation: &u64) -> bool {
 }
 
 impl Session {
+    /// As policies have it.
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
+        let session = Self::read_fields(&mut f, d);
+        let previous = f.optional(d, "previousSecrets", |d, v| {
+            let secrets = d.list(v, Secret::read)?;
+            if secrets.len() > MAX_PREVIOUS_SECRETS {
+                d.invalid(&Value::from("…"), format!("{MAX_PREVIOUS_SECRETS} secrets at most"));
+            }
+            Some(secrets.into_iter().map(|(_, secret)| secret).collect())
+        });
+        f.finish(d);
+        Some(Self { previous_secrets: previous.unwrap_or_default(), ..session? })
+    }
+
+    /// As documents have it, with where the secret is if they only say that.
+    pub(crate) fn read_in_document(d: &mut Decoder, value: &Value) -> Option<(Self, Option<SecretKeyRef>)> {
+        let mut f = d.object(value)?;
+        let session = Self::read_fields(&mut f, d);
+        let secret = f.optional(d, "secretRef", SecretKeyRef::read);
+        if f.has("secret") && f.has("secretRef") {
+            d.within("secretRef", |d| d.invalid(&Value::from("…"), "either secret or secretRef"));
+        }
+        f.finish(d);
+        Some((session?, secret))
+    }
+
+    fn read_fields(f: &mut Fields<'_>, d: &mut Decoder) -> Option<Self> {
         let allowed = "one of Cookie, Header";
         let kind = f.required(d, "type", allowed, |d, v| choice(d, v, &["Cookie", "Header"]));
         let by = match kind {
             Some("Header") => {
                 f.required(d, "name", "a header's name", name::header).map(|name| SessionBy::Header { name })
             }
-            _ => Self::read_cookie(&mut f, d),
+            _ => Self::read_cookie(f, d),
         };
-        let generation = f.optional(d, "generation", Decoder::long);
+        let generation = f.optional(d, "generation", Decoder::long).unwrap_or_default();
         let secret = f.optional(d, "secret", Secret::read);
-        f.finish(d);
-        Some(Self { by: by?, generation: generation.unwrap_or_default(), secret })
+        Some(Self { by: by?, generation, secret, previous_secrets: Vec::new() })
     }
 
     fn read_cookie(f: &mut Fields<'_>, d: &mut Decoder) -> Option<SessionBy> {
@@ -106,16 +140,38 @@ impl Session {
 impl Secret {
     /// Not shown in messages, whatever is wrong with it.
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let text = value.as_str().filter(|text| (1..=1024).contains(&text.len()));
+        let text = value.as_str().filter(|text| (1..=LONGEST_SECRET).contains(&text.len()));
         if text.is_none() {
             d.invalid(&Value::String("…".to_owned()), "a string of 1 to 1024 bytes");
         }
         text.map(|text| Self(text.to_owned()))
     }
 
+    /// What a secret is that is kept outside of documents, by its bytes; a newline at their end, which editors leave there, is no
+    /// part of it.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it, without showing it.
+    pub fn from_outside(bytes: &[u8]) -> Result<Self, &'static str> {
+        let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+        let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
+        let text = std::str::from_utf8(bytes).map_err(|_| "not UTF-8")?;
+        match text.len() {
+            0 => Err("empty"),
+            1..=LONGEST_SECRET => Ok(Self(text.to_owned())),
+            _ => Err("longer than 1,024 bytes, the most that a secret may have"),
+        }
+    }
+
     /// The bytes.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
+    }
+
+    /// The text, for whom it is meant.
+    pub fn expose(&self) -> &str {
+        &self.0
     }
 }
 

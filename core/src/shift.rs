@@ -2,14 +2,16 @@
 //! `tideshift serve -f` and, in Kubernetes, as a resource.
 
 mod place;
+mod secret_ref;
 mod strategy;
 mod warm_up;
 mod webhook;
 
 pub use place::{Discovery, LabelOperator, LabelRequirement, LabelSelector, PortRef, WorkloadRef};
+pub use secret_ref::SecretKeyRef;
 pub use strategy::{Quantity, Step, Strategy};
 pub use warm_up::{WarmUp, WarmUpRequests};
-pub use webhook::{HookSecret, NotificationFormat, PHASES, Webhook, WebhookKind};
+pub use webhook::{HookSecret, HookUrl, NotificationFormat, PHASES, Webhook, WebhookKind, is_webhook_url};
 
 use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
@@ -87,6 +89,9 @@ pub struct ShiftService {
     /// How users stay on one version; none: each request is on its own.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Session>"))]
     pub session: Option<Session>,
+    /// Where the session's secret is, if it is not in the document.
+    #[cfg_attr(feature = "schema", schemars(skip))]
+    pub session_secret: Option<SecretKeyRef>,
     /// What is the versions' fault.
     #[cfg_attr(feature = "schema", schemars(with = "Option<ErrorCodes>"))]
     pub errors: ErrorCodes,
@@ -321,7 +326,8 @@ impl ShiftService {
         let rules = f.optional(d, "rules", |d, v| policy::rules(d, v, &known)).unwrap_or_default();
         let errors = f.optional(d, "errors", ErrorCodes::read).unwrap_or_default();
         let endpoints_for_full_load = f.optional(d, "capacity", capacity).flatten();
-        let session = f.optional(d, "session", Session::read);
+        let session = f.optional(d, "session", Session::read_in_document);
+        let (session, session_secret) = session.map_or((None, None), |(session, secret)| (Some(session), secret));
         let mirror = f.optional(d, "mirror", |d, v| Mirror::read(d, v, &known));
         let guard = f.optional(d, "guard", GuardPolicy::read).unwrap_or_default();
         let timeout = f.optional(d, "timeoutSeconds", |d, v| d.integer(v, 0, LONGEST_ROUTE_TIMEOUT));
@@ -333,6 +339,7 @@ impl ShiftService {
             versions,
             rules,
             session,
+            session_secret,
             errors,
             mirror,
             guard,

@@ -144,6 +144,35 @@ fn a_new_generation_revokes_what_users_were_given() {
 }
 
 #[test]
+fn a_new_secret_moves_nobody_while_the_one_before_holds() {
+    let mut service = sticky(&[("v1", 50), ("v2", 50)]);
+    (service["session"]["secret"], service["step"]) = (json!("one"), json!(3));
+    let mut worker = Worker::new(service.clone());
+    let users: Vec<(String, String)> = (0..100).map(|_| worker.ask(&[])).map(|(v, c)| (v, c.unwrap())).collect();
+    (service["session"]["secret"], service["step"]) = (json!("two"), json!(4));
+    service["session"]["previousSecrets"] = json!(["zero", "one"]);
+    worker.apply(service.clone());
+    let mut renewed = Vec::new();
+    for (version, cookie) in &users {
+        assert!(!worker.decide(&[("cookie", cookie)]).is_compared, "given at an earlier step");
+        let (now, set) = worker.ask(&[("cookie", cookie)]);
+        assert_eq!(&now, version);
+        let again = set.unwrap();
+        // It is renewed once, and still says when the user was given the version.
+        let decision = worker.decide(&[("cookie", &again)]);
+        assert!(decision.cookie.is_none() && !decision.is_compared);
+        renewed.push((version.clone(), again));
+    }
+    // Later the one before holds no longer: a user who was away meanwhile begins again.
+    service["session"].as_object_mut().unwrap().remove("previousSecrets");
+    worker.apply(service);
+    for ((version, again), (_, old)) in renewed.into_iter().zip(&users) {
+        assert_eq!(worker.ask(&[("cookie", &again)]), (version, None));
+        assert!(worker.ask(&[("cookie", old)]).1.is_some());
+    }
+}
+
+#[test]
 fn the_cookie_is_for_the_proxy_alone_and_secure_on_tls() {
     let mut worker = Worker::new(sticky(&[("v1", 1), ("v2", 1)]));
     let cookie = worker.decide(&[(":scheme", "http")]).cookie.unwrap();

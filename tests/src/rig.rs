@@ -133,8 +133,13 @@ impl Rig {
 
     /// Starts `tideshift serve -f` the document.
     pub async fn start_controller(&mut self) -> anyhow::Result<Controller> {
+        self.start_controller_with(&[]).await
+    }
+
+    /// The same with further arguments.
+    pub async fn start_controller_with(&mut self, further: &[&str]) -> anyhow::Result<Controller> {
         let port = self.reserved.take().context("the controller was started before")?;
-        Controller::start_on(port, &[&self.file()], &[]).await
+        Controller::start_on(port, &[&self.file()], further).await
     }
 
     /// A proxy that reports and serves nobody, for rollouts without traffic; before or after the controller.

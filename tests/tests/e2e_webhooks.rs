@@ -341,3 +341,36 @@ async fn documents_of_the_api_name_no_files_of_the_controller() -> anyhow::Resul
     assert_eq!(put(gate(&receiver.url(), json!({ "secret": "hush-hush" }))).await?.status, 200);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secrets_in_files_are_followed_without_a_restart() -> anyhow::Result<()> {
+    let receiver = Receiver::start(Answer::Status(403, "not yet")).await?;
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    let key = |key: &str| json!({ "name": "hooks", "key": key });
+    let mut webhook =
+        gate(&receiver.url(), json!({ "urlSecretRef": key("url"), "secretRef": key("sign"), "periodSeconds": 3600 }));
+    webhook.as_object_mut().context("no object")?.remove("url");
+    rig.write(&document(&rig, json!([webhook])))?;
+    let folder = rig.path("secrets");
+    fs::create_dir_all(folder.join("hooks"))?;
+    fs::write(folder.join("hooks/sign"), "one\n")?;
+    let secrets = folder.to_string_lossy();
+    rig.start_reporter();
+    let controller = rig.start_controller_with(&["--secrets-dir", &secrets]).await?;
+    until_waiting(&controller, "gate approval has not answered: urlSecretRef: ").await?;
+    let errors = controller.status().await?["documentErrors"].to_string();
+    ensure!(errors.contains("shop: spec.webhooks[0].urlSecretRef: "), "{errors}");
+    fs::write(folder.join("hooks/url"), receiver.url())?;
+    until_waiting(&controller, "gate approval says no: status 403 Forbidden: not yet").await?;
+    let got = receiver.got();
+    assert_eq!(got[0].header("x-tideshift-signature"), signature("one", &got[0])?);
+    receiver.answer(YES);
+    fs::write(folder.join("hooks/sign"), "two\n")?;
+    let got = receiver.until(got.len() + 1).await?;
+    let last = got.last().context("nothing")?;
+    assert_eq!(last.header("x-tideshift-signature"), signature("two", last)?);
+    until_weights(&controller, [90.0, 10.0]).await?;
+    let shown = format!("{}{}", controller.log(), controller.status().await?);
+    ensure!(!shown.contains(receiver.url().trim_start_matches("http://")), "{shown}");
+    Ok(())
+}

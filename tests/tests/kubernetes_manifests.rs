@@ -37,6 +37,7 @@ fn everything() -> Value {
     json!({
         "replicas": 3,
         "watchNamespaces": ["shop", "store"],
+        "documentSecrets": [{"namespace": "shop", "names": ["payment-session", "payment-webhooks"]}],
         "proxyTokenAudience": "tideshift",
         "webhookAllow": ["public", "10.0.0.0/8"],
         "tls": {"secret": "tideshift-tls", "clientCa": true},
@@ -404,6 +405,10 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
         "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "payment-v1", "namespace": "shop"},
         "spec": {"scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "payment-v1"}, "minReplicas": 1, "maxReplicas": 5},
     }))?;
+    server.create(json!({
+        "apiVersion": "v1", "kind": "Secret", "stringData": {"key": "0123456789abcdef"},
+        "metadata": {"name": "payment-session", "namespace": "shop", "labels": {"tideshift.dev/use": "session"}},
+    }))?;
     let version = |name: &str| {
         let labels = json!({"matchLabels": {"app": "payment", "version": name}});
         json!({"name": name, "selector": labels, "workloadRef": {"name": format!("payment-{name}")}})
@@ -412,6 +417,7 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
         "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "payment", "namespace": "shop"},
         "spec": {
             "versions": [version("v1"), version("v2")], "stable": "v1", "target": "v2",
+            "session": {"type": "Cookie", "name": "c", "secretRef": {"name": "payment-session", "key": "key"}},
             "strategy": {"steps": [{"pause": true}, {"weight": 100}], "scaleDownDelaySeconds": 0},
         },
     }))?;
@@ -470,6 +476,7 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
 /// Of workloads, only the kind that the test has.
 fn deployments_alone(mut values: Value) -> Value {
     values["workloads"] = json!([{"apiGroup": "apps", "resources": ["deployments"]}]);
+    values["documentSecrets"] = json!([{"namespace": "shop", "names": ["payment-session"]}]);
     values
 }
 

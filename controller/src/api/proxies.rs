@@ -71,7 +71,7 @@ pub(super) async fn policy(
 fn send(published: &Published, poll: &Poll) -> Response {
     let json = match poll.delta {
         true => published.since(&poll.epoch, poll.after),
-        false => published.json.clone(),
+        false => published.for_older(),
     };
     let mut response = ([(header::CONTENT_TYPE, "application/json")], json).into_response();
     if let Ok(epoch) = HeaderValue::from_str(&published.epoch) {

@@ -3,6 +3,7 @@
 //! and no more memory than two policies take.
 
 use bytes::Bytes;
+use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tideshift_core::policy::Policy;
@@ -66,6 +67,19 @@ impl Published {
         let mut published = Self { epoch, revision, json: json.into(), parts: Arc::new(parts), last: None };
         published.last = before.and_then(|before| Some((before.revision, published.changes(before.revision)?)));
         published
+    }
+
+    /// The whole document for proxies of before there were changes: they refuse a service that has a field they do not know.
+    pub fn for_older(&self) -> Bytes {
+        const NEWER: &str = "previousSecrets";
+        if !self.json.windows(NEWER.len()).any(|part| part == NEWER.as_bytes()) {
+            return self.json.clone();
+        }
+        let mut policy: Value = serde_json::from_slice(&self.json).unwrap_or_default();
+        for service in policy["services"].as_array_mut().into_iter().flatten() {
+            service.get_mut("session").and_then(Value::as_object_mut).map(|session| session.remove(NEWER));
+        }
+        serde_json::to_vec(&policy).map_or_else(|_| self.json.clone(), Bytes::from)
     }
 
     /// The same without the services that a proxy may not see.
@@ -162,6 +176,21 @@ mod tests {
             assert!(sent.contains("a.shop") && !sent.contains("bank"), "{sent}");
         }
         assert!(Policy::read(&serde_json::from_slice(&seen.json).unwrap()).is_ok());
+    }
+
+    #[test]
+    fn older_proxies_are_sent_no_field_that_they_would_refuse() {
+        let with = |previous: &[&str]| {
+            let session =
+                serde_json::json!({"type": "Cookie", "name": "c", "secret": "new", "previousSecrets": previous});
+            let service = serde_json::json!({"name": "shop", "versions": [{"name": "v1"}], "session": session});
+            let policy = serde_json::json!({"revision": 1, "services": [service]});
+            Published::next(None, "e".to_owned(), &Policy::read(&policy).unwrap())
+        };
+        let rotated = with(&["old"]);
+        assert!(String::from_utf8_lossy(&rotated.json).contains(r#""previousSecrets":["old"]"#));
+        let older: Value = serde_json::from_slice(&rotated.for_older()).unwrap();
+        assert_eq!(older, serde_json::from_slice::<Value>(&with(&[]).json).unwrap());
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn policy_of(files: &[PathBuf]) -> Result<Policy, Failure> {
 
 async fn policy_in_force(controller: &Controller) -> Result<Policy, Failure> {
     // As a proxy that has nothing yet.
-    let path = "/v1/policy?after=0&epoch=";
+    let path = "/v1/policy?after=0&epoch=&delta=true";
     let policy: serde_json::Value = controller.get(path).await?;
     let no_policy = |errors| Failure::Other(format!("{}: no policy: {errors}", controller.url(path)).into());
     Policy::read(&policy).map_err(no_policy)

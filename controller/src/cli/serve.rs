@@ -124,6 +124,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIR", env = "TIDESHIFT_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
+    /// Where the secrets are that documents refer to by secretRef and urlSecretRef: the file DIR/NAME/KEY, as a mounted Secret
+    /// has it. Reloaded on change.
+    #[arg(long, value_name = "DIR", env = "TIDESHIFT_SECRETS_DIR", conflicts_with = "kubernetes")]
+    secrets_dir: Option<PathBuf>,
+
     /// How log lines look; they go to standard error.
     #[arg(long, value_enum, default_value = "auto", env = "TIDESHIFT_LOG_FORMAT")]
     log_format: LogFormat,
@@ -145,7 +150,11 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             lease: arguments.lease_name,
             proxy_token_audience: arguments.proxy_token_audience,
         }),
-        false => Documents::Files { files: arguments.files, state_dir: arguments.state_dir },
+        false => Documents::Files {
+            files: arguments.files,
+            state_dir: arguments.state_dir,
+            secrets_dir: arguments.secrets_dir,
+        },
     };
     let options = Options {
         documents,

@@ -2,6 +2,7 @@
 
 mod costs;
 mod isolation;
+mod sessions;
 
 use super::*;
 use crate::readiness::EndpointState;

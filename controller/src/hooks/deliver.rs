@@ -5,12 +5,15 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap};
 use reqwest::{Response, StatusCode, Url, redirect};
 use sha2::Sha256;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
-use tideshift_core::shift::{HookSecret, Webhook};
+use tideshift_core::shift::{HookSecret, HookUrl, Webhook};
+use tokio::sync::watch;
 
 use super::egress::{Egress, Resolver};
 use crate::limits::Limit;
 use crate::net::{io_reason, reason};
+use crate::secret_values::{SecretUse, SecretValues};
 
 /// The most bytes of an answer that are read.
 const MAX_ANSWER: usize = 4 << 10;
@@ -37,23 +40,52 @@ pub(super) struct Courier {
     client: reqwest::Client,
     egress: Egress,
     limit: Limit,
+    secrets: watch::Receiver<Arc<SecretValues>>,
 }
 
 impl Courier {
-    pub(super) fn new(egress: Egress, limit: Limit) -> Result<Self, reqwest::Error> {
+    pub(super) fn new(
+        egress: Egress,
+        limit: Limit,
+        secrets: watch::Receiver<Arc<SecretValues>>,
+    ) -> Result<Self, reqwest::Error> {
         // A redirection leads to an address that the document does not name.
         let client = reqwest::Client::builder().redirect(redirect::Policy::none());
         let client = client.dns_resolver(Resolver::new(egress.clone()));
         let client = client.user_agent(concat!("tideshift/", env!("CARGO_PKG_VERSION"))).build()?;
-        Ok(Self { client, egress, limit })
+        Ok(Self { client, egress, limit, secrets })
     }
 
     /// Posts a JSON body for a document of this namespace. Who gets the same `id` twice has got the same thing twice.
     pub(super) async fn post(&self, namespace: &str, webhook: &Webhook, id: &str, body: &[u8]) -> Reply {
-        let url = match Url::parse(&webhook.url).map_err(|error| error.to_string()) {
-            Ok(url) => url,
-            Err(why) => return Reply::None(why),
+        let (url, is_secret) = match &webhook.url {
+            HookUrl::Text(url) => (url.clone(), false),
+            HookUrl::Ref(key) => match self.secrets.borrow().get(namespace, SecretUse::Url, key) {
+                Ok(secret) => (secret.expose().to_owned(), true),
+                Err(why) => return Reply::None(format!("urlSecretRef: {why}")),
+            },
         };
+        let url = match Url::parse(&url) {
+            Ok(url) => url,
+            Err(error) => return Reply::None(error.to_string()),
+        };
+        let reply = self.post_to(url.clone(), namespace, webhook, id, body).await;
+        if is_secret { reply.without(&url) } else { reply }
+    }
+
+    /// Ends when a secret has changed.
+    pub(super) async fn secrets_changed(&mut self) {
+        if self.secrets.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// From now on, only changes that are yet to come count.
+    pub(super) fn mark_secrets_seen(&mut self) {
+        self.secrets.mark_unchanged();
+    }
+
+    async fn post_to(&self, url: Url, namespace: &str, webhook: &Webhook, id: &str, body: &[u8]) -> Reply {
         if let Err(why) = self.egress.check(&url) {
             return Reply::None(why);
         }
@@ -62,7 +94,7 @@ impl Courier {
         let mut request = self.client.post(url).timeout(webhook.timeout);
         request = request.header(CONTENT_TYPE, "application/json");
         request = request.header("x-tideshift-id", id).header("x-tideshift-timestamp", &timestamp);
-        match secret(webhook).await {
+        match self.secret(namespace, webhook).await {
             Ok(None) => {}
             Ok(Some(secret)) => request = request.header("x-tideshift-signature", sign(&secret, &timestamp, body)),
             Err(why) => return Reply::None(why),
@@ -74,16 +106,44 @@ impl Courier {
     }
 }
 
-async fn secret(webhook: &Webhook) -> Result<Option<Vec<u8>>, String> {
-    match &webhook.secret {
-        None => Ok(None),
-        Some(HookSecret::Text(secret)) => Ok(Some(secret.as_bytes().to_vec())),
-        Some(HookSecret::File(path)) => {
-            let bytes = tokio::fs::read(path).await;
-            let bytes = bytes.map_err(|error| format!("secretFile {path} cannot be read: {}", io_reason(&error)))?;
-            let secret = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-            let secret = secret.strip_suffix(b"\r").unwrap_or(secret).to_vec();
-            if secret.is_empty() { Err(format!("secretFile {path} is empty")) } else { Ok(Some(secret)) }
+impl Reply {
+    /// The same without what it may say of a URL that is a secret.
+    fn without(self, url: &Url) -> Self {
+        let hide = |words: String| {
+            let query = url.query_pairs().map(|(_, value)| value.into_owned());
+            let parts = url.path_segments().into_iter().flatten().map(str::to_owned).chain(query);
+            // Shorter ones are words such as `api`.
+            let parts = parts.filter(|part| part.len() >= 6);
+            let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+            let hidden = [url.to_string(), url.path().to_owned(), host].into_iter().chain(parts);
+            hidden.filter(|part| part.len() > 1).fold(words, |words, part| words.replace(&part, "…"))
+        };
+        match self {
+            Self::Yes => Self::Yes,
+            Self::No(words) => Self::No(hide(words)),
+            Self::None(words) => Self::None(hide(words)),
+        }
+    }
+}
+
+impl Courier {
+    async fn secret(&self, namespace: &str, webhook: &Webhook) -> Result<Option<Vec<u8>>, String> {
+        match &webhook.secret {
+            None => Ok(None),
+            Some(HookSecret::Text(secret)) => Ok(Some(secret.as_bytes().to_vec())),
+            Some(HookSecret::Ref(key)) => {
+                let secrets = self.secrets.borrow();
+                let secret = secrets.get(namespace, SecretUse::Signature, key);
+                secret.map(|secret| Some(secret.as_bytes().to_vec())).map_err(|why| format!("secretRef: {why}"))
+            }
+            Some(HookSecret::File(path)) => {
+                let bytes = tokio::fs::read(path).await;
+                let bytes =
+                    bytes.map_err(|error| format!("secretFile {path} cannot be read: {}", io_reason(&error)))?;
+                let secret = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+                let secret = secret.strip_suffix(b"\r").unwrap_or(secret).to_vec();
+                if secret.is_empty() { Err(format!("secretFile {path} is empty")) } else { Ok(Some(secret)) }
+            }
         }
     }
 }
@@ -162,6 +222,24 @@ mod tests {
         // printf '%s' '1700000000.{"a":1}' | openssl dgst -sha256 -hmac secret
         let expected = "sha256=49f24e537407743fa4a0242bb63b94b9a47ee99cbbe071ccd8a22550ae411686";
         assert_eq!(sign(b"secret", "1700000000", br#"{"a":1}"#), expected);
+    }
+
+    #[test]
+    fn nothing_is_said_of_a_url_that_is_a_secret() {
+        let url = Url::parse("https://chat.example.com/services/T0/hush-hush?token=psst-psst").unwrap();
+        for words in [
+            "webhooks may not go to chat.example.com, which is 10.0.0.1",
+            "status 404 Not Found: no such hook /services/T0/hush-hush",
+            "status 403 Forbidden: hush-hush and psst-psst are unknown",
+            "https://chat.example.com/services/T0/hush-hush?token=psst-psst",
+        ] {
+            let Reply::None(shown) = Reply::None(words.to_owned()).without(&url) else { panic!("another reply") };
+            for hidden in ["chat.example", "hush", "psst", "T0"] {
+                assert!(!shown.contains(hidden), "{shown}");
+            }
+        }
+        let fine = "connection refused".to_owned();
+        assert_eq!(Reply::No(fine.clone()).without(&url), Reply::No(fine));
     }
 
     #[test]

@@ -41,9 +41,10 @@ impl Asking {
         answers: mpsc::Sender<Answer>,
     ) -> Self {
         let (body, newest) = watch::channel(body(&question, services));
+        let mut courier = courier;
         let task = tokio::spawn(async move {
             for gate in &gates {
-                until_yes(&namespace, gate, &question, &newest, &courier, &answers).await;
+                until_yes(&namespace, gate, &question, &newest, &mut courier, &answers).await;
             }
             let _ = answers.send(Answer { question, allowed: true, words: String::new() }).await;
         });
@@ -74,13 +75,14 @@ async fn until_yes(
     gate: &Webhook,
     question: &Question,
     body: &watch::Receiver<Vec<u8>>,
-    courier: &Courier,
+    courier: &mut Courier,
     answers: &mpsc::Sender<Answer>,
 ) {
     let WebhookKind::Gate { period, .. } = gate.kind else { return };
     let (id, mut failures, mut said) = (id(question), 0, String::new());
     loop {
         let newest = body.borrow().clone();
+        courier.mark_secrets_seen();
         let (words, wait): (String, Duration) = match courier.post(namespace, gate, &id, &newest).await {
             Reply::Yes => {
                 tracing::info!(
@@ -107,7 +109,11 @@ async fn until_yes(
             let _ = answers.send(answer).await;
             said = words;
         }
-        sleep(wait).await;
+        // Another secret may be what it was waiting for.
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = courier.secrets_changed() => failures = 0,
+        }
     }
 }
 

@@ -3,9 +3,10 @@
 //! document's own namespace, it runs no commands and reads no files for them. The CRD has the same rules in CEL; these
 //! hold also for what was stored before the rules were there.
 
+use crate::secret_values;
 use std::fmt;
 use std::time::Duration;
-use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
+use tideshift_core::shift::{Check, HookSecret, HookUrl, NotificationFormat, Probe, TrafficShift, WebhookKind};
 
 /// The shortest period of a probe, which is that of Kubernetes.
 const SHORTEST_PERIOD: Duration = Duration::from_secs(1);
@@ -17,9 +18,7 @@ const SHORTEST_PERIOD: Duration = Duration::from_secs(1);
 /// What may not be in it, one line for each field.
 pub fn admit(shift: &TrafficShift) -> Result<(), String> {
     let mut refused = Refused::default();
-    let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
-    for (n, service) in shift.services.iter().enumerate() {
-        let at = if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
+    for (at, service) in secret_values::services(shift) {
         for (i, version) in service.versions.iter().enumerate() {
             let at = format!("{at}.versions[{i}]");
             if !version.endpoints.is_empty() {
@@ -35,6 +34,67 @@ pub fn admit(shift: &TrafficShift) -> Result<(), String> {
     for (i, webhook) in shift.webhooks.iter().enumerate() {
         if matches!(webhook.secret, Some(HookSecret::File(_))) {
             refused.push(format!("spec.webhooks[{i}].secretFile"), "it names a file of the controller's machine");
+        }
+    }
+    refused.into_result()
+}
+
+/// A secret that is in the document itself, for everyone to read who may see TrafficShifts.
+#[derive(Debug)]
+struct Literal<'s> {
+    field: String,
+    /// What the field is of, whatever its place is now.
+    of: (&'s str, &'static str),
+    value: &'s [u8],
+    instead: &'static str,
+}
+
+fn literals(shift: &TrafficShift) -> Vec<Literal<'_>> {
+    let sessions = secret_values::services(shift).filter_map(|(at, service)| {
+        let secret = service.session.as_ref()?.secret.as_ref()?;
+        let (of, field) = ((service.name.as_str(), "session"), format!("{at}.session.secret"));
+        Some(Literal { field, of, value: secret.as_bytes(), instead: "secretRef" })
+    });
+    let webhooks = shift.webhooks.iter().enumerate().flat_map(|(i, webhook)| {
+        let at = format!("spec.webhooks[{i}]");
+        let secret = match &webhook.secret {
+            Some(HookSecret::Text(secret)) => Some(("secret", secret.as_bytes(), "secretRef")),
+            _ => None,
+        };
+        // Who knows the URL of a chat may write there.
+        let is_chat = matches!(webhook.kind, WebhookKind::Notification { format: NotificationFormat::Slack, .. });
+        let url = match &webhook.url {
+            HookUrl::Text(url) if is_chat => Some(("url", url.as_bytes(), "urlSecretRef")),
+            _ => None,
+        };
+        secret.into_iter().chain(url).map(move |(field, value, instead)| {
+            let of = (webhook.name.as_str(), field);
+            Literal { field: format!("{at}.{field}"), of, value, instead }
+        })
+    });
+    sessions.chain(webhooks).collect()
+}
+
+/// The fields of a document that hold a secret.
+pub fn literal_fields(shift: &TrafficShift) -> Vec<String> {
+    literals(shift).into_iter().map(|literal| literal.field).collect()
+}
+
+/// Whether a document holds no secrets but those that it held when it came into force, before they were refused.
+///
+/// # Errors
+///
+/// Which of its fields hold another one, and what to write instead; one line each.
+pub fn admit_literals(shift: &TrafficShift, before: Option<&TrafficShift>) -> Result<(), String> {
+    let held = before.map(literals).unwrap_or_default();
+    let mut refused = Refused::default();
+    for Literal { field, of, value, instead } in literals(shift) {
+        if !held.iter().any(|held| (held.of, held.value) == (of, value)) {
+            let why = format!(
+                "everyone who may see TrafficShifts could read this secret; expected {instead}: {{name: SECRET, key: KEY}} of a \
+                 Secret in this namespace (`tideshift migrate-secrets` writes both)"
+            );
+            refused.push(field, &why);
         }
     }
     refused.into_result()
@@ -124,6 +184,44 @@ mod tests {
         let expected =
             [format!("{probe}.exec"), format!("{probe}.periodMillis"), "spec.webhooks[0].secretFile".to_owned()];
         assert_eq!(fields, expected);
+    }
+
+    #[test]
+    fn secrets_in_documents_are_refused_unless_they_were_in_force() {
+        let read = |session: &str, hook: &str, weight: u32| {
+            let hooks = json!([
+                {"name": "first", "type": "Gate", "url": "https://ci.example.com/a"},
+                {"name": "ci", "type": "Gate", "url": "https://ci.example.com", "secret": hook},
+                {"name": "chat", "type": "Notification", "url": "https://chat.example.com/T0/hush", "format": "Slack"},
+                {"name": "json", "type": "Notification", "url": "https://bus.example.com/"},
+            ]);
+            let document = json!({
+                "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+                "metadata": {"name": "shop", "namespace": "store"},
+                "spec": {
+                    "versions": [{"name": "v1", "service": "a"}], "stable": "v1", "webhooks": hooks,
+                    "session": {"type": "Cookie", "name": "c", "secret": session},
+                    "strategy": {"steps": [{"weight": weight}]},
+                },
+            });
+            TrafficShift::read(&document).unwrap().qualified()
+        };
+        let fields = |refused: Result<(), String>| -> Vec<String> {
+            let refused = refused.err().unwrap_or_default();
+            assert!(!refused.contains("hush"), "{refused}");
+            refused.lines().map(|line| line.split(": ").next().unwrap_or_default().to_owned()).collect()
+        };
+        let old = read("hush-hush", "hush", 10);
+        let all = ["spec.session.secret", "spec.webhooks[1].secret", "spec.webhooks[2].url"];
+        assert_eq!(fields(admit_literals(&old, None)), all);
+        assert_eq!(literal_fields(&old), all);
+        assert!(admit_literals(&old, None).unwrap_err().contains("urlSecretRef: {name: SECRET, key: KEY}"));
+        // The rest of it may change, so that a rollout can be taken back.
+        let mut moved = read("hush-hush", "hush", 20);
+        moved.webhooks.remove(0);
+        assert_eq!(admit_literals(&moved, Some(&old)), Ok(()));
+        let another = read("hush-hush", "hush-2", 10);
+        assert_eq!(fields(admit_literals(&another, Some(&old))), ["spec.webhooks[1].secret"]);
     }
 
     #[test]

@@ -4,16 +4,17 @@
 //! Watches write down what they see if it differs from what is known, with what may follow from it ([`News`]). Only the
 //! documents that it may concern are looked at again, on a thread for such work, without a lock that anything else needs.
 
-use super::admission::admit;
-use super::picture::{Changes, Need, Objects, Picture, Place, Table, View, Workload, slice_key};
+use super::admission::{admit, admit_literals, literal_fields};
+use super::picture::{Changes, Need, Objects, Picture, Place, SecretData, Table, View, Workload, slice_key};
 use super::resolve::{self, Owner, Resolved};
-use super::views::{self, SERVICE_NAME, Written};
+use super::views::{self, SERVICE_NAME, USE_LABEL, Written};
 use super::{Clusters, Retry, reason};
 use crate::admission::{self, Admitted, Held};
 use crate::readiness::Outlook;
+use crate::secret_values::{self, SecretValues};
 use futures_util::StreamExt;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, DynamicObject};
@@ -64,6 +65,8 @@ pub struct Scene {
     pub objects: Arc<BTreeMap<String, Arc<Object>>>,
     /// All that is known, for what is scaled.
     pub picture: Arc<Picture>,
+    /// What documents refer to by secretRef.
+    pub secrets: Arc<SecretValues>,
     /// Whether there was anything to put together.
     seen: bool,
 }
@@ -95,6 +98,10 @@ pub struct Object {
     pub error: Option<String>,
     /// Who wrote its spec last, and when, where that is known.
     pub by: Option<String>,
+    /// The fields of what is in force that hold a secret, which only those may that did so before they were refused.
+    pub literals: Vec<String>,
+    /// Whether it refers to secrets.
+    pub has_references: bool,
 }
 
 /// What is seen, as it comes in.
@@ -110,6 +117,8 @@ struct Sight {
 struct News {
     /// Something of TrafficShifts.
     shifts: bool,
+    /// Something of the Secrets that they refer to.
+    secrets: bool,
     places: BTreeMap<Place, Changes>,
     /// Clusters that have come into sight, or have gone out of it.
     clusters: BTreeSet<Option<String>>,
@@ -297,7 +306,7 @@ impl Watches {
         }
         errors.extend(self.errors.iter().cloned());
         are_others |= !touched.is_empty() || (&errors, &hidden) != (&self.scene.errors, &self.scene.hidden);
-        if !are_others && !news.shifts && news.places.is_empty() && news.clusters.is_empty() {
+        if !are_others && !news.shifts && !news.secrets && news.places.is_empty() && news.clusters.is_empty() {
             return None;
         }
         if are_others {
@@ -305,6 +314,10 @@ impl Watches {
             self.scene.documents = Arc::new(documents.collect());
             let all = self.in_force.iter().map(|one| (&one.outlook, one.owners.as_slice()));
             self.scene.outlook = Arc::new(resolve::beyond(all));
+        }
+        if are_others || news.secrets {
+            let shifts = self.in_force.iter().map(|one| &one.held.shift);
+            self.scene.secrets = Arc::new(resolve::secrets(shifts, &picture));
         }
         if are_others || news.shifts {
             self.scene.objects = Arc::new(self.objects(&touched));
@@ -394,6 +407,10 @@ impl Watches {
         }
         let shift = TrafficShift::read(&written.document)?.qualified();
         admit(&shift).map_err(Errors::of_document)?;
+        // What has been in force with a literal stays so across a restart.
+        if before.is_some() || !written.was_in_force {
+            admit_literals(&shift, before.map(|before| &before.shift)).map_err(Errors::of_document)?;
+        }
         let size = admission::check(&shift, &written.document)?;
         Ok(Arc::new(Held { shift, document: written.document.clone(), size }))
     }
@@ -401,6 +418,7 @@ impl Watches {
     /// The resources, each the same as before if neither it nor its document has changed.
     fn objects(&self, touched: &BTreeSet<String>) -> BTreeMap<String, Arc<Object>> {
         let object = |(rollout, (written, _)): (&String, &(Arc<Written>, _))| {
+            let held = self.good.get(rollout);
             let now = Object {
                 namespace: written.namespace.clone(),
                 name: written.name.clone(),
@@ -408,6 +426,8 @@ impl Watches {
                 generation: self.generations.get(rollout).copied().unwrap_or_default(),
                 error: self.refused.get(rollout).cloned(),
                 by: written.by.clone(),
+                literals: held.map_or_else(Vec::new, |held| literal_fields(&held.shift)),
+                has_references: held.is_some_and(|held| !secret_values::references(&held.shift).is_empty()),
             };
             let before = self.scene.objects.get(rollout).filter(|before| ***before == now);
             let same = before.filter(|_| !touched.contains(rollout)).cloned();
@@ -456,6 +476,13 @@ impl Watches {
         self.running.retain(|key, _| wanted(key));
         picture.views.retain(|place, _| needs.contains_key(place));
         picture.lost.retain(|cluster, _| clients.contains_key(cluster));
+        for (place, view) in &mut picture.views {
+            let is_needed = |name: &str| {
+                let need = Need::Secret { name: name.to_owned() };
+                needs.get(place).is_some_and(|needs| needs.contains(&need))
+            };
+            view.secrets.retain(|name, _| is_needed(name));
+        }
         for (cluster, client) in clients {
             self.running.entry((cluster.clone(), None)).or_insert_with(|| {
                 // Not known to be there before it has said so.
@@ -486,6 +513,7 @@ fn forget(view: &mut View, need: &Need) {
         Need::Workloads { api_version, kind } => {
             view.workloads.insert((api_version.clone(), kind.clone()), Table::default());
         }
+        Need::Secret { name } => _ = view.secrets.insert(name.clone(), Table::default()),
     }
 }
 
@@ -528,22 +556,54 @@ fn see(client: Client, place: Place, need: Need, notes: Notes) -> Running {
             let key = |slice: &EndpointSlice| {
                 slice_key(slice.labels().get(SERVICE_NAME).map(String::as_str), &slice.name_any())
             };
-            tokio::spawn(follow(api, notes, page, key, views::slice, None))
+            tokio::spawn(follow(api, watcher::Config::default(), notes, page, key, views::slice, None))
         }
         Need::Pods => {
             let api: Api<PartialObjectMeta<Pod>> = Api::namespaced(client, &namespace);
             let page = InView { place, table: |view| &mut view.pods, note: Changes::pod };
-            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::labels, None))
+            tokio::spawn(follow(
+                api,
+                watcher::Config::default(),
+                notes,
+                page,
+                ResourceExt::name_any,
+                views::labels,
+                None,
+            ))
         }
         Need::Autoscalers => {
             let api: Api<HorizontalPodAutoscaler> = Api::namespaced(client, &namespace);
             let page = InView { place, table: |view| &mut view.autoscalers, note: |_, _, _| () };
-            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::autoscaler, None))
+            tokio::spawn(follow(
+                api,
+                watcher::Config::default(),
+                notes,
+                page,
+                ResourceExt::name_any,
+                views::autoscaler,
+                None,
+            ))
         }
         Need::Budgets => {
             let api: Api<PodDisruptionBudget> = Api::namespaced(client, &namespace);
             let page = InView { place, table: |view| &mut view.budgets, note: |_, _, _| () };
-            tokio::spawn(follow(api, notes, page, ResourceExt::name_any, views::budget, None))
+            tokio::spawn(follow(
+                api,
+                watcher::Config::default(),
+                notes,
+                page,
+                ResourceExt::name_any,
+                views::budget,
+                None,
+            ))
+        }
+        Need::Secret { name } => {
+            let api: Api<Secret> = Api::namespaced(client, &namespace);
+            // By its name, so that the right to read all Secrets is not needed; and only if it is labelled, so that no other
+            // one comes here.
+            let one = watcher::Config::default().fields(&format!("metadata.name={name}")).labels(USE_LABEL);
+            let page = OneSecret { place, name };
+            tokio::spawn(follow(api, one, notes, page, ResourceExt::name_any, views::secret, None))
         }
         Need::Workloads { api_version, kind } => tokio::spawn(see_workloads(client, place, (api_version, kind), notes)),
     };
@@ -563,7 +623,7 @@ async fn see_workloads(client: Client, place: Place, of: (String, String), notes
         tokio::time::sleep(retry.pause()).await;
     };
     let api: Api<DynamicObject> = Api::namespaced_with(client, &namespace, &resource);
-    follow(api, notes, page, ResourceExt::name_any, views::workload, None).await;
+    follow(api, watcher::Config::default(), notes, page, ResourceExt::name_any, views::workload, None).await;
 }
 
 /// Watches the TrafficShifts of a namespace, or of all.
@@ -574,7 +634,7 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: Notes) {
         None => Api::all_with(client, &resource),
     };
     let key = |object: &DynamicObject| format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
-    follow(api, notes, Shifts(scope), key, views::written, Some(FAREWELL)).await;
+    follow(api, watcher::Config::default(), notes, Shifts(scope), key, views::written, Some(FAREWELL)).await;
 }
 
 /// Where objects of one kind are written down.
@@ -660,6 +720,29 @@ impl Page for Shifts {
     }
 }
 
+/// The Secret of this name.
+struct OneSecret {
+    place: Place,
+    name: String,
+}
+
+impl Page for OneSecret {
+    type Object = SecretData;
+
+    fn table<'s>(&self, sight: &'s mut Sight) -> &'s mut Table<SecretData> {
+        let view = sight.picture.views.entry(self.place.clone()).or_default();
+        view.secrets.entry(self.name.clone()).or_default()
+    }
+
+    fn note(&self, news: &mut News, _: &str, _: Option<&Arc<SecretData>>, _: Option<&Arc<SecretData>>) {
+        news.secrets = true;
+    }
+
+    fn note_all(&self, news: &mut News) {
+        news.secrets = true;
+    }
+}
+
 /// Objects that are known by their names alone.
 struct InView<T> {
     place: Place,
@@ -711,6 +794,7 @@ impl Page for Workloads {
 /// so long, and goes only if the cluster then says what there is without it.
 async fn follow<K, P: Page>(
     api: Api<K>,
+    config: watcher::Config,
     notes: Notes,
     page: P,
     key: impl Fn(&K) -> String,
@@ -721,7 +805,7 @@ async fn follow<K, P: Page>(
 {
     let mut retry = Retry::default();
     loop {
-        let mut events = pin!(super::watch(api.clone(), watcher::Config::default()));
+        let mut events = pin!(super::watch(api.clone(), config.clone()));
         let mut coming: BTreeMap<String, P::Object> = BTreeMap::new();
         let mut ask_again: Option<Instant> = None;
         loop {

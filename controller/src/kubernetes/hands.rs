@@ -228,11 +228,30 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
     };
     let is = |so: bool| if so { ConditionStatus::True } else { ConditionStatus::False };
     let accepted = match object.error.clone().or_else(|| control.refusal(rollout)).as_ref() {
+        None if !object.literals.is_empty() => {
+            let why = format!(
+                "in force, with secrets that everyone who may see TrafficShifts can read: {}; expected references instead \
+                 (`tideshift migrate-secrets` writes them)",
+                object.literals.join(", ")
+            );
+            condition("Accepted", is(true), "LiteralSecrets", &why, timestamp(now))
+        }
         None => condition("Accepted", is(true), "Valid", "in force", timestamp(now)),
         Some(error) => condition("Accepted", is(false), "Invalid", error, timestamp(now)),
     };
+    let resolved = object.has_references.then(|| match control.unresolved(rollout) {
+        [] => condition(
+            "ResolvedRefs",
+            is(true),
+            "ResolvedRefs",
+            "every secret that it refers to is known",
+            timestamp(now),
+        ),
+        lines => condition("ResolvedRefs", is(false), "InvalidSecretRef", &lines.join("\n"), timestamp(now)),
+    });
     let Some(first) = services.first() else {
-        return TrafficShiftStatus { conditions: vec![accepted], ..TrafficShiftStatus::default() };
+        let conditions = [Some(accepted), resolved].into_iter().flatten().collect();
+        return TrafficShiftStatus { conditions, ..TrafficShiftStatus::default() };
     };
     let available = match control.sight(rollout) {
         Ok(()) => {
@@ -272,7 +291,7 @@ fn status(control: &Control, rollout: &str, object: &Object, now: Millis) -> Tra
     let weights = first.versions.iter().map(|version| format!("{} {} %", version.name, version.weight));
     TrafficShiftStatus {
         observed_generation: Some(object.generation),
-        conditions: [accepted, available, progressing, completed].into_iter().chain(shared).collect(),
+        conditions: [accepted, available, progressing, completed].into_iter().chain(shared).chain(resolved).collect(),
         phase: Some(first.phase),
         reason: Some(first.reason),
         message: Some(first.message.clone()),
@@ -700,6 +719,8 @@ mod tests {
             generation: 1,
             error: None,
             by: None,
+            literals: Vec::new(),
+            has_references: false,
         })
     }
 

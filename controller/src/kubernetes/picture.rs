@@ -1,6 +1,7 @@
 //! What is known of the clusters: the few fields of their objects that matter here, by cluster and namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::ops::{Bound, Index};
 use std::sync::Arc;
 use tideshift_core::shift::{LabelSelector, WorkloadRef};
@@ -38,6 +39,23 @@ pub struct View {
     pub autoscalers: Table<Autoscaler>,
     /// PodDisruptionBudgets by name.
     pub budgets: Table<Budget>,
+    /// Secrets that documents refer to, by name; one table for each, as each is watched by itself.
+    pub secrets: BTreeMap<String, Table<SecretData>>,
+}
+
+/// A Secret that documents may use.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SecretData {
+    /// What for: the value of its label.
+    pub label: String,
+    /// By key; of values that are too long, only as much as shows that.
+    pub data: BTreeMap<String, Vec<u8>>,
+}
+
+impl fmt::Debug for SecretData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SecretData").field("label", &self.label).field("keys", &self.data.keys()).finish()
+    }
 }
 
 /// The labels of a pod.
@@ -311,6 +329,8 @@ impl Picture {
                 Need::Pods => view.pods.unseen(&of("pods".to_owned()), namespace),
                 Need::Autoscalers => view.autoscalers.unseen(&of("HorizontalPodAutoscalers".to_owned()), namespace),
                 Need::Budgets => view.budgets.unseen(&of("PodDisruptionBudgets".to_owned()), namespace),
+                // What is missing of them has a condition of its own, and holds up no endpoint.
+                Need::Secret { .. } => None,
                 Need::Workloads { api_version, kind } => {
                     let table = view.workloads.get(&(api_version.clone(), kind.clone()));
                     table.unwrap_or(&Table::default()).unseen(&of(format!("{kind}s")), namespace)
@@ -338,4 +358,9 @@ pub enum Need {
     Autoscalers,
     /// For what has been promised of its pods.
     Budgets,
+    /// One Secret, for what documents refer to.
+    Secret {
+        /// Its name.
+        name: String,
+    },
 }

@@ -2,10 +2,15 @@
 //! put in the place of what a user would have written by hand. Pure.
 
 use super::picture::{Changes, Need, Picture, Place, Slice, SliceEndpoint, View, Workload};
+use super::views::USE_LABEL;
 use crate::readiness::{HeldBack, Outlook};
+use crate::secret_values::{self, SecretUse, SecretValues};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
-use tideshift_core::shift::{Discovery, Endpoint, LabelSelector, PortRef, ShiftVersion, TrafficShift, WorkloadRef};
+use tideshift_core::session::Secret;
+use tideshift_core::shift::{
+    Discovery, Endpoint, LabelSelector, PortRef, SecretKeyRef, ShiftVersion, TrafficShift, WorkloadRef,
+};
 
 /// Why an endpoint gets no probe and no warm-up. Whoever may write EndpointSlices could send the controller's requests
 /// to any address otherwise.
@@ -17,7 +22,42 @@ pub fn needs(shift: &TrafficShift) -> BTreeMap<Place, BTreeSet<Need>> {
     for version in shift.services.iter().flat_map(|service| &service.versions) {
         needs.entry(place(shift, version)).or_default().extend(needs_of(version));
     }
+    for reference in secret_values::references(shift) {
+        let need = Need::Secret { name: reference.key.name.clone() };
+        needs.entry(home(shift.namespace.as_deref().unwrap_or_default())).or_default().insert(need);
+    }
     needs
+}
+
+/// A namespace of the controller's own cluster.
+fn home(namespace: &str) -> Place {
+    Place { cluster: None, namespace: namespace.to_owned() }
+}
+
+/// What the secrets are that documents refer to.
+pub fn secrets<'s>(shifts: impl IntoIterator<Item = &'s TrafficShift>, picture: &Picture) -> SecretValues {
+    SecretValues::of(shifts, |namespace, of, key| secret(picture, namespace, of, key))
+}
+
+/// A Secret that is not labelled for this use is none: whoever may write TrafficShifts, but not read it, cannot tell.
+fn secret(picture: &Picture, namespace: &str, of: SecretUse, key: &SecretKeyRef) -> Result<Secret, String> {
+    let SecretKeyRef { name, key } = key;
+    let view = picture.view(&home(namespace));
+    let not_yet = || format!("Secret {name} in namespace {namespace} has not been seen yet");
+    let table = view.and_then(|view| view.secrets.get(name)).ok_or_else(not_yet)?;
+    let (found, label) = (table.objects.get(name), of.label());
+    let found = match (found, &table.lost, table.synced) {
+        // What was seen last, while it cannot be seen.
+        (Some(found), ..) => Some(found),
+        (None, Some(why), _) => return Err(format!("Secret {name} in namespace {namespace} cannot be read: {why}")),
+        (None, None, false) => return Err(not_yet()),
+        (None, None, true) => None,
+    };
+    let found = found.filter(|found| found.label == label).ok_or_else(|| {
+        format!("there is no Secret {name} with the label {USE_LABEL}: {label} in namespace {namespace}")
+    })?;
+    let bytes = found.data.get(key).ok_or_else(|| format!("Secret {name} has no key {key}"))?;
+    of.read(bytes).map_err(|why| format!("key {key} of Secret {name}: {why}"))
 }
 
 fn needs_of(version: &ShiftVersion) -> BTreeSet<Need> {
@@ -334,7 +374,7 @@ fn port(slice: &Slice, wanted: Option<&PortRef>) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::picture::{Labels, Objects, Table, slice_key};
+    use crate::kubernetes::picture::{Labels, Objects, SecretData, Table, slice_key};
     use serde_json::{Value, json};
     use std::sync::Arc;
     use tideshift_core::shift::WarmUpRequests;
@@ -383,6 +423,7 @@ mod tests {
             workloads: BTreeMap::from([(("apps/v1".to_owned(), "Deployment".to_owned()), deployments)]),
             autoscalers: Table { synced: true, ..Table::default() },
             budgets: Table { synced: true, ..Table::default() },
+            secrets: BTreeMap::new(),
         };
         let place = Place { cluster: None, namespace: "store".to_owned() };
         Picture { views: BTreeMap::from([(place, view)]), ..Picture::default() }
@@ -430,6 +471,58 @@ mod tests {
         );
         let (_, held_back) = resolved(shift(json!({"service": "other", "port": "ftp"}), json!({})), &picture);
         assert_eq!(held_back[0], "pod-1: its EndpointSlice has no such port");
+    }
+
+    #[test]
+    fn only_secrets_of_the_namespace_that_are_labelled_for_it_are_used() {
+        let key = |name: &str| json!({"name": name, "key": "key"});
+        let by = |namespace: &str, name: &str| {
+            let document = json!({
+                "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift",
+                "metadata": {"name": "shop", "namespace": namespace},
+                "spec": {
+                    "versions": [{"name": "v1"}], "stable": "v1",
+                    "session": {"type": "Cookie", "name": "c", "secretRef": key(name)},
+                    "webhooks": [{"name": "a", "type": "Gate", "url": "https://a.example.com", "secretRef": key(name)}],
+                },
+            });
+            TrafficShift::read(&document).unwrap().qualified()
+        };
+        let need = Need::Secret { name: "hook".to_owned() };
+        assert!(needs(&by("store", "hook"))[&home("store")].contains(&need));
+        let mut picture = picture(&[], &[]);
+        let labelled = |name: &str, label: &str| {
+            let data = BTreeMap::from([("key".to_owned(), b"hush".to_vec())]);
+            let secret = SecretData { label: label.to_owned(), data };
+            let objects = Objects::from(BTreeMap::from([(name.to_owned(), secret)]));
+            (name.to_owned(), Table { objects, synced: true, lost: None })
+        };
+        let store = picture.views.get_mut(&home("store")).unwrap();
+        store.secrets =
+            BTreeMap::from([labelled("hook", "webhook"), labelled("user", "session"), labelled("any", "true")]);
+        store.secrets.insert("bare".to_owned(), Table { synced: true, ..Table::default() });
+        store.secrets.insert("later".to_owned(), Table::default());
+        let unresolved = |namespace: &str, name: &str, picture: &Picture| {
+            let shift = by(namespace, name);
+            secrets([&shift], picture).unresolved(&shift)
+        };
+        let none = |field: &str, name: &str, label: &str| {
+            format!("{field}: there is no Secret {name} with the label {USE_LABEL}: {label} in namespace store")
+        };
+        let (session, hook) = ("spec.session.secretRef", "spec.webhooks[0].secretRef");
+        assert_eq!(unresolved("store", "hook", &picture), [none(session, "hook", "session")]);
+        assert_eq!(unresolved("store", "user", &picture), [none(hook, "user", "webhook")]);
+        for name in ["any", "bare"] {
+            let expected = [none(session, name, "session"), none(hook, name, "webhook")];
+            assert_eq!(unresolved("store", name, &picture), expected);
+        }
+        assert_eq!(unresolved("other", "hook", &picture).len(), 2, "another namespace has its own");
+        assert!(unresolved("store", "later", &picture)[0].ends_with("has not been seen yet"));
+        // What was seen last stays while it cannot be seen.
+        let store = picture.views.get_mut(&home("store")).unwrap();
+        store.secrets.get_mut("hook").unwrap().lost = Some("connection refused".to_owned());
+        assert_eq!(unresolved("store", "hook", &picture).len(), 1);
+        assert!(!format!("{picture:?}").contains(&format!("{:?}", b"hush")));
     }
 
     #[test]

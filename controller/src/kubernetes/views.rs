@@ -1,8 +1,9 @@
 //! From Kubernetes' objects to the few fields of them that matter here.
 
-use super::picture::{Autoscaler, Budget, Slice, SliceEndpoint, Workload};
+use super::picture::{Autoscaler, Budget, SecretData, Slice, SliceEndpoint, Workload};
+use crate::secret_values::MAX_BYTES;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1;
@@ -20,6 +21,10 @@ pub const MIN_BEFORE: &str = "tideshift.dev/min-replicas-before";
 /// The label of a slice that names its Service.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// The label of Secrets that documents may use; its value says what for. Without it, anyone who may write TrafficShifts could use
+/// Secrets that they may not read.
+pub const USE_LABEL: &str = "tideshift.dev/use";
+
 /// A TrafficShift as it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Written {
@@ -31,6 +36,8 @@ pub struct Written {
     pub(super) generation: i64,
     /// Who wrote its spec last, and when, as far as the API server has noted it.
     pub(super) by: Option<String>,
+    /// Whether some generation of it has been in force, also under another controller or before a restart.
+    pub(super) was_in_force: bool,
     /// The document alone, as a file has it.
     pub(super) document: Value,
 }
@@ -55,6 +62,7 @@ pub(super) fn written(object: &DynamicObject) -> Option<Written> {
         created: object.creation_timestamp().map_or(0, |time| time.0.as_millisecond()),
         generation: object.metadata.generation.unwrap_or_default(),
         by: last_editor(object),
+        was_in_force: object.data["status"]["observedGeneration"].as_i64().is_some_and(|generation| generation > 0),
         document,
     })
 }
@@ -138,6 +146,14 @@ pub(super) fn budget(object: &PodDisruptionBudget) -> Option<Budget> {
         selector: selector(spec.selector.as_ref()?)?,
         min_available: u32::try_from(*min_available).unwrap_or_default(),
     })
+}
+
+pub(super) fn secret(secret: &Secret) -> Option<SecretData> {
+    let label = secret.labels().get(USE_LABEL)?.clone();
+    let value = |(key, bytes): (&String, &k8s_openapi::ByteString)| {
+        (key.clone(), bytes.0.iter().take(MAX_BYTES + 1).copied().collect())
+    };
+    Some(SecretData { label, data: secret.data.iter().flatten().map(value).collect() })
 }
 
 fn selector(selector: &v1::LabelSelector) -> Option<LabelSelector> {

@@ -168,6 +168,7 @@ impl Replica {
             tracing::error!("{error}");
         }
         control.set_document_errors(shown.errors.clone());
+        control.set_secrets(shown.secrets.clone());
         *self.service.shared.control() = control;
         self.shown.send_replace(Role::Leads);
         let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);

@@ -3,6 +3,7 @@
 use super::LOOK;
 use super::files::Files;
 use super::keeper::{CountsDisk, Disk, Keeper, Safety};
+use super::secret_files::SecretFiles;
 use crate::api::{Published, Shared};
 use crate::clock::now;
 use crate::control::Outcome;
@@ -28,8 +29,8 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// Where documents come from.
 pub(super) enum Source {
-    /// Files, and what was right in them last.
-    Files(Files, LastGood),
+    /// Files, what was right in them last, and the secrets that documents refer to.
+    Files(Files, LastGood, SecretFiles),
     /// A cluster.
     Cluster {
         /// What is seen of it.
@@ -67,6 +68,9 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
         hooks: (Hooks, mpsc::Receiver<Answer>),
     ) -> Self {
         let (hooks, answers) = hooks;
+        if let Source::Cluster { shown, .. } = &source {
+            hooks.set_secrets(shown.secrets.clone());
+        }
         let (secret, deposed) = (Outcome::default(), false);
         Self { shared, keeper, publish, secret, deposed, prober, source, hooks, answers }
     }
@@ -121,11 +125,22 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
         let (turn, outcome) = {
             let mut control = self.shared.control();
             if let Some(shifts) = control.changed_shifts() {
-                match &self.source {
-                    Source::Files(..) => self.prober.set(shifts),
-                    Source::Cluster { shown, .. } => self.prober.set_with(shifts, shown.outlook.clone()),
+                let secrets = match &mut self.source {
+                    Source::Files(_, _, secrets) => {
+                        self.prober.set(shifts);
+                        Some(secrets.set(shifts, Instant::now().into_std()))
+                    }
+                    Source::Cluster { shown, .. } => {
+                        self.prober.set_with(shifts, shown.outlook.clone());
+                        None
+                    }
+                };
+                // Before webhooks that refer to them are called.
+                if let Some(secrets) = &secrets {
+                    self.hooks.set_secrets(secrets.clone());
                 }
                 self.hooks.set(shifts);
+                secrets.into_iter().for_each(|secrets| control.set_secrets(secrets));
                 // With the readiness of the endpoints that they have now, not of those that they had.
                 let readiness = self.prober.subscribe().borrow().clone();
                 control.set_readiness(readiness);
@@ -221,7 +236,9 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
     fn look_at_scene(&mut self) {
         let Source::Cluster { scene, shown, .. } = &mut self.source else { return };
         let before = std::mem::replace(shown, scene.borrow_and_update().clone());
+        self.hooks.set_secrets(shown.secrets.clone());
         if Arc::ptr_eq(&before.documents, &shown.documents) {
+            self.shared.control().set_secrets(shown.secrets.clone());
             return;
         }
         let documents = shown.documents();
@@ -234,10 +251,15 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
         control.edited(&documents, |rollout| shown.objects.get(rollout)?.by.clone());
         control.set_documents_but(documents, shown.hidden.clone());
         control.set_document_errors(shown.errors.clone());
+        control.set_secrets(shown.secrets.clone());
     }
 
     fn look_at_files(&mut self) {
-        let Source::Files(files, good) = &mut self.source else { return };
+        let Source::Files(files, good, secrets) = &mut self.source else { return };
+        if let Some(secrets) = secrets.changed(Instant::now().into_std()) {
+            self.hooks.set_secrets(secrets.clone());
+            self.shared.control().set_secrets(secrets);
+        }
         let mut has_changed = false;
         for path in files.changed(Instant::now().into_std()) {
             let mut read = good.clone();

@@ -1,11 +1,12 @@
 //! Webhooks: who is asked before a step begins, and who is told of what happens. Asking and telling is the controller's.
 
-use super::seconds;
+use super::{SecretKeyRef, seconds};
 use crate::decode::Decoder;
 use crate::matching::choice;
 use crate::name;
 use crate::session::Secret;
 use serde_json::Value;
+use std::fmt;
 use std::net::Ipv6Addr;
 use std::time::Duration;
 
@@ -14,14 +15,32 @@ use std::time::Duration;
 pub struct Webhook {
     /// What messages call it; unlike that of any other of the document.
     pub name: String,
-    /// Where to send: `http` or `https`, without user or fragment.
-    pub url: String,
+    /// Where to send.
+    pub url: HookUrl,
     /// What requests are signed with; none: they are not.
     pub secret: Option<HookSecret>,
     /// An answer that takes longer is none; default 10 s.
     pub timeout: Duration,
     /// Asked or told.
     pub kind: WebhookKind,
+}
+
+/// Where a webhook's URL is, which may be a secret, as with chats.
+#[derive(Clone, PartialEq, Eq)]
+pub enum HookUrl {
+    /// In the document: `http` or `https`, without user or fragment.
+    Text(String),
+    /// Outside of it.
+    Ref(SecretKeyRef),
+}
+
+impl fmt::Debug for HookUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(_) => f.write_str("…"),
+            Self::Ref(secret) => secret.fmt(f),
+        }
+    }
 }
 
 /// Where a webhook's secret is.
@@ -31,6 +50,8 @@ pub enum HookSecret {
     Text(Secret),
     /// In a file of the controller's machine, read each time; a newline at its end is no part of it.
     File(String),
+    /// Outside of the document.
+    Ref(SecretKeyRef),
 }
 
 /// What a webhook is for.
@@ -91,15 +112,26 @@ impl Webhook {
         let mut f = d.object(value)?;
         let name = f.required(d, "name", "a name", name::service);
         let kind = f.required(d, "type", "Gate or Notification", |d, v| choice(d, v, &["Gate", "Notification"]));
-        let url = f.required(d, "url", "an http or https URL", |d, v| {
+        let url = f.optional(d, "url", |d, v| {
             // Its password is for no log.
             let v = &v.as_str().map_or_else(|| v.clone(), |url| Value::from(without_user(url)));
-            d.text_where(v, "an http or https URL with a host, without user, spaces or fragment", is_url)
+            d.text_where(v, "an http or https URL with a host, without user, spaces or fragment", is_webhook_url)
         });
+        let url_secret = f.optional(d, "urlSecretRef", SecretKeyRef::read).map(HookUrl::Ref);
+        match (f.has("url"), f.has("urlSecretRef")) {
+            (false, false) => d.missing("url", "an http or https URL (or urlSecretRef, where the URL is a secret)"),
+            (true, true) => {
+                d.within("urlSecretRef", |d| d.invalid(&Value::from("…"), "either url or urlSecretRef"));
+            }
+            _ => {}
+        }
+        let url = url.map(HookUrl::Text).or(url_secret);
         let text = f.optional(d, "secret", Secret::read).map(HookSecret::Text);
         let file = f.optional(d, "secretFile", Decoder::filled_text).map(HookSecret::File);
-        if f.has("secret") && f.has("secretFile") {
-            d.within("secretFile", |d| d.invalid(&Value::from("…"), "either secret or secretFile"));
+        let secret_ref = f.optional(d, "secretRef", SecretKeyRef::read).map(HookSecret::Ref);
+        let secrets = ["secret", "secretFile", "secretRef"].into_iter().filter(|name| f.has(name));
+        for name in secrets.skip(1).take(1).collect::<Vec<_>>() {
+            d.within(name, |d| d.invalid(&Value::from("…"), "one of secret, secretFile and secretRef"));
         }
         let timeout = Duration::from_secs(f.optional(d, "timeoutSeconds", |d, v| d.integer(v, 1, 300)).unwrap_or(10));
         let kind = match kind {
@@ -118,7 +150,7 @@ impl Webhook {
         if kind.is_some() {
             f.finish(d);
         }
-        Some(Self { name: name?, url: url?, secret: text.or(file), timeout, kind: kind? })
+        Some(Self { name: name?, url: url?, secret: text.or(file).or(secret_ref), timeout, kind: kind? })
     }
 
     /// Whether it is a gate.
@@ -167,7 +199,8 @@ fn without_user(url: &str) -> String {
     }
 }
 
-fn is_url(url: &str) -> bool {
+/// Whether a webhook may have this URL.
+pub fn is_webhook_url(url: &str) -> bool {
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
     let fine = url.len() <= LONGEST_URL && url.bytes().all(|b| b.is_ascii_graphic() && !b"#\\<>\"{}|^`".contains(&b));
     let authority = rest.and_then(|rest| rest.split(['/', '?']).next());
@@ -229,11 +262,36 @@ mod tests {
         notification["retries"] = json!(0);
         notification["format"] = json!("Slack");
         notification["secret"] = json!("hush-hush");
+        notification["url"] = json!("https://chat.example.com/T0/hush-hush");
         let webhooks = read(&json!([gate, notification])).unwrap();
         assert!(!webhooks[0].is_gate_of(1) && webhooks[0].is_gate_of(3));
         assert!(webhooks[1].hears_of("Succeeded") && !webhooks[1].hears_of("Paused"));
         assert_eq!(webhooks[0].secret, Some(HookSecret::File("/etc/hook".to_owned())));
         assert!(!format!("{webhooks:?}").contains("hush"), "secrets are not shown");
+    }
+
+    #[test]
+    fn a_secret_may_be_a_reference() {
+        let reference = json!({"name": "hooks", "key": "chat"});
+        let mut by_ref = notification();
+        by_ref.as_object_mut().unwrap().remove("url");
+        (by_ref["urlSecretRef"], by_ref["secretRef"]) = (reference.clone(), json!({"name": "hooks", "key": "sign"}));
+        let webhook = read(&json!([by_ref])).unwrap().remove(0);
+        let key = |key: &str| SecretKeyRef { name: "hooks".to_owned(), key: key.to_owned() };
+        assert_eq!((webhook.url, webhook.secret), (HookUrl::Ref(key("chat")), Some(HookSecret::Ref(key("sign")))));
+        (by_ref["url"], by_ref["secret"]) = (json!("https://chat.example.com/T0/hush"), json!("hush"));
+        let mut neither = gate();
+        neither.as_object_mut().unwrap().remove("url");
+        neither["secretRef"] = json!({"name": "hooks"});
+        assert_eq!(
+            read(&json!([by_ref, neither])).unwrap_err(),
+            [
+                "webhooks[0].urlSecretRef: \"…\" is not allowed; expected either url or urlSecretRef",
+                "webhooks[0].secretRef: \"…\" is not allowed; expected one of secret, secretFile and secretRef",
+                "webhooks[1].url: missing; expected an http or https URL (or urlSecretRef, where the URL is a secret)",
+                "webhooks[1].secretRef.key: missing; expected a key of the Secret",
+            ]
+        );
     }
 
     #[test]
@@ -247,10 +305,10 @@ mod tests {
         assert_eq!(
             read(&json!([with_both, wrong, untyped, gate()])).unwrap_err(),
             [
-                "webhooks[0].secretFile: \"…\" is not allowed; expected either secret or secretFile",
+                "webhooks[0].secretFile: \"…\" is not allowed; expected one of secret, secretFile and secretRef",
                 "webhooks[0].steps[0]: 0 is not allowed; expected an integer from 1 to 1000",
-                "webhooks[0].retries: unknown field (known here: name, type, url, secret, secretFile, timeoutSeconds, \
-                 steps, periodSeconds)",
+                "webhooks[0].retries: unknown field (known here: name, type, url, urlSecretRef, secret, secretFile, \
+                 secretRef, timeoutSeconds, steps, periodSeconds)",
                 "webhooks[1].secret: \"…\" is not allowed; expected a string of 1 to 1024 bytes",
                 "webhooks[1].phases: [] is not allowed; expected at least one phase (or no phases at all: every \
                  transition)",
@@ -274,7 +332,7 @@ mod tests {
             "HTTP://a".to_ascii_lowercase().as_str(),
             "https://Example.com?a=b",
         ] {
-            assert!(is_url(fine), "{fine}");
+            assert!(is_webhook_url(fine), "{fine}");
         }
         for bad in [
             "",
@@ -294,9 +352,9 @@ mod tests {
             "http://a/\u{e9}",
             "http://a_b",
         ] {
-            assert!(!is_url(bad), "{bad}");
+            assert!(!is_webhook_url(bad), "{bad}");
         }
-        assert!(!is_url(&format!("http://a/{}", "b".repeat(LONGEST_URL))));
+        assert!(!is_webhook_url(&format!("http://a/{}", "b".repeat(LONGEST_URL))));
     }
 
     #[test]

@@ -139,6 +139,7 @@ pub(crate) fn taken() -> Vec<Value> {
                 "minPassPercent": 90, "timeoutSeconds": 20,
             }}}),
         ),
+        ("/session", json!({"type": "Cookie", "name": "c", "secretRef": {"name": "shop.keys", "key": "session"}})),
         ("/strategy", json!({"warmUp": {"requests": {}}})),
         (
             "/webhooks",
@@ -146,6 +147,8 @@ pub(crate) fn taken() -> Vec<Value> {
                 {"name": "a", "type": "Gate", "url": "https://ci.example.com/gate?team=a", "steps": [2, 3], "periodSeconds": 1},
                 {"name": "b", "type": "Gate", "url": "http://[::1]:8443/a", "secretFile": "/etc/hook", "timeoutSeconds": 300},
                 {"name": "c", "type": "Notification", "url": "http://127.0.0.1:8080", "secret": "s"},
+                {"name": "e", "type": "Gate", "url": "http://a", "secretRef": {"name": "hooks", "key": "ci.secret"}},
+                {"name": "f", "type": "Notification", "urlSecretRef": {"name": "hooks", "key": ".chat_URL-1"}},
                 {"name": "d", "type": "Notification", "url": "https://Example.com?a=b%20", "phases": ["Failed", "Succeeded"],
                     "retries": 0, "format": "Slack"},
             ]),
@@ -367,6 +370,21 @@ pub(crate) fn refused() -> Vec<Refused> {
         ("/session", json!({"type": "Header", "name": "a", "ttlSeconds": 5}), "spec.session.ttlSeconds: unknown field"),
         ("/session", json!({"type": "Header", "name": "X-Tideshift-A"}), "spec.session.name: \"X-Tideshift-A\" is not"),
         ("/session", json!({"type": "Header", "name": "a", "secret": ""}), "spec.session.secret: \"…\" is not allowed"),
+        (
+            "/session",
+            json!({"type": "Cookie", "name": "a", "secret": "b", "secretRef": {"name": "a", "key": "b"}}),
+            "spec.session.secretRef: \"…\" is not allowed; expected either secret or secretRef",
+        ),
+        (
+            "/session",
+            json!({"type": "Cookie", "name": "a", "secretRef": {"name": "a", "key": "../b"}}),
+            "spec.session.secretRef.key: \"../b\" is not allowed; expected a key of a Secret",
+        ),
+        (
+            "/session",
+            json!({"type": "Cookie", "name": "a", "previousSecrets": ["b"]}),
+            "spec.session.previousSecrets: unknown field",
+        ),
         ("/session", json!({"type": "Header", "name": "a", "generation": -1}), "spec.session.generation: -1 is not"),
         ("/errors", json!({"statusCodes": ["5xx"]}), "spec.errors.statusCodes[0]: \"5xx\" is not allowed"),
         ("/errors", json!({"statusCodes": [99]}), "spec.errors.statusCodes[0]: 99 is not allowed"),
@@ -480,7 +498,22 @@ pub(crate) fn refused() -> Vec<Refused> {
             json!([{"name": "a", "type": "Notification", "url": "http://a", "phases": ["Done"]}]),
             "spec.webhooks[0].phases[0]: \"Done\" is not allowed",
         ),
-        ("/webhooks", both_secrets, "spec.webhooks[0].secretFile: \"…\" is not allowed; expected either secret or"),
+        (
+            "/webhooks",
+            json!([{"name": "a", "type": "Gate"}]),
+            "spec.webhooks[0].url: missing; expected an http or https",
+        ),
+        (
+            "/webhooks",
+            webhook("urlSecretRef", json!({"name": "a", "key": "b"})),
+            "spec.webhooks[0].urlSecretRef: \"…\" is not allowed; expected either url or urlSecretRef",
+        ),
+        (
+            "/webhooks",
+            webhook("secretRef", json!({"name": "a"})),
+            "spec.webhooks[0].secretRef.key: missing; expected a key of the Secret",
+        ),
+        ("/webhooks", both_secrets, "spec.webhooks[0].secretFile: \"…\" is not allowed; expected one of secret,"),
         ("/webhooks", json!([gate.clone(), gate]), "spec.webhooks[1].name: \"a\" is not allowed"),
     ];
     let several = [

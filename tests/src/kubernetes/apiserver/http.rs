@@ -102,13 +102,16 @@ async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Result<Resp
 fn attempt(user: &str, resource: &Resource, verb: &str) -> Attempt {
     let subresource = resource.subresource.as_deref().unwrap_or_default();
     let slash = if subresource.is_empty() { "" } else { "/" };
+    // As in a real server: who selects objects of one name attempts no more than that.
+    let mut selected = resource.query.get("fieldSelector").split(',');
+    let selected = selected.find_map(|field| field.strip_prefix("metadata.name=")).map(str::to_owned);
     Attempt {
         user: user.to_owned(),
         verb: verb.to_owned(),
         group: resource.group.clone(),
         resource: format!("{}{slash}{subresource}", resource.plural),
         namespace: resource.namespace.clone(),
-        name: resource.name.clone().unwrap_or_default(),
+        name: resource.name.clone().or(selected).unwrap_or_default(),
     }
 }
 
