@@ -67,7 +67,7 @@ pub fn half_way() -> Value {
     checkout["step"] = json!({ "number": 2, "of": 4, "weight": 25, "holdSeconds": 60, "heldSeconds": 12 });
     checkout["verdict"] = json!({
         "outcome": "undecided",
-        "message": "v2: 42 of 2,145 failed, v1: 21 of 12,400; evidence 31.6, bound 1,000: undecided",
+        "message": "v2 looks worse than v1: 42 of 2,145 failed, v1 21 of 12,400; by chance in fewer than 1 of 31; taken back at 1 of 1,000",
         "target": { "version": "v2", "requests": 2_145, "errors": 42 },
         "stable": { "version": "v1", "requests": 12_400, "errors": 21 },
         "evidence": 31.6,

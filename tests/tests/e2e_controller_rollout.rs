@@ -274,7 +274,11 @@ async fn a_target_that_fails_every_request_is_taken_back_at_once() -> anyhow::Re
     let seen = roll_back(10, Errors { bad: 1, of: 1 }).await?;
     let counts: BTreeMap<_, _> = seen.counts();
     assert!(counts.contains_key(&("v2".to_owned(), "error".to_owned())), "{counts:?}");
-    assert!(seen.message().contains(": fail; back to v1 "), "{}", seen.message());
+    assert!(
+        seen.message().starts_with("v2 is worse than v1: ") && seen.message().contains("; back to v1 "),
+        "{}",
+        seen.message()
+    );
     Ok(())
 }
 

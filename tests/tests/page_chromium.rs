@@ -81,7 +81,11 @@ async fn shows_how_things_stand_and_how_they_change() -> anyhow::Result<()> {
     browser.says("tr:nth-child(2) details", "10.0.2.4:8080: HTTP status 503").await?;
 
     let verdict = browser.text(".verdict").await?;
-    assert!(verdict.contains("42 of 2,145 failed") && verdict.contains("is worse 32, bound 1,000"), "{verdict}");
+    assert!(
+        verdict.contains("42 of 2,145 failed")
+            && verdict.contains("by chance in fewer than 1 of 31, taken back at 1 of 1,000"),
+        "{verdict}"
+    );
     let meter = "return document.querySelector('.evidence.bad [role=meter]').getAttribute('aria-valuenow')";
     assert_eq!(browser.run(meter, &[]).await?, "50", "32 is half-way to 1,000, by their logarithms");
 
@@ -166,7 +170,7 @@ async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
     browser.says(".track [data-state=failed]", "25 % failed here").await?;
     let states = "return [...document.querySelectorAll('.track li')].map((step) => step.dataset.state)";
     assert_eq!(browser.run(states, &[]).await?, json!(["done", "failed", "ahead", "ahead"]));
-    browser.says(".verdict", "is worse 2,300, bound 1,000").await?;
+    browser.says(".verdict", "by chance in fewer than 1 of 2,300, taken back at 1 of 1,000").await?;
     browser.says("tr:nth-child(2) [data-label=Drain]", "drained, ").await?;
     browser.until("return document.title === 'checkout: Failed, v2 25\\u00a0% – Tideshift'").await?;
     assert_quiet(&browser).await

@@ -153,7 +153,7 @@ impl Judges {
             requests: judgement.target.requests,
             errors: judgement.target.errors,
             worst,
-            words: words(judge, &judgement),
+            words: judgement.in_words(&judge.target, &judge.stable),
         }
     }
 
@@ -192,13 +192,6 @@ impl Judges {
         let judgements: Vec<_> = judge.services.iter().map(of_each).collect();
         Some((judge, Judgement::of_all(&judgements)?))
     }
-}
-
-/// The sentence without the target's name in front, which the engine has said.
-fn words(judge: &Judge, judgement: &Judgement) -> String {
-    let words = judgement.in_words(&judge.target, &judge.stable);
-    let without_name = words.strip_prefix(&judge.target).and_then(|words| words.strip_prefix(": "));
-    without_name.filter(|_| judgement.outcome == Outcome::Fail).map_or(words.clone(), str::to_owned)
 }
 
 /// Whether nothing ended. (Durations are there all the same, as zeros.)

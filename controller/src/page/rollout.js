@@ -393,12 +393,14 @@ function verdictCard() {
     say(outcome, verdict.outcome);
     say(message, verdict.message);
     const name = target ?? "the target";
-    fail.update(`that ${name} is worse`, verdict.evidence, verdict.bound);
-    pass.update(`that ${name} is fine`, verdict.passEvidence, verdict.passBound);
+    fail.update(`Is ${name} worse?`, words.odds(verdict.evidence, verdict.bound), verdict.evidence, verdict.bound);
+    const { passEvidence, passBound } = verdict;
+    pass.update(`Is ${name} good enough?`, words.sureness(passEvidence, passBound), passEvidence, passBound);
     show(latency.element, verdict.latency);
     show(latencyMessage, verdict.latency);
     if (verdict.latency) {
-      latency.update(`that ${name} is slower`, verdict.latency.evidence, verdict.latency.bound);
+      const { evidence, bound } = verdict.latency;
+      latency.update(`Is ${name} slower?`, words.odds(evidence, bound), evidence, bound);
       say(latencyMessage, verdict.latency.message);
     }
   };
@@ -412,16 +414,15 @@ function meter(kind) {
   const fill = make("i");
   const bar = make("span", { class: "meter", role: "meter", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
   const element = make("div", { class: `evidence ${kind}` }, label, value, bar);
-  const update = (what, evidence, bound) => {
+  const update = (question, answer, evidence, bound) => {
     show(element, bound > 0);
     const part = evidence > 1 && bound > 1 ? Math.min(1, Math.log(evidence) / Math.log(bound)) : 0;
-    const said = `${words.evidence(evidence)}, bound ${words.evidence(bound)}`;
-    say(label, `Evidence ${what}`);
-    say(value, said);
+    say(label, question);
+    say(value, answer);
     style(fill, "width", `${100 * part}%`);
-    set(bar, "aria-label", `Evidence ${what}`);
+    set(bar, "aria-label", question);
     set(bar, "aria-valuenow", Math.round(100 * part));
-    set(bar, "aria-valuetext", said);
+    set(bar, "aria-valuetext", answer);
     element.classList.toggle("reached", part >= 1);
   };
   return { element, update };

@@ -26,6 +26,21 @@ export const rate = (value) => (known(value) ? `${TWO_DIGITS.format(value * 100)
 /** How many a second: `12.3/s`. */
 export const perSecond = (value) => (known(value) ? `${THREE_DIGITS.format(value)}/s` : UNKNOWN);
 
+/** How likely chance alone shows as much against a version. */
+export function odds(evidence, bound) {
+  if (evidence < 10) return "no sign of it";
+  return `by chance in fewer than 1 of ${plain(evidence)}, taken back at 1 of ${plain(bound)}`;
+}
+
+/** How sure it is that a version is good enough, in percent, of how sure it has to be. */
+export function sureness(evidence, bound) {
+  const percent = (value) => (value > 1 ? 100 * (1 - 1 / value) : 0);
+  return `${Math.floor(percent(evidence))} of ${Math.round(percent(bound) * 100) / 100} % sure`;
+}
+
+/** Rounded down, so that nothing looks as if it had reached its bound. */
+const plain = (value) => Math.floor(Math.min(value, 1e6)).toLocaleString("en-US");
+
 /** Evidence: `0.4`, `2,300`. */
 export function evidence(value) {
   if (!known(value)) return UNKNOWN;

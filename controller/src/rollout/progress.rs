@@ -87,7 +87,7 @@ impl Rollout {
             let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
             // What it did well before it began to fail makes it no better either, where guards have seen that.
             let (errors, requests) = self.fails_most(target, shift, world).unwrap_or((errors, requests));
-            return Some(Failure { reason: Reason::VerdictFail, why: format!("{target}: {words}"), errors, requests });
+            return Some(Failure { reason: Reason::VerdictFail, why: words, errors, requests });
         }
         let (errors, requests) = self.counted(target, shift, world);
         if let Some(limit) = shift.analysis.max_errors.filter(|limit| errors > *limit) {

@@ -728,15 +728,15 @@ fn a_verdict_takes_the_target_back_and_both_failing_does_not() {
     play.world.opinion = both;
     assert_eq!(play.pass(600).stands(), (Phase::Progressing, Reason::BothFailing));
     assert_eq!(play.shares(), [50.0, 50.0, 0.0]);
-    let words = "7 of 41 failed".to_owned();
+    let words = "v2 is worse than v1: 7 of 41 failed".to_owned();
     play.world.opinion = Opinion { fails: true, requests: 41, errors: 7, words, ..Opinion::default() };
     play.ready("v1", 2);
     assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
     assert_eq!(play.shares(), [50.0, 50.0, 0.0], "no more than v1 can carry");
     assert_eq!(
         play.rollout.message,
-        "v2: 7 of 41 failed; back to v1 as far as it can carry the load; v1 has 2 of 4 endpoints ready that the load \
-         needs; v1 has 50 %, v2, which was taken back, has 50 %"
+        "v2 is worse than v1: 7 of 41 failed; back to v1 as far as it can carry the load; v1 has 2 of 4 endpoints ready \
+         that the load needs; v1 has 50 %, v2, which was taken back, has 50 %"
     );
 }
 

@@ -334,7 +334,7 @@ fn the_service_that_fails_is_named_and_loses_its_traffic_whole() {
     let run = play_on(&shift, json!({"services": [{"name": "search", "requestsPerSecond": 10, "versions": bad}]}));
     assert_eq!((run.phase, run.reason), (Phase::Failed, Reason::VerdictFail), "{}", run.to_text());
     let said = &run.transitions.last().unwrap().message;
-    assert!(said.contains(" failed at search, v1: 0 of ") && said.ends_with("all at once"), "{said}");
+    assert!(said.contains(" failed at search, v1 0 of ") && said.ends_with("all at once"), "{said}");
 }
 
 #[test]

@@ -205,7 +205,8 @@ impl Judgement {
         };
     }
 
-    /// The verdict and what it rests on, as `v2: 7 of 41 failed, v1: 1 of 366; evidence 2,300, bound 1,000: fail`.
+    /// The verdict and what it rests on in one sentence, rates first: `v2 is worse than v1: 7 of 41 failed, v1 1 of 366;
+    /// by chance in fewer than 1 of 2,300; taken back at 1 of 1,000`.
     pub fn in_words(&self, target: &str, stable: &str) -> String {
         let mut words = String::new();
         // Writing to a string does not fail.
@@ -214,66 +215,136 @@ impl Judgement {
     }
 
     fn write(&self, to: &mut String, target: &str, stable: &str) -> fmt::Result {
+        let is_failed = self.outcome == Outcome::Fail;
+        // Then the evidence is that of the durations, which have a sentence of their own.
+        let is_slowness = self.ground == Ground::Slowness && self.latency.is_some();
         if self.both_bad {
-            write!(to, "hold: both {stable} and {target} fail too much; ")?;
+            write!(to, "both fail, and nothing points at {target}, so nothing is moved: ")?;
+            self.write_counts(to, target, stable)?;
+            write!(to, " failed")?;
+        } else if !is_failed || (self.evidence >= self.bound && !is_slowness) {
+            let sign = if is_slowness { Sign::None } else { Sign::of(self.evidence, self.bound, is_failed) };
+            write!(to, "{}: ", sign.in_words(target, "worse", stable))?;
+            self.write_counts(to, target, stable)?;
+            write!(to, "{}", sign.odds())?;
         }
-        let verb = self.ground.verb();
-        match (self.ground, self.others) {
-            (Ground::ClientErrors, [(of_target, of_stable), _]) | (Ground::Cancelled, [_, (of_target, of_stable)])
-                if self.outcome == Outcome::Fail =>
-            {
-                let at = self.at.as_ref().map(|at| format!("{verb} at {}", at.service));
-                compare(to, target, &of_target, stable, &of_stable, at.as_deref().unwrap_or(verb))?;
-            }
-            _ => match &self.at {
-                None => compare(to, target, &self.target, stable, &self.stable, "failed")?,
-                Some(at) => compare(to, target, &at.target, stable, &at.stable, &format!("failed at {}", at.service))?,
-            },
-        }
-        write!(to, "; evidence {}, bound {}", number(self.evidence), number(self.bound))?;
         if let Some(latency) = &self.latency {
-            write!(to, "; {}", latency.in_words(target, stable))?;
+            let separator = if to.is_empty() { "" } else { "; " };
+            write!(to, "{separator}{}", latency.sentence(target, stable, is_failed))?;
         }
-        if let Some(most) = self.max_error_rate.filter(|_| self.outcome != Outcome::Fail) {
-            let (evidence, bound) = (number(self.pass_evidence), number(self.pass_bound));
-            write!(to, "; evidence for less than {} % at this step {evidence}, bound {bound}", percent(most))?;
+        if let Some(most) = self.max_error_rate.filter(|_| !is_failed && !self.both_bad) {
+            write!(to, "; {}", self.pass_in_words(most))?;
+            if self.pass_evidence >= self.pass_bound && self.outcome == Outcome::Undecided {
+                write!(to, ", but far more of {target}'s requests are refused or cancelled than of {stable}'s")?;
+            }
         }
-        let would_pass = self.max_error_rate.is_some() && self.pass_evidence >= self.pass_bound;
-        if would_pass && self.outcome == Outcome::Undecided && !self.both_bad {
-            write!(to, "; no pass while far more of {target}'s requests are refused or given up than of {stable}'s")?;
+        Ok(())
+    }
+
+    /// `7 of 41 failed, v1 1 of 366`.
+    fn write_counts(&self, to: &mut String, target: &str, stable: &str) -> fmt::Result {
+        let verb = self.ground.verb();
+        let place = self.at.as_ref().map(|at| format!(" at {}", at.service)).unwrap_or_default();
+        let (of_target, of_stable, verb) = match (self.ground, self.others, &self.at) {
+            (Ground::ClientErrors, [of, _], _) | (Ground::Cancelled, [_, of], _) if self.outcome == Outcome::Fail => {
+                (of.0, of.1, verb)
+            }
+            (_, _, Some(at)) => (at.target, at.stable, "failed"),
+            (_, _, None) => (self.target, self.stable, "failed"),
+        };
+        if self.both_bad {
+            return write!(to, "{target} {}{place}, {stable} {}", of_target.in_words(), of_stable.in_words());
         }
-        match self.both_bad {
-            true => Ok(()),
-            false => write!(to, ": {}", self.outcome),
+        write!(to, "{} {verb}{place}, {stable} {}", of_target.in_words(), of_stable.in_words())
+    }
+
+    /// Whether the target is good enough; if not yet, how many more requests it may take.
+    fn pass_in_words(&self, most: f64) -> String {
+        let most_percent = percent(most);
+        if self.pass_evidence >= self.pass_bound {
+            let sure = percent(1.0 - 1.0 / self.pass_bound);
+            return format!("good enough: fewer than {most_percent} % fail ({sure} % sure)");
+        }
+        let words = format!("not sure yet that fewer than {most_percent} % fail");
+        // A request that does not fail adds about 7/8 of the rate to the evidence's logarithm. Evidence that has sunk far
+        // below 1 says that requests do fail: then no number of them can be told.
+        if self.pass_evidence < 0.5 {
+            return words;
+        }
+        let more = (libm::log(self.pass_bound) - libm::log(self.pass_evidence)) / (most * 0.875);
+        format!("{words}: about {} more requests", grouped((libm::ceil(more / 10.0) * 10.0) as u128))
+    }
+}
+
+/// How strongly evidence speaks against the target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Sign {
+    /// It says nothing.
+    None,
+    /// Something, and how much is needed.
+    Some(f64, f64),
+    /// Enough.
+    Enough(f64, f64),
+}
+
+impl Sign {
+    /// Evidence below this is everyday noise.
+    const WORTH_A_WORD: f64 = 10.0;
+
+    fn of(evidence: f64, bound: f64, is_failed: bool) -> Self {
+        if is_failed && evidence >= bound {
+            Self::Enough(evidence, bound)
+        } else if evidence >= Self::WORTH_A_WORD {
+            Self::Some(evidence, bound)
+        } else {
+            Self::None
+        }
+    }
+
+    fn in_words(self, target: &str, how: &str, stable: &str) -> String {
+        match self {
+            Self::None => format!("no sign that {target} is {how} than {stable}"),
+            Self::Some(..) => format!("{target} looks {how} than {stable}"),
+            Self::Enough(..) => format!("{target} is {how} than {stable}"),
+        }
+    }
+
+    /// How likely chance alone shows as much: 1 in the evidence at most, as it is 1 at most on average without a cause.
+    fn odds(self) -> String {
+        match self {
+            Self::None => String::new(),
+            Self::Some(evidence, bound) | Self::Enough(evidence, bound) => {
+                format!("; by chance in fewer than 1 of {}; taken back at 1 of {}", number(evidence), number(bound))
+            }
         }
     }
 }
 
 impl LatencyJudgement {
-    /// What it rests on, as `v2: 40 of 100 took more than 30 ms at this step, v1: 9 of 366; evidence 5,100, bound 2,000`.
+    /// What durations say in one sentence: `v2 is slower than v1: 40 of 100 took more than 30 ms at this step, v1 9 of 366;
+    /// by chance in fewer than 1 of 5,100; taken back at 1 of 2,000`.
     pub fn in_words(&self, target: &str, stable: &str) -> String {
+        self.sentence(target, stable, self.evidence >= self.bound)
+    }
+
+    fn sentence(&self, target: &str, stable: &str, is_failed: bool) -> String {
         let Some(bound) = self.slower_than else {
             return format!("what is slow is not known: {stable} had too few requests, or they take too long to tell");
         };
-        let mut words = String::new();
+        let sign = Sign::of(self.evidence, self.bound, is_failed);
         let at = self.service.as_ref().map(|service| format!(" at {service}")).unwrap_or_default();
         let how = format!("took more than {} ms{at} at this step", grouped(bound.as_millis()));
-        let _ = compare(&mut words, target, &self.target, stable, &self.stable, &how);
-        let _ = write!(words, "; evidence {}, bound {}", number(self.evidence), number(self.bound));
-        words
+        let (of_target, of_stable) = (self.target.in_words(), self.stable.in_words());
+        let verdict = sign.in_words(target, "slower", stable);
+        format!("{verdict}: {of_target} {how}, {stable} {of_stable}{}", sign.odds())
     }
 }
 
-fn compare(
-    to: &mut String,
-    target: &str,
-    of_target: &Totals,
-    stable: &str,
-    of_stable: &Totals,
-    how: &str,
-) -> fmt::Result {
-    let counts = |totals: &Totals| format!("{} of {}", grouped(totals.errors.into()), grouped(totals.requests.into()));
-    write!(to, "{target}: {} {how}, {stable}: {}", counts(of_target), counts(of_stable))
+impl Totals {
+    /// `7 of 41`.
+    fn in_words(&self) -> String {
+        format!("{} of {}", grouped(self.errors.into()), grouped(self.requests.into()))
+    }
 }
 
 /// With a comma between thousands.
@@ -292,7 +363,7 @@ fn grouped(number: u128) -> String {
 /// Whole from 10 on, below with one decimal; rounded down, so that nothing looks as if it had reached its bound.
 fn number(number: f64) -> String {
     match number {
-        1e6.. => "over 1,000,000".to_owned(),
+        1e6.. => "1,000,000".to_owned(),
         10.0.. => grouped(number as u128),
         _ => format!("{:.1}", (number * 10.0).floor() / 10.0),
     }
@@ -344,37 +415,34 @@ mod tests {
         judgement
     }
 
+    /// The verdict's sentence: rates first, then how likely chance alone is.
     #[test]
-    fn a_verdict_is_told_in_words() {
+    fn verdict_in_words() {
         let words = |judgement: Judgement| judgement.in_words("v2", "v1");
-        let counts = "v2: 7 of 41 failed, v1: 1 of 12,366";
-        assert_eq!(words(judgement(2_300.0, 0.0)), format!("{counts}; evidence 2,300, bound 1,000: fail"));
-        assert_eq!(words(judgement(1e15, 0.0)), format!("{counts}; evidence over 1,000,000, bound 1,000: fail"));
+        let counts = "7 of 41 failed, v1 1 of 12,366";
+        let odds = |evidence: &str| format!("; by chance in fewer than 1 of {evidence}; taken back at 1 of 1,000");
+        assert_eq!(words(judgement(2_300.0, 0.0)), format!("v2 is worse than v1: {counts}{}", odds("2,300")));
+        assert_eq!(words(judgement(1e15, 0.0)), format!("v2 is worse than v1: {counts}{}", odds("1,000,000")));
+        let none = "no sign that v2 is worse than v1";
         assert_eq!(
             words(judgement(0.46, 20.1)),
-            format!("{counts}; evidence 0.4, bound 1,000; evidence for less than 2 % at this step 20, bound 20: pass")
+            format!("{none}: {counts}; good enough: fewer than 2 % fail (95 % sure)")
         );
-        assert_eq!(
-            words(judgement(999.9, 19.99)),
-            format!(
-                "{counts}; evidence 999, bound 1,000; evidence for less than 2 % at this step 19, bound 20: undecided"
-            )
-        );
+        let unsure = "not sure yet that fewer than 2 % fail";
+        assert_eq!(words(judgement(0.27, 4.6)), format!("{none}: {counts}; {unsure}: about 90 more requests"));
+        assert_eq!(words(judgement(999.9, 0.1)), format!("v2 looks worse than v1: {counts}{}; {unsure}", odds("999")));
         let unasked = Judgement { max_error_rate: None, ..judgement(0.5, 0.0) };
-        assert_eq!(words(unasked), format!("{counts}; evidence 0.5, bound 1,000: undecided"));
+        assert_eq!(words(unasked), format!("{none}: {counts}"));
         let both = Judgement { both_bad: true, max_error_rate: Some(0.029), ..judgement(0.5, 0.0) };
         assert_eq!(
             words(both),
-            format!(
-                "hold: both v1 and v2 fail too much; {counts}; evidence 0.5, bound 1,000; \
-                 evidence for less than 2.9 % at this step 0.0, bound 20"
-            )
+            "both fail, and nothing points at v2, so nothing is moved: v2 7 of 41, v1 1 of 12,366 failed"
         );
         assert_eq!(
             words(slow(judgement(1.0, 0.0), 5_100.0)),
             format!(
-                "{counts}; evidence 1.0, bound 1,000; v2: 30 of 41 took more than 1,000 ms at this step, v1: 900 of 12,366; \
-                 evidence 5,100, bound 1,000: fail"
+                "v2 is slower than v1: 30 of 41 took more than 1,000 ms at this step, v1 900 of 12,366{}",
+                odds("5,100")
             )
         );
     }
@@ -414,21 +482,23 @@ mod tests {
         let failed = named(&[("cart", &fine), ("payment", &bad)]);
         assert_eq!(
             failed.in_words("v2", "v1"),
-            "v2: 40 of 40 failed at payment, v1: 1 of 12,366; evidence 2,000, bound 1,000: fail"
+            "v2 is worse than v1: 40 of 40 failed at payment, v1 1 of 12,366; by chance in fewer than 1 of 2,000; taken back at \
+             1 of 1,000"
         );
         assert_eq!((failed.target.requests, failed.target.errors), (81, 47));
         let slow = named(&[("cart", &slow(fine.clone(), 5_000.0)), ("payment", &fine)]);
         let words = slow.in_words("v2", "v1");
-        let counts = "v2: 7 of 41 failed at cart, v1: 1 of 12,366; evidence 0.0, bound 1,000";
         assert_eq!(
             words,
-            format!(
-                "{counts}; v2: 30 of 41 took more than 1,000 ms at cart at this step, v1: 900 of 12,366; \
-                 evidence 2,500, bound 1,000: fail"
-            )
+            "v2 is slower than v1: 30 of 41 took more than 1,000 ms at cart at this step, v1 900 of 12,366; by chance in \
+             fewer than 1 of 2,500; taken back at 1 of 1,000"
         );
         let undecided = named(&[("cart", &fine), ("payment", &fine)]);
-        assert!(undecided.in_words("v2", "v1").starts_with("v2: 14 of 82 failed, v1: 2 of 24,732; evidence 0.0"));
+        assert!(
+            undecided
+                .in_words("v2", "v1")
+                .starts_with("no sign that v2 is worse than v1: 14 of 82 failed, v1 2 of 24,732")
+        );
     }
 
     #[test]
@@ -442,11 +512,12 @@ mod tests {
         let (both_bad, outcome, evidence, words) = of(&["cart"]).unwrap();
         assert_eq!((both_bad, outcome, evidence), (true, Outcome::Undecided, 300.0));
         assert!(
-            words.starts_with("hold: both v1 and v2 fail too much; v2: 7 of 41 failed, v1: 1 of 12,366; evidence 300")
+            words.starts_with("both fail, and nothing points at v2, so nothing is moved: v2 7 of 41, v1 1 of 12,366"),
+            "{words}"
         );
         let (both_bad, outcome, evidence, words) = of(&["cart", "payment"]).unwrap();
         assert_eq!((both_bad, outcome, evidence), (true, Outcome::Undecided, 300.0));
-        assert!(words.contains("failed at payment") && !words.contains("-0"), "{words}");
+        assert!(words.contains(" at payment") && !words.contains("-0"), "{words}");
         // Nothing is never less than nothing.
         let fine = judgement(0.0, 0.0);
         let one = Judgement::of_all(&[("cart".to_owned(), held), ("payment".to_owned(), fine)]).unwrap();
