@@ -1,9 +1,8 @@
 //! What this VM has counted. Requests count into plain cells; at each tick, and at once with a first error, the totals are
-//! published for the VM that leads ([`crate::totals`]), and Envoy's stats, which are for Prometheus only, catch up.
-//!
-//! Names of stats carry labels in the form that Istio and `tideshift render envoy` extract: `version=.=v1;.;`.
+//! published for the VM that leads ([`crate::totals`]), and Envoy's metrics ([`crate::metrics`]) catch up.
 
-use crate::host::{self, Stat, StatKind};
+use crate::host::Host;
+use crate::metrics::{ServiceMetrics, VersionMetrics};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -11,9 +10,9 @@ use std::time::Duration;
 use tideshift_core::clients;
 use tideshift_core::outcome::Outcome;
 use tideshift_core::plan::{Chosen, Plan, ServicePlan};
-use tideshift_core::report::{DURATION_BOUNDS, Event, MAX_CLIENTS, duration_bucket};
+use tideshift_core::report::{Event, MAX_CLIENTS, duration_bucket};
 use tideshift_core::routes::Routes;
-use tideshift_core::tallies::{ChoiceTally, DURATIONS, MAX_LOGGED, ServiceTally, Tallies, VersionTally};
+use tideshift_core::tallies::{ChoiceTally, MAX_LOGGED, ServiceTally, Tallies, VersionTally};
 
 /// Requests that are looked at between two ticks as a sample of all, for each service.
 const SAMPLE: u32 = 5;
@@ -71,7 +70,7 @@ pub struct ServiceCounters {
     logged: Cell<u64>,
     log: RefCell<Vec<Event>>,
     routes: RefCell<Routes>,
-    unrouted_stat: FlushedStat,
+    metrics: ServiceMetrics,
     changes: Rc<Changes>,
 }
 
@@ -92,42 +91,9 @@ pub struct VersionCounters {
     in_flight: Cell<u64>,
     misrouted: Cell<u64>,
     chosen: RefCell<[ChoiceTally; Chosen::ALL.len()]>,
-    /// The milliseconds of requests that Envoy's histogram has yet to take.
+    /// The milliseconds of requests that Envoy's histogram has not taken yet.
     times: RefCell<Vec<u32>>,
-    stats: VersionStats,
-}
-
-struct VersionStats {
-    outcomes: [FlushedStat; Outcome::ALL.len()],
-    misrouted: FlushedStat,
-    in_flight: Cell<Stat>,
-    milliseconds: Cell<Stat>,
-    labels: String,
-    durations: [FlushedStat; DURATIONS],
-}
-
-/// A counter of Envoy's, and what it has been told.
-#[derive(Default)]
-struct FlushedStat {
-    /// `None`: not defined yet, or to be defined again.
-    stat: Cell<Option<Stat>>,
-    told: Cell<u64>,
-}
-
-impl FlushedStat {
-    fn define(&self, name: &str) {
-        self.stat.set(Some(Stat::define(StatKind::Counter, name)));
-    }
-
-    fn flush(&self, total: u64, name: impl FnOnce() -> String) {
-        let more = total.saturating_sub(self.told.replace(total));
-        if more > 0 {
-            if self.stat.get().is_none() {
-                self.define(&name());
-            }
-            self.stat.get().unwrap_or_default().add(i64::try_from(more).unwrap_or(i64::MAX));
-        }
-    }
+    metrics: VersionMetrics,
 }
 
 /// How one request of a version ended.
@@ -147,27 +113,27 @@ pub struct Ended {
 }
 
 impl Counters {
-    /// Finds Envoy's stats again, should it not have told the truth about one.
-    pub fn define_again(&self) {
-        self.services.values().for_each(|service| service.define());
+    /// Defines Envoy's metrics again, in case that one of their ids was wrong.
+    pub fn define_again(&self, host: &impl Host) {
+        self.services.values().for_each(|service| service.define(host));
     }
 
     /// The counters of a plan's services, in its order.
-    pub fn cover(&mut self, plan: &Plan) -> Vec<PlanCounters> {
-        plan.services.iter().map(|service| self.cover_service(service)).collect()
+    pub fn cover(&mut self, host: &impl Host, plan: &Plan) -> Vec<PlanCounters> {
+        plan.services.iter().map(|service| self.cover_service(host, service)).collect()
     }
 
-    fn cover_service(&mut self, service: &ServicePlan) -> PlanCounters {
+    fn cover_service(&mut self, host: &impl Host, service: &ServicePlan) -> PlanCounters {
         let changes = self.changes.clone();
         let known = self.services.entry(service.name.clone());
-        let counters = known.or_insert_with(|| Rc::new(ServiceCounters::new(&service.name, changes))).clone();
+        let counters = known.or_insert_with(|| Rc::new(ServiceCounters::new(host, &service.name, changes))).clone();
         let mut versions = Vec::with_capacity(service.versions.len());
         for (i, name) in service.versions.iter().enumerate() {
             let mut known = counters.known.borrow_mut();
             let found = known.iter().find(|(version, _)| version.name == *name).map(|(version, _)| version.clone());
             let version = found.unwrap_or_else(|| {
                 let index = known.iter().map(|(version, _)| version.index + 1).max().unwrap_or_default();
-                let version = Rc::new(VersionCounters::new(&service.name, name, index));
+                let version = Rc::new(VersionCounters::new(host, &service.name, name, index));
                 known.push((version.clone(), 0));
                 version
             });
@@ -194,27 +160,27 @@ impl Counters {
         Some(Tallies { services: services.into_iter().filter(|service| !service.versions.is_empty()).collect() })
     }
 
-    /// A tick: Envoy's stats take in what was counted, samples begin again, and what is long gone is forgotten.
-    pub fn tick(&mut self, now: u64) {
+    /// A tick: Envoy's metrics catch up, samples begin again, and what left the policies long ago is forgotten.
+    pub fn tick(&mut self, host: &impl Host, now: u64) {
         for service in self.services.values() {
-            service.tick(now);
+            service.tick(host, now);
         }
         self.services.retain(|_, service| !service.known.borrow().is_empty());
     }
 
-    /// Tells Envoy's gauges what all VMs together have in flight.
-    pub fn show_in_flight(&self, totals: &Tallies) {
+    /// Shows in Envoy's gauges what all VMs together have in flight.
+    pub fn show_in_flight(&self, host: &impl Host, totals: &Tallies) {
         for service in self.services.values() {
             for (version, _) in service.known.borrow().iter() {
                 let of = totals.service(&service.name).and_then(|of| of.version(&version.name));
-                version.stats.in_flight.get().record(of.map_or(0, |of| of.in_flight));
+                version.metrics.show_in_flight(host, of.map_or(0, |of| of.in_flight));
             }
         }
     }
 }
 
 impl ServiceCounters {
-    fn new(name: &str, changes: Rc<Changes>) -> Self {
+    fn new(host: &impl Host, name: &str, changes: Rc<Changes>) -> Self {
         let new = Self {
             name: name.to_owned(),
             unrouted: Cell::new(0),
@@ -229,16 +195,16 @@ impl ServiceCounters {
             logged: Cell::new(0),
             log: RefCell::default(),
             routes: RefCell::default(),
-            unrouted_stat: FlushedStat::default(),
+            metrics: ServiceMetrics::default(),
             changes,
         };
-        new.define();
+        new.define(host);
         new
     }
 
-    fn define(&self) {
-        self.unrouted_stat.define(&format!("service=.={};.;tideshift_unrouted_requests_total", self.name));
-        self.known.borrow().iter().for_each(|(version, _)| version.stats.define());
+    fn define(&self, host: &impl Host) {
+        self.metrics.define(host, &self.name);
+        self.known.borrow().iter().for_each(|(version, _)| version.metrics.define(host));
     }
 
     fn changed(&self) {
@@ -313,7 +279,7 @@ impl ServiceCounters {
     }
 
     /// Counts how it ended.
-    pub fn ended(&self, version: &VersionCounters, ended: &Ended) {
+    pub fn ended(&self, host: &impl Host, version: &VersionCounters, ended: &Ended) {
         let milliseconds = ended.nanoseconds / 1_000_000;
         let duration = duration_bucket(milliseconds);
         version.in_flight.set(version.in_flight.get().saturating_sub(1));
@@ -331,14 +297,14 @@ impl ServiceCounters {
             self.changes.errors.set(self.changes.errors.get().wrapping_add(1));
         }
         if ended.is_sampled || (ended.outcome != Outcome::Ok && ended.is_compared && self.bad.get() > 0) {
-            self.look_at(version, ended, duration);
+            let client = host.property("source\0address").map_or(0, |address| clients::client(&address));
+            self.look_at(client, version, ended, duration);
         }
     }
 
-    /// Tells apart whose request it was.
-    fn look_at(&self, version: &VersionCounters, ended: &Ended, duration: usize) {
-        let client = host::property("source\0address").map_or(0, |address| clients::client(&address));
-        // Whom rules take is no client of those that are compared.
+    /// Takes a request into the sample, and into the log of single requests.
+    fn look_at(&self, client: u32, version: &VersionCounters, ended: &Ended, duration: usize) {
+        // A client whose request a rule took is none of those that are compared.
         if ended.is_sampled && client != 0 && ended.chosen != Chosen::Rule {
             self.sampled.set(true);
             self.clients.borrow_mut().insert(client, 0);
@@ -390,23 +356,16 @@ impl ServiceCounters {
         }
     }
 
-    fn tick(&self, now: u64) {
+    fn tick(&self, host: &impl Host, now: u64) {
         self.sample.set(SAMPLE);
         self.bad.set(BAD);
         if self.sampled.replace(false) {
             self.samples.set(self.samples.get().saturating_add(1));
         }
-        self.unrouted_stat.flush(self.unrouted.get(), String::new);
-        {
-            let mut clients = self.clients.borrow_mut();
-            clients.retain(|_, seen| *seen == 0 || now.saturating_sub(*seen) < CLIENT_NANOS);
-            while clients.len() > MOST_CLIENTS {
-                clients.pop_last();
-            }
-        }
-        let mut known = self.known.borrow_mut();
-        for (version, left) in known.iter_mut() {
-            version.flush();
+        self.metrics.flush(host, self.unrouted.get());
+        self.forget_clients(now);
+        for (version, left) in self.known.borrow_mut().iter_mut() {
+            version.flush(host);
             match (Rc::strong_count(version), *left) {
                 (1, 0) => {
                     *left = now;
@@ -416,9 +375,23 @@ impl ServiceCounters {
                 _ => *left = 0,
             }
         }
+        self.forget_versions(now);
+    }
+
+    /// Forgets the clients of long ago.
+    fn forget_clients(&self, now: u64) {
+        let mut clients = self.clients.borrow_mut();
+        clients.retain(|_, seen| *seen == 0 || now.saturating_sub(*seen) < CLIENT_NANOS);
+        while clients.len() > MOST_CLIENTS {
+            clients.pop_last();
+        }
+    }
+
+    /// Forgets the versions that left the policies long ago and have nothing in flight.
+    fn forget_versions(&self, now: u64) {
         let gone_before = now.saturating_sub(GONE_AFTER.as_nanos() as u64);
         let mut gone = BTreeSet::new();
-        known.retain(|(version, left)| {
+        self.known.borrow_mut().retain(|(version, left)| {
             let is_gone = *left > 0 && *left < gone_before && version.in_flight.get() == 0;
             if is_gone {
                 gone.insert(version.index);
@@ -433,7 +406,7 @@ impl ServiceCounters {
 }
 
 impl VersionCounters {
-    fn new(service: &str, name: &str, index: usize) -> Self {
+    fn new(host: &impl Host, service: &str, name: &str, index: usize) -> Self {
         Self {
             name: name.to_owned(),
             index,
@@ -441,7 +414,7 @@ impl VersionCounters {
             misrouted: Cell::new(0),
             chosen: RefCell::default(),
             times: RefCell::default(),
-            stats: VersionStats::new(service, name),
+            metrics: VersionMetrics::new(host, service, name),
         }
     }
 
@@ -456,11 +429,9 @@ impl VersionCounters {
         }
     }
 
-    fn flush(&self) {
+    fn flush(&self, host: &impl Host) {
         let times = std::mem::take(&mut *self.times.borrow_mut());
-        let misrouted = self.misrouted.get();
-        let name = || format!("{}tideshift_misrouted_requests_total", self.stats.labels);
-        self.stats.misrouted.flush(misrouted, name);
+        self.metrics.flush_misrouted(host, self.misrouted.get());
         if times.is_empty() && self.chosen.borrow().iter().all(|tally| tally.started == 0) {
             return;
         }
@@ -470,45 +441,6 @@ impl VersionCounters {
             sum.durations.resize(sum.durations.len().max(tally.durations.len()), 0);
             sum.durations.iter_mut().zip(&tally.durations).for_each(|(sum, more)| *sum = sum.saturating_add(*more));
         }
-        self.stats.flush(&sum);
-        times.into_iter().for_each(|time| self.stats.milliseconds.get().record(u64::from(time)));
-    }
-}
-
-impl VersionStats {
-    fn new(service: &str, version: &str) -> Self {
-        let new = Self {
-            outcomes: Default::default(),
-            misrouted: FlushedStat::default(),
-            in_flight: Cell::default(),
-            milliseconds: Cell::default(),
-            labels: format!("service=.={service};.;version=.={version};.;"),
-            durations: Default::default(),
-        };
-        new.define();
-        new
-    }
-
-    /// Defines the stats, or finds them again; those that few versions need when they are needed.
-    fn define(&self) {
-        let labels = &self.labels;
-        for (outcome, stat) in Outcome::ALL.iter().zip(&self.outcomes) {
-            stat.define(&format!("{labels}outcome=.={};.;tideshift_requests_total", outcome.label()));
-        }
-        let define = |kind, name| Stat::define(kind, &format!("{labels}{name}"));
-        self.in_flight.set(define(StatKind::Gauge, "tideshift_requests_in_flight"));
-        self.milliseconds.set(define(StatKind::Histogram, "tideshift_request_duration_milliseconds"));
-        std::iter::once(&self.misrouted).chain(&self.durations).for_each(|stat| stat.stat.set(None));
-    }
-
-    fn flush(&self, sum: &ChoiceTally) {
-        let unnamed = String::new;
-        self.outcomes.iter().zip(sum.ended).for_each(|(stat, total)| stat.flush(total, unnamed));
-        for (bucket, (stat, total)) in self.durations.iter().zip(&sum.durations).enumerate() {
-            stat.flush(*total, || {
-                let bound = DURATION_BOUNDS.get(bucket).map_or("+Inf".to_owned(), u64::to_string);
-                format!("{}upto=.={bound};.;tideshift_requests_by_duration_total", self.labels)
-            });
-        }
+        self.metrics.flush(host, &sum, times);
     }
 }

@@ -13,8 +13,8 @@ use tideshift_core::tallies::{ServiceTally, Tallies};
 #[derive(Default)]
 pub struct Guards(BTreeMap<String, Guard>);
 
-/// A service's veto, and whether it is in force or only kept in mind.
-pub struct Noted {
+/// A veto on a version of a service, as VMs pass it to each other, and whether it is in force or over.
+pub struct SharedVeto {
     /// The service.
     pub service: String,
     /// The veto.
@@ -32,44 +32,22 @@ impl Guards {
         policy: &Policy,
         totals: &Tallies,
         news: &News,
-        left: impl Fn() -> Vec<Noted>,
+        left: impl Fn() -> Vec<SharedVeto>,
     ) -> bool {
         let is_there = |name: &String| policy.services.iter().any(|service| service.name == *name);
         let mut changed = self.0.iter().any(|(name, guard)| !is_there(name) && !guard.vetoes().is_empty());
         self.0.retain(|name, _| is_there(name));
-        let mut noted = None;
-        let nothing = ServiceTally::default();
+        let mut shared = None;
         for service in &policy.services {
-            let tally = totals.service(&service.name).unwrap_or(&nothing);
             let guard = self.0.entry(service.name.clone()).or_insert_with(|| {
-                let noted: &Vec<Noted> = noted.get_or_insert_with(&left);
-                let of_service = noted.iter().filter(|noted| noted.service == service.name);
-                // Those whose time was up while nobody led have yet to be ended.
-                changed |= of_service.clone().any(|noted| noted.in_force && noted.veto.until <= now);
-                Guard::resume(service.guard.clone(), now, of_service.map(|noted| noted.veto.clone()))
+                let shared: &Vec<SharedVeto> = shared.get_or_insert_with(&left);
+                let of_service = shared.iter().filter(|shared| shared.service == service.name);
+                // Those whose time was up while no VM led have yet to be ended.
+                changed |= of_service.clone().any(|shared| shared.in_force && shared.veto.until <= now);
+                Guard::resume(service.guard.clone(), now, of_service.map(|shared| shared.veto.clone()))
             });
-            let before: Vec<String> = guard.vetoes().iter().map(|veto| veto.version.clone()).collect();
-            let observed: Vec<_> = service.versions.iter().map(|version| observed(service, version, tally)).collect();
-            guard.set_policy(service.guard.clone());
             let events = news.get(&service.name).map(Vec::as_slice).unwrap_or_default();
-            let requests: Vec<_> = events.iter().filter_map(|(version, event)| request(version, event)).collect();
-            guard.hear(now, tally.has_few_clients(), &requests);
-            if !guard.observe(now, &observed) {
-                continue;
-            }
-            changed = true;
-            for veto in guard.vetoes().iter().filter(|veto| !before.contains(&veto.version)) {
-                let Veto { version, requests, errors, others_requests, others_errors, .. } = veto;
-                let seconds = veto.until.saturating_sub(now) / 1_000_000_000;
-                log::warn!(
-                    "guard: {version} of {} is out of service for {seconds} s: {errors} of its {requests} requests failed, of \
-                     the others' {others_errors} of {others_requests}",
-                    service.name
-                );
-            }
-            for version in before.iter().filter(|version| !guard.vetoes().iter().any(|v| v.version == **version)) {
-                log::info!("guard: {version} of {} is back in service", service.name);
-            }
+            changed |= look_at(guard, now, service, totals.service(&service.name), events);
         }
         changed
     }
@@ -79,13 +57,47 @@ impl Guards {
         self.0.get(service).map_or(&[], Guard::vetoes)
     }
 
-    /// All vetoes.
-    pub fn noted(&self) -> impl Iterator<Item = Noted> {
+    /// All vetoes, those that are over too.
+    pub fn all(&self) -> impl Iterator<Item = SharedVeto> {
         self.0.iter().flat_map(|(service, guard)| {
-            let noted = |in_force| move |veto: &Veto| Noted { service: service.clone(), veto: veto.clone(), in_force };
-            guard.vetoes().iter().map(noted(true)).chain(guard.past().iter().map(noted(false)))
+            let shared =
+                |in_force| move |veto: &Veto| SharedVeto { service: service.clone(), veto: veto.clone(), in_force };
+            guard.vetoes().iter().map(shared(true)).chain(guard.past().iter().map(shared(false)))
         })
     }
+}
+
+/// One service's guard looks at what was counted; whether its vetoes are others than before.
+fn look_at(
+    guard: &mut Guard,
+    now: u64,
+    service: &Service,
+    tally: Option<&ServiceTally>,
+    events: &[(String, Event)],
+) -> bool {
+    let nothing = ServiceTally::default();
+    let tally = tally.unwrap_or(&nothing);
+    let before: Vec<String> = guard.vetoes().iter().map(|veto| veto.version.clone()).collect();
+    let observed: Vec<_> = service.versions.iter().map(|version| observed(service, version, tally)).collect();
+    guard.set_policy(service.guard.clone());
+    let requests: Vec<_> = events.iter().filter_map(|(version, event)| request(version, event)).collect();
+    guard.hear(now, tally.has_few_clients(), &requests);
+    if !guard.observe(now, &observed) {
+        return false;
+    }
+    for veto in guard.vetoes().iter().filter(|veto| !before.contains(&veto.version)) {
+        let Veto { version, requests, errors, others_requests, others_errors, .. } = veto;
+        let seconds = veto.until.saturating_sub(now) / 1_000_000_000;
+        log::warn!(
+            "guard: {version} of {} is out of service for {seconds} s: {errors} of its {requests} requests failed, of \
+             the others' {others_errors} of {others_requests}",
+            service.name
+        );
+    }
+    for version in before.iter().filter(|version| !guard.vetoes().iter().any(|v| v.version == **version)) {
+        log::info!("guard: {version} of {} is back in service", service.name);
+    }
+    true
 }
 
 fn observed<'a>(service: &Service, version: &'a Version, tally: &ServiceTally) -> Observed<'a> {
@@ -106,11 +118,11 @@ fn request<'a>(version: &'a str, event: &Event) -> Option<(&'a str, Request)> {
     Some((version, event.request(false)?))
 }
 
-impl Noted {
+impl SharedVeto {
     /// Vetoes as VMs pass them to each other: a line each.
-    pub fn write(noted: impl Iterator<Item = Self>) -> String {
+    pub fn write(vetoes: impl Iterator<Item = Self>) -> String {
         let mut text = String::from("vetoes\n");
-        for Self { service, veto, in_force } in noted {
+        for Self { service, veto, in_force } in vetoes {
             let Veto { version, until, strikes, requests, errors, others_requests, others_errors } = veto;
             let in_force = u8::from(in_force);
             text += &format!(

@@ -1,26 +1,34 @@
-//! The proxy-wasm module: it hands what Envoy knows to `tideshift-core` and applies the answers. It decides nothing.
+//! The proxy-wasm filter: it reads what Envoy knows, asks `tideshift-core`, and applies the answers. It decides nothing.
 //!
-//! Envoy enters at [`callbacks`]. A request's way: an [`exchange`] asks the plan in force for a version, sets the header,
-//! and counts in [`counters`] how it ended; [`totals`] adds up what all VMs of the proxy have counted, for [`guards`] and
-//! for the reports of [`link`]. A policy's way: [`root`] takes it from the plugin configuration; a newer one
-//! comes by [`link`], on one VM of the proxy, and reaches the others through [`shared`] and [`workers`]. What the module
-//! asks of Envoy goes through [`host`].
+//! A request: [`vm`] finds the request's [`http_context`], which asks the [`active_policy`] for a version, sets the
+//! header and counts in [`counters`] how the request ended. [`totals`] adds up the counts of all VMs of the proxy, for
+//! the [`guards`] and for the reports of the [`controller_client`]. A policy: [`root_context`] takes it from the plugin
+//! configuration. A newer one arrives through [`controller_client`], on one VM of the proxy, and reaches the other VMs
+//! through [`shared_data`] and [`workers`].
 //!
-//! It speaks proxy-wasm's ABI itself, past the SDK, for two reasons: the SDK panics, and so takes the proxy's worker
-//! down, where a host answers what it does not expect; and its map of boxed contexts costs every request. It is built
-//! for wasm32-unknown-unknown, so that nothing of WASI can fail either.
-#![cfg(target_family = "wasm")]
+//! The logic knows the proxy only as a [`host::Host`], by static dispatch, so it compiles and is tested natively:
+//! `cargo test -p tideshift-filter`. Only `abi_exports` and `hostcalls` speak proxy-wasm's ABI. A shim for another proxy
+//! implements [`host::Host`] and calls [`vm::Vm`], as the proxy in memory does that the tests run on (`tests/proxy.rs`).
 
-mod callbacks;
+#[cfg(target_family = "wasm")]
+mod abi_exports;
+mod active_policy;
+mod controller_client;
 mod counters;
 mod events;
-mod exchange;
 mod guards;
-mod headers;
-mod host;
-mod link;
-mod pulse;
-mod root;
-mod shared;
+pub mod header_pairs;
+pub mod host;
+#[cfg(target_family = "wasm")]
+mod hostcalls;
+mod http_context;
+mod metrics;
+mod request_headers;
+mod root_context;
+mod shared_data;
+#[cfg(test)]
+mod tests;
 mod totals;
+mod urgent;
+pub mod vm;
 mod workers;

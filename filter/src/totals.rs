@@ -1,8 +1,8 @@
 //! What all VMs of the proxy have counted together: each publishes its own totals in shared data; the one that leads adds
 //! them up, with those of the VMs that are gone.
 
-use crate::host;
-use crate::shared::Shared;
+use crate::host::Host;
+use crate::shared_data::SharedData;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tideshift_core::report::Event;
@@ -54,21 +54,21 @@ struct Vm {
 /// Single requests that ended since the last look, by service; their versions by name.
 pub type News = BTreeMap<String, Vec<(String, Event)>>;
 
-fn key(shared: &Shared, id: u32) -> String {
+fn key<H: Host>(shared: &SharedData<H>, id: u32) -> String {
     shared.key(&format!("worker/{id}/counts"))
 }
 
-fn read<T: for<'de> Deserialize<'de>>(key: &str) -> Option<(T, u32)> {
-    let (bytes, version) = host::shared(key)?;
+fn read<T: for<'de> Deserialize<'de>>(host: &impl Host, key: &str) -> Option<(T, u32)> {
+    let (bytes, version) = host.shared(key)?;
     Some((postcard::from_bytes(&bytes).ok()?, version))
 }
 
 impl Published {
     /// Publishes what this VM has counted.
-    pub fn publish(&mut self, shared: &Shared, id: u32, mut tallies: Tallies) {
+    pub fn publish(&mut self, shared: &SharedData<impl Host>, id: u32, mut tallies: Tallies) {
         tallies.subtract(&self.taken_over);
         if let Ok(bytes) = postcard::to_allocvec(&tallies) {
-            host::shared_set(&key(shared, id), &bytes);
+            shared.host.set_shared(&key(shared, id), &bytes);
             self.number = self.number.saturating_add(1);
             self.last = tallies;
         }
@@ -76,23 +76,24 @@ impl Published {
 
     /// This VM was taken for gone, or leaves: if what it had published last was taken over, it starts again from there;
     /// else that is withdrawn, and published again under another number.
-    pub fn start_again(&mut self, shared: &Shared, id: u32) {
+    pub fn start_again(&mut self, shared: &SharedData<impl Host>, id: u32) {
         let last = std::mem::take(&mut self.last);
-        let is_taken_over = read::<Retired>(&shared.key(RETIRED)).is_some_and(|(retired, _)| retired.ids.contains(&id));
+        let is_taken_over =
+            read::<Retired>(&shared.host, &shared.key(RETIRED)).is_some_and(|(retired, _)| retired.ids.contains(&id));
         if is_taken_over {
             self.taken_over.add(&last, false);
         } else {
-            host::shared_set(&key(shared, id), b"");
+            shared.host.set_shared(&key(shared, id), b"");
         }
     }
 }
 
 /// Takes over what a VM has counted that is gone.
-pub fn retire(shared: &Shared, id: u32) {
+pub fn retire(shared: &SharedData<impl Host>, id: u32) {
     let of_vm = key(shared, id);
-    let Some((tallies, _)) = read::<Tallies>(&of_vm) else { return };
+    let Some((tallies, _)) = read::<Tallies>(&shared.host, &of_vm) else { return };
     for _ in 0..TRIES {
-        let (mut retired, version) = read::<Retired>(&shared.key(RETIRED)).unwrap_or_default();
+        let (mut retired, version) = read::<Retired>(&shared.host, &shared.key(RETIRED)).unwrap_or_default();
         if !retired.ids.contains(&id) {
             retired.ids.push(id);
             let too_many = retired.ids.len().saturating_sub(MOST_RETIRED);
@@ -100,15 +101,15 @@ pub fn retire(shared: &Shared, id: u32) {
             retired.tallies.add(&tallies, false);
         }
         let Ok(bytes) = postcard::to_allocvec(&retired) else { return };
-        if host::shared_replace(&shared.key(RETIRED), &bytes, version) {
-            host::shared_set(&of_vm, b"");
+        if shared.host.replace_shared(&shared.key(RETIRED), &bytes, version) {
+            shared.host.set_shared(&of_vm, b"");
             return;
         }
     }
 }
 
 /// Makes room for what [`retire`] keeps, so that two VMs that are the first to do so do not both believe it.
-pub fn prepare(shared: &Shared) {
+pub fn prepare(shared: &SharedData<impl Host>) {
     if let Ok(bytes) = postcard::to_allocvec(&Retired::default()) {
         shared.set_first(RETIRED, &bytes);
     }
@@ -116,14 +117,14 @@ pub fn prepare(shared: &Shared) {
 
 impl Totals {
     /// Adds up what the VMs with these numbers have published, by how often they have. What is new of single requests.
-    pub fn gather(&mut self, shared: &Shared, live: &[(u32, u64)]) -> News {
+    pub fn gather(&mut self, shared: &SharedData<impl Host>, live: &[(u32, u64)]) -> News {
         let mut news = News::new();
         for (id, published) in live {
             let known = self.vms.get(id).map(|vm| vm.published);
             if known == Some(*published) || *published == 0 {
                 continue;
             }
-            let Some((tallies, _)) = read::<Tallies>(&key(shared, *id)) else { continue };
+            let Some((tallies, _)) = read::<Tallies>(&shared.host, &key(shared, *id)) else { continue };
             let vm = self.vms.entry(*id).or_insert_with(|| Vm {
                 published: 0,
                 tallies: Tallies::default(),
@@ -146,7 +147,7 @@ impl Totals {
         self.leads = true;
         self.vms.retain(|id, _| live.iter().any(|(known, _)| known == id));
         // After the VMs: one that was taken over meanwhile is in here, and is not counted twice.
-        let (retired, _) = read::<Retired>(&shared.key(RETIRED)).unwrap_or_default();
+        let (retired, _) = read::<Retired>(&shared.host, &shared.key(RETIRED)).unwrap_or_default();
         let mut sum = retired.tallies;
         for (_, vm) in self.vms.iter().filter(|(id, _)| !retired.ids.contains(id)) {
             sum.add(&vm.tallies, true);

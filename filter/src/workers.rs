@@ -1,14 +1,14 @@
 //! The VMs of one proxy: one for each worker and one on the main thread. Each has a number, a queue by which it is
 //! woken when a policy arrives, and a heartbeat that says which policy it runs.
 
-use crate::host;
-use crate::shared::{NEXT_WORKER, Place, Shared, WORKERS, integer};
+use crate::host::Host;
+use crate::shared_data::{NEXT_WORKER, PolicyVersion, SharedData, WORKERS, integer};
 use crate::totals;
 use std::time::Duration;
 
-/// This VM's place among the others.
-pub struct Workers {
-    shared: Shared,
+/// This VM among the others.
+pub struct Workers<H> {
+    shared: SharedData<H>,
     /// This VM's number, unlike that of any other VM of this proxy.
     pub id: u32,
     queue: Option<u32>,
@@ -23,7 +23,7 @@ struct Heartbeat {
     at: u64,
     /// How often it has published what it counted.
     published: u64,
-    applied: Place,
+    applied: PolicyVersion,
 }
 
 /// What the VMs say of themselves.
@@ -31,10 +31,10 @@ pub struct Live {
     /// Their numbers, and how often each has published what it counted.
     pub published: Vec<(u32, u64)>,
     /// The policy that all of them have applied; `None` if there is no such policy (some are still in another epoch).
-    pub applied: Option<Place>,
+    pub applied: Option<PolicyVersion>,
 }
 
-impl Workers {
+impl<H: Host> Workers<H> {
     /// A VM without a heartbeat for this long is gone.
     const GONE_AFTER: Duration = Duration::from_secs(10);
     /// How often to try again when two VMs change the list at once.
@@ -43,13 +43,13 @@ impl Workers {
     /// Joins the others.
     ///
     /// Not while being configured: Envoy configures a VM that it throws away before it configures the real ones.
-    pub fn join(shared: Shared, now: u64, applied: &Place, published: u64) -> Self {
+    pub fn join(shared: SharedData<H>, now: u64, applied: &PolicyVersion, published: u64) -> Self {
         let next = shared.key(NEXT_WORKER);
         let mut id = 0;
         for _ in 0..Self::TRIES {
-            let Some((value, version)) = host::shared(&next) else { continue };
+            let Some((value, version)) = shared.host.shared(&next) else { continue };
             id = integer(&value, 0) + 1;
-            if host::shared_replace(&next, &id.to_le_bytes(), version) {
+            if shared.host.replace_shared(&next, &id.to_le_bytes(), version) {
                 break;
             }
         }
@@ -65,11 +65,12 @@ impl Workers {
     /// Lets the plugin configuration that is being called be the one that is woken.
     pub fn listen(&mut self) {
         self.queues = self.queues.saturating_add(1);
-        self.queue = host::queue(&self.shared.key(&format!("worker/{}/queue/{}", self.id, self.queues)));
+        self.queue =
+            self.shared.host.register_queue(&self.shared.key(&format!("worker/{}/queue/{}", self.id, self.queues)));
     }
 
     /// Says that this VM lives, which policy it runs, and how often it has published what it counted.
-    pub fn beat(&self, now: u64, applied: &Place, published: u64) {
+    pub fn beat(&self, now: u64, applied: &PolicyVersion, published: u64) {
         let queue = self.queue.unwrap_or_default();
         self.note(self.id, &Heartbeat { queue, at: now, published, applied: applied.clone() });
     }
@@ -85,7 +86,7 @@ impl Workers {
             value.extend_from_slice(&number.to_le_bytes());
         }
         value.extend_from_slice(beat.applied.epoch.as_bytes());
-        host::shared_set(&self.heartbeat_key(id), &value);
+        self.shared.host.set_shared(&self.heartbeat_key(id), &value);
     }
 
     /// Takes this VM off the list; what it published is taken over.
@@ -98,7 +99,7 @@ impl Workers {
     pub fn wake(&self) {
         for id in self.list().into_iter().filter(|id| *id != self.id) {
             if let Some(heartbeat) = self.heartbeat(id) {
-                host::enqueue(heartbeat.queue);
+                self.shared.host.enqueue(heartbeat.queue);
             }
         }
     }
@@ -107,14 +108,14 @@ impl Workers {
     pub fn wake_leader(&self) {
         let leader = self.shared.leader().filter(|leader| *leader != self.id);
         if let Some(heartbeat) = leader.and_then(|leader| self.heartbeat(leader)) {
-            host::enqueue(heartbeat.queue);
+            self.shared.host.enqueue(heartbeat.queue);
         }
     }
 
     /// Whether a queue is the one that wakes this VM; empties it.
     pub fn is_woken_by(&self, queue: u32) -> bool {
         // No more than were ever put there, should the queue seem to have no end.
-        let _ = (0..Self::TRIES).take_while(|_| host::dequeue(queue)).count();
+        let _ = (0..Self::TRIES).take_while(|_| self.shared.host.dequeue(queue)).count();
         self.queue == Some(queue)
     }
 
@@ -150,24 +151,24 @@ impl Workers {
     }
 
     fn heartbeat(&self, id: u32) -> Option<Heartbeat> {
-        let value = host::shared(&self.heartbeat_key(id))?.0;
+        let value = self.shared.host.shared(&self.heartbeat_key(id))?.0;
         let epoch = String::from_utf8(value.get(32..)?.to_vec()).ok()?;
-        let applied = Place { epoch, revision: integer(&value, 16) };
+        let applied = PolicyVersion { epoch, revision: integer(&value, 16) };
         let (queue, at, published) = (integer(&value, 0) as u32, integer(&value, 8), integer(&value, 24));
         Some(Heartbeat { queue, at, published, applied })
     }
 
     fn list(&self) -> Vec<u32> {
-        host::shared(&self.shared.key(WORKERS)).map(|(list, _)| decode(&list)).unwrap_or_default()
+        self.shared.host.shared(&self.shared.key(WORKERS)).map(|(list, _)| decode(&list)).unwrap_or_default()
     }
 
     fn change_list(&self, change: impl Fn(&mut Vec<u32>)) {
         let key = self.shared.key(WORKERS);
         for _ in 0..Self::TRIES {
-            let Some((value, version)) = host::shared(&key) else { continue };
+            let Some((value, version)) = self.shared.host.shared(&key) else { continue };
             let mut list = decode(&value);
             change(&mut list);
-            if host::shared_replace(&key, &encode(&list), version) {
+            if self.shared.host.replace_shared(&key, &encode(&list), version) {
                 return;
             }
         }

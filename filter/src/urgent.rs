@@ -1,23 +1,23 @@
-//! What the controller should hear of at once, instead of in the next report of each second: bad requests of the versions
-//! that have the smaller part of the weight, which may be a rollout's target, and the end of what is in flight of the
-//! versions that are given nothing more.
+//! The counts that are reported at once instead of in the next report of each second: failed requests of the versions that
+//! have the smaller part of the weight, which may be a rollout's target, and the requests in flight of the versions that
+//! get no more.
 
 use tideshift_core::plan::Chosen;
 use tideshift_core::policy::Policy;
 use tideshift_core::report::Counts;
 use tideshift_core::tallies::Tallies;
 
-/// What was last reported of it, and what there is now, are compared.
+/// To be compared with what was reported last.
 #[derive(Default, Clone, Copy, PartialEq, Eq)]
-pub struct Pulse {
+pub struct UrgentCounts {
     bad: u64,
     draining: u64,
 }
 
-impl Pulse {
-    /// The pulse of now.
-    pub fn feel(policy: &Policy, totals: &Tallies) -> Self {
-        let mut pulse = Self::default();
+impl UrgentCounts {
+    /// Reads them from what all VMs have counted.
+    pub fn read(policy: &Policy, totals: &Tallies) -> Self {
+        let mut counts = Self::default();
         for service in &policy.services {
             let Some(of_service) = totals.service(&service.name) else { continue };
             let all: u64 = service.versions.iter().map(|version| u64::from(version.weight)).sum();
@@ -25,14 +25,14 @@ impl Pulse {
                 let Some(of) = of_service.version(&version.name) else { continue };
                 let weight = u64::from(version.weight);
                 if weight == 0 {
-                    pulse.draining = pulse.draining.saturating_add(of.in_flight);
+                    counts.draining = counts.draining.saturating_add(of.in_flight);
                 }
                 if 2 * weight <= all {
                     let Counts { error, cancelled, client_error, .. } = of.ended(&Chosen::ALL);
-                    pulse.bad = [error, cancelled, client_error].into_iter().fold(pulse.bad, u64::saturating_add);
+                    counts.bad = [error, cancelled, client_error].into_iter().fold(counts.bad, u64::saturating_add);
                 }
             }
         }
-        pulse
+        counts
     }
 }
