@@ -138,9 +138,11 @@ impl Match {
 
     /// The first field that does not hold for the request; `None` if all do.
     pub fn mismatch(&self, request: &(impl Request + ?Sized)) -> Option<Mismatch<'_>> {
-        let method = self.method.as_deref().filter(|wanted| !method_holds(wanted, request)).map(Mismatch::Method);
+        // Those without a name here are looked at below, together with their neighbours.
+        let Self { headers, cookies: _, query_params: _, path: _, method } = self;
+        let method = method.as_deref().filter(|wanted| !method_holds(wanted, request)).map(Mismatch::Method);
         let header_holds = |m: &NamedMatch| header(m, request).is_some_and(|value| m.value.holds(&value));
-        let in_headers = || self.headers.iter().find(|m| !header_holds(m)).map(Mismatch::Header);
+        let in_headers = || headers.iter().find(|m| !header_holds(m)).map(Mismatch::Header);
         let in_cookies = || self.cookie_mismatch(request).map(Mismatch::Cookie);
         method.or_else(in_headers).or_else(in_cookies).or_else(|| self.path_or_query_mismatch(request))
     }

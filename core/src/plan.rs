@@ -2,7 +2,7 @@
 //! split that a request is for; [`Plan::decide`] goes on from there by session and by turn to the version.
 
 use crate::hostname::Hostnames;
-use crate::matching::header_name;
+use crate::matching::{Match, header_name};
 use crate::outcome::ErrorCodes;
 use crate::policy::{Mirror, Policy, Rule, Service, Version};
 use crate::request::{self, AUTHORITY, METHOD, Request, SCHEME};
@@ -280,16 +280,14 @@ fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
             return None;
         }
         for m in service.rules.iter().flat_map(|rule| &rule.matches) {
-            if m.method.is_some()
-                || m.path.is_some()
-                || !m.cookies.is_empty()
-                || !m.query_params.is_empty()
-                || m.headers.iter().any(|header| header.name == "cookie")
-            {
+            // Each field says which headers it looks at; one that is forgotten would never match.
+            let Match { headers, cookies, query_params, path, method } = m;
+            let is_common = method.is_some() || path.is_some() || !cookies.is_empty() || !query_params.is_empty();
+            // (Several cookie headers would be joined in another way.)
+            if is_common || headers.iter().any(|header| header.name == "cookie") {
                 return None;
             }
-            // (Several cookie headers would be joined in another way.)
-            names.extend(m.headers.iter().map(|header| header_name(&header.name)));
+            names.extend(headers.iter().map(|header| header_name(&header.name)));
         }
     }
     names.extend(refers_to_host.then_some(AUTHORITY));

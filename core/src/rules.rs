@@ -27,20 +27,21 @@ enum Key<'m> {
 }
 
 impl<'m> Key<'m> {
+    /// Whichever field of the match wants just one value: all of its fields must hold, so one of them is enough to find
+    /// the rule by. Where each looks is the index's to know, so a new field has to be thought of here.
     fn of(m: &'m Match) -> Option<Self> {
+        let Match { headers, cookies, query_params: _, path, method: _ } = m;
         let exact = |value: &'m ValueMatch| match value {
             ValueMatch::Exact(value) => Some(value.as_str()),
             _ => None,
         };
-        let mut headers = m.headers.iter();
-        let header = headers.find_map(|header| Some(Self::Header(&header.name, exact(&header.value)?)));
-        let mut cookies = m.cookies.iter();
-        let mut cookie = || cookies.find_map(|cookie| Some(Self::Cookie(&cookie.name, exact(&cookie.value)?)));
-        let path = || match m.path.as_ref()? {
+        let header = headers.iter().find_map(|header| Some(Self::Header(&header.name, exact(&header.value)?)));
+        let cookie = || cookies.iter().find_map(|cookie| Some(Self::Cookie(&cookie.name, exact(&cookie.value)?)));
+        let path = || match path.as_ref()? {
             PathMatch::Exact(path) => Some(Self::Path(path)),
             _ => None,
         };
-        header.or_else(&mut cookie).or_else(path)
+        header.or_else(cookie).or_else(path)
     }
 }
 

@@ -3,9 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // Tests say what must hold by unwrapping it.
 
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use tideshift_core::matching::Match;
 use tideshift_core::plan::{Decision, Plan, Reason, Turns};
 use tideshift_core::policy::Policy;
+use tideshift_core::request::Request;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -325,4 +328,62 @@ fn splits_that_are_used_in_turn_do_not_move_in_step() {
     for mut turns in [Turns::for_plan(&two, 1, Some((&one, &turns))), Turns::for_plan(&two, 1, None)] {
         check(&two, &mut turns);
     }
+}
+
+/// A request of which only these headers can be seen, as in a proxy that reads no others.
+struct Seen<'a>(&'a [(&'a str, &'a str)], Option<&'a [String]>);
+
+impl Request for Seen<'_> {
+    fn header(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        if self.1.is_some_and(|names| !names.iter().any(|known| known == name)) {
+            return None;
+        }
+        self.0.header(name)
+    }
+}
+
+/// A field of a match that the plan did not count among the headers it looks at, or that the rules' index passed over,
+/// would never match, or always.
+#[test]
+fn match_on_each_field_is_honoured() {
+    let request = [
+        (":authority", "shop.test"),
+        (":method", "PUT"),
+        (":path", "/cart?q=1"),
+        ("x-beta", "1"),
+        ("cookie", "canary=always"),
+    ];
+    let samples = [
+        ("headers", json!([{"name": "x-beta", "value": "1"}]), json!([{"name": "x-beta", "value": "2"}])),
+        ("headers", json!([{"name": "host", "value": "shop.test"}]), json!([{"name": "host", "value": "b.test"}])),
+        ("headers", json!([{"name": "cookie", "type": "Present"}]), json!([{"name": "cookies", "type": "Present"}])),
+        ("cookies", json!([{"name": "canary", "value": "always"}]), json!([{"name": "canary", "value": "never"}])),
+        ("queryParams", json!([{"name": "q", "value": "1"}]), json!([{"name": "q", "value": "2"}])),
+        ("path", json!({"value": "/cart"}), json!({"value": "/search"})),
+        ("path", json!({"type": "Exact", "value": "/cart"}), json!({"type": "Exact", "value": "/"})),
+        ("method", json!("PUT"), json!("GET")),
+    ];
+    let service = |matches: Value| {
+        let rules = json!([{"matches": [matches], "versions": [{"name": "v2"}]}]);
+        json!({"name": "shop", "versions": [{"name": "v1"}, {"name": "v2", "weight": 0}], "rules": rules})
+    };
+    let mut fields = BTreeMap::new();
+    for (field, holds, fails) in samples {
+        for (value, expected) in [(&holds, Some(0)), (&fails, None)] {
+            let plan = plan(service(json!({field: value})));
+            for names in [None, plan.few_headers()] {
+                let rule = plan.route(&Seen(&request, names)).unwrap().rule;
+                assert_eq!(rule, expected, "{field}: {value}, of {names:?}");
+            }
+        }
+        fields.insert(field, holds);
+    }
+    // All fields at once: each of them can make the match fail. (A new field does not compile here before it has a sample.)
+    let all = json!(fields);
+    let policy = json!({"revision": 1, "services": [service(all.clone())]});
+    let Match { headers, cookies, query_params, path, method } =
+        &Policy::read(&policy).unwrap().services[0].rules[0].matches[0];
+    assert!(!headers.is_empty() && !cookies.is_empty() && !query_params.is_empty());
+    assert!(path.is_some() && method.is_some());
+    assert_eq!(plan(service(all)).route(&request[..]).unwrap().rule, Some(0));
 }
