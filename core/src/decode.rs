@@ -95,6 +95,9 @@ impl std::error::Error for Errors {}
 pub struct Decoder {
     path: String,
     errors: Vec<FieldError>,
+    /// Unknown fields that do no harm: see [`Decoder::read_from_peer`].
+    ignored: Vec<FieldError>,
+    is_from_peer: bool,
 }
 
 impl Decoder {
@@ -103,6 +106,23 @@ impl Decoder {
         let mut decoder = Self::default();
         match read(&mut decoder, value) {
             Some(document) if decoder.errors.is_empty() => Ok(document),
+            _ => Err(Errors(decoder.errors)),
+        }
+    }
+
+    /// Reads a whole document that a program wrote which may be newer than this one: no unknown field in it is a typing
+    /// mistake, so those that objects [declare harmless](Fields::finish_harmless) are no errors, but added to `ignored`.
+    pub fn read_from_peer<'v, T>(
+        value: &'v Value,
+        ignored: &mut Vec<FieldError>,
+        read: impl FnOnce(&mut Self, &'v Value) -> Option<T>,
+    ) -> Result<T, Errors> {
+        let mut decoder = Self { is_from_peer: true, ..Self::default() };
+        match read(&mut decoder, value) {
+            Some(document) if decoder.errors.is_empty() => {
+                ignored.append(&mut decoder.ignored);
+                Ok(document)
+            }
             _ => Err(Errors(decoder.errors)),
         }
     }
@@ -281,15 +301,28 @@ impl<'v> Fields<'v> {
         self.map.get(name).is_some_and(|value| !value.is_null())
     }
 
-    /// Ends the object: every field that nobody asked for is an error.
+    /// Ends the object: every unknown field is an error.
     pub fn finish(self, d: &mut Decoder) {
+        self.each_unknown(d, Decoder::error);
+    }
+
+    /// The same for an object whose fields do no harm to a reader that does not know them: in a document that a newer
+    /// program may have written they are ignored.
+    pub fn finish_harmless(self, d: &mut Decoder) {
+        if !d.is_from_peer {
+            return self.finish(d);
+        }
+        self.each_unknown(d, |d, problem| d.ignored.push(FieldError { path: d.path.clone(), problem }));
+    }
+
+    fn each_unknown(self, d: &mut Decoder, note: impl Fn(&mut Decoder, Problem)) {
         for name in self.map.keys() {
             if self.known.contains(&name.as_str()) {
                 continue;
             }
             let nearest = nearest(name, &self.known);
             let known = self.known.clone();
-            d.within(name, |d| d.error(Problem::Unknown { nearest, known }));
+            d.within(name, |d| note(d, Problem::Unknown { nearest, known }));
         }
     }
 }

@@ -1,10 +1,14 @@
 //! What the controller sends: a whole policy, or what has changed since another one. A proxy takes the services that are
 //! right; those that are wrong stay what they were. Only what cannot be read as a whole is refused as a whole.
 //!
+//! The controller may be newer than the proxy. A field that this build does not know is ignored where that does no harm:
+//! beside the services (what a proxy must understand there, it asks for in the poll, as for `delta`) and in `guard`.
+//! Anywhere else it may decide which requests a version gets, so that the service is refused: docs/upgrade.md.
+//!
 //! Changes look like a policy with two fields more: `base`, the revision that they are since, and `removed`, the names of
 //! the services that are gone. All services that are there are new or in place of the one of the same name.
 
-use crate::decode::{Decoder, Errors};
+use crate::decode::{Decoder, Errors, FieldError};
 use crate::policy::{Policy, Service, Unique};
 use crate::report::Refused;
 use serde::{Deserialize, Serialize};
@@ -20,6 +24,8 @@ pub struct Delivery {
     pub refused: Vec<RefusedService>,
     /// The revision that the changes were since; `None` if it was a whole policy.
     pub base: Option<u64>,
+    /// Fields that a newer controller added and that were ignored, without harm.
+    pub ignored: Vec<FieldError>,
 }
 
 /// A service that is wrong.
@@ -75,7 +81,9 @@ impl Delivery {
         let document: Value = serde_json::from_slice(json)
             .map_err(|error| wrong(None, Errors::of_document(format!("not JSON: {error}"))))?;
         let revision = document.get("revision").and_then(|revision| Decoder::default().long(revision));
-        let head = Decoder::read(&document, Head::read).map_err(|errors| wrong(revision, errors))?;
+        let mut ignored = Vec::new();
+        let head =
+            Decoder::read_from_peer(&document, &mut ignored, Head::read).map_err(|errors| wrong(revision, errors))?;
         if let Some(base) = head.base.filter(|base| before.revision != Some(*base)) {
             return Err(Refusal::OtherBase(base));
         }
@@ -91,7 +99,8 @@ impl Delivery {
         }
         let mut order = Vec::with_capacity(head.services.len());
         for (i, value) in head.services.iter().enumerate() {
-            let read = Decoder::read(value, |d, value| d.within("services", |d| d.at(i, |d| Service::read(d, value))));
+            let read = |d: &mut Decoder, value| d.within("services", |d| d.at(i, |d| Service::read(d, value)));
+            let read = Decoder::read_from_peer(value, &mut ignored, read);
             let read = read.and_then(|service| {
                 let take = |d: &mut Decoder| claims.take(d, &service).then_some(());
                 Decoder::read(value, |d, _| d.within("services", |d| d.at(i, take)))?;
@@ -135,7 +144,7 @@ impl Delivery {
             None => Policy { services, ..head.policy },
             Some(_) => Policy { revision: head.policy.revision, services, ..before.policy.clone_head() },
         };
-        Ok(Self { policy, refused, base: head.base })
+        Ok(Self { policy, refused, base: head.base, ignored })
     }
 }
 
@@ -151,7 +160,7 @@ impl<'v> Head<'v> {
         });
         let base = f.optional(d, "base", Decoder::long);
         let removed = f.optional(d, "removed", |d, value| d.list(value, Decoder::text)).unwrap_or_default();
-        f.finish(d);
+        f.finish_harmless(d);
         let removed = removed.into_iter().map(|(_, name)| name).collect();
         Some(Self { policy: policy?, base, removed, services: services? })
     }

@@ -112,7 +112,8 @@ impl GuardPolicy {
         };
         let cool_down = seconds(d, "coolDownSeconds").unwrap_or(default.cool_down);
         let most = seconds(d, "maxCoolDownSeconds");
-        f.finish(d);
+        // Without what a newer controller may add, the guard still keeps its bound and never takes out the stable version.
+        f.finish_harmless(d);
         if let Some(most) = most.filter(|most| *most < cool_down) {
             let allowed = format!("at least coolDownSeconds, which is {}", cool_down.as_secs());
             d.within("maxCoolDownSeconds", |d| d.invalid(&Value::from(most.as_secs()), allowed));
@@ -152,9 +153,9 @@ pub struct Observed<'a> {
 }
 
 /// A version that the guard took out of service, and the counts that spoke against it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(!default))]
 pub struct Veto {
     /// The version.
     pub version: String,

@@ -2,11 +2,17 @@
 //!
 //! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing. So
 //! is the number of the requests that are told one by one, of which a report holds the last.
+//!
+//! Proxies may be older or newer than the controller: what it does not know is ignored, and what is missing is 0 or empty,
+//! except what names the proxy, the policy, a service or a version. The schema says what senders write: all of it.
+//! `tests/skew.rs` holds this to reports of today.
 
 use crate::clients::Request;
 use crate::guard::Veto;
 use crate::outcome::Outcome;
+use serde::de::{self, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
 use std::ops::{Add, AddAssign};
 
 /// The body of `POST /v1/reports`.
@@ -54,6 +60,8 @@ pub struct Refused {
     /// Its revision, if that much could be read.
     pub revision: Option<u64>,
     /// What is wrong with it, one line for each field.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(!default))]
     pub errors: Vec<String>,
     /// The services that are wrong, where all others were taken; they are what they were before. Empty if nothing was
     /// taken.
@@ -72,6 +80,8 @@ pub struct ServiceReport {
     #[serde(default)]
     pub unrouted: u64,
     /// Its versions, also those that are no longer in the policy.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(!default))]
     pub versions: Vec<VersionReport>,
     /// The versions that the proxy's guard has taken out of service.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -88,8 +98,8 @@ pub struct ServiceReport {
 /// The last of the requests that a proxy tells one by one: every kind that may speak against a version, as far as they
 /// fit, and a small sample of all.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(!default))]
 pub struct Events {
     /// Names the count below: it starts from 0 with each.
     pub stream: String,
@@ -100,7 +110,7 @@ pub struct Events {
 }
 
 /// One request that ended, as a list of numbers: client, user, version, outcome, flags, duration.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Event(
     /// A hash of the client's address; 0 if that is not known.
@@ -116,6 +126,35 @@ pub struct Event(
     /// How long it took, as an index of a report's durations.
     pub u8,
 );
+
+/// Numbers that a newer filter may add at the end are ignored.
+impl<'de> Deserialize<'de> for Event {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Numbers;
+
+        impl<'de> Visitor<'de> for Numbers {
+            type Value = Event;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of at least 6 numbers")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Event, A::Error> {
+                let (client, user) = (next(&mut list, 0)?, next(&mut list, 1)?);
+                let (version, outcome) = (next(&mut list, 2)?, next(&mut list, 3)?);
+                let (flags, duration) = (next(&mut list, 4)?, next(&mut list, 5)?);
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Event(client, user, version, outcome, flags, duration))
+            }
+        }
+
+        fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(list: &mut A, at: usize) -> Result<T, A::Error> {
+            list.next_element()?.ok_or_else(|| de::Error::invalid_length(at, &Numbers))
+        }
+
+        deserializer.deserialize_tuple_struct("Event", 6, Numbers)
+    }
+}
 
 impl Event {
     /// The version was the user's by a session; else it was dealt by weight.
@@ -199,9 +238,13 @@ pub struct Tally {
 #[serde(rename_all = "camelCase")]
 struct FlatVersion {
     name: String,
+    #[serde(default)]
     ok: u64,
+    #[serde(default)]
     error: u64,
+    #[serde(default)]
     client_error: u64,
+    #[serde(default)]
     cancelled: u64,
     #[serde(default)]
     in_flight: u64,
@@ -223,9 +266,13 @@ struct FlatVersion {
 struct FlatTally {
     #[serde(default)]
     started: u64,
+    #[serde(default)]
     ok: u64,
+    #[serde(default)]
     error: u64,
+    #[serde(default)]
     client_error: u64,
+    #[serde(default)]
     cancelled: u64,
     #[serde(default)]
     durations: Vec<u64>,
@@ -324,10 +371,10 @@ pub fn duration_bucket(milliseconds: u64) -> usize {
     DURATION_BOUNDS.partition_point(|bound| *bound < milliseconds)
 }
 
-/// Exchanges by outcome.
+/// Exchanges by outcome. One that the sender does not know of is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", default)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(!default))]
 pub struct Counts {
     /// Answered.
     pub ok: u64,

@@ -216,7 +216,7 @@ impl ControllerClient {
     fn store(
         &mut self,
         shared: &SharedData<impl Host>,
-        Delivery { policy, refused, base }: Delivery,
+        Delivery { policy, refused, base, ignored }: Delivery,
         epoch: String,
         json: &[u8],
         applied: &PolicyVersion,
@@ -231,7 +231,11 @@ impl ControllerClient {
             let revision = version.revision;
             log::error!("refused service {name} of policy revision {revision}, it stays as it was: {errors}");
         }
-        match (base, refused.is_empty()) {
+        for field in &ignored {
+            log::warn!("ignored in policy revision {}, the controller seems to be newer: {field}", version.revision);
+        }
+        // As it came only if all VMs can read it as a policy.
+        match (base, refused.is_empty() && ignored.is_empty()) {
             (None, true) => shared.store(&version, json, None, &[]),
             _ => {
                 let whole = serde_json::to_vec(&policy).map_err(|error| error.to_string())?;

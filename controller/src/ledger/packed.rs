@@ -2,7 +2,7 @@
 //! them. Numbers have seven bits in each byte, the lowest first. What is the same has the same bytes.
 
 use super::{MOST_DURATIONS, total::Total};
-use tideshift_core::report::{Report, Tally, VersionReport};
+use tideshift_core::report::{Counts, Report, Tally, VersionReport};
 
 /// Bits of a version's first byte: what it has beside requests that were dealt by weight.
 const OF_SESSIONS: u8 = 1;
@@ -77,7 +77,9 @@ fn put_parts(bytes: &mut Vec<u8>, [dealt, session, rule]: [&Tally; 3], misrouted
 
 fn put_tally(bytes: &mut Vec<u8>, tally: &Tally) {
     let Tally { started, ended, durations, waited } = tally;
-    for number in [*started, ended.ok, ended.error, ended.client_error, ended.cancelled] {
+    // All of them: what is added here is a new format of what is stored.
+    let Counts { ok, error, client_error, cancelled } = *ended;
+    for number in [*started, ok, error, client_error, cancelled] {
         put(bytes, number);
     }
     for list in [durations, waited] {
@@ -105,8 +107,8 @@ fn read_total(bytes: &mut &[u8]) -> Option<Total> {
 
 fn take_tally(bytes: &mut &[u8]) -> Option<Tally> {
     let mut tally = Tally { started: take(bytes)?, ..Tally::default() };
-    let ended = &mut tally.ended;
-    for number in [&mut ended.ok, &mut ended.error, &mut ended.client_error, &mut ended.cancelled] {
+    let Counts { ok, error, client_error, cancelled } = &mut tally.ended;
+    for number in [ok, error, client_error, cancelled] {
         *number = take(bytes)?;
     }
     for list in [&mut tally.durations, &mut tally.waited] {

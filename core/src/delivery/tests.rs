@@ -64,8 +64,8 @@ fn what_cannot_be_read_as_a_whole_is_refused_as_a_whole() {
         Err(Refusal::Wrong { revision, errors }) => (revision, errors.to_string()),
         other => panic!("{other:?}"),
     };
-    let (revision, errors) = wrong(&json!({"revision": 2, "services": [service("a", "a.x", 2)], "x": 1}));
-    assert!(revision == Some(2) && errors.starts_with("x: unknown field"), "{errors}");
+    let (revision, errors) = wrong(&json!({"revision": 2, "services": [service("a", "a.x", 2)], "removed": 1}));
+    assert!(revision == Some(2) && errors.starts_with("removed: 1 is not allowed"), "{errors}");
     let (revision, errors) = wrong(&json!({"services": [service("a", "a.x", 2)]}));
     assert!(revision.is_none() && errors.starts_with("revision: missing"), "{errors}");
     let (revision, errors) = wrong(&json!({"revision": "2", "services": [service("a", "a.x", -2)]}));
