@@ -170,9 +170,9 @@ impl Control {
         Some(Departure { since: *since, until: *until, drains: *drains, in_force: *in_force })
     }
 
-    /// How many documents were gone so far, since the controller's start, and how many of those have come back in time.
-    pub fn departures(&self) -> (u64, u64) {
-        (self.documents_left, self.documents_returned)
+    /// How many documents are gone since this was last asked, and how many of those that were have come back in time.
+    pub fn take_departures(&mut self) -> (u64, u64) {
+        (std::mem::take(&mut self.documents_left), std::mem::take(&mut self.documents_returned))
     }
 
     /// How many documents are gone whose weights are in force.

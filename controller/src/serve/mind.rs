@@ -159,6 +159,7 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
             }
             let outcome = control.evaluate(now());
             self.keeper.take(&mut control, &outcome);
+            self.shared.done.documents_left(control.take_departures(), control.kept_documents());
             (self.shared.turns.begin(), outcome)
         };
         for (rollout, message) in &outcome.messages {
