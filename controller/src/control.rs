@@ -1104,7 +1104,8 @@ impl Control {
         let mut unjudged = std::mem::take(&mut self.unjudged);
         let nothing = BTreeSet::new();
         for at in due.iter().chain(unjudged.keys()).copied().collect::<BTreeSet<_>>() {
-            let Some(shift) = self.shifts.get(at).filter(|shift| self.is_known(shift)) else { continue };
+            let is_judged = |shift: &&TrafficShift| self.is_known(shift) && !self.has_left(shift);
+            let Some(shift) = self.shifts.get(at).filter(is_judged) else { continue };
             let Some(rollout) = self.kept.rollouts.get(&shift.name) else {
                 unjudged.remove(&at);
                 continue;
