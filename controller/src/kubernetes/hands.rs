@@ -784,6 +784,9 @@ mod tests {
             by: None,
             literals: Vec::new(),
             has_references: false,
+            is_deleted: false,
+            is_held: false,
+            holds: false,
         })
     }
 

@@ -160,7 +160,8 @@ impl Replica {
         let limits = Limits::of_cluster();
         let hooks = Hooks::start(self.egress.clone(), limits.webhooks.clone()).map_err(ServeError::Tls)?;
         let prober = Prober::start_within(limits, kept.ready.clone()).map_err(ServeError::Tls)?;
-        let mut control = Control::with_hidden((shown.documents(), &shown.deleted), shown.hidden.clone(), kept, counted);
+        let mut control =
+            Control::with_hidden((shown.documents(), &shown.deleted), shown.hidden.clone(), kept, counted);
         for (rollout, object) in shown.objects.iter() {
             object.by.iter().for_each(|by| control.edited_by(rollout, by));
         }
