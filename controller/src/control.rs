@@ -6,6 +6,7 @@ mod claims;
 mod drain;
 mod due;
 mod judge;
+mod leaving;
 mod pace;
 mod proxies;
 mod recent;
@@ -19,6 +20,7 @@ use applied::InForce;
 pub use claims::Ignored;
 pub use drain::Idle;
 pub use judge::Judges;
+pub use leaving::{Departure, Leaving, Remains};
 pub use recent::Recent;
 pub use rotation::Rotations;
 pub use world::Young;
@@ -48,14 +50,26 @@ use tideshift_core::decode::Errors;
 use tideshift_core::policy::{Policy, Service};
 use tideshift_core::report::Report;
 use tideshift_core::session::Secret;
-use tideshift_core::shift::{ShiftService, TrafficShift};
+use tideshift_core::shift::{OnDelete, ShiftService, TrafficShift};
 use world::{Availability, World};
 
 /// Everything that the controller knows.
 #[derive(Debug)]
 pub struct Control {
-    /// What is in force: the files' documents, and over them those that came through the API.
+    /// What is in force: the files' documents, over them those that came through the API, with the versions that have
+    /// left them and still serve, and the documents that are gone and still serve.
     shifts: Vec<TrafficShift>,
+    /// Documents that are gone and still serve, as the cluster shows their endpoints.
+    resolved: BTreeMap<String, TrafficShift>,
+    /// The documents of which something that is gone and still serves has not been found in the cluster yet.
+    unresolved: BTreeSet<String>,
+    /// Which version of a new document serves already.
+    starts: BTreeMap<String, String>,
+    /// Documents that are back, and since when they were gone.
+    returned: Vec<(String, Millis)>,
+    /// How many documents were gone so far, and how many of these have come back.
+    documents_left: u64,
+    documents_returned: u64,
     /// The same as they are written, where they do not come from a cluster.
     held: Vec<Arc<Held>>,
     /// Why documents are not in force as they are now, by name: they, or what becomes of them, are refused.
@@ -293,20 +307,27 @@ impl Control {
     }
 
     /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
+    /// The second documents are about to be gone.
     pub fn with_hidden(
-        files: Vec<(TrafficShift, Value)>,
+        (files, deleted): (Vec<(TrafficShift, Value)>, &[(TrafficShift, Value)]),
         hidden: Vec<Option<String>>,
         kept: Kept,
         counted: Counted,
     ) -> Self {
         let mut control = Self::empty(kept, counted);
-        control.set_documents_but(files, hidden);
+        control.set_documents_but(files, hidden, BTreeMap::new(), deleted);
         control
     }
 
     fn empty(kept: Kept, counted: Counted) -> Self {
         let mut control = Self {
             shifts: Vec::new(),
+            resolved: BTreeMap::new(),
+            unresolved: BTreeSet::new(),
+            starts: BTreeMap::new(),
+            returned: Vec::new(),
+            documents_left: 0,
+            documents_returned: 0,
             held: Vec::new(),
             refused: BTreeMap::new(),
             unreadable: BTreeMap::new(),
@@ -364,7 +385,7 @@ impl Control {
         control
     }
 
-    /// New files' documents; rollouts of services that are gone are forgotten. Each is taken or refused on its own.
+    /// New files' documents. Each is taken or refused on its own.
     pub fn set_documents(&mut self, files: Vec<(TrafficShift, Value)>) {
         self.files = files;
         self.document_errors.clear();
@@ -372,13 +393,22 @@ impl Control {
         self.take_in(admitted);
     }
 
-    /// The documents of a cluster, which agree, but for those of namespaces that cannot be seen.
-    pub fn set_documents_but(&mut self, files: Vec<(TrafficShift, Value)>, hidden: Vec<Option<String>>) {
+    /// The documents of a cluster, which agree, but for those of namespaces that cannot be seen. `gone` are those of
+    /// [`Self::remains`], as the cluster shows their endpoints; `deleted` are documents that are about to be gone.
+    pub fn set_documents_but(
+        &mut self,
+        files: Vec<(TrafficShift, Value)>,
+        hidden: Vec<Option<String>>,
+        gone: BTreeMap<String, TrafficShift>,
+        deleted: &[(TrafficShift, Value)],
+    ) {
         self.hidden = hidden;
-        self.files = files;
+        self.resolved = gone;
+        let before = std::mem::replace(&mut self.files, files);
         self.document_errors.clear();
-        let shifts = self.files.iter().map(|(shift, _)| shift.clone()).collect();
-        self.put_in_force(shifts);
+        let declared = self.files.iter().map(|(shift, _)| shift.clone()).collect();
+        let written = |name: &str| before.iter().find(|(shift, _)| shift.name == name).map(|(_, value)| value.clone());
+        self.take_leave(declared, written, deleted);
     }
 
     /// Somebody has made a document what it is from now on.
@@ -402,16 +432,16 @@ impl Control {
             self.dirty = true;
         }
         self.refused = admitted.refused;
-        self.held = admitted.held;
+        let before = std::mem::replace(&mut self.held, admitted.held);
         self.pace.hurry();
-        let shifts = self.held.iter().map(|held| held.shift.clone()).collect();
-        self.put_in_force(shifts);
+        let declared = self.held.iter().map(|held| held.shift.clone()).collect();
+        let written = |name: &str| before.iter().find(|held| held.shift.name == name).map(|held| held.document.clone());
+        self.take_leave(declared, written, &[]);
     }
 
-    /// What is no longer in force is forgotten.
-    fn put_in_force(&mut self, shifts: Vec<TrafficShift>) {
-        let before = std::mem::replace(&mut self.shifts, shifts);
-        self.due.set(&before, &self.shifts);
+    /// Other documents are in force: where each service is in them; what is long gone is forgotten.
+    fn know_documents(&mut self, before: &[TrafficShift]) {
+        self.due.set(before, &self.shifts);
         let places = self.shifts.iter().enumerate().flat_map(|(i, shift)| {
             shift.services.iter().enumerate().map(move |(j, service)| (service.name.clone(), (i, j)))
         });
@@ -420,8 +450,11 @@ impl Control {
         self.recounted.clear();
         self.unjudged.clear();
         (self.young_until, self.drains.1) = (Some(0), Some(0));
-        let hidden = &self.hidden;
-        let is_known = |name: &String| self.due.place(name).is_some() || is_in(name, hidden);
+        let left = self.kept.leaving.names().chain(self.returned.iter().map(|(name, _)| name));
+        let left: Vec<usize> = left.filter_map(|name| self.due.place(name)).collect();
+        left.into_iter().for_each(|at| self.due.mark(at));
+        let (hidden, leaving) = (&self.hidden, &self.kept.leaving);
+        let is_known = |name: &String| self.due.place(name).is_some() || leaving.remembers(name) || is_in(name, hidden);
         self.kept.rollouts.retain(|name, _| is_known(name));
         self.kept.history.retain(|name, _| is_known(name));
         self.editors.retain(|name, _| is_known(name));
@@ -609,7 +642,7 @@ impl Control {
         if let Some(errors) = admitted.refused.get(name) {
             return Err(CommandError::Invalid(errors.to_string()));
         }
-        let is_new = self.named(name).is_none();
+        let is_new = self.named(name).is_none_or(|shift| self.has_left(shift));
         self.kept.applied = all;
         self.dirty = true;
         self.take_in(admitted);
@@ -617,24 +650,36 @@ impl Control {
     }
 
     /// Takes back a document that came through the API; the file's of the same name, if there is one, is in force again.
+    /// `on_delete` counts in place of the document's own; it also gives up what was kept of a document that is gone.
     ///
     /// # Errors
     ///
     /// If there is none of this name, or it is a file's.
-    pub fn delete_shift(&mut self, name: &str) -> Result<(), CommandError> {
+    pub fn delete_shift(&mut self, name: &str, on_delete: Option<OnDelete>) -> Result<(), CommandError> {
         let mut all = self.kept.applied.clone();
         if all.remove(name).is_none() {
-            return Err(match self.document(name) {
-                Some(_) => CommandError::Conflict(format!(
+            return match (self.departure(name).filter(|of| of.in_force), on_delete) {
+                (Some(_), Some(on_delete)) => {
+                    self.give_up(name, on_delete);
+                    Ok(())
+                }
+                (Some(_), None) => Err(CommandError::Conflict(format!(
+                    "{name}: {}",
+                    self.departure_in_words(name).unwrap_or_default()
+                ))),
+                _ if self.document(name).is_some() => Err(CommandError::Conflict(format!(
                     "the TrafficShift {name} comes from a file that the controller was given; remove it there"
-                )),
-                None => CommandError::NotFound(format!("there is no TrafficShift {name}")),
-            });
+                ))),
+                _ => Err(CommandError::NotFound(format!("there is no TrafficShift {name}"))),
+            };
         }
         let admitted = applied::admit(&self.held, &self.files, &all);
         self.kept.applied = all;
         self.dirty = true;
         self.take_in(admitted);
+        if let Some(on_delete) = on_delete {
+            self.give_up(name, on_delete);
+        }
         Ok(())
     }
 
@@ -753,13 +798,19 @@ impl Control {
             let known = known.join(", ");
             return Err(CommandError::NotFound(format!("there is no rollout {name}; expected one of {known}")));
         };
+        if self.has_left(shift) {
+            let why = self.departure_in_words(&shift.name).unwrap_or_default();
+            return Err(CommandError::Conflict(format!("{}: {why}", shift.name)));
+        }
         if !self.is_known(shift) {
             let why = self.unseen(shift).unwrap_or("waiting for the first probes");
             return Err(CommandError::Conflict(why.to_owned()));
         }
         let world = self.world(shift, now);
         let name = shift.name.clone();
-        let before = self.kept.rollouts.get(&name).cloned().unwrap_or_else(|| Rollout::new(shift, now));
+        let starts = self.starts.get(&name).map(String::as_str);
+        let first = || Rollout::starting_from(starts, shift, &world, now);
+        let before = self.kept.rollouts.get(&name).cloned().unwrap_or_else(first);
         let mut rollout = before.clone().command(command, shift, &world, now)?;
         if rollout == before {
             return Ok(false);
@@ -810,9 +861,10 @@ impl Control {
 
     /// Looks at everything anew: rollouts go on, weights follow.
     pub fn evaluate(&mut self, now: Millis) -> Outcome {
+        self.attend(now);
+        self.look_at_what_left(now);
         let mut outcome = Outcome { keep: std::mem::take(&mut self.dirty), ..Outcome::default() };
         outcome.transitions = std::mem::take(&mut self.news);
-        self.attend(now);
         self.look_at_readiness(now);
         self.listen(now);
         self.look_at_vetoes(now);
@@ -834,6 +886,7 @@ impl Control {
                 if is_elsewhere(self.kept.rollouts.get(name), &rollout) {
                     self.unwritten.insert(name.clone());
                 }
+                self.starts.remove(name);
                 self.kept.rollouts.insert(name.clone(), rollout);
             }
             outcome.keep |= keep;
@@ -875,9 +928,10 @@ impl Control {
         let evidence = |rollout: &Rollout| self.counted.judges.evidence(shift, rollout);
         // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
         // are not ready would take traffic away from those that are.
-        if !self.is_known(shift) {
+        if !self.is_known(shift) || (before.is_none() && self.has_left(shift)) {
+            let stable = self.starts.get(&shift.name).unwrap_or(&shift.stable);
             let services = shift.services.iter().map(|service| {
-                let in_force = self.service_in_force(service, &shift.stable);
+                let in_force = self.service_in_force(service, stable);
                 self.with_session(in_force, before)
             });
             let rollout = before.cloned().unwrap_or_else(|| Rollout::new(shift, now));
@@ -887,7 +941,12 @@ impl Control {
             let document = Document { services, parts, evidence, is_under_way, looks, ..Document::default() };
             return Some(Looked { document, ..Looked::default() });
         }
-        let mut after = before.cloned().unwrap_or_else(|| Rollout::new(shift, now)).advance(shift, &world, now);
+        let first = || Rollout::starting_from(self.starts.get(&shift.name).map(String::as_str), shift, &world, now);
+        let mut after = before.cloned().unwrap_or_else(first);
+        // What is gone goes no further. Its weights follow readiness as ever.
+        if !self.has_left(shift) {
+            after = after.advance(shift, &world, now);
+        }
         let news = after.take_news();
         let parts = after.all_parts(shift, &world);
         let services = shift.services.iter().zip(&parts).map(|(service, parts)| {
@@ -895,7 +954,7 @@ impl Control {
             self.with_session(compiled, Some(&after))
         });
         let (services, evidence) = (services.collect(), evidence(&after));
-        let is_under_way = after.phase.is_under_way();
+        let is_under_way = after.phase.is_under_way() && !self.has_left(shift);
         let due = is_under_way.then(|| {
             let of_endpoints = self.availability.next(shift, now);
             due::at_the_latest(after.next_due(shift, now).into_iter().chain(of_endpoints), now)
@@ -980,6 +1039,7 @@ impl Control {
             transition.time = transition.time.saturating_add_signed(restated);
         }
         kept.idle.was_unattended(long, restated);
+        kept.leaving.was_unattended(long);
         self.availability.was_unattended(long);
         self.due.mark_all();
         (self.young_until, self.drains.1) = (Some(0), Some(0));
@@ -1044,7 +1104,8 @@ impl Control {
         let mut unjudged = std::mem::take(&mut self.unjudged);
         let nothing = BTreeSet::new();
         for at in due.iter().chain(unjudged.keys()).copied().collect::<BTreeSet<_>>() {
-            let Some(shift) = self.shifts.get(at).filter(|shift| self.is_known(shift)) else { continue };
+            let is_judged = |shift: &&TrafficShift| self.is_known(shift) && !self.has_left(shift);
+            let Some(shift) = self.shifts.get(at).filter(is_judged) else { continue };
             let Some(rollout) = self.kept.rollouts.get(&shift.name) else {
                 unjudged.remove(&at);
                 continue;
@@ -1066,7 +1127,8 @@ impl Control {
 
     /// Whether the readiness of all endpoints of a shift is known.
     fn is_known(&self, shift: &TrafficShift) -> bool {
-        shift.services.iter().all(|service| self.readiness.is_known(&service.name))
+        !self.unresolved.contains(&shift.name)
+            && shift.services.iter().all(|service| self.readiness.is_known(&service.name))
     }
 
     /// Why not all endpoints of a shift can be seen, if so.
@@ -1099,11 +1161,13 @@ impl Control {
         }
         let mut services: Vec<Service> =
             self.due.documents().iter().flat_map(|document| &document.services).cloned().collect();
-        if !self.hidden.is_empty() {
+        let undescribed: BTreeSet<&String> = self.kept.leaving.undescribed().collect();
+        if !self.hidden.is_empty() || !undescribed.is_empty() {
             let seen: HashSet<&str> = services.iter().map(|service| service.name.as_str()).collect();
-            let hidden = |service: &&Service| is_in(&service.name, &self.hidden) && !seen.contains(&*service.name);
-            let hidden: Vec<Service> = self.in_force.iter().filter(hidden).cloned().collect();
-            services.extend(hidden);
+            let stays = |of: &&Service| is_in(&of.name, &self.hidden) || undescribed.contains(&of.name);
+            let stays = |of: &&Service| stays(of) && !seen.contains(&*of.name);
+            let stays: Vec<Service> = self.in_force.iter().filter(stays).cloned().collect();
+            services.extend(stays);
             if self.shifts.is_empty() && services.is_empty() {
                 return;
             }

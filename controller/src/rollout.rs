@@ -17,7 +17,7 @@ pub use history::{Transition, remember};
 pub use measured::Coverage;
 pub use parts::{Part, percent};
 
-use document::{Listed, Planned, Said, desired};
+use document::{Listed, Planned, Said, desired, serves_alone};
 use gates::Gates;
 
 use serde::{Deserialize, Serialize};
@@ -203,6 +203,9 @@ pub enum Reason {
     Serving,
     TargetWithdrawn,
     StableChanged,
+    VersionLeft,
+    DocumentLeft,
+    DocumentReturned,
     Started,
     Superseded,
     StepsChanged,
@@ -357,6 +360,17 @@ impl Rollout {
         }
     }
 
+    /// A document that is seen for the first time, where a version of it may serve already. That one is where it starts
+    /// from: nothing is moved back to the document's stable version only to be moved forward again.
+    pub fn starting_from(serving: Option<&str>, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
+        let mut rollout = Self::new(shift, now);
+        let serving = serving.filter(|version| shift.declares(version)).or_else(|| serves_alone(shift, world));
+        if let Some(serving) = serving.filter(|version| *version != shift.stable) {
+            rollout.goes_on_from(serving, shift, world, now);
+        }
+        rollout
+    }
+
     /// What has happened since this was last asked.
     pub fn take_news(&mut self) -> Vec<Transition> {
         std::mem::take(&mut self.news)
@@ -467,6 +481,28 @@ impl Rollout {
         if self.phase.is_under_way() && !self.goes_back(shift) { self.steps_begun } else { 0 }
     }
 
+    /// The services that it moves, as far as it has seen them.
+    pub fn services(&self) -> impl Iterator<Item = &String> {
+        self.endpoints_for_full_load.keys()
+    }
+
+    /// Whether the document said last that its traffic goes to the default route when it is deleted.
+    pub fn drains_on_delete(&self) -> bool {
+        self.said.drains
+    }
+
+    /// Whether the version that left the document may not go yet, whatever its deadline is: it serves, or is on its way,
+    /// and what is to take its place waits for a gate.
+    pub fn holds_by_gate(&self, version: &str, shift: &TrafficShift) -> bool {
+        let is_in_use = self.stable == version || self.leaving.as_deref() == Some(version);
+        self.phase.is_under_way() && is_in_use && self.waits_for_gate(shift)
+    }
+
+    /// Whether a version may be needed again as things stand: the stable one, or the target of what is under way.
+    pub fn uses(&self, version: &str) -> bool {
+        self.stable == version || (self.phase.is_under_way() && self.target.as_deref() == Some(version))
+    }
+
     /// How many endpoints carry the whole load of a service: as many as when the rollout began, or as the stable version
     /// has grown to since then and is still meant to have.
     pub fn full_load(&self, service: &ShiftService) -> u32 {
@@ -532,6 +568,11 @@ impl Rollout {
     fn announce(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
         self.turn_to(phase, reason, message, now);
         self.record(reason, self.message.clone(), now);
+    }
+
+    /// Something has happened that changes neither phase nor reason.
+    pub fn note(&mut self, reason: Reason, message: String, now: Millis) {
+        self.record(reason, message, now);
     }
 
     fn turn_to(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {

@@ -2,7 +2,7 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle, Judges, Rotations, WrittenCounts, Young};
+use crate::control::{Applied, Counted, Idle, Judges, Leaving, Rotations, WrittenCounts, Young};
 use crate::readiness::RememberedReadiness;
 use crate::rollout::{Millis, Rollout, Transition};
 use serde::de::DeserializeOwned;
@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tideshift_core::policy::Policy;
 
-/// The format that this build writes; it reads the three before, too. (4: counts tell how requests were chosen; 5: what
-/// runs of proxies said last is packed.)
-const FORMAT: u64 = 5;
+/// The format that this build writes; it reads the four before, too. (4: counts tell how requests were chosen; 5: what
+/// runs of proxies said last is packed; 6: what has left the documents and still serves.)
+const FORMAT: u64 = 6;
 /// The most bytes that the file of counts may have.
 pub const MAX_COUNTS: usize = 32 << 20;
 const ROLLOUTS: &str = "rollouts.json";
@@ -50,6 +50,9 @@ pub struct Kept {
     pub applied: BTreeMap<String, Applied>,
     /// The versions that are given nothing.
     pub idle: Idle,
+    /// The versions and documents that are gone and still serve.
+    #[serde(default)]
+    pub leaving: Leaving,
     /// The endpoints that were ready.
     pub ready: RememberedReadiness,
     /// Those of them that have become so of late.
@@ -215,7 +218,7 @@ impl Fit {
     }
 }
 
-/// State as it is written, wherever that is: `{"format": 5, "checksum": "...", "content": {...}}`.
+/// State as it is written, wherever that is: `{"format": 6, "checksum": "...", "content": {...}}`.
 pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
     let content = serde_json::to_string(content).unwrap_or_default();
     format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(FORMAT, &content)).into_bytes()
@@ -498,7 +501,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rollouts.json");
         for (text, why) in [
-            ("{\"format\": 6}", "format 6, of another version"),
+            ("{\"format\": 7}", "format 7, of another version"),
             ("{\"format\": 5, \"chec", "EOF while parsing"),
             ("{\"format\": 4}", "missing field `checksum`"),
             ("{\"format\": 3}", "missing field `checksum`"),

@@ -18,7 +18,7 @@ use std::fmt;
 /// The largest weight, as in Gateway API.
 pub const MAX_WEIGHT: u32 = 1_000_000;
 /// The most versions of one service; keeps every sum of weights below 2^32.
-pub(crate) const MAX_VERSIONS: usize = 1_000;
+pub const MAX_VERSIONS: usize = 1_000;
 
 /// Everything that a proxy needs to choose. Valid by construction: made by [`Policy::read`], or by code that keeps
 /// the same promises (the controller compiles it from valid documents).

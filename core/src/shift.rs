@@ -65,9 +65,24 @@ pub struct TrafficShift {
     /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
     #[cfg_attr(feature = "schema", schemars(rename = "drain", with = "Option<schema::Drain>"))]
     pub drain_timeout: Duration,
+    /// What becomes of its traffic when the document is deleted.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<OnDelete>", extend("default" = "Keep")))]
+    pub on_delete: OnDelete,
     /// Who is asked before a step begins, and who is told of what happens.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Webhook>>"))]
     pub webhooks: Vec<Webhook>,
+}
+
+/// What becomes of the traffic of a document that is deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum OnDelete {
+    /// Its last weights stay in force until another document claims its services or hostnames, or they are given up.
+    #[default]
+    Keep,
+    /// Its weights stay in force until its drain deadline; then its traffic goes to Envoy's default route, if the version
+    /// that the document calls stable, which that route leads to, has a ready endpoint.
+    Drain,
 }
 
 /// One service of a shift.
@@ -132,6 +147,10 @@ pub struct ShiftVersion {
     /// workload. Never in a document.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub replicas: Option<u32>,
+    /// Until when, in milliseconds since 1970, it may go on serving although its document no longer has it. Never in a
+    /// document.
+    #[cfg_attr(feature = "schema", schemars(skip))]
+    pub leaving_until: Option<u64>,
     /// How to tell that an endpoint can take traffic; none: it can as soon as it is listed, or Kubernetes says so.
     pub readiness_probe: Option<Probe>,
 }
@@ -272,11 +291,12 @@ impl TrafficShift {
         let strategy = f.optional(d, "strategy", Strategy::read).unwrap_or_default();
         let analysis = f.optional(d, "analysis", Settings::read).unwrap_or_default();
         let drain_timeout = f.optional(d, "drain", drain).unwrap_or(DRAIN_TIMEOUT);
+        let on_delete = f.optional(d, "onDelete", on_delete).unwrap_or_default();
         let webhooks = f.optional(d, "webhooks", webhook::webhooks).unwrap_or_default();
         f.finish(d);
         let (name, services, stable) = (name.cloned()?, own?, stable?);
         let namespace = None;
-        Some(Self { name, namespace, services, stable, target, strategy, analysis, drain_timeout, webhooks })
+        Some(Self { name, namespace, services, stable, target, strategy, analysis, drain_timeout, on_delete, webhooks })
     }
 
     /// The same in a cluster, where names are unique in their namespace only: it and its services are called
@@ -307,9 +327,24 @@ impl TrafficShift {
         self.services.iter().take(1).flat_map(|service| &service.versions).map(|version| version.name.as_str())
     }
 
-    /// Whether there is a version of this name.
+    /// Whether there is a version of this name, in the document or leaving it.
     pub fn has(&self, version: &str) -> bool {
         self.versions().any(|name| name == version)
+    }
+
+    /// Whether the document itself has a version of this name.
+    pub fn declares(&self, version: &str) -> bool {
+        self.has(version) && self.leaving_until(version).is_none()
+    }
+
+    /// Until when a version may go on serving that has left the document, in milliseconds since 1970; none: it has not.
+    pub fn leaving_until(&self, version: &str) -> Option<u64> {
+        self.services.first()?.version(version)?.leaving_until
+    }
+
+    /// The versions that have left the document and go on serving.
+    pub fn leaving(&self) -> impl Iterator<Item = &str> {
+        self.versions().filter(|version| self.leaving_until(version).is_some())
     }
 }
 
@@ -392,6 +427,11 @@ fn drain(d: &mut Decoder, value: &Value) -> Option<Duration> {
     Some(timeout)
 }
 
+fn on_delete(d: &mut Decoder, value: &Value) -> Option<OnDelete> {
+    let text = d.text_where(value, "Keep or Drain", |text| matches!(text, "Keep" | "Drain"))?;
+    Some(if text == "Drain" { OnDelete::Drain } else { OnDelete::Keep })
+}
+
 /// What Kubernetes itself writes into `metadata`, as `kubectl get -o yaml` shows it; nothing to us.
 const OF_KUBERNETES: [&str; 9] = [
     "uid",
@@ -471,7 +511,16 @@ impl ShiftVersion {
         f.finish(d);
         let discovery = in_kubernetes.then_some(Discovery { service, selector, port });
         let endpoints = endpoints.unwrap_or_default();
-        Some(Self { name: name?, endpoints, discovery, cluster, workload, replicas: None, readiness_probe })
+        Some(Self {
+            name: name?,
+            endpoints,
+            discovery,
+            cluster,
+            workload,
+            replicas: None,
+            leaving_until: None,
+            readiness_probe,
+        })
     }
 }
 

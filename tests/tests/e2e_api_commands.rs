@@ -213,8 +213,11 @@ async fn documents_come_and_go_through_the_api() -> anyhow::Result<()> {
 
     let delete = async |name: &str| send(&controller, "DELETE", &format!("/v1/shifts/{name}"), &json!({})).await;
     let gone = delete("other").await?;
-    assert_eq!((gone.status, gone.json()?), (200, json!({ "services": [] })));
-    assert_eq!(delete("other").await?.status, 404);
+    let reason = gone.json()?["services"][0]["reason"].clone();
+    assert_eq!((gone.status, reason), (200, json!("DocumentLeft")), "its weights stay in force");
+    assert_eq!(delete("other").await?.status, 409);
+    assert_eq!(delete("other?onDelete=Drain").await?.status, 200);
+    assert_eq!(delete("nobodys").await?.status, 404);
     let back = delete(SERVICE).await?;
     assert_eq!((back.status, back.json()?["services"][0]["rollout"].clone()), (200, json!(SERVICE)));
     let in_force: Value = serde_json::from_str(&controller.get(&shift).await?)?;

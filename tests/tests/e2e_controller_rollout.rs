@@ -156,6 +156,33 @@ async fn capacity_and_versions_may_change_while_a_rollout_is_under_way() -> anyh
     Ok(())
 }
 
+/// v2 serves everything and is renamed v3 in place, which is not ready yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_renamed_in_place_under_load_costs_no_request() -> anyhow::Result<()> {
+    let mut rig = Rig::new(&[("v1", 1), ("v2", 1), ("v3", 1)]).await?;
+    let mut renamed = rig.document(json!({ "target": "v3" }));
+    renamed["spec"]["versions"].as_array_mut().context("versions")?.retain(|version| version["name"] != "v2");
+    rig.set_ready("v3", false);
+    rig.write(&rig.document(json!({ "target": "v2" })))?;
+    let controller = rig.start_controller().await?;
+    let _envoy = rig.start_envoy(WORKERS).await?;
+    until_shares(&controller, "v2 alone", &[0.0, 100.0, 0.0]).await?;
+    let load = rig.load(RATE);
+    rig.set_ready("v1", false);
+    rig.write(&renamed)?;
+    let seen = until_shares(&controller, "v2, which has left", &[0.0, 0.0, 100.0]).await?;
+    let message = seen.service()["message"].as_str().unwrap_or_default().to_owned();
+    assert!(
+        message.contains("v2 left the document; it keeps serving until v3 is ready, at the latest at "),
+        "{message}"
+    );
+    rig.set_ready("v3", true);
+    until_shares(&controller, "v3 alone", &[0.0, 100.0]).await?;
+    let tally = load.stop().await?;
+    assert_eq!(tally.bad(), 0, "{tally:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_document_that_is_wrong_changes_nothing_and_says_everything() -> anyhow::Result<()> {
     let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;

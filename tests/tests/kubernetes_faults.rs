@@ -290,7 +290,7 @@ async fn without_the_crd_it_waits_for_it_and_says_so() -> anyhow::Result<()> {
 async fn a_crd_that_goes_takes_no_service_with_it() -> anyhow::Result<()> {
     let cluster = Cluster::stand_in().await?;
     let service = payment(&cluster).await?;
-    let mut audit = shift("audit", json!({}));
+    let mut audit = shift("audit", json!({ "onDelete": "Drain", "drain": { "timeoutSeconds": 0 } }));
     audit["spec"]["hostnames"] = json!(["audit.example.com"]);
     cluster.apply(audit).await?;
     cluster.slice("audit-v1", 1, 1).await?;
@@ -310,6 +310,12 @@ async fn a_crd_that_goes_takes_no_service_with_it() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    eventually("its finalizer to be removed", DEADLINE, async || {
+        let left = cluster.list("TrafficShift").await?;
+        ensure!(left.len() == 1, "{left:?}");
+        Ok(())
+    })
+    .await?;
     let before = policy(&controller).await?;
 
     cluster.server().delete("customresourcedefinitions", "", "trafficshifts.tideshift.dev")?;
@@ -324,6 +330,58 @@ async fn a_crd_that_goes_takes_no_service_with_it() -> anyhow::Result<()> {
     cluster.apply(shift("payment", hold_at(20))).await?;
     until_weights(&controller, &service, &[80.0, 20.0]).await?;
     Ok(())
+}
+
+/// Deleting a TrafficShift moves nothing; one that is to drain waits for that, and no longer than its deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_traffic_shift_that_is_deleted_keeps_its_weights_or_drains_by_its_deadline() -> anyhow::Result<()> {
+    let cluster = Cluster::stand_in().await?;
+    let name = payment(&cluster).await?;
+    let controller = cluster.replica("a", &[]).await?;
+    until_weights(&controller, &name, &[70.0, 30.0]).await?;
+    let finalizers = async || {
+        Ok::<_, anyhow::Error>(cluster.get("TrafficShift", "payment").await?["metadata"]["finalizers"].clone())
+    };
+    assert_eq!(finalizers().await?, Value::Null, "nothing waits for what is kept");
+    cluster.delete("TrafficShift", "payment").await?;
+    let is_gone = async || {
+        eventually("the TrafficShift to be gone", DEADLINE, async || {
+            let left = cluster.list("TrafficShift").await?;
+            ensure!(left.is_empty(), "{left:?}");
+            Ok(())
+        })
+        .await
+    };
+    is_gone().await?;
+    let of_deleted = |view: &Value| view["services"][0]["reason"] == "DocumentLeft";
+    eventually("it to be seen", DEADLINE, async || {
+        let status = controller.status().await?;
+        ensure!(of_deleted(&status), "{status}");
+        Ok(())
+    })
+    .await?;
+    until_weights(&controller, &name, &[70.0, 30.0]).await?;
+
+    // It is back, goes on, and is to drain from now on.
+    let mut fields = hold_at(30);
+    fields["onDelete"] = json!("Drain");
+    fields["drain"] = json!({ "timeoutSeconds": 2 });
+    cluster.apply(shift("payment", fields)).await?;
+    cluster
+        .until("the finalizer", "TrafficShift", "payment", |object| {
+            ensure!(object["metadata"]["finalizers"] == json!(["tideshift.dev/drain"]), "{}", object["metadata"]);
+            Ok(())
+        })
+        .await?;
+    until_weights(&controller, &name, &[70.0, 30.0]).await?;
+    cluster.delete("TrafficShift", "payment").await?;
+    is_gone().await?;
+    eventually("its traffic to go to the default route", DEADLINE, async || {
+        let policy = policy(&controller).await?;
+        ensure!(policy["services"] == json!([]), "{policy}");
+        Ok(())
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

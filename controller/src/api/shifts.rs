@@ -4,12 +4,14 @@ use super::caller::Caller;
 use super::{Part, Peer, Problem, Services, Shared, parse};
 use crate::kubernetes::Role;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::{Extension, Json};
 use bytes::Bytes;
+use serde::Deserialize;
 use serde_json::Value;
 use std::sync::Arc;
+use tideshift_core::shift::OnDelete;
 
 /// The document in force, as it was written.
 pub(super) async fn get(
@@ -43,20 +45,44 @@ pub(super) async fn put(
     Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(services)))
 }
 
-/// Takes back a document that came through the API. Its services as they stand now: none, or those of the file's document
-/// of the same name, which is in force again.
+/// How a document is deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Delete {
+    /// What becomes of its traffic, in place of what it says itself.
+    #[serde(default)]
+    on_delete: Option<Traffic>,
+}
+
+/// What becomes of the traffic of a document that is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+enum Traffic {
+    Keep,
+    Drain,
+}
+
+/// Takes back a document that came through the API, or gives up what was kept of one that is gone. Its services as they
+/// stand now: as they were, while its weights are in force, or those of the file's document of the same name, which is in
+/// force again.
 pub(super) async fn delete(
     State(shared): State<Arc<Shared>>,
     Part(Path(name)): Part<Path<String>>,
+    Part(Query(how)): Part<Query<Delete>>,
     peer: Peer,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
 ) -> Result<Json<Services>, Problem> {
-    outside_of_clusters(&shared, "delete trafficshift")?;
     let by = super::who(&caller, &peer, &headers);
+    let on_delete = how.on_delete.map(|traffic| match traffic {
+        Traffic::Keep => OnDelete::Keep,
+        Traffic::Drain => OnDelete::Drain,
+    });
     let turn = {
         let mut control = shared.control();
-        control.delete_shift(&name)?;
+        if control.departure(&name).is_none() {
+            outside_of_clusters(&shared, "delete trafficshift")?;
+        }
+        control.delete_shift(&name, on_delete)?;
         control.edited_by(&name, &by);
         shared.turns.ask()
     };

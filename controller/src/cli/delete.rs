@@ -3,17 +3,24 @@
 use super::server::Server;
 use super::{Failure, Output, print};
 use crate::api::Services;
+use crate::rollout::Reason;
 use reqwest::Method;
 use serde_json::json;
 
 /// Take a document back that was applied to a running controller
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+The weights that proxies have stay in force, unless the document has `onDelete: Drain` or this is called with --drain.
 If the controller has a file with a document of the same name (`serve -f`), that one is in force again. Documents of files are
 removed in those files, and in Kubernetes a document is a resource: `kubectl delete trafficshift NAME`.")]
 pub(super) struct Arguments {
     /// The document's `metadata.name`.
     name: String,
+
+    /// Let its traffic go to Envoy's default route after its drain deadline. Also of a document that is gone and whose
+    /// weights were kept, in Kubernetes too.
+    #[arg(long)]
+    drain: bool,
 
     /// A line for people, or the services that are still there under that name as JSON.
     #[arg(long, short, value_enum, default_value_t)]
@@ -27,11 +34,16 @@ impl Arguments {
     pub(super) async fn run(self) -> Result<(), Failure> {
         let controller = self.server.open().await?;
         let name = controller.whole_name(&self.name);
-        let path = format!("/v1/shifts/{name}");
+        let query = if self.drain { "?onDelete=Drain" } else { "" };
+        let path = format!("/v1/shifts/{name}{query}");
         let answer: Services = controller.send(Method::DELETE, &path, Some(&json!({}))).await?;
         match self.output {
             Output::Text => {
-                let left = if answer.services.is_empty() { "" } else { "; the file's document is in force again" };
+                let left = match answer.services.first() {
+                    None => String::new(),
+                    Some(service) if service.reason == Reason::DocumentLeft => format!("; {}", service.message),
+                    Some(_) => "; the file's document is in force again".to_owned(),
+                };
                 print(&format!("{name}: deleted{left}\n"))?;
             }
             Output::Json => {

@@ -14,7 +14,7 @@ use tideshift_core::policy::{Policy, Service};
 /// How long it is known how the drain of a version ended that is in no document any more.
 const REMEMBERED: Millis = 600_000;
 /// The deadline of a version that nobody knows a document of.
-const DEADLINE: Millis = 300_000;
+pub(super) const DEADLINE: Millis = 300_000;
 
 /// The versions that are given nothing. Kept across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

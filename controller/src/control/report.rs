@@ -4,7 +4,7 @@ use super::{Control, Document};
 use crate::kubernetes::picture::Picture;
 use crate::kubernetes::scale::{self, Facts, Want};
 use crate::ledger::VersionKey;
-use crate::rollout::{Millis, Part, Rollout, percent};
+use crate::rollout::{Millis, Part, Reason, Rollout, percent};
 use crate::series::{RolloutSeries, Sample, VersionSample};
 use crate::status::{
     DrainStatus, EndpointsStatus, NotReady, ServiceStatus, Status, StepPlan, StepStatus, TransitionStatus,
@@ -111,7 +111,8 @@ impl Control {
 
     /// What the workloads of a rollout should be changed to; nothing while not everything of it can be seen.
     pub fn scale(&self, name: &str, picture: &Picture, now: Millis) -> Vec<Want> {
-        let shift = self.named(name).filter(|shift| self.is_known(shift));
+        // What is gone scales nothing.
+        let shift = self.named(name).filter(|shift| self.is_known(shift) && !self.has_left(shift));
         let Some((shift, rollout)) = shift.zip(self.kept.rollouts.get(name)) else { return Vec::new() };
         let drained = |service: &str, version: &str| {
             let key = (service.to_owned(), version.to_owned());
@@ -203,11 +204,7 @@ impl Control {
             steps: steps.collect(),
             step,
             verdict: self.counted.judges.status(shift, &rollout),
-            message: match self.unseen(shift) {
-                Some(why) => format!("weights stay as they are: {why}"),
-                None if known.is_some() => rollout.message.clone(),
-                None => "waiting for the first probes".to_owned(),
-            },
+            message: self.message(shift, known),
         };
         shift.services.iter().zip(parts).map(|(service, parts)| self.service_status(&all, service, parts)).collect()
     }
@@ -243,7 +240,7 @@ impl Control {
             rollout: shift.name.clone(),
             number: rollout.number,
             phase: rollout.phase,
-            reason: rollout.reason,
+            reason: if self.has_left(shift) { Reason::DocumentLeft } else { rollout.reason },
             paused: rollout.paused,
             stable: rollout.stable.clone(),
             target: rollout.target.clone(),
@@ -256,5 +253,22 @@ impl Control {
             unrouted: self.counted.ledger.unrouted(&service.name),
             versions: versions.collect(),
         }
+    }
+
+    /// Why a rollout is where it is, with what is gone of it and still serves.
+    fn message(&self, shift: &TrafficShift, rollout: Option<&Rollout>) -> String {
+        if let Some(why) = self.departure_in_words(&shift.name) {
+            return why;
+        }
+        let mut message = match (self.unseen(shift), rollout) {
+            (Some(why), _) => format!("weights stay as they are: {why}"),
+            (None, Some(rollout)) => rollout.message.clone(),
+            (None, None) => "waiting for the first probes".to_owned(),
+        };
+        for version in shift.leaving() {
+            let words = rollout.map(|rollout| rollout.leaving_in_words(version, shift));
+            message.extend(words.map(|words| format!("; {words}")));
+        }
+        message
     }
 }

@@ -2,6 +2,7 @@
 
 mod costs;
 mod isolation;
+mod leaving;
 mod sessions;
 
 use super::*;

@@ -9,7 +9,8 @@ use super::picture::{Changes, Need, Objects, Picture, Place, SecretData, Table, 
 use super::resolve::{self, Owner, Resolved};
 use super::views::{self, SERVICE_NAME, USE_LABEL, Written};
 use super::{Clusters, Retry, reason};
-use crate::admission::{self, Admitted, Held};
+use crate::admission::{self, Admitted, Held, Size};
+use crate::control::Remains;
 use crate::readiness::Outlook;
 use crate::secret_values::{self, SecretValues};
 use futures_util::StreamExt;
@@ -30,7 +31,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tideshift_core::decode::Errors;
-use tideshift_core::shift::TrafficShift;
+use tideshift_core::shift::{OnDelete, TrafficShift};
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
@@ -61,6 +62,10 @@ pub struct Scene {
     pub errors: Vec<String>,
     /// The namespaces whose TrafficShifts cannot be seen; `None` stands for all.
     pub hidden: Vec<Option<String>>,
+    /// Documents that are about to be deleted, as they were written.
+    pub deleted: Vec<(TrafficShift, Value)>,
+    /// Documents that are gone and still serve, with their endpoints.
+    pub gone: BTreeMap<String, TrafficShift>,
     /// The resources, by rollout; each the same as before where neither it nor what is known of its endpoints has changed.
     pub objects: Arc<BTreeMap<String, Arc<Object>>>,
     /// All that is known, for what is scaled.
@@ -102,6 +107,12 @@ pub struct Object {
     pub literals: Vec<String>,
     /// Whether it refers to secrets.
     pub has_references: bool,
+    /// Whether it is about to be deleted.
+    pub is_deleted: bool,
+    /// Whether it has the finalizer.
+    pub is_held: bool,
+    /// Whether it is to have it as long as it is there.
+    pub holds: bool,
 }
 
 /// What is seen, as it comes in.
@@ -158,6 +169,7 @@ impl Notes {
 #[derive(Debug)]
 pub struct Eyes {
     scene: watch::Receiver<Arc<Scene>>,
+    remains: watch::Sender<Arc<Remains>>,
     _tasks: JoinSet<()>,
 }
 
@@ -174,9 +186,15 @@ impl Eyes {
         for scope in scopes {
             tasks.spawn(follow_shifts(clusters.home(), scope, notes.clone()));
         }
-        let watches = Watches::new(clusters, notes);
+        let (remains, of_control) = watch::channel(Arc::default());
+        let watches = Watches::new(clusters, notes, of_control);
         tasks.spawn(watches.run(send));
-        Self { scene, _tasks: tasks }
+        Self { scene, remains, _tasks: tasks }
+    }
+
+    /// Where to say what else must be looked at: what is gone from the documents and still serves.
+    pub fn remains(&self) -> watch::Sender<Arc<Remains>> {
+        self.remains.clone()
     }
 
     /// What follows from what is seen: now, and from now on. The first one comes once all TrafficShifts are seen, or
@@ -203,6 +221,9 @@ type Watched = (Option<String>, Option<(Place, Need)>);
 struct Watches {
     clusters: Clusters,
     notes: Notes,
+    /// What is gone from the documents and still serves: what is said of it, and what was looked at last.
+    of_control: watch::Receiver<Arc<Remains>>,
+    remains: Arc<Remains>,
     running: BTreeMap<Watched, Running>,
     /// The resources as they were read last, by rollout.
     read: BTreeMap<String, (Arc<Written>, Result<Arc<Held>, Errors>)>,
@@ -221,6 +242,10 @@ struct Watches {
 /// A document in force, and what came of the last look at what it depends on.
 struct InForce {
     held: Arc<Held>,
+    /// With the versions that have left it and still serve.
+    shift: TrafficShift,
+    /// Whether the document is gone and still serves.
+    is_gone: bool,
     needs: BTreeMap<Place, BTreeSet<Need>>,
     /// None before the first look.
     document: Option<Arc<Document>>,
@@ -228,11 +253,20 @@ struct InForce {
     owners: Vec<Owner>,
 }
 
+impl InForce {
+    fn new(held: Arc<Held>, shift: TrafficShift, is_gone: bool) -> Self {
+        let needs = resolve::needs(&shift);
+        Self { held, shift, is_gone, needs, document: None, outlook: Outlook::default(), owners: Vec::new() }
+    }
+}
+
 impl Watches {
-    fn new(clusters: Clusters, notes: Notes) -> Self {
+    fn new(clusters: Clusters, notes: Notes, of_control: watch::Receiver<Arc<Remains>>) -> Self {
         Self {
             clusters,
             notes,
+            of_control,
+            remains: Arc::default(),
             running: BTreeMap::new(),
             read: BTreeMap::new(),
             good: BTreeMap::new(),
@@ -251,6 +285,7 @@ impl Watches {
             let mut have_changed = BTreeSet::new();
             tokio::select! {
                 () = self.notes.changed.notified() => {}
+                Ok(()) = self.of_control.changed() => {}
                 Ok(()) = of_clusters.changed() => have_changed = self.clusters.take_changed(),
             }
             sleep_until(rest).await;
@@ -286,9 +321,12 @@ impl Watches {
             (std::mem::take(&mut sight.news), sight.shifts.clone())
         };
         let is_first = self.scene.is_nothing();
-        let mut are_others = is_first;
-        if news.shifts || is_first {
-            are_others |= self.read(&shifts);
+        let remains = self.of_control.borrow_and_update().clone();
+        let remain_others = !Arc::ptr_eq(&remains, &self.remains);
+        self.remains = remains;
+        let mut are_others = is_first || remain_others;
+        if news.shifts || are_others {
+            are_others |= self.read(&shifts, remain_others);
         }
         if are_others || !clusters.is_empty() {
             self.watch(&mut news);
@@ -310,8 +348,10 @@ impl Watches {
             return None;
         }
         if are_others {
-            let documents = self.in_force.iter().filter_map(|one| one.document.clone());
-            self.scene.documents = Arc::new(documents.collect());
+            let (gone, there): (Vec<_>, Vec<_>) = self.in_force.iter().partition(|one| one.is_gone);
+            self.scene.documents = Arc::new(there.iter().filter_map(|one| one.document.clone()).collect());
+            let gone = gone.iter().filter_map(|one| Some(one.document.as_ref()?.0.clone()));
+            self.scene.gone = gone.map(|shift| (shift.name.clone(), shift)).collect();
             let all = self.in_force.iter().map(|one| (&one.outlook, one.owners.as_slice()));
             self.scene.outlook = Arc::new(resolve::beyond(all));
         }
@@ -320,6 +360,9 @@ impl Watches {
             self.scene.secrets = Arc::new(resolve::secrets(shifts, &picture));
         }
         if are_others || news.shifts {
+            let deleted = self.read.values().filter(|(written, _)| written.is_deleted);
+            let deleted = deleted.filter_map(|(_, held)| held.as_ref().ok());
+            self.scene.deleted = deleted.map(|held| (held.shift.clone(), held.document.clone())).collect();
             self.scene.objects = Arc::new(self.objects(&touched));
         }
         (self.scene.errors, self.scene.hidden, self.scene.seen) = (errors, hidden, true);
@@ -336,13 +379,13 @@ impl Watches {
                 let changes = news.places.get(place);
                 news.clusters.contains(&place.cluster)
                     || changes.is_some_and(|changes| {
-                        resolve::depends(&one.held.shift, picture.view(place).unwrap_or(&nothing), changes)
+                        resolve::depends(&one.shift, picture.view(place).unwrap_or(&nothing), changes)
                     })
             };
             if one.document.is_some() && !one.needs.keys().any(concerns) {
                 continue;
             }
-            let Resolved { shift, outlook, owners } = resolve::resolve_one(one.held.shift.clone(), picture);
+            let Resolved { shift, outlook, owners } = resolve::resolve_one(one.shift.clone(), picture);
             let before = one.document.as_ref().map(|document| &document.0);
             if before != Some(&shift) || outlook != one.outlook || owners != one.owners {
                 touched.insert(shift.name.clone());
@@ -355,7 +398,7 @@ impl Watches {
 
     /// Takes in the resources: what is wrong is left as it was, and of two documents that contradict each other the one is
     /// in force that is already, or else the older resource. Returns whether other documents are in force than before.
-    fn read(&mut self, shifts: &BTreeMap<Option<String>, Table<Written>>) -> bool {
+    fn read(&mut self, shifts: &BTreeMap<Option<String>, Table<Written>>, remain_others: bool) -> bool {
         let all = shifts.values().flat_map(|table| table.objects.all().values());
         let mut written: Vec<(String, &Arc<Written>)> = all.map(|written| (written.rollout(), written)).collect();
         written.sort_by(|(_, a), (_, b)| (a.created, &a.uid).cmp(&(b.created, &b.uid)));
@@ -365,7 +408,8 @@ impl Watches {
             let document = before.map_or_else(|| self.read_one(rollout, written), |(_, document)| document);
             self.read.insert(rollout.clone(), ((*written).clone(), document));
         }
-        let documents = written.iter().map(|(rollout, _)| (rollout.clone(), self.read[rollout].1.clone()));
+        let there = written.iter().filter(|(_, written)| !written.is_deleted);
+        let documents = there.map(|(rollout, _)| (rollout.clone(), self.read[rollout].1.clone()));
         let Admitted { held, refused } = admission::agree(&self.good, documents);
         self.errors.clear();
         let mut generations = BTreeMap::new();
@@ -386,15 +430,19 @@ impl Watches {
         let order: Vec<_> = before.iter().map(|one| one.held.clone()).collect();
         let mut before: BTreeMap<_, _> = before.into_iter().map(|one| (one.held.shift.name.clone(), one)).collect();
         for held in written.iter().filter_map(|(rollout, _)| self.good.get(rollout)) {
-            let same = before.remove(&held.shift.name).filter(|one| Arc::ptr_eq(&one.held, held));
-            let new = || InForce {
-                held: held.clone(),
-                needs: resolve::needs(&held.shift),
-                document: None,
-                outlook: Outlook::default(),
-                owners: Vec::new(),
+            let is_same = |one: &InForce| Arc::ptr_eq(&one.held, held) && !one.is_gone && !remain_others;
+            let same = before.remove(&held.shift.name).filter(is_same);
+            let new = || {
+                let mut shift = held.shift.clone();
+                self.remains.add_to(&mut shift);
+                InForce::new(held.clone(), shift, false)
             };
             self.in_force.push(same.unwrap_or_else(new));
+        }
+        for (name, shift) in self.remains.documents.iter().filter(|(name, _)| !self.good.contains_key(*name)) {
+            let same = before.remove(name).filter(|one| one.is_gone && !remain_others);
+            let held = || Held { shift: shift.clone(), document: Value::Null, size: Size::default() };
+            self.in_force.push(same.unwrap_or_else(|| InForce::new(Arc::new(held()), shift.clone(), true)));
         }
         let is_same = |(one, before): (&InForce, &Arc<Held>)| Arc::ptr_eq(&one.held, before);
         self.in_force.len() != order.len() || !self.in_force.iter().zip(&order).all(is_same)
@@ -428,6 +476,9 @@ impl Watches {
                 by: written.by.clone(),
                 literals: held.map_or_else(Vec::new, |held| literal_fields(&held.shift)),
                 has_references: held.is_some_and(|held| !secret_values::references(&held.shift).is_empty()),
+                is_deleted: written.is_deleted,
+                is_held: written.is_held,
+                holds: self.good.get(rollout).is_some_and(|held| held.shift.on_delete == OnDelete::Drain),
             };
             let before = self.scene.objects.get(rollout).filter(|before| ***before == now);
             let same = before.filter(|_| !touched.contains(rollout)).cloned();

@@ -5,13 +5,14 @@ use super::eyes::{Object, Scene};
 use super::picture::Place;
 use super::scale::{Change, Want};
 use super::shift_status::{Condition, ConditionStatus, TrafficShiftStatus};
-use super::views::MIN_BEFORE;
+use super::views::{FINALIZER, MIN_BEFORE};
 use super::{Clusters, reason, traffic_shifts};
 use crate::control::Control;
 use crate::rollout::{Millis, Phase, Reason, Transition};
 use crate::status::{DrainState, Judged, LatencyStatus, ServiceStatus, StepStatus, VerdictStatus, timestamp};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::ObjectReference;
+use kube::ResourceExt;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use serde_json::json;
@@ -53,6 +54,8 @@ const MAX_NOTE: usize = 1_000;
 pub struct Hands {
     statuses: Desk,
     wants: watch::Sender<Vec<(Arc<Object>, Want)>>,
+    /// Resources that are to have the finalizer, or are to have it no more.
+    holds: watch::Sender<Vec<(Arc<Object>, bool)>>,
     events: mpsc::Sender<(Arc<Object>, Note)>,
     looked: Option<Instant>,
     /// How each rollout stood when it was looked at last.
@@ -86,14 +89,17 @@ impl Hands {
     pub fn start(clusters: Clusters, identity: &str) -> Self {
         let statuses = Desk::default();
         let (wants, wanted) = watch::channel(Vec::new());
+        let (holds, held) = watch::channel(Vec::new());
         let (events, happened) = mpsc::channel(MAX_EVENTS);
         let mut tasks = JoinSet::new();
         tasks.spawn(write_statuses(clusters.clone(), statuses.clone()));
         tasks.spawn(write_events(clusters.clone(), identity.to_owned(), happened));
+        tasks.spawn(hold(clusters.clone(), held));
         tasks.spawn(scale(clusters, wanted, events.clone()));
         Self {
             statuses,
             wants,
+            holds,
             events,
             looked: None,
             known: BTreeMap::new(),
@@ -133,6 +139,16 @@ impl Hands {
             let wants: Vec<_> = wants.map(|(object, want)| (object.clone(), want.clone())).collect();
             if !wants.is_empty() || !self.wants.borrow().is_empty() {
                 self.wants.send_replace(wants);
+            }
+        }
+        if is_due {
+            let hold = |(rollout, object): (&String, &Arc<Object>)| {
+                let holds = if object.is_deleted { control.holds_deletion(rollout, now) } else { object.holds };
+                (holds != object.is_held).then(|| (object.clone(), holds))
+            };
+            let holds: Vec<_> = self.objects.iter().filter_map(hold).collect();
+            if !holds.is_empty() {
+                self.holds.send_replace(holds);
             }
         }
     }
@@ -598,6 +614,53 @@ async fn write_status(clusters: &Clusters, object: &Object, status: &TrafficShif
     api.patch_status(&object.name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body)).await.map(|_| ())
 }
 
+/// Adds and removes the finalizer.
+async fn hold(clusters: Clusters, mut wanted: watch::Receiver<Vec<(Arc<Object>, bool)>>) {
+    let mut asked: BTreeMap<(String, bool), Instant> = BTreeMap::new();
+    while wanted.changed().await.is_ok() {
+        let wants = wanted.borrow_and_update().clone();
+        asked.retain(|_, when| when.elapsed() < SETTLE);
+        for (object, holds) in wants {
+            let key = (object.uid.clone(), holds);
+            if asked.contains_key(&key) {
+                continue;
+            }
+            let what = if holds { "set" } else { "remove" };
+            let Object { namespace, name, .. } = &*object;
+            match timeout(PATIENCE, set_finalizer(&clusters, &object, holds)).await {
+                Ok(Ok(())) => tracing::info!(namespace, name, "{what} finalizer {FINALIZER}"),
+                Ok(Err(why)) => tracing::warn!(namespace, name, "cannot {what} finalizer {FINALIZER}: {why}"),
+                Err(_) => tracing::warn!(namespace, name, "cannot {what} finalizer {FINALIZER}: no answer"),
+            }
+            asked.insert(key, Instant::now());
+        }
+    }
+}
+
+async fn set_finalizer(clusters: &Clusters, object: &Object, holds: bool) -> Result<(), String> {
+    let api: Api<DynamicObject> = Api::namespaced_with(clusters.home(), &object.namespace, &traffic_shifts());
+    let now = match api.get_metadata(&object.name).await {
+        // It is gone.
+        Err(kube::Error::Api(answer)) if answer.code == 404 => return Ok(()),
+        now => now.map_err(|error| reason(&error))?,
+    };
+    let mut finalizers = now.finalizers().to_vec();
+    let is_held = finalizers.iter().any(|name| name == FINALIZER);
+    let is_other = now.uid().as_ref() != Some(&object.uid);
+    if is_other || is_held == holds || (holds && now.metadata.deletion_timestamp.is_some()) {
+        return Ok(());
+    }
+    match holds {
+        true => finalizers.push(FINALIZER.to_owned()),
+        false => finalizers.retain(|name| name != FINALIZER),
+    }
+    // With the version that was read: finalizers of others are not lost.
+    let metadata = json!({"uid": object.uid, "resourceVersion": now.resource_version(), "finalizers": finalizers});
+    let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+    let patched = api.patch(&object.name, &parameters, &Patch::Merge(json!({"metadata": metadata}))).await;
+    patched.map(|_| ()).map_err(|error| reason(&error))
+}
+
 async fn write_events(clusters: Clusters, identity: String, mut happened: mpsc::Receiver<(Arc<Object>, Note)>) {
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity) };
     while let Some((object, note)) = happened.recv().await {
@@ -721,6 +784,9 @@ mod tests {
             by: None,
             literals: Vec::new(),
             has_references: false,
+            is_deleted: false,
+            is_held: false,
+            holds: false,
         })
     }
 

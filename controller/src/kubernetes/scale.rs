@@ -126,7 +126,8 @@ impl Facts<'_> {
                 None => None,
             };
         }
-        if self.is_left(service, version) && now > 0 {
+        // What has left its document is scaled down by nothing: that is for those who took it out.
+        if version.leaving_until.is_none() && self.is_left(service, version) && now > 0 {
             let (floor, why) = self.floor(service, version, view);
             if floor < now {
                 return want(replicas(floor), why);

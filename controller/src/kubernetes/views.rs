@@ -25,6 +25,9 @@ pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Secrets that they may not read.
 pub const USE_LABEL: &str = "tideshift.dev/use";
 
+/// What a TrafficShift with `onDelete: Drain` waits for when it is deleted.
+pub const FINALIZER: &str = "tideshift.dev/drain";
+
 /// A TrafficShift as it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Written {
@@ -38,6 +41,10 @@ pub struct Written {
     pub(super) by: Option<String>,
     /// Whether some generation of it has been in force, also under another controller or before a restart.
     pub(super) was_in_force: bool,
+    /// Whether it is about to be deleted, and waits for what is done before that.
+    pub(super) is_deleted: bool,
+    /// Whether it waits for this controller then.
+    pub(super) is_held: bool,
     /// The document alone, as a file has it.
     pub(super) document: Value,
 }
@@ -63,6 +70,8 @@ pub(super) fn written(object: &DynamicObject) -> Option<Written> {
         generation: object.metadata.generation.unwrap_or_default(),
         by: last_editor(object),
         was_in_force: object.data["status"]["observedGeneration"].as_i64().is_some_and(|generation| generation > 0),
+        is_deleted: object.metadata.deletion_timestamp.is_some(),
+        is_held: object.finalizers().iter().any(|name| name == FINALIZER),
         document,
     })
 }

@@ -19,6 +19,9 @@ pub struct Done {
     writes: Counter,
     write_errors: Counter,
     evicted: Counter,
+    documents_left: Counter,
+    documents_returned: Counter,
+    documents_kept: Gauge<i64>,
     claims: Family<Labels, Counter>,
     reviews: Family<Labels, Counter>,
     certificate: Gauge<f64, AtomicU64>,
@@ -112,6 +115,14 @@ impl Done {
         self.evicted.clone()
     }
 
+    /// So many documents are gone, and so many of those that were have come back in time; of so many that are gone the
+    /// weights are in force.
+    pub fn documents_left(&self, (left, returned): (u64, u64), kept: usize) {
+        self.documents_left.inc_by(left);
+        self.documents_returned.inc_by(returned);
+        self.documents_kept.set(kept.try_into().unwrap_or(i64::MAX));
+    }
+
     /// A report claimed what cannot be, or is not its sender's to say; that part of it was ignored.
     pub fn ignored_claim(&self, claim: Claim) {
         self.claims.get_or_create(&vec![("claim", claim.name().to_owned())]).inc();
@@ -149,6 +160,12 @@ impl Done {
         registry.register("state_write_errors", help, self.write_errors.clone());
         let help = "Connections without a good token that were closed or refused, to have room for others";
         registry.register("connections_evicted", help, self.evicted.clone());
+        let help = "Documents that were seen to be gone";
+        registry.register("documents_left", help, self.documents_left.clone());
+        let help = "Documents that were gone, came back within ten minutes and went on where they were";
+        registry.register("documents_returned", help, self.documents_returned.clone());
+        let help = "Documents that are gone and whose weights are in force";
+        registry.register("documents_kept", help, self.documents_kept.clone());
         let help = "Claims in reports that were ignored, by what they were about; left out before the first";
         registry.register("report_claims_ignored", help, self.claims.clone());
         let help = "TokenReviews by their answer, and tokens that none was made for";

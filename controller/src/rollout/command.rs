@@ -287,10 +287,10 @@ impl Rollout {
 }
 
 fn must_have(shift: &TrafficShift, field: &str, version: &str) -> Result<(), Refused> {
-    if shift.has(version) {
+    if shift.declares(version) {
         return Ok(());
     }
-    let known: Vec<_> = shift.versions().collect();
+    let known: Vec<_> = shift.versions().filter(|version| shift.declares(version)).collect();
     let known = known.join(", ");
     Err(Refused::Invalid(format!("{field}: \"{version}\" is not allowed; expected one of the versions {known}")))
 }

@@ -3,8 +3,8 @@
 use super::parts::{level_of, percent, share_of};
 use super::{Millis, Observed, Phase, Reason, Rollout, Warming};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use tideshift_core::shift::{ShiftService, ShiftVersion, Step, TrafficShift};
+use std::collections::{BTreeMap, BTreeSet};
+use tideshift_core::shift::{OnDelete, ShiftService, ShiftVersion, Step, TrafficShift};
 
 /// What of a document starts or ends rollouts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,11 +14,18 @@ pub(super) struct Said {
     /// The stable version as edited, where gates lie before it: it becomes the target.
     #[serde(default)]
     pub gated: Option<String>,
+    /// The versions that had left it and went on serving.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub left: BTreeSet<String>,
+    /// Whether its traffic goes to the default route when it is deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drains: bool,
 }
 
 impl Said {
     pub(super) fn new(shift: &TrafficShift) -> Self {
-        Self { stable: shift.stable.clone(), target: None, gated: None }
+        let drains = shift.on_delete == OnDelete::Drain;
+        Self { stable: shift.stable.clone(), target: None, gated: None, left: BTreeSet::new(), drains }
     }
 }
 
@@ -52,20 +59,32 @@ impl Rollout {
             self.outcome.clone_from(&self.message);
         }
         self.know_services(shift, world);
+        self.said.drains = shift.on_delete == OnDelete::Drain;
         let is_gated = self.is_stable_gated(shift);
         let was_gated = self.said.gated.as_ref() == Some(&shift.stable);
         let serves_by_now = was_gated && self.stable == shift.stable;
-        if !is_gated && !serves_by_now && (self.said.stable != shift.stable || !shift.has(&self.stable)) {
+        let left: BTreeSet<String> = shift.leaving().map(str::to_owned).collect();
+        let leaves = left.contains(&self.stable);
+        let is_news_of_stable = leaves && !self.said.left.contains(&self.stable);
+        // What serves and has left is moved away from as from any other version, by a rollout.
+        let is_stranded = leaves && !is_gated && !self.phase.is_under_way();
+        let is_edited = self.said.stable != shift.stable && !is_stranded;
+        if !is_gated && !serves_by_now && (is_edited || !shift.has(&self.stable)) {
             self.heed_stable(shift, now);
         }
-        let is_gone = self.target.as_ref().is_some_and(|target| !shift.has(target));
-        let wanted = if is_gated { Some(&shift.stable) } else { shift.target.as_ref() };
+        let is_gone = self.target.as_ref().is_some_and(|target| !shift.declares(target));
+        let has_failed = self.phase == Phase::Failed && self.target == shift.target && !is_news_of_stable;
+        let wanted = match shift.target.as_ref().filter(|_| !is_gated) {
+            Some(target) if !(is_stranded && has_failed) => Some(target),
+            None if !is_gated && !is_stranded => None,
+            _ => Some(&shift.stable),
+        };
         let target = wanted.cloned().filter(|target| *target != self.stable);
         let is_under_way = self.phase.is_under_way() && self.target == target;
         let is_news = if is_gated {
             (!was_gated || is_gone) && !is_under_way
         } else {
-            self.said.target != shift.target || is_gone
+            self.said.target != shift.target || is_gone || is_stranded
         };
         // What ended before it begins is not its own, and proxies may still have to say that.
         let is_early = is_news && target.is_some() && !is_gone && !world.is_up_to_date();
@@ -82,8 +101,50 @@ impl Rollout {
         }
         if !is_early {
             self.said.target.clone_from(&shift.target);
+            self.heed_left(left, shift, now);
         }
         self.heed_steps(shift, world, now);
+    }
+
+    /// Says which versions have left the document and go on serving.
+    fn heed_left(&mut self, left: BTreeSet<String>, shift: &TrafficShift, now: Millis) {
+        let before = std::mem::replace(&mut self.said.left, left.clone());
+        for version in left.difference(&before) {
+            self.record(Reason::VersionLeft, self.leaving_in_words(version, shift), now);
+        }
+    }
+
+    /// What is said of a version that has left the document and goes on serving.
+    pub fn leaving_in_words(&self, version: &str, shift: &TrafficShift) -> String {
+        let target = self.target.as_ref().filter(|target| self.phase.is_under_way() && *target != version);
+        let next = target.or(Some(&self.stable)).filter(|next| *next != version).unwrap_or(&shift.stable);
+        let until = crate::status::timestamp(shift.leaving_until(version).unwrap_or_default());
+        let until = match self.holds_by_gate(version, shift) {
+            true => "and as long as a gate is closed".to_owned(),
+            false => format!("at the latest at {until:.0}"),
+        };
+        format!("{version} left the document; it keeps serving until {next} is ready, {until}")
+    }
+
+    /// Something serves already: it is the stable version, until what the document wants has taken its place.
+    pub(super) fn goes_on_from(&mut self, serving: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+        self.stable = serving.to_owned();
+        self.endpoints_for_full_load = self.load(shift, world);
+        self.message = format!("{serving} serves already");
+        self.outcome.clone_from(&self.message);
+        self.said.stable = serving.to_owned();
+        match &shift.target {
+            Some(target) if target == serving => {
+                self.said = Said { target: Some(target.clone()), ..Said::new(shift) };
+            }
+            Some(target) if *target != shift.stable => self.said.stable.clone_from(&shift.stable),
+            // Gates lie before a version that was never seen to serve.
+            _ if self.is_stable_gated(shift) => {}
+            _ => {
+                self.said = Said { target: shift.target.clone(), ..Said::new(shift) };
+                self.start(shift.stable.clone(), shift, world, now);
+            }
+        }
     }
 
     /// The user says anew what is stable, or what was is gone.
@@ -324,6 +385,25 @@ fn goes_ahead(steps: &[Step], share: f64) -> bool {
 /// How many endpoints each service is meant to have of a version.
 pub(super) fn desired(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
     shift.services.iter().map(|service| (service.name.clone(), desired_of(service, version))).collect()
+}
+
+/// The version that serves alone as far as a cluster shows it: the stable one is meant to have no pod, and this one, the
+/// target or the only other one, has ready ones in every service.
+pub(super) fn serves_alone<'s>(shift: &'s TrafficShift, world: &impl Observed) -> Option<&'s str> {
+    let is_empty = |service: &ShiftService| {
+        let stable = service.version(&shift.stable);
+        stable.is_some_and(|stable| stable.replicas == Some(0)) && world.ready(&service.name, &shift.stable) == 0
+    };
+    let is_ready = |version: &&str| shift.services.iter().all(|service| world.ready(&service.name, version) > 0);
+    if !shift.services.iter().all(is_empty) {
+        return None;
+    }
+    let ready: Vec<&str> = shift.versions().filter(is_ready).collect();
+    match (shift.target.as_deref().filter(|target| ready.contains(target)), ready.as_slice()) {
+        (Some(target), _) => Some(target),
+        (None, [only]) => Some(only),
+        _ => None,
+    }
 }
 
 fn desired_of(service: &ShiftService, version: &str) -> u32 {

@@ -54,6 +54,11 @@ impl Rollout {
         if self.goes_back(shift) { None } else { self.closed_gate_ahead(weight, shift) }
     }
 
+    /// Whether a gate lies before everything that has not said yes.
+    pub(super) fn waits_for_gate(&self, shift: &TrafficShift) -> bool {
+        self.closed_gate(100, shift).is_some()
+    }
+
     /// The same, of a target that is on its way forward.
     fn closed_gate_ahead(&self, weight: u32, shift: &TrafficShift) -> Option<Closed> {
         let steps = &shift.strategy.steps;

@@ -52,6 +52,8 @@ impl Rollout {
                 () if self.shunned && is_target => (2, 0),
                 () if is_stable => (0, 0),
                 () if name == self.leaving.as_ref() && !is_target => (0, 1),
+                // What has left its document carries what others cannot yet.
+                () if version.leaving_until.is_some() && !is_target => (0, 1),
                 () if is_target => (0, 2),
                 () => (1, 0),
             };

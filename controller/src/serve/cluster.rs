@@ -160,7 +160,8 @@ impl Replica {
         let limits = Limits::of_cluster();
         let hooks = Hooks::start(self.egress.clone(), limits.webhooks.clone()).map_err(ServeError::Tls)?;
         let prober = Prober::start_within(limits, kept.ready.clone()).map_err(ServeError::Tls)?;
-        let mut control = Control::with_hidden(shown.documents(), shown.hidden.clone(), kept, counted);
+        let mut control =
+            Control::with_hidden((shown.documents(), &shown.deleted), shown.hidden.clone(), kept, counted);
         for (rollout, object) in shown.objects.iter() {
             object.by.iter().for_each(|by| control.edited_by(rollout, by));
         }
@@ -174,7 +175,7 @@ impl Replica {
         let hands = Hands::start(self.clusters.clone(), &self.cluster.identity);
         let keeper = Keeper::new(memory, counts, self.service.shared.done.clone());
         let (shared, publish) = (self.service.shared.clone(), self.service.publish.clone());
-        let source = Source::Cluster { scene, shown, hands };
+        let source = Source::Cluster { scene, shown, remains: self.eyes.remains(), hands };
         let mut mind = Mind::new(shared, publish, keeper, prober, source, hooks);
         mind.run(stop).await;
         mind.end().await;

@@ -6,7 +6,7 @@ use super::keeper::{CountsDisk, Disk, Keeper, Safety};
 use super::secret_files::SecretFiles;
 use crate::api::{Published, Shared};
 use crate::clock::now;
-use crate::control::Outcome;
+use crate::control::{Outcome, Remains};
 use crate::documents::LastGood;
 use crate::hooks::{Answer, Hooks};
 use crate::kubernetes::{Hands, Scene};
@@ -37,6 +37,8 @@ pub(super) enum Source {
         scene: watch::Receiver<Arc<Scene>>,
         /// What of that the mind has taken in: documents and what is known beyond them go together.
         shown: Arc<Scene>,
+        /// What must be looked at besides, because it still serves.
+        remains: watch::Sender<Arc<Remains>>,
         /// What is done in it.
         hands: Hands,
     },
@@ -141,12 +143,23 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
                 }
                 self.hooks.set(shifts);
                 secrets.into_iter().for_each(|secrets| control.set_secrets(secrets));
+                if let Source::Cluster { remains, .. } = &self.source {
+                    let now = control.remains();
+                    remains.send_if_modified(|before| {
+                        let differs = **before != now;
+                        if differs {
+                            *before = Arc::new(now);
+                        }
+                        differs
+                    });
+                }
                 // With the readiness of the endpoints that they have now, not of those that they had.
                 let readiness = self.prober.subscribe().borrow().clone();
                 control.set_readiness(readiness);
             }
             let outcome = control.evaluate(now());
             self.keeper.take(&mut control, &outcome);
+            self.shared.done.documents_left(control.take_departures(), control.kept_documents());
             (self.shared.turns.begin(), outcome)
         };
         for (rollout, message) in &outcome.messages {
@@ -237,7 +250,8 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
         let Source::Cluster { scene, shown, .. } = &mut self.source else { return };
         let before = std::mem::replace(shown, scene.borrow_and_update().clone());
         self.hooks.set_secrets(shown.secrets.clone());
-        if Arc::ptr_eq(&before.documents, &shown.documents) {
+        let are_same = Arc::ptr_eq(&before.documents, &shown.documents);
+        if are_same && (&before.gone, &before.deleted) == (&shown.gone, &shown.deleted) {
             self.shared.control().set_secrets(shown.secrets.clone());
             return;
         }
@@ -249,7 +263,7 @@ impl<D: Disk, C: CountsDisk + Send + 'static> Mind<D, C> {
             }
         }
         control.edited(&documents, |rollout| shown.objects.get(rollout)?.by.clone());
-        control.set_documents_but(documents, shown.hidden.clone());
+        control.set_documents_but(documents, shown.hidden.clone(), shown.gone.clone(), &shown.deleted);
         control.set_document_errors(shown.errors.clone());
         control.set_secrets(shown.secrets.clone());
     }

@@ -171,17 +171,26 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             let answers = vec![
                 (
                     200,
-                    "It is gone. The services of the file's document of the same name, if that is in force again.",
+                    "It is gone. Its services, while their weights stay in force, or those of the file's document of the same \
+                     name, which is in force again.",
                     types.answer::<Services>(),
                 ),
                 (
                     409,
-                    "It comes from a file; or in Kubernetes, where documents are resources of the cluster.",
+                    "It comes from a file; it is gone already and its weights are kept; or in Kubernetes, where documents \
+                     are resources of the cluster.",
                     Content::Problem,
                 ),
             ];
-            let description = "One that was put here before; what a file says is removed in that file.";
-            get("deleteShift", "documents", "Take a document back", description, answers)
+            let description = "One that was put here before; what a file says is removed in that file. What becomes of its \
+                               traffic is for its `onDelete` to say, or for the query. With `onDelete=Drain` it also gives \
+                               up the weights that were kept of a document that is gone, in Kubernetes too.";
+            let query = vec![(
+                "onDelete",
+                json!({"type": "string", "enum": ["Keep", "Drain"]}),
+                "What becomes of its traffic, in place of what the document says.",
+            )];
+            Operation { query, ..get("deleteShift", "documents", "Take a document back", description, answers) }
         }
         ("GET", "/v1/policy") => Operation {
             id: "getPolicy",

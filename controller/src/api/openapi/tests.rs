@@ -188,7 +188,8 @@ async fn every_route_answers_as_documented() {
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), Some(shift("till", 20)), 201),
         ("PUT", "/v1/shifts/{name}", "/v1/shifts/else".to_owned(), Some(shift("till", 20)), 400),
         ("DELETE", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), None, 200),
-        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), None, 404),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/till".to_owned(), None, 409),
+        ("DELETE", "/v1/shifts/{name}", "/v1/shifts/nobodys".to_owned(), None, 404),
         ("DELETE", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 200),
         ("DELETE", "/v1/shifts/{name}", "/v1/shifts/shop".to_owned(), None, 409),
         (

@@ -48,7 +48,7 @@ fn a_later_file_does_not_take_the_host_of_an_applied_document() {
     let mut control = Control::new(files(&[taking.clone(), file]), kept, Counted::default());
     assert_eq!((hosts(&control).len(), control.document_errors()), (2, vec![why.to_owned()]));
     // Once the document is gone, the host is free.
-    control.delete_shift("b").unwrap();
+    control.delete_shift("b", None).unwrap();
     assert_eq!(hosts(&control), ["c b.example.com", "a a.example.com"]);
     assert_eq!(control.document_errors(), [""; 0]);
 }
@@ -78,10 +78,10 @@ fn what_overtakes_an_applied_document_must_be_right_itself() {
 fn deleting_brings_back_the_files_document_or_says_where_to_remove_it() {
     let mut control = start(&[document("a", "a.example.com", "v1")]);
     control.put_shift("a", document("a", "a2.example.com", "v1")).unwrap();
-    control.delete_shift("a").unwrap();
+    control.delete_shift("a", None).unwrap();
     assert_eq!(hosts(&control), ["a a.example.com"]);
-    assert!(matches!(control.delete_shift("a"), Err(CommandError::Conflict(why)) if why.contains("file")));
-    assert!(matches!(control.delete_shift("b"), Err(CommandError::NotFound(_))));
+    assert!(matches!(control.delete_shift("a", None), Err(CommandError::Conflict(why)) if why.contains("file")));
+    assert!(matches!(control.delete_shift("b", None), Err(CommandError::NotFound(_))));
 }
 
 #[test]

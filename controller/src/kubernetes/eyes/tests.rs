@@ -9,7 +9,7 @@ fn watches() -> Watches {
         std::future::pending::<Result<axum::http::Response<Body>, std::convert::Infallible>>()
     };
     let client = Client::new(tower::service_fn(mute), "default");
-    Watches::new(Clusters::new(client, "tideshift-system"), Notes::default())
+    Watches::new(Clusters::new(client, "tideshift-system"), Notes::default(), watch::channel(Arc::default()).1)
 }
 
 fn place(namespace: &str) -> Place {

@@ -38,6 +38,10 @@ app.kubernetes.io/instance: {{ include "tideshift.name" . }}
 - apiGroups: [tideshift.dev]
   resources: [trafficshifts]
   verbs: [list, watch]
+# For the finalizer of those with `onDelete: Drain`, and nothing else of them.
+- apiGroups: [tideshift.dev]
+  resources: [trafficshifts]
+  verbs: [get, patch]
 - apiGroups: [tideshift.dev]
   resources: [trafficshifts/status]
   verbs: [patch]
