@@ -1,4 +1,4 @@
-//! `tideshift delete`: takes a document back that was put in force by `tideshift apply`.
+//! `tideshift delete`: removes a document that `tideshift apply` added.
 
 use super::server::Server;
 use super::{Failure, Output, print};
@@ -6,16 +6,16 @@ use crate::api::Services;
 use reqwest::Method;
 use serde_json::json;
 
-/// Take a document back that was applied to a running controller
+/// Remove a document that was applied to a running controller
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-If the controller has a file with a document of the same name (`serve -f`), that one is in force again. Documents of files are
-removed in those files, and in Kubernetes a document is a resource: `kubectl delete trafficshift NAME`.")]
+If a file of the controller (`serve -f`) has a document of the same name, that document is in force again. To remove a document
+that comes from a file, edit the file. In Kubernetes a document is a resource: use `kubectl delete trafficshift NAME`.")]
 pub(super) struct Arguments {
     /// The document's `metadata.name`.
     name: String,
 
-    /// A line for people, or the services that are still there under that name as JSON.
+    /// Print a line of text, or the services that remain under that name as JSON.
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
 
@@ -42,7 +42,7 @@ impl Arguments {
         match answer.state_error {
             None => Ok(()),
             Some(why) => {
-                Err(Failure::NotSafe(format!("{name}: deleted, but not safe from a restart of the controller: {why}")))
+                Err(Failure::NotSafe(format!("{name}: deleted, but the controller could not persist it: {why}")))
             }
         }
     }
