@@ -9,7 +9,7 @@ SHELL := bash
 export CARGO_TARGET_DIR := $(CURDIR)/target
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
-# What is shipped is the same whoever builds it, wherever: no folder of this machine is in it.
+# Builds are reproducible on every machine: artifacts contain no path of the build machine.
 anywhere := --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS := $(anywhere)
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := $(anywhere)
@@ -138,13 +138,13 @@ test-kubernetes: build envoy ## The controller in the cluster of KUBECONFIG, whi
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --test kubernetes_cluster -- --nocapture
 
 .PHONY: simulation
-simulation: rust ## The picture in docs/simulate.md, anew
+simulation: rust ## Redraw the picture in docs/simulate.md
 	$(heading) 'A simulation of the example'
 	cargo run -q -p tideshift --bin tideshift -- simulate -f envoy-configs/checkout.yaml \
 		--scenario envoy-configs/scenario.yaml --svg docs/images/simulation.svg
 
 .PHONY: pictures
-pictures: build chromium ## The web page's pictures in docs/images, anew (nicer where the font Inter is installed)
+pictures: build chromium ## Redraw the web page's pictures in docs/images (install the font Inter for the best result)
 	$(heading) 'Pictures of the web page'
 	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
 
@@ -160,7 +160,7 @@ generate: manifests simulation ## Every generated file that is committed
 	render envoy-gateway.yaml envoy-gateway; render httproute.yaml httproute
 
 .PHONY: manifests
-manifests: rust ## The plain Kubernetes manifests and the chart's table of values, anew from the chart
+manifests: rust ## Regenerate the plain Kubernetes manifests and the chart's table of values
 	$(heading) 'Manifests'
 	cargo run -q -p tideshift-tests --no-default-features --features kubernetes --bin manifests
 

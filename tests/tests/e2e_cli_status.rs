@@ -37,7 +37,7 @@ async fn a_table_for_people_and_json_for_programs() -> anyhow::Result<()> {
     assert_eq!(row("VERSION")[..4], ["VERSION", "ROLE", "WEIGHT", "READY"]);
     assert_eq!(row("v1")[..5], ["v1", "stable", "75", "%", "2/2"]);
     assert_eq!(row("v2")[..5], ["v2", "target", "25", "%", "1/1"]);
-    // Nobody can say yet that nothing of it is under way.
+    // It is not known yet that nothing of it is in flight.
     assert_eq!(row("v3")[..5], ["v3", "draining", "0", "%", "0/1"]);
     assert!(row("v3").join(" ").ends_with(": HTTP status 503"), "{}", table.stdout);
     assert!(table.stdout.contains("no proxy has asked for it yet"), "{}", table.stdout);
@@ -159,7 +159,7 @@ async fn logs_are_lines_of_json_or_text_and_without_colours_where_none_are_wante
             ensure!(serde_json::from_str::<Value>(line).is_ok() == is_json, "{further:?}: {line}");
         }
     }
-    // On a terminal there are colours, unless NO_COLOR says that nobody wants any.
+    // On a terminal there are colours, unless NO_COLOR is set.
     for (no_color, coloured) in [(None, true), (Some("1"), false)] {
         let command = format!("'{}' validate -f /nowhere --nonsense", artifacts::tideshift()?.display());
         let mut terminal = Command::new("script");
