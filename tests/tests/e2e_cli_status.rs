@@ -118,16 +118,16 @@ fn controller_status(status: &Value, other: &Value) -> Value {
 fn every_command_helps_and_says_its_defaults() -> anyhow::Result<()> {
     let no_command = cli::<&str>([])?;
     let help = cli(["--help"])?;
-    assert!(help.stdout.contains("7 done, but not safe from a restart"), "{}", help.stdout);
+    assert!(help.stdout.contains("7 applied, but the controller could not"), "{}", help.stdout);
     assert_eq!((no_command.code, help.code), (Some(2), Some(0)));
     for command in ["serve", "status", "validate", "explain", "render"] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{command}");
         assert!(no_command.stderr.contains(&format!("\n  {command} ")), "{command}");
     }
     for (command, expected) in [
-        (&["serve"][..], &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "`.tideshift` beside", "Examples:"][..]),
+        (&["serve"][..], &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "[default: .tideshift/NAME", "Examples:"][..]),
         (&["status"], &["[default: http://127.0.0.1:7460]", "TIDESHIFT_SERVER", "[default: table]", "Examples:"]),
-        (&["validate"], &["`-` reads standard input", "Exit codes: 0 all are right; 2", "Examples:"]),
+        (&["validate"], &["`-` reads standard input", "Exit codes: 0 all documents are valid; 2", "Examples:"]),
         (&["explain"], &["[default: GET]", "[default: /]", "[default: text]", "TIDESHIFT_SERVER", "Examples:"]),
         (&["render", "envoy"], &["[default: 127.0.0.1:10000]", "[default: target/tideshift.wasm]", "Examples:"]),
     ] {
