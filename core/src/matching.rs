@@ -1,5 +1,5 @@
-//! Which requests a rule is for: matches by header, cookie, query parameter, path and method, in the terms and with
-//! the meaning of Gateway API's HTTPRoute.
+//! Request matching: by header, cookie, query parameter, path and method, with the terms and the semantics of Gateway
+//! API's HTTPRoute.
 
 use crate::decode::{Decoder, Fields};
 use crate::name;
