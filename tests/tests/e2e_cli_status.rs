@@ -125,7 +125,10 @@ fn every_command_helps_and_says_its_defaults() -> anyhow::Result<()> {
         assert!(no_command.stderr.contains(&format!("\n  {command} ")), "{command}");
     }
     for (command, expected) in [
-        (&["serve"][..], &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "[default: .tideshift/NAME", "Examples:"][..]),
+        (
+            &["serve"][..],
+            &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "[default: .tideshift/NAME", "Examples:"][..],
+        ),
         (&["status"], &["[default: http://127.0.0.1:7460]", "TIDESHIFT_SERVER", "[default: table]", "Examples:"]),
         (&["validate"], &["`-` reads standard input", "Exit codes: 0 all documents are valid; 2", "Examples:"]),
         (&["explain"], &["[default: GET]", "[default: /]", "[default: text]", "TIDESHIFT_SERVER", "Examples:"]),
