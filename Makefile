@@ -1,19 +1,19 @@
-# The one entry point: people and CI call these targets. Tools go into .tools, by tools/install, on first need.
+# Developers and CI use these targets. tools/install installs tools into .tools on first use.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
-# Whatever a user's environment says, the results are where the README says.
+# The results are where the README says, regardless of the user's environment.
 export CARGO_TARGET_DIR := $(CURDIR)/target
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
-# What is shipped is the same whoever builds it, wherever: no folder of this machine is in it.
+# Builds are reproducible on every machine: artifacts contain no path of the build machine.
 anywhere := --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS := $(anywhere)
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_RUSTFLAGS := $(anywhere)
-# musl's headers are not needed: what there is of C (ring) asks for nothing that the system's have otherwise.
+# musl's headers are not needed: the only C code (ring) uses nothing that differs in the system's headers.
 export CC_x86_64_unknown_linux_musl := gcc
 export CFLAGS_x86_64_unknown_linux_musl := -U_FORTIFY_SOURCE
 
@@ -43,14 +43,14 @@ image: module musl ## Build container images of the module and the controller in
 	cargo run -q -p tideshift-image -- target/tideshift.wasm target/x86_64-unknown-linux-musl/static/tideshift target/image
 
 .PHONY: demo
-demo: build envoy ## Show live how traffic shifts, and a bad release being taken back (KEEP=1 leaves it running)
+demo: build envoy ## Show live how traffic shifts, and how a bad release is rolled back (KEEP=1 leaves it running)
 	$(heading) 'Demo'
 	cargo run --release -p tideshift-tests --no-default-features --bin demo
 
 ## Measure it
 
 .PHONY: bench
-bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1, ROUNDS=N, ONLY='weights|Lua', MODULE=FILE)
+bench: build envoy ## Measure the filter's cost on a real Envoy (QUICK=1, ROUNDS=N, ONLY='weights|Lua', MODULE=FILE)
 	$(heading) 'Building what it is compared with'
 	cargo build --profile wasm --target wasm32-wasip1 -p tideshift-bench-noop -p tideshift-bench-raw
 	cargo build --release -p tideshift-tests --no-default-features --bin bench
@@ -58,35 +58,35 @@ bench: build envoy ## What the filter costs on a real Envoy, in tables (QUICK=1,
 	$(if $(MODULE),TIDESHIFT_WASM=$(MODULE)) target/release/bench
 
 .PHONY: bench-safety
-bench-safety: build envoy ## How long a broken target keeps its share, and what one hostile client can do (RUNS=20, SECONDS=60, CASES=hangs)
+bench-safety: build envoy ## Measure how long a broken target keeps its share, and the effect of one hostile client (RUNS=20, SECONDS=60, CASES=hangs)
 	$(heading) 'Time to safety'
 	cargo run --release -p tideshift-tests --no-default-features --features streams --bin safety
 
 .PHONY: bench-fleet
-bench-fleet: build ## How one controller does with thousands of proxies (PROXIES=10000, CHANGES=20)
+bench-fleet: build ## Measure one controller with thousands of proxies (PROXIES=10000, CHANGES=20)
 	$(heading) 'One controller, many proxies'
 	cargo run --release -p tideshift-tests --no-default-features --bin fleet
 
 .PHONY: bench-controller
-bench-controller: build ## What one controller costs with many documents and reports (BASE=FILE, ROUNDS=3, ONLY=report, STARTS=100000)
+bench-controller: build ## Measure one controller's cost with many documents and reports (BASE=FILE, ROUNDS=3, ONLY=report, STARTS=100000)
 	$(heading) 'What a controller costs'
 	cargo run --release -p tideshift-tests --no-default-features --bin costs
 	$(heading) 'The same in a cluster'
 	cargo run --release -p tideshift-tests --no-default-features --features kubernetes --bin cluster
 
 .PHONY: verdict-tables
-verdict-tables: rust ## The tables of docs/verdict-proof.md: how rarely the verdict is wrong, and how fast it is (30 minutes)
+verdict-tables: rust ## Compute the tables of docs/verdict-proof.md: error rate and speed of the verdict (30 minutes)
 	$(heading) 'The verdict in tables'
 	VERDICT_TABLES=1 cargo test --release -p tideshift-core --test clients --test verdict table -- --nocapture --test-threads=1
 
 ## Check it
 
 .PHONY: test
-test: lint deny unit wasm-test fuzz e2e ## Everything below, as CI does
+test: lint deny unit wasm-test fuzz e2e ## Run all checks below, as CI does
 	$(heading) 'All tests passed'
 
 .PHONY: lint
-lint: rust ## Formatting, dead links in documents, and clippy
+lint: rust ## Check formatting, links in documents, and clippy
 	$(heading) 'Links'
 	tools/links
 	$(heading) 'Formatting'
@@ -99,35 +99,35 @@ lint: rust ## Formatting, dead links in documents, and clippy
 	cargo clippy --manifest-path fuzz/Cargo.toml --no-default-features --lib --test corpus -- -D warnings
 
 .PHONY: unit
-unit: rust ## Unit and property tests
+unit: rust ## Run unit and property tests
 	$(heading) 'Unit and property tests'
 	cargo test --workspace --exclude tideshift-tests
 	$(heading) 'The verdict on thousands of simulated rollouts'
 	cargo test --release -p tideshift-core --test verdict --test clients
 
 .PHONY: wasm-test
-wasm-test: rust node wasm-bindgen ## core's tests once more, compiled to wasm32
+wasm-test: rust node wasm-bindgen ## Run core's tests compiled to wasm32
 	$(heading) 'The same tests of core on wasm32'
 	CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER=wasm-bindgen-test-runner \
 		cargo test -p tideshift-core --target wasm32-unknown-unknown
 
 .PHONY: fuzz
-fuzz: rust cargo-fuzz ## Documents, requests and reports made up by a fuzzer, for FUZZ_SECONDS=10
+fuzz: rust cargo-fuzz ## Fuzz documents, requests and reports, for FUZZ_SECONDS=10
 	$(heading) 'Fuzzing'
 	tools/fuzz $(FUZZ_SECONDS)
 
 .PHONY: soak
-soak: build ## Ten million requests through the module in a wasm host: its memory must not grow (REQUESTS=N; 20 minutes)
+soak: build ## Send ten million requests through the module in a wasm host: its memory must not grow (REQUESTS=N; 20 minutes)
 	$(heading) 'The module for a long time'
 	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module_soak -- --nocapture
 
 .PHONY: e2e
-e2e: build envoy chromium axe schemas ## The module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
+e2e: build envoy chromium axe schemas ## Test the module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
-	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # errors that are only waited out need no backtraces
+	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # transient errors need no backtraces
 
 .PHONY: test-kubernetes
-test-kubernetes: build envoy ## The controller in the cluster of KUBECONFIG, which may be a bare control plane
+test-kubernetes: build envoy ## Test the controller in the cluster of KUBECONFIG, which may be a bare control plane
 	$(heading) 'In the cluster of KUBECONFIG'
 	cargo test -p tideshift-tests --test kubernetes_cluster --no-run
 	@skip() { printf '\n\033[1;33m== SKIPPED, nothing was tested in a real cluster: %s\033[0m\n' "$$*"; exit 0; }; \
@@ -138,18 +138,18 @@ test-kubernetes: build envoy ## The controller in the cluster of KUBECONFIG, whi
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --test kubernetes_cluster -- --nocapture
 
 .PHONY: simulation
-simulation: rust ## The picture in docs/simulate.md, anew
+simulation: rust ## Redraw the picture in docs/simulate.md
 	$(heading) 'A simulation of the example'
 	cargo run -q -p tideshift --bin tideshift -- simulate -f envoy-configs/checkout.yaml \
 		--scenario envoy-configs/scenario.yaml --svg docs/images/simulation.svg
 
 .PHONY: pictures
-pictures: build chromium ## The web page's pictures in docs/images, anew (nicer where the font Inter is installed)
+pictures: build chromium ## Redraw the web page's pictures in docs/images (install the font Inter for the best result)
 	$(heading) 'Pictures of the web page'
 	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
 
 .PHONY: generate
-generate: manifests simulation ## Every generated file that is committed
+generate: manifests simulation ## Regenerate every generated file that is committed
 	$(heading) 'OpenAPI, the document reference, golden decisions'
 	UPDATE_GOLDEN=1 cargo test -q -p tideshift --lib is_what_the_code_says
 	UPDATE_GOLDEN=1 cargo test -q -p tideshift-core --test golden
@@ -160,12 +160,12 @@ generate: manifests simulation ## Every generated file that is committed
 	render envoy-gateway.yaml envoy-gateway; render httproute.yaml httproute
 
 .PHONY: manifests
-manifests: rust ## The plain Kubernetes manifests and the chart's table of values, anew from the chart
+manifests: rust ## Regenerate the plain Kubernetes manifests and the chart's table of values
 	$(heading) 'Manifests'
 	cargo run -q -p tideshift-tests --no-default-features --features kubernetes --bin manifests
 
 .PHONY: deny
-deny: cargo-deny ## Licences, bans and sources of the dependencies, and their known holes
+deny: cargo-deny ## Check licences, bans, sources and known vulnerabilities of the dependencies
 	$(heading) 'Licences, bans and sources of the dependencies'
 	cargo deny check licenses bans sources
 	$(heading) 'Known vulnerabilities of the dependencies'
@@ -174,15 +174,15 @@ deny: cargo-deny ## Licences, bans and sources of the dependencies, and their kn
 ## Get what it needs
 
 .PHONY: tools
-tools: rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz ## Everything below at once
+tools: rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz ## Install everything below
 
 .PHONY: rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz
 rust: ## Rust's wasm targets, clippy and rustfmt, by rustup
 musl: ## Rust's target for static binaries, by rustup
 envoy: ## Envoy, into .tools/bin
-node: ## Node, if there is none
+node: ## Node, if it is missing
 wasm-bindgen: ## wasm-bindgen's test runner
-chromium: ## Chromium and its driver, by apt-get, if there are none
+chromium: ## Chromium and its driver, by apt-get, if they are missing
 axe: ## axe-core, which checks the web page's accessibility
 schemas: ## The schemas of the objects that users apply in a cluster
 cargo-deny: ## cargo-deny
@@ -191,11 +191,11 @@ rust musl envoy node wasm-bindgen chromium axe schemas cargo-deny cargo-fuzz:
 	@tools/install $@
 
 .PHONY: clean
-clean: ## Remove what was built
+clean: ## Remove build results
 	cargo clean
 
 .PHONY: distclean
-distclean: clean ## Remove what was built and the tools
+distclean: clean ## Remove build results and tools
 	rm -rf .tools
 
 .PHONY: help

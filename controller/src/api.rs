@@ -267,7 +267,7 @@ async fn one_host(request: Request, next: Next) -> Response {
     }
 }
 
-/// Counts answers, whoever gave them.
+/// Counts responses, including forwarded ones.
 async fn count(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().cloned();
     let response = next.run(request).await;

@@ -1,5 +1,5 @@
-//! The command line: what there is to say to `tideshift`, and how it answers. Each subcommand is a file of its own
-//! below; it reads its arguments and leaves the work to the library.
+//! The command line of `tideshift`. Each subcommand has its own file below: it parses its arguments and calls the
+//! library for the work.
 
 mod completions;
 mod crd;
@@ -29,7 +29,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Traffic shifting inside the proxy: which version of a service answers, decided request by request.
+/// Progressive delivery inside the proxy: canary, blue/green and A/B releases, decided for each request.
 #[derive(Debug, Parser)]
 #[command(name = "tideshift", version, arg_required_else_help = true, after_help = AFTER_HELP)]
 pub struct Cli {
@@ -39,33 +39,33 @@ pub struct Cli {
 
 const AFTER_HELP: &str = "\
 From a document to moving traffic:
-  tideshift validate -f shift.yaml                 Is the document right?
+  tideshift validate -f shift.yaml                 Check the document
   tideshift render envoy -f shift.yaml > envoy.yaml
-                                                   An Envoy that does what it says
-  tideshift serve -f shift.yaml                    The controller that moves its weights
-  tideshift status --watch                         How things stand
+                                                   Generate an Envoy configuration for it
+  tideshift serve -f shift.yaml                    Run the controller, which moves the weights
+  tideshift status --watch                         Show the current state
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
-                                                   Which version would this request get, and why?
+                                                   Show which version this request would get, and why
   tideshift simulate -f shift.yaml --scenario scenario.yaml --svg simulation.svg
-                                                   What would the strategy do if versions behaved like this?
+                                                   Predict what the strategy does in this scenario
 
 While it runs:
-  tideshift set-target v2 --wait                   A rollout; 0 when it has succeeded, 6 when it has failed
+  tideshift set-target v2 --wait                   Start a rollout; exit 0 if it succeeds, 6 if it fails
   tideshift promote | pause | resume | abort | rollback --to v1 | set-weight 25
-  tideshift apply -f shift.yaml | delete checkout  A document into the running controller, and out of it again
-  tideshift watch                                  Each transition as it happens
-  tideshift wait-drained checkout v1               Until nothing of v1 is in flight any more
+  tideshift apply -f shift.yaml | delete checkout  Add a document to the running controller, or remove it
+  tideshift watch                                  Print each transition as it happens
+  tideshift wait-drained checkout v1               Wait until v1 has no request in flight
 
 In Kubernetes:
   tideshift crd | kubectl apply --server-side -f -
-                                                   Documents become resources
-  tideshift serve --kubernetes                     The controller; several replicas may run
+                                                   Install the CustomResourceDefinition
+  tideshift serve --kubernetes                     Run the controller; run several replicas if you want
   tideshift render istio -f shift.yaml | kubectl apply -f -
-                                                   The filter and the routes; also envoy-gateway, httproute
+                                                   Install the filter and the routes; also envoy-gateway, httproute
 
-Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
-how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed, or something else took its
-place; 7 done, but not safe from a restart of the controller, which cannot keep it; 1 anything else.";
+Exit codes: 0 success; 1 any other error; 2 invalid document or command line; 3 timed out waiting; 4 conflicts with the
+rollout's current state; 5 authentication failed; 6 the rollout failed or was superseded; 7 applied, but the controller could not
+persist it.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -93,25 +93,25 @@ enum Command {
     Simulate(simulate::Arguments),
 }
 
-/// How to print an answer.
+/// The output format.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Output {
-    /// For people.
+    /// Text for people.
     #[default]
     Text,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
 impl Cli {
-    /// Reads the command line of this process, as `tideshift` or as the plugin of kubectl. Ends it if there is nothing to do
-    /// but to tell the user something.
+    /// Parses the command line of this process, as `tideshift` or as the kubectl plugin. Exits the process on `--help`,
+    /// `--version` and usage errors.
     pub fn of_this_process() -> Self {
         let command = if plugin::has_called() { plugin::named(Self::command()) } else { Self::command() };
         Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
     }
 
-    /// Does what the command line says.
+    /// Runs the subcommand.
     pub async fn run(self) -> Result<(), Failure> {
         crate::net::install_crypto_provider();
         match self.command {
@@ -141,28 +141,28 @@ impl Cli {
     }
 }
 
-/// Why a command did not do what it was asked for.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// Documents that are wrong; shown one error a line.
+    /// Invalid documents; one error per line.
     #[error(transparent)]
     Documents(#[from] DocumentErrors),
-    /// Arguments that make no sense together or with the documents.
+    /// Arguments that contradict each other or the documents.
     #[error("error: {0}")]
     Usage(String),
-    /// What was waited for has not come in time.
+    /// The wait timed out.
     #[error("error: {0}")]
     TooLate(String),
-    /// The rollout that was waited for has failed, or something else took its place.
+    /// The rollout failed or was superseded.
     #[error("error: {0}")]
     RolloutFailed(String),
-    /// It is done, but the controller could not keep it.
+    /// The change is applied, but the controller could not persist it.
     #[error("error: {0}")]
     NotSafe(String),
-    /// The controller wants another token, or one at all.
+    /// Authentication failed: no token, or one without the needed permission.
     #[error("error: {0}")]
     NotAllowed(String),
-    /// What is asked for does not fit how things stand.
+    /// The command conflicts with the current state.
     #[error("error: {0}")]
     Conflict(String),
     /// Anything else: the network, the file system, a controller that does not answer.
@@ -171,7 +171,7 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// As `tideshift --help` says.
+    /// The exit code that `tideshift --help` documents.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Documents(_) | Self::Usage(_) => ExitCode::from(2),
@@ -198,7 +198,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from(parsed).map_err(|_| allowed())
 }
 
-/// The first line of a file that is not empty: a token.
+/// Reads a token: the first line of a file that is not empty.
 fn token_in(flag: &str, path: &Path) -> Result<String, Failure> {
     let usage = |why: &str| Failure::Usage(format!("{flag} {}: {why}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| usage(&io_reason(&error)))?;
@@ -209,12 +209,12 @@ fn token_in(flag: &str, path: &Path) -> Result<String, Failure> {
     }
 }
 
-/// Writes to standard output. A reader that has gone away (`| head`) has seen enough: no error.
+/// Writes to standard output. A closed pipe (`| head`) is not an error.
 fn print(text: &str) -> Result<(), Failure> {
     print_on(text).map(|_| ())
 }
 
-/// The same for output that goes on; says whether the reader is still there.
+/// The same for continuous output; returns whether the reader is still there.
 fn print_on(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -1,6 +1,6 @@
-//! The time as everything here is told it. Holds, deadlines and evidence are made of differences: only the first time of
-//! a process is the system's, all others are that and what a monotonic clock has counted since. Whoever sets the system's
-//! clock, to and fro, passes no hold and lengthens none. What people are shown is the system's time all the same.
+//! The clock. Holds, deadlines and evidence depend on differences of times: only the first time of a process is the
+//! system's, all others add the time that a monotonic clock has counted since. Setting the system's clock forwards or
+//! backwards neither skips nor extends a hold. Times shown to users are the system's.
 
 use crate::rollout::Millis;
 use std::sync::{Mutex, PoisonError};

@@ -80,7 +80,7 @@ pub enum RuleVerdict {
     Taken,
     /// It does not match.
     NoMatch,
-    /// It matches, but has nobody in service to offer, so it is passed over.
+    /// The rule matches, but is skipped because none of its versions is in service.
     NobodyInService,
     /// A rule before it decides.
     NotReached,

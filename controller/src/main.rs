@@ -1,4 +1,4 @@
-//! The binary `tideshift`: reads the command line, does what it says, and tells by its exit code how that went.
+//! The binary `tideshift`: parses the command line, runs the subcommand and reports the result as an exit code.
 
 use std::process::ExitCode;
 use tideshift::cli::Cli;

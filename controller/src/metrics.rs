@@ -141,7 +141,7 @@ fn rollouts(page: &mut Page<'_>, services: &[ServiceStatus]) -> fmt::Result {
     page.gauge("rollout_reason", "1 for the reason why it is in this phase; others are left out.", reasons)?;
     let since = all().map(|r| of_rollout(r, seconds(r.since)));
     page.gauge("rollout_phase_start_timestamp_seconds", "Since when it is in this phase.", since)?;
-    page.gauge("rollout_paused", "1 if somebody has paused it.", all().map(|r| of_rollout(r, is(r.paused))))?;
+    page.gauge("rollout_paused", "1 if a user has paused the rollout.", all().map(|r| of_rollout(r, is(r.paused))))?;
     let deadlines = all().filter_map(|r| Some(of_rollout(r, seconds(r.deadline?))));
     let help = "When it will be said to be stuck; left out while it waits for nothing.";
     page.gauge("rollout_deadline_timestamp_seconds", help, deadlines)?;

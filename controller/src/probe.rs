@@ -201,7 +201,7 @@ mod tests {
 
     async fn grpc(port: u16, service: &str, timeout: Duration) -> Result<(), String> {
         let check = Check::Grpc { port: Some(port), service: service.to_owned() };
-        // The endpoint's own port is nobody's.
+        // Nothing listens on the endpoint's own port.
         once(&Client::new().unwrap(), &subject(1), &Probe { timeout, ..probe(check) }).await
     }
 

@@ -1,5 +1,5 @@
-//! What the last minutes were like: each version's share and counts every two seconds, for those who come to look after
-//! something has happened. In memory only; a restart begins anew.
+//! The time series of the last minutes: each version's share and counts every two seconds, for users who look after
+//! something has happened. Kept in memory only; it is empty after a restart.
 
 use crate::rollout::Millis;
 use crate::status::timestamp;
@@ -235,7 +235,7 @@ mod tests {
         assert!(series.of(["shop"], 0).services.is_empty());
         assert_eq!(series.of([], 0).times.len(), 7);
 
-        // After a while in which nobody looked, nothing is as if it had gone on; with the clock set back it begins anew.
+        // After a gap the series restarts; the same holds if the clock is set back.
         series.take(2_000_000, shop(1, 0.0));
         assert_eq!(series.of(["shop"], 0).times.len(), 1);
         assert!(series.is_due(1_999_000));

@@ -21,9 +21,9 @@ pub struct Claim {
 
 /// Each version's share of the traffic, 0 to 1, summing to 1 unless nothing is ready.
 ///
-/// Nobody gets more than it can carry while the versions together can carry the load: each gets what it should have as
-/// far as it can carry that, and what is left goes to those that have room, in their turn. If they cannot carry it
-/// together, the load is shared by capacity; none of it is dropped here.
+/// While the versions together can carry the load, no version gets more than its capacity: each gets its wanted share up to
+/// its capacity, and the rest goes to versions with spare capacity, in their order. If the versions together cannot carry
+/// the load, it is divided by capacity; no traffic is dropped here.
 pub fn shares(claims: &[Claim]) -> Vec<f64> {
     let in_use = claims.iter().filter(|claim| claim.capacity > 0.0).map(|claim| claim.reserve).min();
     let claims: Vec<Claim> = claims
@@ -159,8 +159,8 @@ mod tests {
                 prop_assert!(*share == 0.0 || (claim.capacity > 0.0 && in_use(claim)));
                 prop_assert!(capacity < 1.0 || *share <= claim.capacity + 1e-6, "{:?} {:?}", shares, claims);
             }
-            // Nobody goes short while it could carry more, and nobody gets more than it should while somebody whose turn
-            // is earlier could take it.
+            // No version gets less than it wants while it has spare capacity, and none gets more than it wants while an
+            // earlier one in the order has spare capacity.
             let wanted: f64 = claims.iter().filter(|c| in_use(c)).map(|c| c.wanted).sum();
             for (share, claim) in shares.iter().zip(&claims).filter(|(_, c)| in_use(c) && capacity > 1.0) {
                 let should = claim.wanted / wanted.max(1.0);

@@ -48,7 +48,7 @@ pub struct ServiceStatus {
     pub phase: Phase,
     /// Why it is in this phase, in a word.
     pub reason: Reason,
-    /// Whether somebody has paused it.
+    /// Whether a user has paused the rollout.
     #[serde(default)]
     pub paused: bool,
     /// The version that serves what the target does not.
@@ -86,7 +86,7 @@ pub struct StepPlan {
     pub weight: u32,
     /// How long it must have it.
     pub hold_seconds: u64,
-    /// Whether it then waits for somebody to promote it.
+    /// Whether the rollout then pauses until it is promoted.
     pub pause: bool,
     /// How many kinds of testers reach the target whatever its share is.
     pub matches: usize,

@@ -1,5 +1,5 @@
-//! How much a bad request of one client speaks against a version: what one client does counts for little, however much it
-//! does.
+//! How much evidence a bad request of one client adds against a version: the influence of a single client is limited,
+//! however many requests it sends.
 //!
 //! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
 //! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With five
@@ -22,7 +22,7 @@ use siphasher::sip::SipHasher24;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-/// What a client does within so many milliseconds is one.
+/// Requests of a client within this number of milliseconds count as one.
 const ONE_MILLIS: u64 = 2_000;
 /// Of the bad requests that count, those of a client are one in so many at most, …
 const ONE_IN: u64 = 4;
@@ -30,7 +30,7 @@ const ONE_IN: u64 = 4;
 const FIRST: u64 = 4;
 /// So many milliseconds are between looks for clients that need not be known.
 const SWEEP_MILLIS: u64 = 1_000;
-/// The most clients, and users, that are told apart; what others do counts for nothing.
+/// The maximum number of clients, and of users, that are tracked; requests of others are ignored.
 pub(crate) const MOST_CLIENTS: usize = 4_096;
 
 /// One request that ended, of which chance decided the version at the present step.
@@ -78,7 +78,7 @@ pub fn client(address: &[u8]) -> u32 {
     (hash as u32).max(1)
 }
 
-/// What has counted of each client and user.
+/// What each client and user has contributed.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Limits<const RATIOS: usize> {
     clients: BTreeMap<u32, Client<RATIOS>>,
@@ -107,7 +107,7 @@ impl<const RATIOS: usize> Default for Limits<RATIOS> {
 }
 
 impl<const RATIOS: usize> Limits<RATIOS> {
-    /// Goes on from what was kept.
+    /// Restores the persisted state.
     pub(crate) fn of(
         clients: impl Iterator<Item = (u32, [f64; RATIOS])>,
         users: impl IntoIterator<Item = u32>,

@@ -1,4 +1,4 @@
-//! Reading documents: from a JSON value to types, gathering every error on the way instead of the first.
+//! Reads documents from JSON values into types and collects every error instead of stopping at the first.
 //!
 //! A reader returns `None` where it could not make sense of a value and leaves the reason in the [`Decoder`]; the
 //! caller goes on with the next field. The names that were asked for are the names that are known, so an unknown

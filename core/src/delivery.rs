@@ -1,5 +1,5 @@
-//! What the controller sends: a whole policy, or what has changed since another one. A proxy takes the services that are
-//! right; those that are wrong stay what they were. Only what cannot be read as a whole is refused as a whole.
+//! Policy delivery: a complete policy, or the changes since another one. A proxy applies the valid services; an invalid
+//! service keeps its previous configuration. A proxy rejects the whole policy only if it cannot read it at all.
 //!
 //! The controller may be newer than the proxy. A field that this build does not know is ignored where that does no harm:
 //! beside the services (what a proxy must understand there, it asks for in the poll, as for `delta`) and in `guard`.
@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A policy as a proxy is to run it, and what it could not take of it.
+/// The policy that a proxy runs after a delivery, and the services that it rejected.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delivery {
-    /// Valid, with the last good ones in place of the services that are wrong.
+    /// The policy, in which the last valid configuration replaces each invalid service.
     pub policy: Policy,
-    /// The services that are wrong.
+    /// The invalid services.
     pub refused: Vec<RefusedService>,
     /// The revision that the changes were since; `None` if it was a whole policy.
     pub base: Option<u64>,
@@ -28,26 +28,26 @@ pub struct Delivery {
     pub ignored: Vec<FieldError>,
 }
 
-/// A service that is wrong.
+/// An invalid service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedService {
-    /// Its name, or where it is if that cannot be read.
+    /// Its name, or its position if the name cannot be read.
     pub name: String,
-    /// What is wrong, one line each.
+    /// The errors, one per line.
     pub errors: Vec<String>,
 }
 
-/// Why nothing was taken.
+/// Why the whole delivery was rejected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// It cannot be read as a whole, or no service of it is right.
+    /// The document cannot be read, or none of its services is valid.
     Wrong {
         /// Its revision, if that much can be read.
         revision: Option<u64>,
         /// Everything that is wrong.
         errors: Errors,
     },
-    /// Its changes are since another policy.
+    /// The changes apply to another policy.
     OtherBase(u64),
 }
 
@@ -62,7 +62,7 @@ pub struct Before<'p> {
     pub refused: &'p [RefusedService],
 }
 
-/// What is delivered, its services still to be read.
+/// A delivery whose services have not been read yet.
 struct Head<'v> {
     policy: Policy,
     base: Option<u64>,

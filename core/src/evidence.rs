@@ -1,5 +1,5 @@
-//! Sequential evidence that one version of a service fails more often than the others, valid however often and
-//! whenever one looks. What follows from it is for the guard and the verdict to say.
+//! Sequential evidence that one version of a service fails more often than the others. It is valid however often and
+//! whenever it is evaluated. The guard and the verdict decide what follows from it.
 //!
 //! Requests end in batches. With x errors of the version, y of all others, and ρ the version's share of the requests
 //! that ended in the batch, the log-evidence of "it fails r times as often" is
@@ -16,7 +16,7 @@
 use serde::{Deserialize, Serialize};
 use std::ops::AddAssign;
 
-/// How many times as often as the others: what the verdict asks of.
+/// The ratios of error rates that the verdict tests.
 pub const RATIOS: [f64; 6] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0];
 /// The same for the guard, which runs for ever and is to take out what fails, not what is a little worse: evidence for
 /// a ratio r grows only against a version that fails more than (r − 1)/ln r times as often, here 1.8.
@@ -81,10 +81,10 @@ pub fn tilt(count: f64, all: f64, probability: f64, ratio: f64) -> f64 {
     count * libm::log1p(ratio - 1.0) - all * libm::log1p(probability * (ratio - 1.0))
 }
 
-/// Evidence for several alternatives at once that keeps what it has seen, and also begins anew after each batch: what
-/// was fine for long and then fails is found too. Half of it is there at the start, the rest comes in ever smaller
-/// parts; so, if each batch multiplies it by 1 at most on average, it ever reaches 1/α with probability α at most
-/// (Ville).
+/// Evidence for several alternatives at once that keeps all batches and also restarts after each batch, so that it detects
+/// a version that was fine for long and then fails. Half of its weight is present at the start and the rest is added in
+/// ever smaller parts. So, if each batch multiplies it by at most 1 on average, the probability that it ever reaches 1/α
+/// is at most α (Ville).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     #[serde(with = "bits")]
@@ -233,7 +233,7 @@ mod tests {
             }
         }
 
-        /// So many of all requests fail, whoever serves them, and chance dealt them.
+        /// A fixed number of requests fails, independent of the version, and versions are assigned at random.
         #[test]
         fn errors_dealt_at_random_gain_nothing_on_average(requests in 0u64..12, others in 0u64..40, part in 0.0..=1.0) {
             let bad = (part * (requests + others) as f64) as u64;

@@ -14,42 +14,42 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Requests that make a batch. Fewer, and each batch would be of one version at low traffic, with nothing to compare;
-/// more, and at 100 requests a second batches would be slower than looks.
+/// The number of requests in a batch. With fewer, a batch at low traffic would contain one version only and allow no
+/// comparison; with more, batches at 100 requests a second would take longer than the interval between looks.
 const BATCH: u64 = 10;
-/// A look at which a version had errors counts as one error against it, however many there were; as so many if at
+/// A look at which a version had errors counts as one error against it, however many there were, or as this many if at
 /// least half of its requests failed.
 const MOST_PER_LOOK: u64 = 2;
-/// A veto takes errors at so many looks: a clump of errors that is over within 300 ms is seen at four.
+/// A veto needs errors in at least this many looks: a burst of errors shorter than 300 ms spans at most four.
 const FEWEST_LOOKS: u64 = 5;
-/// A version that fails fewer than one in so many requests does not fail in the guard's sense, however well the others
-/// do; nor do errors count together that are further apart.
+/// The guard ignores error rates below one in this many requests, however well the others do. Errors that are further
+/// apart do not count together.
 const FAILING_ONE_IN: u64 = 50;
 
 /// A client adds the logarithm of the bound divided by this at most: three clients are the fewest that a veto takes.
 const CLIENTS_PER_VETO: f64 = 2.5;
-/// For so long a user of a session that has counted does not count again.
+/// How long a session's user does not count again after it counted.
 const USER_NANOS: u64 = 600_000_000_000;
-/// For so long after a version's share was lowered, what ends may have been dealt before.
+/// How long after a version's share was lowered requests that end may have been assigned at the old share.
 const SHARE_NANOS: u64 = 60_000_000_000;
 
-/// How a service is guarded.
+/// The guard's settings for a service.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(into = "WrittenGuardPolicy")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(with = "WrittenGuardPolicy"))]
 pub struct GuardPolicy {
-    /// Whether it is.
+    /// Whether the guard is enabled.
     pub enabled: bool,
     /// α: a version that is no worse than the others is vetoed at most once in 1/α batches that have errors, on
     /// average. 1e-12 to 0.01.
     pub false_veto_rate: f64,
-    /// How long the first veto on a version lasts; each further one twice as long as the one before.
+    /// How long the first veto on a version lasts; each further one lasts twice as long as the previous one.
     pub cool_down: Duration,
-    /// The longest that a veto lasts, and the time without one after which the next is a first one again.
+    /// The maximum duration of a veto, and the time without vetoes after which the next one counts as the first again.
     pub max_cool_down: Duration,
 }
 
-/// The longest veto that a document may ask for: a day.
+/// The maximum duration of a veto in a document: one day.
 const LONGEST_SECONDS: u64 = 24 * 3600;
 
 /// [`GuardPolicy`] as documents have it.
@@ -57,19 +57,18 @@ const LONGEST_SECONDS: u64 = 24 * 3600;
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 struct WrittenGuardPolicy {
-    /// Whether the proxies may take a failing version out of service by themselves; default true.
+    /// Whether proxies may eject a failing version on their own; default true.
     #[cfg_attr(feature = "schema", schemars(with = "Option<bool>", extend("default" = true)))]
     enabled: bool,
-    /// How often they may at most do that to a version that is no worse than the others, for each batch of requests
-    /// with errors; default 1e-7.
+    /// The maximum probability, per batch of requests with errors, of ejecting a version that is no worse than the others;
+    /// default 1e-7.
     #[cfg_attr(feature = "schema", schemars(with = "Option<f64>", range(min = 1e-12, max = 0.01), extend("default" = 1e-7)))]
     false_veto_rate: f64,
-    /// How long the first veto on a version lasts, up to a day; each further one twice as long as the one before.
-    /// Default 10.
+    /// The duration of the first ejection of a version, at most one day; each further one lasts twice as long. Default 10.
     #[cfg_attr(feature = "schema", schemars(with = "Option<u64>", range(min = 1, max = LONGEST_SECONDS), extend("default" = 10)))]
     cool_down_seconds: u64,
-    /// The longest that a veto lasts, up to a day, and the time without one after which the next is a first one again.
-    /// Default 300, or coolDownSeconds if that is more.
+    /// The maximum duration of an ejection, at most one day; after that time without ejections the next one counts as the
+    /// first again. Default 300, or coolDownSeconds if that is more.
     #[cfg_attr(feature = "schema", schemars(with = "Option<u64>", range(min = 1, max = LONGEST_SECONDS)))]
     max_cool_down_seconds: u64,
 }
@@ -97,7 +96,7 @@ impl Default for GuardPolicy {
 }
 
 impl GuardPolicy {
-    /// Whether a document need not say it.
+    /// Whether these are the defaults, which a document may omit.
     pub(crate) fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -133,7 +132,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What the proxy knows of one version when it asks the guard.
+/// What the proxy knows about one version when it calls the guard.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Observed<'a> {
     /// The version's name.
@@ -159,9 +158,9 @@ pub struct Observed<'a> {
 pub struct Veto {
     /// The version.
     pub version: String,
-    /// When it gets its traffic back, in nanoseconds since 1970.
+    /// When the veto ends, in nanoseconds since 1970.
     pub until: u64,
-    /// Which veto in a row this is, from 1.
+    /// The number of this veto in the current series, counted from 1.
     pub strikes: u32,
     /// Its requests since the evidence began, and how many failed.
     pub requests: u64,
@@ -294,7 +293,7 @@ impl Clients {
         self.sums.iter().all(|sum| *sum <= 0.0)
     }
 
-    /// Starts again without evidence. What had ended since it began.
+    /// Discards the evidence and returns what had ended since it began.
     fn forget(&mut self) -> Batch {
         (self.sums, self.looks) = Default::default();
         self.limits.start_again();
@@ -303,7 +302,7 @@ impl Clients {
 }
 
 impl Guard {
-    /// A guard that knows nothing yet.
+    /// A guard without any counts.
     pub fn new(policy: GuardPolicy) -> Self {
         Self { policy, ..Self::default() }
     }
@@ -333,7 +332,7 @@ impl Guard {
         Self { policy, vetoes, past, ..Self::default() }
     }
 
-    /// Goes on by another policy; what is known stays.
+    /// Replaces the settings and keeps the evidence.
     pub fn set_policy(&mut self, policy: GuardPolicy) {
         self.policy = policy;
     }
@@ -360,8 +359,8 @@ impl Guard {
         self.note_shares(now, observed);
         self.end_vetoes_of_the_last(now, observed);
         let ended = self.end_vetoes(now);
-        // All counts of a batch must be of the same time, or they could not be compared. So whoever is new, or comes
-        // back, or has counters that were reset, starts a new batch for all; what it counted before is no news.
+        // All counts of a batch must cover the same time to be comparable. So a version that is new, returns, or has reset
+        // counters starts a new batch for all versions; its earlier counts are ignored.
         if ended || self.has_new_counters(observed) {
             self.start_batch(observed);
             return left || ended;
@@ -396,8 +395,7 @@ impl Guard {
         }
     }
 
-    /// Where no other version with weight is in service any more, a veto would leave the service's users with nobody:
-    /// its time is up.
+    /// Ends all vetoes if no other version with weight is in service, since they would leave users without a version.
     fn end_vetoes_of_the_last(&mut self, now: u64, observed: &[Observed<'_>]) {
         let is_left = |version: &Observed<'_>| version.serving && version.weight > 0 && !self.is_vetoed(version.name);
         if !observed.iter().any(is_left) {
@@ -407,7 +405,7 @@ impl Guard {
 
     fn end_vetoes(&mut self, now: u64) -> bool {
         let most = nanos(self.policy.max_cool_down);
-        // A clock that was set back keeps nobody out for longer, and no strike in mind.
+        // A clock that was set back extends neither a veto nor the memory of past vetoes.
         self.vetoes.iter_mut().for_each(|veto| veto.until = veto.until.min(now.saturating_add(most)));
         self.past.iter_mut().for_each(|veto| veto.until = veto.until.min(now));
         self.past.retain(|veto| now - veto.until < most);
@@ -465,7 +463,7 @@ impl Guard {
         true
     }
 
-    /// Vetoes whom it may, worst evidence first. Whether there was anybody.
+    /// Vetoes the versions with enough evidence, worst first, if they can be spared. Returns whether any was vetoed.
     fn veto_whom_evidence_is_against(&mut self, now: u64, observed: &[Observed<'_>]) -> bool {
         let enough = -libm::log(self.policy.false_veto_rate);
         let many = self.many_clients;
@@ -478,7 +476,7 @@ impl Guard {
         accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
         let before = self.vetoes.len();
         for (_, version) in accused {
-            // Evidence that cannot be acted on goes too: who can be spared later is judged by what it does then.
+            // Drop evidence even if it cannot be acted on: a version that can be spared later is judged by its later requests.
             let Some(watched) = self.versions.get_mut(version.name) else { continue };
             let of_clients = watched.clients.forget();
             let of_requests = watched.forget();
@@ -567,7 +565,7 @@ impl Watched {
         of_clients.into_iter().chain(of_requests).max_by(f64::total_cmp)
     }
 
-    /// Starts again without evidence. What had ended since it began.
+    /// Discards the evidence and returns what had ended since it began.
     fn forget(&mut self) -> Batch {
         (self.evidence, self.since_looks) = Default::default();
         std::mem::take(&mut self.since)
@@ -751,8 +749,8 @@ mod tests {
         assert!(fails(&[("v1", 50), ("v2", 50)]));
         assert!(fails(&[("v1", 50), ("v2", 0)]), "rules may send requests to it");
         assert!(!fails(&[("v1", 49), ("v2", 51)]));
-        assert!(!fails(&[("v1", 0), ("v2", 1)]), "nobody else has weight");
-        assert!(!fails(&[("v1", 0), ("v2", 0)]), "nobody has weight");
+        assert!(!fails(&[("v1", 0), ("v2", 1)]), "no other version has weight");
+        assert!(!fails(&[("v1", 0), ("v2", 0)]), "no version has weight");
 
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
         proxy.versions[0].2 = false;
@@ -772,13 +770,13 @@ mod tests {
             (proxy.versions[0].1, proxy.versions[0].2) = (weight, serving);
             assert!(proxy.look(), "at the next look");
             assert!(proxy.vetoed().is_empty(), "of v2 and v3, that fail alike, both");
-            // They are judged anew by what they do then, and their strikes are remembered.
+            // Both are judged by new evidence, and their past vetoes still count.
             assert_eq!(proxy.serve(100, &[("v2", 0, 10), ("v3", 0, 10)]), None);
             (proxy.versions[0].1, proxy.versions[0].2) = (80, true);
             assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v3", 1, 0)]), None);
             assert_eq!(proxy.fail_v2(), 20);
         }
-        // Somebody else is.
+        // Another version is left.
         let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
         proxy.fail_v2();
         proxy.versions[0].2 = false;

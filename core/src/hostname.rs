@@ -1,4 +1,4 @@
-//! Which service a request is for: hostnames by Gateway API's rules, the most specific first.
+//! Finds the service of a request by its hostname, with Gateway API's rules: the most specific hostname first.
 
 use crate::decode::Decoder;
 use crate::name::is_subdomain;
@@ -27,7 +27,7 @@ pub struct Hostnames {
 }
 
 impl Hostnames {
-    /// Lets `hostname` (`None`: every host) mean `target`.
+    /// Maps `hostname` (`None`: every host) to `target`.
     pub(crate) fn insert(&mut self, hostname: Option<&str>, target: usize) {
         match hostname {
             None => self.every = Some(target),
@@ -41,7 +41,7 @@ impl Hostnames {
         }
     }
 
-    /// Whether the host decides anything; if not, nobody needs to read it.
+    /// Whether the host affects the decision; if not, the filter need not read it.
     pub fn refer_to_host(&self) -> bool {
         !(self.exact.is_empty() && self.suffix.is_empty())
     }

@@ -1,10 +1,10 @@
-//! Tideshift's decisions, shared by the proxy's filter and the controller: the documents and what is valid in them,
-//! which version a request goes to, and how an exchange counts. Pure functions of their arguments: no clock, no
-//! randomness, no I/O and no log, so the same code runs in a proxy, in tests, in a browser's wasm and in `explain`.
+//! Tideshift's decisions, shared by the filter (data plane) and the controller (control plane): the documents and their
+//! validation, the choice of a version for a request, and the classification of an exchange. All functions are pure: no
+//! clock, randomness, I/O or logging, so the same code runs in a proxy, in tests, in a browser's wasm and in `explain`.
 //!
-//! A request's way: [`policy::Policy`] is read and compiled to a [`plan::Plan`]; [`plan::Plan::decide`] finds service,
-//! rule and split, and the version by session ([`session`]) or by turn ([`split`]); [`outcome::ErrorCodes::outcome`] says
-//! how it ended.
+//! The path of a request: a [`policy::Policy`] is compiled to a [`plan::Plan`]; [`plan::Plan::decide`] finds the service,
+//! rule and split, and then the version by session ([`session`]) or by turn ([`split`]);
+//! [`outcome::ErrorCodes::outcome`] classifies the result.
 
 pub mod clients;
 pub mod decode;

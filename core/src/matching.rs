@@ -1,5 +1,5 @@
-//! Which requests a rule is for: matches by header, cookie, query parameter, path and method, in the terms and with
-//! the meaning of Gateway API's HTTPRoute.
+//! Request matching: by header, cookie, query parameter, path and method, with the terms and the semantics of Gateway
+//! API's HTTPRoute.
 
 use crate::decode::{Decoder, Fields};
 use crate::name;
@@ -10,20 +10,20 @@ use serde::Serialize;
 use serde_json::Value;
 use std::borrow::Cow;
 
-/// One match; all of its fields must hold. One without fields holds for every request.
+/// One match; all of its fields must hold. A match without fields matches every request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Match {
-    /// Headers; the letter case of their names does not matter.
+    /// Headers; their names are case-insensitive.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::Header>>>"))]
     pub headers: Vec<NamedMatch>,
-    /// Cookies, compared as they were sent.
+    /// Cookies, compared without decoding.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::Cookie>>>"))]
     pub cookies: Vec<NamedMatch>,
-    /// Query parameters, compared after `%XX` and `+` are decoded; the first one of a name counts.
+    /// Query parameters, compared after decoding `%XX` and `+`; the first parameter of a name counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::NamedMatch<schema::QueryParam>>>"))]
     pub query_params: Vec<NamedMatch>,
@@ -31,7 +31,7 @@ pub struct Match {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::PathMatch>"))]
     pub path: Option<PathMatch>,
-    /// The method, in upper case as HTTP has it.
+    /// The method, in upper case.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Method>"))]
     pub method: Option<String>,

@@ -3,7 +3,7 @@
 use crate::decode::Decoder;
 use serde_json::Value;
 
-/// The prefix of every header that is ours; clients never get one of them past the filter.
+/// The prefix of Tideshift's own headers; the filter removes them from client requests.
 pub const OWN_HEADERS: &str = "x-tideshift-";
 
 /// The header that carries the chosen version to Envoy's routes, the upstream and the access logs.
@@ -12,7 +12,7 @@ pub const VERSION_HEADER: &str = "x-tideshift-version";
 /// The header that names the Envoy cluster for a copy of the request, to Envoy's mirror policies.
 pub const MIRROR_HEADER: &str = "x-tideshift-mirror";
 
-/// The header by which those who know the token ask why, and are told.
+/// The header with which clients that know the token request an explanation, and which returns it.
 pub const EXPLAIN_HEADER: &str = "x-tideshift-explain";
 
 /// A service's name: a Kubernetes object name (RFC 1123 subdomain, up to 253 characters).

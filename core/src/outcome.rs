@@ -1,4 +1,4 @@
-//! How an exchange ended, and for whom that speaks: what counts as the version's fault, as the client's, as neither.
+//! Classifies how an exchange ended: an error of the version, an error of the client, or neither.
 
 use crate::decode::Decoder;
 #[cfg(feature = "schema")]
@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::ops::RangeInclusive;
 
-/// How one request of a client ended, retries and hedging by the proxy included.
+/// How one request of a client ended, including retries and hedging by the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Answered.
+    /// The version answered.
     Ok,
-    /// Failed, and the version is to blame.
+    /// The request failed because of the version.
     Error,
-    /// Refused, because of what the client asked.
+    /// The version rejected the client's request.
     ClientError,
-    /// The client went away before the answer was complete; never the version's fault.
+    /// The client disconnected before the response was complete; never counts against the version.
     Cancelled,
 }
 
@@ -36,10 +36,10 @@ impl Outcome {
     }
 }
 
-/// What the proxy knows of an exchange when it is over.
+/// What the proxy knows about an exchange when it has ended.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ending {
-    /// The HTTP status that the client got; `None` if no answer had started.
+    /// The HTTP status that the client received; `None` if no response had started.
     pub status: Option<u16>,
     /// `grpc-status` from the answer's trailers, or its headers if it had nothing else.
     pub grpc_status: Option<u32>,
@@ -57,7 +57,7 @@ pub struct Ending {
 const VERSION_FAILED: u64 =
     0x2 | 0x4 | 0x10 | 0x20 | 0x40 | 0x80 | 0x8000 | 0x8_0000 | 0x40_0000 | 0x80_0000 | 0x100_0000 | 0x400_0000;
 
-/// Which endings are the version's fault, for one service.
+/// Which results count as errors of the version, for one service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(into = "WrittenErrorCodes")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(with = "WrittenErrorCodes"))]
@@ -71,7 +71,7 @@ pub struct ErrorCodes {
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 struct WrittenErrorCodes {
-    /// HTTP statuses, such as 429, and ranges of them, such as "500-599", which is the default.
+    /// HTTP statuses, such as 429, and ranges, such as "500-599", which is the default.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::StatusRange>>", extend("default" = ["500-599"])))]
     status_codes: Vec<String>,
     /// gRPC statuses; default 2 (UNKNOWN), 4 (DEADLINE_EXCEEDED), 12 (UNIMPLEMENTED), 13 (INTERNAL), 14 (UNAVAILABLE), 15
@@ -102,7 +102,7 @@ impl ErrorCodes {
     /// is the version's whatever the codes say; an answer that the codes do not call an error is one only then.
     pub fn outcome(&self, ending: &Ending) -> Outcome {
         let is_error = |status: u16| self.status.iter().any(|range| range.contains(&status));
-        // A WebSocket's connections always break off in the end; what tells is whether somebody wanted that.
+        // A WebSocket's connection always breaks off in the end; it is fine if the server or the client closed it.
         if ending.status == Some(101) && (ending.is_closed || ending.is_client_gone()) {
             return Outcome::Ok;
         }
@@ -138,8 +138,8 @@ impl ErrorCodes {
 }
 
 impl Ending {
-    /// Whether this is no end at all: nobody has answered and nothing went wrong. So it looks when Envoy follows a
-    /// redirection by itself; the request then comes again.
+    /// Whether the exchange has not really ended: there is no response and no failure. Envoy reports this when it follows an
+    /// internal redirect; the request then passes the filter again.
     pub fn goes_on(&self) -> bool {
         self.status.is_none() && self.flags == 0
     }

@@ -1,5 +1,5 @@
-//! The plan: a policy compiled for choosing, and the choice itself. [`Plan::route`] finds the service, the rule and the
-//! split that a request is for; [`Plan::decide`] goes on from there by session and by turn to the version.
+//! The plan: a policy compiled for fast decisions, and the decision itself. [`Plan::route`] finds the service, rule and
+//! split of a request; [`Plan::decide`] then chooses the version by session or by turn.
 
 use crate::hostname::Hostnames;
 use crate::matching::{Match, header_name};
@@ -12,7 +12,7 @@ use crate::session::{Given, Session, SessionBy, SessionHash};
 pub use crate::split::{Split, Turns};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A policy made ready to choose by.
+/// A compiled policy.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
     /// The revision of the policy that it was made from.
@@ -80,7 +80,7 @@ pub struct Route<'p> {
     mirror: Option<&'p MirrorPlan>,
 }
 
-/// What is to be done with a request.
+/// The decision for a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision<'p> {
     /// The service that it is for, as an index of [`Plan::services`].
@@ -120,7 +120,7 @@ impl Chosen {
     pub const ALL: [Self; 3] = [Self::Dealt, Self::Session, Self::Rule];
 }
 
-/// Why a version was chosen. Buckets are for people to compare: a user's stays the same, a point moves on.
+/// Why a version was chosen. Buckets help people to compare: a user's bucket stays the same, a point advances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// Its turn came: the sequence's point, of so many.
@@ -157,7 +157,7 @@ impl Plan {
                 hostnames.insert(Some(hostname), i);
             }
             let is_out = |version: &Version| !version.serving || is_vetoed(&service.name, &version.name);
-            // Vetoes that leave users with nobody are no help to them; the guard ends these with its next look.
+            // Ignore vetoes that would leave users without a version; the guard ends them at its next look.
             let is_heeded = service.versions.iter().any(|version| version.weight > 0 && !is_out(version));
             let serves = |version: &Version| version.serving && !(is_heeded && is_out(version));
             services.push(ServicePlan::new(service, slots, serves));
@@ -184,8 +184,8 @@ impl Plan {
         let authority = if self.hostnames.refer_to_host() { request.header(AUTHORITY) } else { None };
         let index = self.hostnames.find(authority.as_deref().unwrap_or_default())?;
         let service = self.services.get(index)?;
-        // Rules come first, so that testers reach what users do not see yet. A rule that has nobody in service to
-        // offer is passed over.
+        // Rules come first, so that testers reach versions that users do not get yet. Skip a rule without a version in
+        // service.
         let takes = |i: &usize| {
             let rule = service.rules.get(*i);
             rule.is_some_and(|(rule, to)| !to.split.is_empty() && rule.holds(request))
@@ -375,8 +375,8 @@ impl SessionPlan {
                 let keeps = |split: &Split| kept.filter(|version| split.has(*version));
                 let (version, reason) = match keeps(route.split) {
                     Some(version) => (Some(version), Reason::Session(bucket)),
-                    // Somebody new: by turn, so that the shares of those who send no cookies back are even too. Under a
-                    // rule by hash, since the cookie may have to say something else.
+                    // A new user: by turn, so that shares are even for clients that ignore cookies, too. Under a rule by
+                    // hash, because the cookie may have to name another version.
                     None if is_new && route.rule.is_none() => {
                         let choice = Choice::by_turn(route.split, turns);
                         (choice.version, choice.reason)

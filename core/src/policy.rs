@@ -29,7 +29,7 @@ pub struct Policy {
     /// configuration's counts: a policy that was delivered cannot send the proxy elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controller: Option<ControllerRef>,
-    /// Who may ask why a request went where it did; `None`: nobody.
+    /// The token that permits requests for explanations; `None`: explanations are disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explain: Option<Explain>,
     /// Whether the filter removes every `x-tideshift-*` header that a client sends; `true` where left out. `false`
@@ -127,39 +127,39 @@ pub struct Version {
     pub cluster: Option<String>,
 }
 
-/// Copies of requests for a version whose answers nobody sees.
+/// Mirroring: copies of requests go to a version, and its responses are discarded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Mirror {
     /// One of the service's versions.
     #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub version: String,
-    /// The share of the requests, 0 to 100; 100 where left out.
+    /// The percentage of the requests, 0 to 100; default 100.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Share>", extend("default" = 100)))]
     pub percent: u32,
-    /// Only requests with one of these methods: GET, HEAD, OPTIONS and TRACE where left out, since an order that is
-    /// sent twice is two orders.
+    /// Mirror only requests with these methods. Default: GET, HEAD, OPTIONS and TRACE, because a mirrored POST could place an
+    /// order twice.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Method>>", extend("default" = Self::SAFE)))]
     pub methods: Vec<String>,
 }
 
-/// Requests that are split in a way of their own.
+/// A rule for requests with a split of their own.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub struct Rule {
-    /// For people: messages and `tideshift explain` use it.
+    /// A name for messages and `tideshift explain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::FilledText>"))]
     pub name: Option<String>,
-    /// Alternatives; none: every request.
+    /// The matches; a request needs to satisfy one of them. Default: every request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Match>>"))]
     pub matches: Vec<Match>,
-    /// At least one, all of them versions of the service.
+    /// The versions and their weights; at least one.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_VERSIONS)))]
     pub versions: Vec<WeightedVersion>,
-    /// Which of its requests are also sent to another version.
+    /// Which of the rule's requests are also mirrored to another version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
 }
@@ -172,7 +172,7 @@ pub struct WeightedVersion {
     /// One of the service's versions.
     #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub name: String,
-    /// 0 to 1,000,000, relative to the sum; 1 where left out, as in Gateway API.
+    /// The weight, 0 to 1,000,000, relative to the sum; default 1, as in Gateway API.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Weight>", extend("default" = 1)))]
     pub weight: u32,
 }

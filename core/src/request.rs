@@ -1,4 +1,4 @@
-//! What the decisions may ask of a request, and the parts that they take a request into.
+//! The view of a request that decisions use, and functions that parse its parts.
 
 use percent_encoding::percent_decode;
 use std::borrow::Cow;

@@ -1,5 +1,5 @@
-//! Whether a request reached its version: Envoy's routes decide that, and a version without a route of its own is answered
-//! by another's cluster, under the name of the first.
+//! Checks that a request reached its version. Envoy's routes decide that: a version without a route of its own is served by
+//! another version's cluster, under the name of the first.
 //!
 //! Where the policy names a version's cluster, that is its own. Elsewhere clusters are learned: one that the stable version
 //! uses is no other's, and of two other versions it is the first's. So versions that share a cluster cannot be told apart,
@@ -7,12 +7,12 @@
 
 use siphasher::sip::SipHasher24;
 
-/// The first requests of each version after each policy that are looked at.
+/// The number of requests per version that are checked after each policy.
 const FIRST: u8 = 3;
-/// The most clusters of one version that are remembered: routes by path may lead to several.
+/// The maximum number of remembered clusters per version: routes by path may lead to several.
 const MOST_CLUSTERS: usize = 8;
 
-/// What is known of one service's routes, by the versions' indexes.
+/// The known routes of one service, by version index.
 #[derive(Debug, Clone, Default)]
 pub struct Routes(Vec<Version>);
 
@@ -45,14 +45,14 @@ impl Routes {
         }
     }
 
-    /// A version is gone: what was learned of it holds for no other.
+    /// Forgets what was learned about a removed version.
     pub fn forget(&mut self, version: usize) {
         if let Some(of) = self.0.get_mut(version) {
             *of = Version::default();
         }
     }
 
-    /// Whether the next request of a version has to be looked at; else a sample will do.
+    /// Whether the next request of a version must be checked; otherwise a sample is sufficient.
     pub fn asks_for(&self, version: usize) -> bool {
         self.0.get(version).is_none_or(|version| version.is_misrouted || version.reached < FIRST)
     }

@@ -1,5 +1,5 @@
-//! Which of a service's rules can match a request at all. Most rules want a header, a cookie or a path of just one
-//! value: those are found by that value, so that a hundred of them cost hardly more than one.
+//! An index that finds the rules of a service that can match a request. Most rules require one exact value of a header, a
+//! cookie or a path: the index finds them by that value, so that a hundred of them cost hardly more than one.
 
 use crate::matching::{Match, PathMatch, ValueMatch};
 use crate::policy::Rule;
@@ -12,11 +12,11 @@ pub(crate) struct RuleIndex {
     headers: BTreeMap<String, Rules>,
     cookies: BTreeMap<String, Rules>,
     paths: Rules,
-    /// Rules with a match that no value leads to.
+    /// Rules with a match that has no indexed value.
     others: Vec<usize>,
 }
 
-/// Rules by the value that they want.
+/// Rules by their required value.
 type Rules = BTreeMap<Vec<u8>, Vec<usize>>;
 
 /// A condition that one value leads to.

@@ -1,9 +1,10 @@
-//! What a TrafficShift looks like, as a JSON Schema: made from the types that documents are read into, for those who have
-//! to know it without this code (Kubernetes' API server, the API's document). Here is what these types leave to their
-//! readers: a document's fields where they are not a type's own, and what its texts and numbers may be. What spans
-//! fields, a schema cannot say; [`TrafficShift::read`] has the last word.
+//! The JSON Schema of a TrafficShift, generated from the types that documents are read into. Kubernetes' API server and
+//! the OpenAPI document use it. This module adds what those types leave to their readers: fields that do not belong to a
+//! single type, and the limits of strings and numbers. A schema cannot express rules that span fields;
+//! [`TrafficShift::read`] checks those.
 //!
-//! A default is only said where leaving the field out means the same as writing it; other defaults are in the words.
+//! The schema declares a default only if omitting the field means the same as writing it; the descriptions name the other
+//! defaults.
 
 use crate::matching;
 use crate::shift::{self, LONGEST_ROUTE_TIMEOUT, LONGEST_SECONDS, NotificationFormat, ShiftService, TrafficShift};
@@ -14,14 +15,14 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-/// The schema of a whole document; its types are in `$defs`, by their names.
+/// The schema of a whole document; `$defs` contains its types by name.
 pub fn traffic_shift() -> Schema {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     let spec = generator.subschema_for::<TrafficShift>();
     let mut schema = json_schema!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "description": "What users want of one service's traffic, or of several that move together; `tideshift validate` says \
-                        what is wrong with one.",
+        "description": "The desired traffic of one service, or of several services that move together. `tideshift validate` \
+                        checks a document.",
         "type": "object",
         "required": ["apiVersion", "kind", "metadata", "spec"],
         "properties": {
@@ -36,7 +37,7 @@ pub fn traffic_shift() -> Schema {
                 },
             },
             "spec": spec,
-            "status": {"description": "How it stands, where Kubernetes keeps the document; not read.", "type": "object"},
+            "status": {"description": "The observed state, which the controller writes in Kubernetes; ignored when a document is read.", "type": "object"},
         },
         "additionalProperties": false,
         "$defs": generator.take_definitions(true),
@@ -45,7 +46,7 @@ pub fn traffic_shift() -> Schema {
     schema
 }
 
-/// Null is the same as nothing at all, everywhere, so no field needs to say so.
+/// Null means the same as an omitted field everywhere, so the schema does not list it.
 fn without_null(schema: &mut Schema) {
     if let Some(kinds) = schema.get_mut("type").and_then(Value::as_array_mut) {
         kinds.retain(|kind| kind != "null");
@@ -69,7 +70,7 @@ fn without_null(schema: &mut Schema) {
     }
 }
 
-/// Schemas of texts and numbers, for `with`.
+/// Schemas of strings and numbers, for `with`.
 macro_rules! schemas {
     ($($(#[doc = $doc:literal])* $name:ident = $schema:tt;)*) => {$(
         $(#[doc = $doc])*
@@ -98,14 +99,14 @@ macro_rules! subdomain {
     };
 }
 
-/// The same in letters of any case, or an IPv4 address; what dots may be between is left to the readers.
+/// The same with upper-case letters, or an IPv4 address; the readers check the position of the dots.
 macro_rules! host {
     () => {
         "[A-Za-z0-9]([-.A-Za-z0-9]*[A-Za-z0-9])?"
     };
 }
 
-/// What an IPv6 address is made of.
+/// The characters of an IPv6 address.
 macro_rules! ipv6 {
     () => {
         "[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*"
@@ -121,7 +122,7 @@ schemas! {
     VersionName = {"type": "string", "maxLength": 63, "pattern": concat!("^", subdomain!(), "$")};
     /// [`crate::name::is_token`]
     Token = {"type": "string", "pattern": TOKEN};
-    /// [`crate::name::header`], which begins with anything but `x-tideshift-`; a pattern cannot say that.
+    /// [`crate::name::header`], which rejects names that start with `x-tideshift-`; a pattern cannot express that.
     Header = {"type": "string", "pattern": TOKEN};
     Cookie = {"type": "string", "pattern": TOKEN};
     QueryParam = {"type": "string", "minLength": 1};
@@ -133,10 +134,10 @@ schemas! {
     SecretKey = {"type": "string", "maxLength": 253, "pattern": "^(\\.?[-_A-Za-z0-9][-._A-Za-z0-9]*)$"};
     /// [`crate::hostname::read`]
     Hostname = {"type": "string", "maxLength": 255, "pattern": "^(\\*\\.)?[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*$"};
-    /// The host of a probe, in place of the endpoint's own.
+    /// The host of a probe, which replaces the endpoint's.
     Host = {"type": "string", "maxLength": 253, "pattern": concat!("^(", host!(), "|", ipv6!(), ")$")};
     Port = {"type": "integer", "minimum": 1, "maximum": 65_535};
-    /// The path of a request of our own.
+    /// The path of a request that the controller sends.
     Path = {"type": "string", "pattern": "^/[!-~]*$"};
     HeaderValue = {"type": "string", "pattern": "^[ -~]*$"};
     /// [`shift::Endpoint`]
@@ -176,7 +177,7 @@ schemas! {
         "maximum": 1_000_000,
         "pattern": "^0*(1000|[0-9]{1,3})%$",
     };
-    /// [`shift::Quantity`], no more than everything
+    /// [`shift::Quantity`], at most 100 %
     PartText = {
         "type": ["integer", "string"],
         "minimum": 0,
@@ -198,7 +199,7 @@ schemas! {
     Phase = {"type": "string", "enum": shift::PHASES};
 }
 
-/// A spec is one service of the document's name, or has a list of services.
+/// A spec describes one service with the document's name, or has a list of services.
 pub(crate) struct Services;
 
 impl JsonSchema for Services {
@@ -216,9 +217,9 @@ impl JsonSchema for Services {
         if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
             fields.remove("name");
             let services = json!({
-                "description": "Services that move together, in place of the fields of one service here: hostnames, versions, \
-                                rules, session, errors, mirror, guard, capacity and timeoutSeconds. All have the same \
-                                versions.",
+                "description": "Services that move together. Replaces the per-service fields of the spec: hostnames, versions, \
+                                rules, session, errors, mirror, guard, capacity and timeoutSeconds. All services have the \
+                                same versions.",
                 "type": "array",
                 "minItems": 1,
                 "items": generator.subschema_for::<ShiftService>(),
@@ -229,39 +230,39 @@ impl JsonSchema for Services {
     }
 }
 
-/// A preview of the target, then everything at once.
+/// Blue/green: a preview of the target, then all traffic at once.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct BlueGreen {
-    /// Whether the target gets everything without being promoted by somebody; default true.
+    /// Whether the target gets all traffic without a manual promotion; default true.
     #[schemars(extend("default" = true))]
     auto_promotion_enabled: Option<bool>,
-    /// How long the target is on preview before it gets everything; default 0.
+    /// How long the preview lasts before the target gets all traffic; default 0.
     #[schemars(with = "Option<Seconds>", extend("default" = 0))]
     auto_promotion_seconds: Option<u64>,
-    /// Requests that go to the target during the preview: testers before users. Alternatives.
+    /// Requests that go to the target during the preview, such as those of testers. A request needs to satisfy one match.
     preview_matches: Option<Vec<matching::Match>>,
-    /// How long the target must then have had everything before the rollout has succeeded; default 0.
+    /// How long the target must have all traffic before the rollout succeeds; default 0.
     #[schemars(with = "Option<Seconds>", extend("default" = 0))]
     hold_seconds: Option<u64>,
 }
 
-// The shape of [`matching::NamedMatch`]; `Name` says what names may be, and what it is called.
-/// Something named, and what its value must be.
+// The shape of [`matching::NamedMatch`]; `Name` determines the allowed names and the name of the type.
+/// A name and the value it must have.
 #[derive(JsonSchema)]
 #[schemars(rename = "{Name}Match", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct NamedMatch<Name> {
-    /// The name; letter case matters, except in headers' names.
+    /// The name; case-sensitive, except for header names.
     #[schemars(with = "Name")]
     name: PhantomData<Name>,
-    /// How the value is compared; default Exact. RegularExpression: from the value's first to its last character; values
-    /// longer than 4,096 bytes match none. Present: any value.
+    /// How to compare the value; default Exact. RegularExpression must match the whole value; values longer than 4,096 bytes
+    /// never match. Present accepts any value.
     #[schemars(rename = "type", extend("default" = "Exact"))]
     kind: Option<ValueMatchType>,
-    /// What the value is compared with; left out where the type is Present. Regular expressions have neither look-around
-    /// nor back-references.
+    /// The value to compare with; omit it if the type is Present. Regular expressions support neither look-around nor
+    /// back-references.
     value: Option<String>,
 }
 
@@ -275,17 +276,16 @@ enum ValueMatchType {
     Present,
 }
 
-/// What the path must be, its query left out.
+/// The required path, without the query.
 #[derive(JsonSchema)]
 #[schemars(deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct PathMatch {
-    /// How the path is compared; default PathPrefix, which is by path elements: `/cart` is for `/cart/1` and not for
-    /// `/cartoon`. RegularExpression: from the path's first to its last character; paths longer than 4,096 bytes match
-    /// none.
+    /// How to compare the path; default PathPrefix, which compares path elements: `/cart` matches `/cart/1` but not
+    /// `/cartoon`. RegularExpression must match the whole path; paths longer than 4,096 bytes never match.
     #[schemars(rename = "type", extend("default" = "PathPrefix"))]
     kind: Option<PathMatchType>,
-    /// A path that starts with `/`, without query, or a regular expression (without look-around and back-references).
+    /// A path that starts with `/` and has no query, or a regular expression (without look-around and back-references).
     value: String,
 }
 
@@ -298,26 +298,26 @@ enum PathMatchType {
     RegularExpression,
 }
 
-/// How the users of a service are told apart.
+/// Sticky sessions: how the proxies identify the users of a service.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Session {
-    /// Where a user's name is. Cookie: in a cookie that the proxy sets. Header: in a header of the request; users without
-    /// it have no session.
+    /// What identifies a user. Cookie: a cookie that the proxy sets. Header: a header of the request; requests without it
+    /// have no session.
     #[schemars(rename = "type")]
     kind: SessionType,
-    /// The cookie's or header's name.
+    /// The name of the cookie or header.
     #[schemars(with = "Token")]
     name: String,
-    /// How long browsers keep the cookie, up to 400 days; default a day. Only with type Cookie.
+    /// How long browsers keep the cookie, at most 400 days; default one day. Only with type Cookie.
     #[schemars(range(min = 1, max = 34_560_000))]
     ttl_seconds: Option<u64>,
-    /// Raised to take back what users were given: cookies of other generations no longer hold. Default 0.
+    /// Increase it to revoke all assignments of users to versions: cookies of other generations become invalid. Default 0.
     #[schemars(range(min = 0), extend("default" = 0))]
     generation: Option<u64>,
-    /// Salts the hash and signs the cookies; the same in all proxies that see the same users. Default: the service's
-    /// name, which keeps accidents out but nobody who knows how cookies are made.
+    /// The key that salts the hash and signs the cookies; identical in all proxies that serve the same users. Default: the
+    /// service's name, which prevents accidents but lets attackers forge cookies.
     #[schemars(with = "Option<Secret>")]
     secret: Option<String>,
     /// Where the secret is, in place of secret: a key of a Secret of the document's namespace, labelled
@@ -333,19 +333,19 @@ enum SessionType {
     Header,
 }
 
-/// What a probe tries, exactly one of them.
+/// The action of a probe; exactly one.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase")]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Check {
-    /// An HTTP GET; 200 to 399 is success.
+    /// An HTTP GET request; statuses 200 to 399 are successes.
     http_get: Option<shift::HttpGet>,
-    /// A TCP connection that opens.
+    /// A TCP connection; success if it opens.
     tcp_socket: Option<TcpSocket>,
-    /// A command that ends with 0, run by the controller with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and
-    /// `TIDESHIFT_VERSION` in its environment.
+    /// A command that the controller runs with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and `TIDESHIFT_VERSION` in its
+    /// environment; exit code 0 is success.
     exec: Option<Exec>,
-    /// A call of `grpc.health.v1.Health/Check`, without TLS, that answers `SERVING`.
+    /// A call of `grpc.health.v1.Health/Check` without TLS; the response `SERVING` is success.
     grpc: Option<Grpc>,
 }
 
@@ -353,10 +353,10 @@ pub(crate) struct Check {
 #[schemars(deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 struct TcpSocket {
-    /// In place of the endpoint's host.
+    /// Replaces the endpoint's host.
     #[schemars(with = "Option<Host>")]
     host: Option<String>,
-    /// In place of the endpoint's port.
+    /// Replaces the endpoint's port.
     #[schemars(with = "Option<Port>")]
     port: Option<u16>,
 }
@@ -365,7 +365,7 @@ struct TcpSocket {
 #[schemars(deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 struct Exec {
-    /// The program and its arguments; no shell.
+    /// The program and its arguments; they do not run in a shell.
     #[schemars(length(min = 1))]
     command: Vec<String>,
 }
@@ -374,69 +374,70 @@ struct Exec {
 #[schemars(deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 struct Grpc {
-    /// In place of the endpoint's port.
+    /// Replaces the endpoint's port.
     #[schemars(with = "Option<Port>")]
     port: Option<u16>,
-    /// The service that is asked for; default empty, which is the server as a whole.
+    /// The service to check; default empty, which means the whole server.
     #[schemars(extend("default" = ""))]
     service: Option<String>,
 }
 
-/// How often a probe is made.
+/// The interval of a probe.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase")]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Period {
-    /// From one probe to the next; default 10.
+    /// The time between probes; default 10.
     #[schemars(with = "Option<AtLeastOneSecond>")]
     period_seconds: Option<u64>,
-    /// The same in milliseconds, in place of periodSeconds.
+    /// The time between probes in milliseconds; replaces periodSeconds.
     #[schemars(with = "Option<Millis>")]
     period_millis: Option<u64>,
 }
 
-/// A header of a request of our own.
+/// A header of a request that the controller sends.
 #[derive(JsonSchema)]
 #[schemars(deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct HttpHeader {
-    /// The header's name.
+    /// The name of the header.
     #[schemars(with = "Token")]
     name: String,
-    /// Its value.
+    /// The value of the header.
     #[schemars(with = "HeaderValue")]
     value: String,
 }
 
-/// How a version is given the time to end what it is doing.
+/// How long a version may drain: finish the requests in flight.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Drain {
-    /// Default 300.
+    /// The deadline of the drain; default 300.
     #[schemars(with = "Option<Seconds>", extend("default" = 300))]
     timeout_seconds: Option<u64>,
 }
 
-/// What the load needs.
+/// The capacity that the load needs.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Capacity {
-    /// How many endpoints carry the whole load. Default: as many as the stable version has when a rollout starts.
+    /// The number of endpoints that carry the full load. Default: the number that the stable version has when a rollout
+    /// starts.
     #[schemars(with = "Option<Times>")]
     endpoints_for_full_load: Option<u32>,
 }
 
-/// Somebody who is asked or told.
+/// An HTTP endpoint that approves steps or receives notifications.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(dead_code, reason = "only its schema is used")]
 pub(crate) struct Webhook {
-    /// What messages call it; unlike that of any other webhook of the document.
+    /// The name in messages; unique within the document.
     #[schemars(with = "Name")]
     name: String,
-    /// Gate: must say yes before a step begins. Notification: is told of transitions.
+    /// Gate: must approve a step before it begins. Notification: receives transitions.
     #[schemars(rename = "type")]
     kind: WebhookType,
     /// Where to send: `http` or `https`, without user or fragment. Either this or urlSecretRef.
@@ -453,23 +454,23 @@ pub(crate) struct Webhook {
     /// A file of the controller's with the secret, in place of secret. It is read each time.
     #[schemars(with = "Option<FilledText>")]
     secret_file: Option<String>,
-    /// An answer that takes longer is none; default 10.
+    /// The timeout of a request; default 10.
     #[schemars(range(min = 1, max = 300), extend("default" = 10))]
     timeout_seconds: Option<u64>,
-    /// Of a Gate: the numbers of its steps, counted from 1. Default: every step.
+    /// Gate only: the numbers of the steps that it guards, counted from 1. Default: every step.
     #[schemars(length(min = 1), inner(range(min = 1, max = 1_000)))]
     steps: Option<Vec<usize>>,
-    /// Of a Gate: from a no to the next question; default 15.
+    /// Gate only: the time between a refusal and the next request; default 15.
     #[schemars(with = "Option<AtLeastOneSecond>")]
     period_seconds: Option<u64>,
-    /// Of a Notification: the phases that it is told of. Default: every transition.
+    /// Notification only: the phases that it receives. Default: every transition.
     #[schemars(with = "Option<Vec<Phase>>", length(min = 1))]
     phases: Option<Vec<String>>,
-    /// Of a Notification: how often what could not be delivered is tried again; default 5.
+    /// Notification only: the number of retries of a failed delivery; default 5.
     #[schemars(range(min = 0, max = 20))]
     retries: Option<u32>,
-    /// Of a Notification: what is sent; default Json. Json: all there is to know, as fields. Slack: `{"text": "..."}`, as
-    /// Slack, Mattermost and others take it.
+    /// Notification only: the format of the body; default Json. Json: all details as fields. Slack: `{"text": "..."}`, which
+    /// Slack, Mattermost and others accept.
     format: Option<NotificationFormat>,
 }
 

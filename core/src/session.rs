@@ -1,8 +1,8 @@
-//! Sessions: how a user stays on one version while weights move. A user is known by a header of theirs or by a cookie of
-//! ours; which version a user has is decided in [`crate::split`] and [`crate::plan`].
+//! Sticky sessions: how a user stays on one version while weights move. A request header or a cookie of the proxy
+//! identifies the user; [`crate::split`] and [`crate::plan`] choose the user's version.
 //!
-//! Everything here hangs on one hash for each service: SipHash-2-4 under a key that the session's secret gives. Who does
-//! not know the secret can neither find a user name that lands on a version nor write a cookie.
+//! Everything is based on one hash per service: SipHash-2-4 with a key derived from the session's secret. Without the
+//! secret, an attacker can neither find a user name that maps to a version nor forge a cookie.
 //!
 //! A cookie is `VERSION~GENERATION~STEP~ID~MAC`: what the user was given, the session's generation and the rollout's step
 //! at that time in decimal, a random number that tells users apart, and the SipHash of all before the last `~`, under a
@@ -18,18 +18,18 @@ use siphasher::sip::SipHasher24;
 use siphasher::sip128;
 use std::fmt;
 
-/// How the users of one service are told apart.
+/// How the users of one service are identified.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Session {
-    /// Where a user's name is.
+    /// What identifies a user.
     #[serde(flatten)]
     pub by: SessionBy,
     /// Cookies of other generations no longer hold: raised to revoke what users were given. Default 0.
     #[serde(skip_serializing_if = "is_zero")]
     pub generation: u64,
-    /// Salts the hash and signs the cookies; the same in all proxies that see the same users. Default: the service's
-    /// name, which keeps accidents out but nobody who knows how cookies are made.
+    /// The key that salts the hash and signs the cookies; identical in all proxies that serve the same users. Default: the
+    /// service's name, which prevents accidents but lets attackers forge cookies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secret: Option<Secret>,
     /// What cookies may also be signed with, as the secret has changed of late: who sends such a cookie keeps the version and
@@ -49,14 +49,14 @@ pub enum SessionBy {
         /// How long browsers keep it, 1 s to 400 days; default a day.
         ttl_seconds: u64,
     },
-    /// In a header of the request; one that is empty names nobody.
+    /// In a header of the request; an empty value identifies no user.
     Header {
         /// The header's name, in lower case.
         name: String,
     },
 }
 
-/// Text that no message or log shows.
+/// A string that never appears in messages or logs.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secret(String);
 

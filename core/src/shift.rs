@@ -1,5 +1,5 @@
-//! The TrafficShift: the document that says what users want of a service's traffic. The same shape works with
-//! `tideshift serve -f` and, in Kubernetes, as a resource.
+//! The TrafficShift: the document that describes the desired traffic of a service. The same format works with
+//! `tideshift serve -f` and as a Kubernetes resource.
 
 mod place;
 mod secret_ref;
@@ -33,7 +33,7 @@ pub const API_VERSION: &str = "tideshift.dev/v1alpha1";
 /// The `kind` that this build reads.
 pub const KIND: &str = "TrafficShift";
 
-/// What users want of one service's traffic, or of several that move together.
+/// The desired traffic of one service, or of several services that move together.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(
     feature = "schema",
@@ -41,34 +41,35 @@ pub const KIND: &str = "TrafficShift";
     schemars(rename_all = "camelCase", deny_unknown_fields, rename = "TrafficShiftSpec")
 )]
 pub struct TrafficShift {
-    /// The rollout's name, from `metadata.name`.
+    /// The name of the rollout, from `metadata.name`.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub name: String,
     /// The namespace, from `metadata.namespace`.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub namespace: Option<String>,
-    /// At least one. A document without `services` is for one, of the document's name. All have the same versions.
+    /// At least one service. A document without `services` describes one service with the document's name. All services
+    /// have the same versions.
     #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Services"))]
     pub services: Vec<ShiftService>,
-    /// The version that serves, and that a rollout goes back to.
+    /// The version that serves now, and to which a rollout rolls back.
     #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub stable: String,
-    /// The version to move to; none, or the stable one: no rollout.
+    /// The version to move to. There is no rollout if it is absent or equal to stable.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::VersionName>"))]
     pub target: Option<String>,
-    /// The way from stable to target.
+    /// How traffic moves from stable to target.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Strategy>"))]
     pub strategy: Strategy,
-    /// How the target is judged.
+    /// How the rollout analyses the target.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Settings>"))]
     pub analysis: Settings,
-    /// How long a version may take to end what it is doing, after it was given nothing more; default 300 s.
+    /// How long a version may take to finish its requests in flight after its last traffic; default 300 s.
     #[cfg_attr(feature = "schema", schemars(rename = "drain", with = "Option<schema::Drain>"))]
     pub drain_timeout: Duration,
     /// What becomes of its traffic when the document is deleted.
     #[cfg_attr(feature = "schema", schemars(with = "Option<OnDelete>", extend("default" = "Keep")))]
     pub on_delete: OnDelete,
-    /// Who is asked before a step begins, and who is told of what happens.
+    /// Gates that approve steps, and receivers of notifications.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Webhook>>"))]
     pub webhooks: Vec<Webhook>,
 }
@@ -89,19 +90,19 @@ pub enum OnDelete {
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct ShiftService {
-    /// What policies, metrics and the status call it.
+    /// The name of the service in policies, metrics and the status.
     #[cfg_attr(feature = "schema", schemars(with = "schema::Name"))]
     pub name: String,
-    /// The hosts that clients call: exact, or `*.suffix`; none: every host.
+    /// The hostnames that clients call: exact, or `*.suffix`. Default: every host.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Hostname>>"))]
     pub hostnames: Vec<String>,
     /// The versions, at least one.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = policy::MAX_VERSIONS)))]
     pub versions: Vec<ShiftVersion>,
-    /// Requests that are split in a way of their own; the first rule that matches counts.
+    /// Rules for requests with a split of their own; the first matching rule applies.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Rule>>"))]
     pub rules: Vec<Rule>,
-    /// How users stay on one version; none: each request is on its own.
+    /// Sticky sessions: how users stay on one version. Default: each request is independent.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Session>"))]
     pub session: Option<Session>,
     /// Where the session's secret is, if it is not in the document.
@@ -110,16 +111,17 @@ pub struct ShiftService {
     /// What is the versions' fault.
     #[cfg_attr(feature = "schema", schemars(with = "Option<ErrorCodes>"))]
     pub errors: ErrorCodes,
-    /// Which of the requests that no rule takes are also sent to another version.
+    /// Mirroring: which requests without a matching rule are also copied to another version.
     pub mirror: Option<Mirror>,
-    /// The proxies' own quick veto on a failing version.
+    /// Outlier ejection: each proxy's own fast veto on a failing version.
     #[cfg_attr(feature = "schema", schemars(with = "Option<GuardPolicy>"))]
     pub guard: GuardPolicy,
-    /// How many endpoints carry the whole load; none: as many as the stable version has when a rollout starts.
+    /// The number of endpoints that carry the full load. Default: the number that the stable version has when a rollout
+    /// starts.
     #[cfg_attr(feature = "schema", schemars(rename = "capacity", with = "Option<schema::Capacity>"))]
     pub endpoints_for_full_load: Option<u32>,
-    /// How long a request may take on the routes that `tideshift render` prints, from its end to that of the answer; 0: as
-    /// long as it does, for streams and long polls. Left out: 15 s for Envoy, else what the gateway has by default.
+    /// The request timeout of the routes that `tideshift render` prints, from the end of the request to the end of the
+    /// response; 0 disables it, for streams and long polls. Default: 15 s for Envoy, otherwise the gateway's default.
     #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::RouteTimeout>"))]
     pub timeout: Option<Duration>,
 }
@@ -128,23 +130,23 @@ pub struct ShiftService {
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct ShiftVersion {
-    /// The version's name.
+    /// The name of the version.
     #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
     pub name: String,
-    /// Where it runs, as `host:port`, outside Kubernetes; none: it cannot take traffic yet.
+    /// The endpoints outside Kubernetes, as `host:port`. Without endpoints the version cannot receive traffic yet.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::EndpointText>>"))]
     pub endpoints: Vec<Endpoint>,
-    /// How to find where it runs in Kubernetes; not together with `endpoints`.
+    /// How to find the endpoints in Kubernetes; excludes `endpoints`.
     #[cfg_attr(feature = "schema", schemars(flatten, with = "Discovery"))]
     pub discovery: Option<Discovery>,
-    /// In Kubernetes: the cluster that it runs in, by its name; none: the controller's own.
+    /// In Kubernetes: the name of the cluster that the version runs in. Default: the controller's cluster.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::VersionName>"))]
     pub cluster: Option<String>,
-    /// What runs it in Kubernetes, if the rollout is to scale that.
+    /// The Kubernetes workload that runs the version, if the rollout should scale it.
     #[cfg_attr(feature = "schema", schemars(rename = "workloadRef"))]
     pub workload: Option<WorkloadRef>,
-    /// How many endpoints it is meant to have, where something else than the list of them says so: in Kubernetes its
-    /// workload. Never in a document.
+    /// The desired number of endpoints, if a source other than their list defines it: in Kubernetes the workload. Never
+    /// part of a document.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub replicas: Option<u32>,
     /// Until when, in milliseconds since 1970, it may go on serving although its document no longer has it. Never in a
@@ -168,49 +170,49 @@ pub struct Endpoint {
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Probe {
-    /// What to try.
+    /// The action.
     #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Check"))]
     pub check: Check,
-    /// From an endpoint's first appearance to its first probe; default 0.
+    /// The time from an endpoint's first appearance to its first probe; default 0.
     #[cfg_attr(feature = "schema", schemars(rename = "initialDelaySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub initial_delay: Duration,
-    /// From one probe to the next; default 10 s.
+    /// The time between probes; default 10 s.
     #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Period"))]
     pub period: Duration,
-    /// A probe that takes longer has failed; default 1 s.
+    /// The timeout of a probe; default 1 s.
     #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 1)))]
     pub timeout: Duration,
-    /// Successes in a row that make an endpoint ready; default 1.
+    /// The number of consecutive successes that make an endpoint ready; default 1.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 1)))]
     pub success_threshold: u32,
-    /// Failures in a row that make it not ready; default 3.
+    /// The number of consecutive failures that make an endpoint not ready; default 3.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 3)))]
     pub failure_threshold: u32,
 }
 
-/// What a probe tries.
+/// The action of a probe.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Check {
-    /// An HTTP GET; 200 to 399 is success.
+    /// An HTTP GET request; statuses 200 to 399 are successes.
     HttpGet(HttpGet),
-    /// A TCP connection that opens.
+    /// A TCP connection; success if it opens.
     TcpSocket {
-        /// In place of the endpoint's host.
+        /// Replaces the endpoint's host.
         host: Option<String>,
-        /// In place of the endpoint's port.
+        /// Replaces the endpoint's port.
         port: Option<u16>,
     },
-    /// A command that ends with 0, run by the controller with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and
-    /// `TIDESHIFT_VERSION` in its environment.
+    /// A command that the controller runs with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and `TIDESHIFT_VERSION` in its
+    /// environment; exit code 0 is success.
     Exec {
-        /// The program and its arguments; no shell.
+        /// The program and its arguments; they do not run in a shell.
         command: Vec<String>,
     },
-    /// A call of `grpc.health.v1.Health/Check`, without TLS, that answers `SERVING`.
+    /// A call of `grpc.health.v1.Health/Check` without TLS; the response `SERVING` is success.
     Grpc {
-        /// In place of the endpoint's port.
+        /// Replaces the endpoint's port.
         port: Option<u16>,
-        /// The service that is asked for; default empty, which is the server as a whole.
+        /// The service to check; default empty, which means the whole server.
         service: String,
     },
 }
@@ -222,16 +224,16 @@ pub struct HttpGet {
     /// Path and query; default `/`.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Path>", extend("default" = "/")))]
     pub path: String,
-    /// In place of the endpoint's host.
+    /// Replaces the endpoint's host.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Host>"))]
     pub host: Option<String>,
-    /// In place of the endpoint's port.
+    /// Replaces the endpoint's port.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Port>"))]
     pub port: Option<u16>,
-    /// Whether to speak TLS (certificates are not verified, as in Kubernetes).
+    /// HTTP, or HTTPS without certificate verification, as in Kubernetes; default HTTP.
     #[cfg_attr(feature = "schema", schemars(rename = "scheme", with = "Option<schema::Scheme>", extend("default" = "HTTP")))]
     pub https: bool,
-    /// Sent in addition.
+    /// Additional headers.
     #[cfg_attr(feature = "schema", schemars(rename = "httpHeaders", with = "Option<Vec<schema::HttpHeader>>"))]
     pub headers: Vec<(String, String)>,
 }
@@ -245,15 +247,16 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// How long a version may take to drain where the document says nothing.
+/// The default drain deadline.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
-/// The longest time-out of a route: a day, in seconds.
+/// The maximum timeout of a route: one day, in seconds.
 pub(crate) const LONGEST_ROUTE_TIMEOUT: u64 = 24 * 3600;
-/// The longest time that a document may ask for: a year, in seconds.
+/// The maximum duration in a document: one year, in seconds.
 pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
 impl TrafficShift {
-    /// Reads a document from a JSON value; every error at once. What Kubernetes adds to it, `status` too, is left alone.
+    /// Reads a document from a JSON value and returns every error at once. Ignores fields that Kubernetes adds, such as
+    /// `status`.
     pub fn read(value: &Value) -> Result<Self, Errors> {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
@@ -274,7 +277,7 @@ impl TrafficShift {
     fn read_spec(d: &mut Decoder, spec: &Value, name: Option<&String>) -> Option<Self> {
         let mut f = d.object(spec)?;
         let several = f.has("services");
-        // What is the services' own is asked for in one place or in the other.
+        // The per-service fields are either in the spec or in `services`.
         let own = match several {
             false => ShiftService::read_fields(d, &mut f, spec, name.cloned()).map(|service| vec![service]),
             true => f.optional(d, "services", services),
@@ -299,8 +302,8 @@ impl TrafficShift {
         Some(Self { name, namespace, services, stable, target, strategy, analysis, drain_timeout, on_delete, webhooks })
     }
 
-    /// The same in a cluster, where names are unique in their namespace only: it and its services are called
-    /// `NAME.NAMESPACE`.
+    /// The same document for a cluster, where names are unique within a namespace: the rollout and its services get the
+    /// name `NAME.NAMESPACE`.
     pub fn qualified(mut self) -> Self {
         if let Some(namespace) = &self.namespace {
             let qualified = |name: &str| format!("{name}.{namespace}");
@@ -312,17 +315,17 @@ impl TrafficShift {
         self
     }
 
-    /// Those who must say yes before the step of this index begins.
+    /// The gates that must approve before the step of this index begins.
     pub fn gates_of(&self, step: usize) -> impl Iterator<Item = &Webhook> {
         self.webhooks.iter().filter(move |webhook| webhook.is_gate_of(step.saturating_add(1)))
     }
 
-    /// The service of this name.
+    /// The service with this name.
     pub fn service(&self, name: &str) -> Option<&ShiftService> {
         self.services.iter().find(|service| service.name == name)
     }
 
-    /// The names of the versions, which all services have.
+    /// The names of the versions, which are the same for all services.
     pub fn versions(&self) -> impl Iterator<Item = &str> {
         self.services.iter().take(1).flat_map(|service| &service.versions).map(|version| version.name.as_str())
     }
@@ -349,7 +352,7 @@ impl TrafficShift {
 }
 
 impl ShiftService {
-    /// Reads what is a service's own from the object that `f` asks, which is `value`.
+    /// Reads the per-service fields from `value`, the object of `f`.
     fn read_fields(d: &mut Decoder, f: &mut Fields<'_>, value: &Value, name: Option<String>) -> Option<Self> {
         let hostnames = f.optional(d, "hostnames", policy::hostnames).unwrap_or_default();
         let versions = f.required(d, "versions", "a list of versions", |d, v| {
@@ -391,13 +394,13 @@ impl ShiftService {
         service
     }
 
-    /// The version of this name.
+    /// The version with this name.
     pub fn version(&self, name: &str) -> Option<&ShiftVersion> {
         self.versions.iter().find(|version| version.name == name)
     }
 }
 
-/// Services that move together: of different names, with the same versions.
+/// Reads services that move together: unique names, the same versions.
 fn services(d: &mut Decoder, value: &Value) -> Option<Vec<ShiftService>> {
     if value.as_array().is_some_and(Vec::is_empty) {
         d.invalid(value, "at least one service (or none: the document's own versions)");
@@ -474,7 +477,7 @@ fn capacity(d: &mut Decoder, value: &Value) -> Option<Option<u32>> {
 }
 
 impl ShiftVersion {
-    /// How many endpoints it is meant to have.
+    /// The desired number of endpoints.
     pub fn desired(&self) -> u32 {
         self.replicas.unwrap_or(self.endpoints.len() as u32)
     }
@@ -544,7 +547,7 @@ impl Endpoint {
         let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
             Some(address) => address.parse::<Ipv6Addr>().ok()?.to_string(),
             None if host.parse::<Ipv4Addr>().is_ok() => host.to_owned(),
-            // A name whose last label is a number would be an address with a mistake in it.
+            // A name whose last label is a number is a malformed address.
             None if name::is_subdomain(&host.to_ascii_lowercase(), 253) => {
                 let last = host.rsplit('.').next().unwrap_or_default();
                 (!last.bytes().all(|b| b.is_ascii_digit())).then(|| host.to_ascii_lowercase())?
@@ -556,8 +559,8 @@ impl Endpoint {
 }
 
 impl Probe {
-    /// How often a proxy checks an endpoint that is not ready: the period, 1 s at most. So long after the controller, a
-    /// proxy has seen as well that the endpoint is ready.
+    /// How often a proxy checks an endpoint that is not ready: the period, at most 1 s. A proxy detects readiness at most
+    /// this long after the controller.
     pub fn comeback_period(&self) -> Duration {
         self.period.min(Duration::from_secs(1))
     }
@@ -638,7 +641,7 @@ fn path(d: &mut Decoder, value: &Value) -> Option<String> {
     d.text_where(value, "a path that starts with /, without spaces", fine)
 }
 
-/// A list of `{name, value}`, for requests of our own.
+/// A list of `{name, value}` headers for requests that the controller sends.
 fn headers(d: &mut Decoder, value: &Value) -> Option<Vec<(String, String)>> {
     let headers = d.list(value, |d, value| {
         let mut f = d.object(value)?;

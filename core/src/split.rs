@@ -1,4 +1,4 @@
-//! Choosing among versions by their weights: the next in turn for requests on their own, always the same for a user.
+//! Chooses a version by weight: in turn for independent requests, always the same version for a user.
 //!
 //! By turn, shares are even: see [`crate::sequence`]. For users it is weighted rendezvous hashing: each version draws a
 //! number for the user from a hash of both, exponentially distributed with the version's weight as its rate, and the
@@ -186,7 +186,7 @@ mod tests {
             }
         }
 
-        /// With a third version that keeps its share, nobody ever leaves the one that grows.
+        /// With a third version that keeps its share, no user ever leaves the growing version.
         #[test]
         fn nobody_leaves_a_version_that_takes_from_another(mut path in prop::collection::vec(0u32..=90, 2..12)) {
             path.sort_unstable();

@@ -1,5 +1,5 @@
-//! What one VM of a proxy has counted, and what all of them have together. Each VM counts for itself and publishes its
-//! totals; the one that leads adds them up. Totals only grow, so that a sum that is late loses and doubles nothing.
+//! The counts of one VM of a proxy, and the sum over all VMs. Each VM counts for itself and publishes its totals; the
+//! leading VM adds them up. Totals only grow, so a late sum neither loses nor doubles anything.
 
 use crate::guard::Veto;
 use crate::outcome::Outcome;

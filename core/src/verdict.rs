@@ -1,4 +1,4 @@
-//! The verdict on a rollout: what the counts of all proxies say of the target version, `pass`, `fail` or `undecided`.
+//! The verdict on a rollout, from the counts of all proxies: `pass`, `fail` or `undecided` for the target version.
 //!
 //! Sequential tests, valid however often one looks. What they promise and what they cannot see: `docs/verdict.md`; what
 //! they ask, the proof and the tables: `docs/verdict-proof.md`. What follows from a verdict is for the rollout engine to say, which counts
@@ -39,7 +39,7 @@ const ERRORS_PART: f64 = 0.5;
 /// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
 /// are the fewest that a target fails on.
 const CLIENTS_PER_FAIL: f64 = 2.0;
-/// Nothing passes while so many of the target's requests are refused or given up, …
+/// The target does not pass while this part of its requests is rejected or abandoned, …
 const MOST_REFUSED: f64 = 0.2;
 /// … and so many times as many as of the stable version's, …
 const REFUSED_TIMES: f64 = 3.0;
@@ -252,7 +252,7 @@ pub struct Analysis {
     /// Those of the step's requests that were refused or given up, counted in the same way.
     #[serde(default)]
     refused_step: Batch,
-    /// The stable version lately.
+    /// The recent requests of the stable version.
     recent: Lately,
     /// Of errors, from requests.
     relative: Relative,
@@ -297,7 +297,8 @@ impl Analysis {
         }
     }
 
-    /// A step begins: a pass has to be earned anew, and what is slow is what is slower than the stable version is now.
+    /// Starts a step: the evidence for a pass restarts, and the bound of slow requests is taken from the stable version's
+    /// current durations.
     pub fn step_started(&mut self) {
         self.step = Batch::default();
         self.fair_step = Batch::default();
@@ -736,7 +737,7 @@ mod tests {
             ),
             "{words}"
         );
-        // With too few requests nobody knows what is slow.
+        // With too few requests the bound of slow requests is unknown.
         let mut analysis = Analysis::new(known(timed(9, 0)));
         seconds(&mut analysis, 1, timed(0, 10), timed(90, 0));
         assert_eq!(slower_than(&analysis), None);

@@ -1,7 +1,7 @@
-//! A WebSocket's end: whether the server has said goodbye. Envoy tells a connection that was closed from one that broke
-//! off no better than TCP does, so its frames are what there is to see (RFC 6455, 5.2 and 5.5.1).
+//! Detects whether the server has closed a WebSocket. Envoy cannot distinguish a closed connection from a broken one better
+//! than TCP does, so this reads the frames (RFC 6455, 5.2 and 5.5.1).
 
-/// The frames that a server sends, watched as they go by until the one that closes.
+/// Parses the frames of a server as they pass, until the close frame.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Frames {
     /// The head of the frame that is arriving, as much of it as is there: 2, 4 or 10 bytes in all.

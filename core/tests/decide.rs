@@ -61,7 +61,7 @@ fn sticky(weights: &[(&str, u32)]) -> Value {
     json!({"name": "checkout", "versions": versions, "session": {"type": "Cookie", "name": "s"}})
 }
 
-/// Whoever sends their cookie back stays while weights move either way, until their version has none.
+/// A user who returns the cookie stays on the version while weights move either way, until the version has no weight.
 #[test]
 fn a_user_with_a_cookie_keeps_the_version_as_long_as_it_has_weight() {
     let mut worker = Worker::new(sticky(&[("v1", 90), ("v2", 10)]));
@@ -231,7 +231,7 @@ fn a_rule_goes_before_the_session_which_goes_before_the_weights() {
     }
     let (under_rule, cookie) = worker.ask(&[("x-two", "1")]);
     let cookie = cookie.unwrap();
-    assert_eq!(worker.ask(&[("x-two", "1"), ("cookie", &cookie)]), (under_rule, None), "somebody new under a rule");
+    assert_eq!(worker.ask(&[("x-two", "1"), ("cookie", &cookie)]), (under_rule, None), "a new user under a rule");
     assert_eq!(worker.decide(&[("x-one", "1")]).cookie, None);
 }
 

@@ -96,7 +96,7 @@ impl<'a> Proxy<'a> {
         }
     }
 
-    /// The version for the next request; `None` if nobody is in service.
+    /// The version for the next request; `None` if no version is in service.
     fn deal(&mut self) -> Option<usize> {
         let is_vetoed = |v: usize| self.guard.vetoes().iter().any(|veto| veto.version == NAMES[v]);
         let any_vetoed = self.traffic.obeys && !self.guard.vetoes().is_empty();

@@ -753,7 +753,7 @@ fn slow(rate: f64, weight: f64, (times, median): (f64, f64), most: f64, rollouts
 fn who_is_slower_fails_and_who_is_not_does_not() {
     let (median, p90) = slow(100.0, 0.1, (4.0, 30.0), 120.0, rollouts(300, 300));
     assert!(median <= 30.0 && p90 <= 40.0 || !are_enough(), "{median} s, {p90} s");
-    // As slow; and 2 ms instead of 1 ms is nothing to anybody.
+    // Equally slow; and 2 ms instead of 1 ms does not matter.
     for times in [(1.0, 30.0), (2.0, 1.0)] {
         let (share, fails) = (|_: f64| 0.5, |_: usize, _: f64| 0.001);
         let takes = |version: usize, _: f64| if version == TARGET { times.0 * times.1 } else { times.1 };

@@ -56,7 +56,7 @@ impl Bootstrap {
         Ok(Self { policy: None, ..Self::new(Value::Null)? })
     }
 
-    /// One more version; an address where nobody listens is a version that refuses connections.
+    /// One more version; an address without a listener is a version that refuses connections.
     pub fn version(mut self, name: &str, endpoints: &[SocketAddr]) -> Self {
         self.versions.push((name.to_owned(), endpoints.to_vec()));
         self

@@ -1,5 +1,5 @@
 //! One request at a time, byte for byte as the test wrote it: repeated headers, bytes that are not UTF-8, a client that
-//! goes away. Whoever wants many requests fast takes [`load`](crate::load).
+//! goes away. For many fast requests use [`load`](crate::load).
 
 use std::{
     io,

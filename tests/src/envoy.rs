@@ -101,7 +101,7 @@ impl Envoy {
             // Access logs and drains should not make tests wait.
             .args(["--file-flush-interval-msec", "50", "--drain-time-s", "1"]);
         match options.restart_epoch {
-            // Processes with the same base id take over from each other; the port is nobody else's.
+            // Processes with the same base id take over from each other; the port is reserved for this test.
             Some(epoch) => command
                 .args(["--base-id", &options.admin.to_string(), "--restart-epoch", &epoch.to_string()])
                 .args(["--parent-shutdown-time-s", "4"]),

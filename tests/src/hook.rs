@@ -1,4 +1,4 @@
-//! Somebody's end of a webhook: keeps what it is sent, and answers as it is told.
+//! A webhook receiver: records requests and sends configured responses.
 
 use std::{
     collections::VecDeque,

@@ -43,7 +43,7 @@ const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 /// What to send; the defaults are a closed loop of `GET /` over 4 connections until it is stopped.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Whom to call.
+    /// The address to call.
     pub address: SocketAddr,
     /// The `host` header.
     pub host: String,

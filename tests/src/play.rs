@@ -247,7 +247,7 @@ impl Play {
             self.revision += 1;
             let (weight, hold) = STEPS[self.step];
             match hold {
-                0 => self.turn("Paused", "PauseStep", format!("step {}: until somebody promotes it", self.step + 1)),
+                0 => self.turn("Paused", "PauseStep", format!("step {}: until it is promoted", self.step + 1)),
                 _ => self.turn("Progressing", "StepStarted", format!("step {}: {name} gets {weight} %", self.step + 1)),
             }
         }
@@ -347,7 +347,7 @@ impl Play {
         };
         let (versions, phase, message) = match name {
             "catalog" => (two(0.0, 100.0), "Succeeded", "v2 has all traffic"),
-            "payments" => (two(75.0, 25.0), "Paused", "step 3: waits until somebody promotes it"),
+            "payments" => (two(75.0, 25.0), "Paused", "step 3: waits until it is promoted"),
             _ => (two(100.0, 0.0), "Initialized", "v1 has all traffic"),
         };
         let mut service = service(name, versions);

@@ -1,4 +1,4 @@
-//! Loopback ports that nobody else takes while a test needs them, also while nothing listens on them.
+//! Loopback ports that are reserved while a test needs them, even while nothing listens on them.
 //!
 //! A port from `bind(0)` may be handed out again the moment it is closed, and it lies in the range from which the
 //! kernel picks the source ports of outgoing connections: a client that calls a stopped backend there can even connect
@@ -24,7 +24,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// Reserves a port that nobody listens on.
+    /// Reserves a port without a listener.
     pub fn reserve() -> anyhow::Result<Self> {
         static TRIED: AtomicU16 = AtomicU16::new(0);
         let length = RANGE.end - RANGE.start;

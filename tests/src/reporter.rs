@@ -1,4 +1,4 @@
-//! A proxy that is there and does what it is told, but serves nobody: it polls the policy and reports every second what it
+//! A proxy that is connected and applies policies, but serves no traffic: it polls the policy and reports every second what it
 //! runs, as the filter does. For tests of rollouts that need no traffic; a rollout goes nowhere without a live proxy.
 
 use std::{

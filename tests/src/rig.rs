@@ -142,7 +142,7 @@ impl Rig {
         Controller::start_on(port, &[&self.file()], further).await
     }
 
-    /// A proxy that reports and serves nobody, for rollouts without traffic; before or after the controller.
+    /// A proxy that reports and serves no traffic, for rollouts without traffic; before or after the controller.
     pub fn start_reporter(&mut self) {
         self.reporter = Some(Reporter::start(self.controller, "reporter"));
     }

@@ -206,7 +206,7 @@ pub struct EachWorker {
 }
 
 impl EachWorker {
-    /// Connects to each, for requests like this one; nobody else should be connecting meanwhile.
+    /// Connects to each, for requests like this one; no other client should connect at the same time.
     pub async fn open(setup: &Setup, request: Request) -> anyhow::Result<Self> {
         let mut connections = Vec::new();
         for _ in 0..setup.options.concurrency {
@@ -243,5 +243,5 @@ impl EachWorker {
 
 /// The version that gave an answer; an error if none did.
 pub fn served_by(response: &Response) -> anyhow::Result<String> {
-    response.header(SERVED_BY).with_context(|| format!("nobody served: {response:?}"))
+    response.header(SERVED_BY).with_context(|| format!("no version served: {response:?}"))
 }

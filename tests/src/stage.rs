@@ -139,7 +139,7 @@ impl Stage {
         self.kept().history.push(transition.clone());
         let mut event = transition;
         event["name"] = name.into();
-        // Nobody may be listening.
+        // There may be no listener.
         let _ = self.state.transitions.send(event);
     }
 

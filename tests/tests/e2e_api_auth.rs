@@ -119,7 +119,7 @@ async fn a_token_opens_what_it_is_for() -> anyhow::Result<()> {
             ensure!(is_told == (status >= 400), "{}", answer.text());
         }
     }
-    // Nothing of a body is read for somebody who may not send one: no need to wait for its end.
+    // The body of an unauthorised request is not read: no need to wait for its end.
     let mut begun = Request::new(address, "POST", "/v1/reports").header("content-length", "1000000").begin().await?;
     assert_eq!(timeout(Duration::from_secs(5), begun.read(true)).await??.status, 401);
     let log = controller.log();
@@ -147,7 +147,7 @@ async fn tokens_are_changed_while_it_runs() -> anyhow::Result<()> {
     until("both", 200, 200).await?;
     tokens.write("read", NEW)?;
     until("the new one only", 401, 200).await?;
-    // A mistake does not lock anybody out, nor let anybody in.
+    // A mistake in a token file neither locks users out nor lets others in.
     tokens.write("read", "hunter2")?;
     eventually("the mistake to be told", DEADLINE, async || {
         ensure!(
@@ -244,7 +244,7 @@ async fn without_tokens_a_web_page_of_somebody_else_is_refused() -> anyhow::Resu
         ("a proxy", get(address, "/v1/policy").host("tideshift-controller"), 200),
         ("a name that leads here", get(address, "/v1/status").host("evil.example"), 403),
         ("the same for what proxies ask", get(address, "/v1/policy").host("evil.example:7460"), 403),
-        ("a page of somebody else", get(address, "/v1/status").header("origin", "http://evil.example"), 403),
+        ("a page of another site", get(address, "/v1/status").header("origin", "http://evil.example"), 403),
         ("a report", report(address), 204),
         ("a report of a page", report(address).header("origin", "http://evil.example"), 403),
         ("a report by that name", report(address).host("evil.example"), 403),

@@ -62,7 +62,7 @@ async fn it_says_what_envoy_does() -> anyhow::Result<()> {
         // Without a rule, weights decide: v1 or v2, by turns.
         let mut answers = Vec::new();
         for _ in 0..8 {
-            answers.push(request.send().await?.header(SERVED_BY).context("nobody served")?);
+            answers.push(request.send().await?.header(SERVED_BY).context("no version served")?);
         }
         match expected {
             Some(version) => assert!(answers.iter().all(|name| name == version), "{path} {headers:?}: {answers:?}"),

@@ -37,7 +37,7 @@ async fn a_table_for_people_and_json_for_programs() -> anyhow::Result<()> {
     assert_eq!(row("VERSION")[..4], ["VERSION", "ROLE", "WEIGHT", "READY"]);
     assert_eq!(row("v1")[..5], ["v1", "stable", "75", "%", "2/2"]);
     assert_eq!(row("v2")[..5], ["v2", "target", "25", "%", "1/1"]);
-    // Nobody can say yet that nothing of it is under way.
+    // It is not known yet that nothing of it is in flight.
     assert_eq!(row("v3")[..5], ["v3", "draining", "0", "%", "0/1"]);
     assert!(row("v3").join(" ").ends_with(": HTTP status 503"), "{}", table.stdout);
     assert!(table.stdout.contains("no proxy has asked for it yet"), "{}", table.stdout);
@@ -118,16 +118,19 @@ fn controller_status(status: &Value, other: &Value) -> Value {
 fn every_command_helps_and_says_its_defaults() -> anyhow::Result<()> {
     let no_command = cli::<&str>([])?;
     let help = cli(["--help"])?;
-    assert!(help.stdout.contains("7 done, but not safe from a restart"), "{}", help.stdout);
+    assert!(help.stdout.contains("7 applied, but the controller could not"), "{}", help.stdout);
     assert_eq!((no_command.code, help.code), (Some(2), Some(0)));
     for command in ["serve", "status", "validate", "explain", "render"] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{command}");
         assert!(no_command.stderr.contains(&format!("\n  {command} ")), "{command}");
     }
     for (command, expected) in [
-        (&["serve"][..], &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "`.tideshift` beside", "Examples:"][..]),
+        (
+            &["serve"][..],
+            &["[default: 127.0.0.1:7460]", "TIDESHIFT_LISTEN", "[default: .tideshift/NAME", "Examples:"][..],
+        ),
         (&["status"], &["[default: http://127.0.0.1:7460]", "TIDESHIFT_SERVER", "[default: table]", "Examples:"]),
-        (&["validate"], &["`-` reads standard input", "Exit codes: 0 all are right; 2", "Examples:"]),
+        (&["validate"], &["`-` reads standard input", "Exit codes: 0 all documents are valid; 2", "Examples:"]),
         (&["explain"], &["[default: GET]", "[default: /]", "[default: text]", "TIDESHIFT_SERVER", "Examples:"]),
         (&["render", "envoy"], &["[default: 127.0.0.1:10000]", "[default: target/tideshift.wasm]", "Examples:"]),
     ] {
@@ -159,7 +162,7 @@ async fn logs_are_lines_of_json_or_text_and_without_colours_where_none_are_wante
             ensure!(serde_json::from_str::<Value>(line).is_ok() == is_json, "{further:?}: {line}");
         }
     }
-    // On a terminal there are colours, unless NO_COLOR says that nobody wants any.
+    // On a terminal there are colours, unless NO_COLOR is set.
     for (no_color, coloured) in [(None, true), (Some("1"), false)] {
         let command = format!("'{}' validate -f /nowhere --nonsense", artifacts::tideshift()?.display());
         let mut terminal = Command::new("script");

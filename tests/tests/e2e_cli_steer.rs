@@ -133,7 +133,7 @@ async fn waiting_for_a_version_does_not_end_well_with_another_one() -> anyhow::R
     std::fs::write(&other, serves_already.to_string())?;
     done(&controller, &["apply", "-f", &other.to_string_lossy(), "--wait", "--timeout", "20s"]).await?;
 
-    // Each of these takes the place of the rollout that somebody waits for.
+    // Each of these supersedes the rollout that the command waits for.
     let another: [&[&[&str]]; 3] =
         [&[&["set-target", "v3"], &["promote", "--full"]], &[&["rollback", "--to", "v1"]], &[&["set-target", "v3"]]];
     for (number, (wanted, instead)) in [("v2", another[0]), ("v2", another[1]), ("v2", another[2])].iter().enumerate() {
@@ -153,8 +153,7 @@ async fn waiting_for_a_version_does_not_end_well_with_another_one() -> anyhow::R
         taken?;
         let waiting = waiting?;
         assert_eq!(waiting.code, Some(6), "{number}: {waiting:?}");
-        assert!(waiting.stderr.contains(&format!("to {wanted} has not come to its end: rollout ")), "{waiting:?}");
-        assert!(waiting.stderr.contains("took its place"), "{waiting:?}");
+        assert!(waiting.stderr.contains(&format!("to {wanted} was superseded by rollout ")), "{waiting:?}");
     }
     // What is withdrawn is no success, either.
     let words = ["set-target", "v3", "--wait"];
@@ -194,7 +193,7 @@ async fn a_share_by_hand_is_waited_for_downwards_too_and_what_is_missing_is_said
     assert_eq!(late.code, Some(3), "{late:?}");
     let why = "v2 of shop to have 10 % instead of 100 % (v1 has 0 of 1 endpoints ready, v2 has 1 of 1 endpoints ready)";
     assert_eq!(late.stderr.matches(&format!("waiting for {why}\n")).count(), 1, "{late:?}");
-    assert!(late.stderr.ends_with(&format!("not where it should be after 4s: {why}\n")), "{late:?}");
+    assert!(late.stderr.ends_with(&format!("timed out after 4s: {why}\n")), "{late:?}");
     rig.set_ready("v1", true);
     done(&controller, &["set-weight", "10", "--wait", "--timeout", "20s"]).await?;
     assert_eq!(Seen::now(&controller).await?.weights(), [90.0, 10.0]);
@@ -253,7 +252,7 @@ async fn what_cannot_be_kept_is_done_and_said() -> anyhow::Result<()> {
     let (folder, aside) = (rig.state_dir(), rig.path("aside"));
     std::fs::rename(&folder, &aside)?;
     std::fs::write(&folder, "not a folder")?;
-    let words = "done, but not safe from a restart of the controller: ";
+    let words = "applied, but the controller could not persist it: ";
     let paused = run(&controller, &["pause"]).await?;
     assert_eq!(paused.code, Some(7), "{paused:?}");
     assert!(paused.stdout.starts_with("shop: Paused - "), "{paused:?}");

@@ -100,7 +100,7 @@ async fn a_websocket_holds_a_version_until_it_is_closed_or_the_deadline_has_pass
     assert_eq!(output.code, Some(3), "{output:?}");
     assert!(output.stdout.contains("DeadlineExceeded - after 3."), "{output:?}");
     assert!(output.stdout.contains("still 1 in flight"), "{output:?}");
-    socket.echo("nobody has cut it").await?;
+    socket.echo("it is still open").await?;
     socket.close().await?;
 
     // The other way round, the wait's own time-out, and a controller that is killed meanwhile.
@@ -164,7 +164,7 @@ async fn nobody_has_drained_of_whom_a_proxy_has_something_in_flight() -> anyhow:
     until_in_flight(&controller, "v2", 1).await?;
     assert_eq!(drain(&controller, "v2").await?["state"], "Draining");
 
-    // Nobody wants v2 any more, and it is known all the same as long as it drains.
+    // v2 is in no document any more, but stays known while it drains.
     let mut without = rig.document(json!({}));
     without["spec"]["versions"].as_array_mut().context("no versions")?.retain(|version| version["name"] == "v1");
     rig.write(&without)?;
@@ -185,7 +185,7 @@ async fn until_state(controller: &Controller, version: &str, state: &str) -> any
     .await
 }
 
-/// Waits until the controller gives these shares, whoever has them.
+/// Waits until the controller gives these shares, to any version.
 async fn until_shares_given(controller: &Controller, shares: &[f64]) -> anyhow::Result<()> {
     let holds = |seen: &Seen| {
         ensure!(seen.weights() == shares, "{:?}", seen.weights());

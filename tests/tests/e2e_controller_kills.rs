@@ -32,7 +32,7 @@ enum Moment {
     Any(u64),
     /// While it writes its state.
     Write,
-    /// Once it has written that the next step has begun; most likely nobody has been told of it yet.
+    /// Once it has persisted the beginning of the next step; most likely before it is published.
     NextStep,
     /// Once the proxy has taken a newer policy.
     Policy,
@@ -109,7 +109,7 @@ async fn kill(
             watch(|| revisions(envoy).len() > before || has_ended())?;
         }
         Moment::Write => {
-            // What an earlier kill has left behind is there until it is written anew.
+            // The file that an earlier kill left behind stays until the next write.
             let new = ["rollouts.new", "counts.new"].map(|name| rig.state_dir().join(name));
             let mut there = [true; 2];
             let mut begun = None;

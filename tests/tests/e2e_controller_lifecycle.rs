@@ -1,4 +1,4 @@
-//! The controller as a process: how it starts and ends, what it keeps, whom it refuses, what it says of itself, and that
+//! The controller as a process: how it starts and ends, what it keeps, which clients it rejects, what it says of itself, and that
 //! no client can bring it down.
 
 use std::{
@@ -88,7 +88,7 @@ async fn sigterm_ends_it_within_seconds_with_polls_open_and_everything_kept() ->
     // The same proxy goes on where it was.
     post(&controller, report("p", "1", 9).to_string()).send().await?;
     assert_eq!(Seen::now(&controller).await?.count("v1", "ok"), 9);
-    // Somebody who never says the whole of a request does not hold it up for long.
+    // A client that never completes its request does not delay it for long.
     let mut half = Connection::open(controller.address()).await?;
     half.write(b"POST /v1/reports HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{").await?;
     answers_polls(controller.address()).await?;
@@ -349,7 +349,7 @@ async fn hostile_clients_get_an_answer_and_everybody_else_still_does() -> anyhow
         ("JSON as deep as it is long", post(&controller, deep), 400),
         ("another document", post(&controller, "{}"), 400),
         ("a negative count", post(&controller, negative), 400),
-        ("more than anybody counts", post(&controller, more.to_string()), 400),
+        ("an impossible count", post(&controller, more.to_string()), 400),
         ("no proxy", post(&controller, nameless), 400),
         ("a proxy of 600 bytes", post(&controller, named_at_length), 400),
         ("a revision beyond 64 bits", get(address, "/v1/policy?after=99999999999999999999"), 400),

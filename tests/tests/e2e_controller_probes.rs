@@ -107,7 +107,7 @@ async fn http_probes_ask_what_they_are_told_to_and_count_by_the_status() -> anyh
         "httpHeaders": [{ "name": "Host", "value": "shop.example.com" }, { "name": "X-Probe", "value": "yes" }] });
     let every = |get: Value| json!({ "httpGet": get, "periodMillis": 50 });
     let (_directory, controller) = start(&[
-        // Nobody is at port 1: the probe has a port of its own.
+        // Nothing listens on port 1: the probe has a port of its own.
         ("told", "127.0.0.1:1", every(path)),
         ("bad", &bad, every(json!({}))),
         ("moved", &moved, every(json!({ "path": "/old" }))),

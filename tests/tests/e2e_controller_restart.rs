@@ -131,7 +131,7 @@ async fn an_envoy_that_is_killed_takes_along_only_what_it_has_not_reported() -> 
     assert_eq!(first.bad(), 0, "{first:?}");
     assert_counts_agree(&controller, &envoy, &first).await?;
 
-    // Killed under load: the answers since its last report, a second's at most, are nobody's.
+    // Killed under load: the responses since its last report, at most one second's, are lost.
     let load = rig.load(RATE);
     next_answers(&load, 600).await?;
     let of_first_run = counts_of_envoy(&envoy.prometheus().await?);
@@ -212,7 +212,7 @@ async fn a_restart_takes_no_service_away_from_proxies_while_another_is_probed_fo
 {
     let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
     let shop = rig.document(steps(&[(30, FOR_EVER)]));
-    // Its second version is not ready, and nobody knows for how long after a restart.
+    // Its second version is not ready, and after a restart it is unknown for how long.
     let late = json!({ "tcpSocket": {}, "initialDelaySeconds": FOR_EVER });
     let other = json!({
         "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": { "name": "other" },

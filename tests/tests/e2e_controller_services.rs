@@ -65,7 +65,7 @@ async fn services_of_one_shift_go_forward_and_back_together() -> anyhow::Result<
     let _envoy = rig.start_envoy(2).await?;
     let loads = SERVICES.map(|service| load(&rig, service));
 
-    let status = until_shares(&controller, "nobody moves before all can", [[100.0, 0.0]; 2]).await?;
+    let status = until_shares(&controller, "no service moves before all can", [[100.0, 0.0]; 2]).await?;
     let service = &status["services"][1];
     assert_eq!((&service["name"], &service["rollout"]), (&json!("search"), &json!("new-cluster")));
     let waits = "step 1: new of search has 0 of 1 endpoints ready that 20 % of the load need";

@@ -61,7 +61,7 @@ async fn no_user_reaches_a_new_version_before_its_endpoints_have_been_warmed_up(
     }
     assert_eq!(rig.version("v1")[0].asked_directly(), 0, "who serves already is not asked");
     assert!(tally.of("v2") > 0 && tally.bad() == 0, "{tally:?}");
-    // Warm-up is nobody's traffic: it is in no count.
+    // Warm-up requests are not counted.
     assert_counts_agree(&controller, &envoy, &tally).await
 }
 
@@ -105,7 +105,7 @@ async fn what_was_warmed_up_is_not_asked_again_unless_it_was_away() -> anyhow::R
     let [old, new] = rig.version("v2") else { unreachable!("v2 has two endpoints") };
     controller.kill()?;
     next_answers(&load, 50).await?;
-    // Up while nobody looks: it is as new as before.
+    // An endpoint that comes up between probes is as new as before.
     new.set_ready(true);
     controller.start_again().await?;
     let ready = |number: u64| {

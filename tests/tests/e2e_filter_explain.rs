@@ -1,4 +1,4 @@
-//! Explanations in a real Envoy, for those who know the token and nobody else; and what clients send in our name, with
+//! Explanations in a real Envoy, only for clients that know the token; and what clients send in our name, with
 //! the filter removing it and with Envoy removing it before the filter.
 
 use anyhow::Context as _;
@@ -18,7 +18,7 @@ const EXPLAIN: &str = "x-tideshift-explain";
 const CUSTOM: &str = "x-why";
 const TOKEN: &str = "open-sesame";
 
-/// Whoever removes what clients send in our name.
+/// What removes `x-tideshift-*` headers of clients: the filter or Envoy.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Strips {
     Filter,

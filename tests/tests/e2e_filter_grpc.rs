@@ -1,5 +1,5 @@
 //! gRPC through a real Envoy, with tonic at both ends: what a call's status says decides its outcome, not the HTTP
-//! status, which is 200; a stream is in flight until it ends, whoever ends it.
+//! status, which is 200; a stream is in flight until either side ends it.
 
 use std::{collections::BTreeMap, time::Duration};
 

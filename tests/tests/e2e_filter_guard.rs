@@ -178,7 +178,7 @@ async fn a_veto_is_reported_outlives_new_policies_and_ends_rules_too() -> anyhow
     assert!(reported_within < Duration::from_millis(300), "not at once, but after {reported_within:?}");
     assert_eq!((veto.version.as_str(), veto.strikes, veto.others_errors), ("v2", 1, 0), "{veto:?}");
     assert!(veto.errors >= 3 && veto.requests >= veto.errors && veto.others_requests >= 20, "{veto:?}");
-    // The rule has nobody left to offer.
+    // The rule has no version left in service.
     assert_eq!(testers.versions().await?, ["v1"; WORKERS]);
 
     // More weight for v2, and the controller's word that it serves, do not bring it back.
@@ -242,7 +242,7 @@ async fn users_get_a_vetoed_version_at_once_when_no_other_one_is_left() -> anyho
     })
     .await?;
 
-    // It is judged anew as soon as there is another one.
+    // It is judged again as soon as there is another version.
     policy["revision"] = json!(103);
     policy["services"][0]["versions"] = json!([{ "name": "v1", "weight": 90 }, { "name": "v2", "weight": 10 }]);
     server.publish(&policy);
@@ -253,7 +253,7 @@ async fn users_get_a_vetoed_version_at_once_when_no_other_one_is_left() -> anyho
     setup.no_trap().await
 }
 
-/// Whoever a rule takes chooses their version: what they see says nothing of what users would.
+/// Clients that match a rule choose their version: their results say nothing about those of other users.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_testers_see_takes_no_version_from_the_users() -> anyhow::Result<()> {
     const TESTS: u64 = 300;

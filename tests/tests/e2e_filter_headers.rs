@@ -12,7 +12,7 @@ use tideshift_tests::{
 const WORKERS: usize = 3;
 const SHOP: &str = "shop.example.com";
 
-/// Shop's users get v1; v2 is for who sends `x-beta: 1`, and v3 for nobody. Another service has nobody in service.
+/// Shop's users get v1; v2 is for clients that send `x-beta: 1`, and v3 gets no traffic. Another service has no version in service.
 fn policy() -> Value {
     let nobody = json!({
         "name": "nobody",
@@ -79,7 +79,7 @@ async fn a_forged_version_neither_reaches_the_upstream_nor_picks_the_route() -> 
             let response = request.send().await?;
             let case = format!("{forged:?} to {host}, beta: {beta}");
             assert_eq!(response.status, 200, "{case}: {}", response.text());
-            // The default route, for hosts that are no service or have nobody in service, leads to v1 as well.
+            // The default route, for hosts without a service or without a version in service, leads to v1 as well.
             assert_eq!(response.header(SERVED_BY).as_deref(), chosen.or(Some("v1")), "{case}");
             let ours: Vec<_> =
                 chosen.map(|version| (VERSION_HEADER.to_owned(), version.to_owned())).into_iter().collect();
@@ -109,7 +109,7 @@ async fn names_that_only_look_like_ours_are_the_clients_own() -> anyhow::Result<
 enum Expected {
     /// 200 from this version, marked and counted for it.
     By(&'static str),
-    /// 200 from the default route, unmarked and counted for nobody.
+    /// 200 from the default route, unmarked and not counted.
     Unmarked,
     /// Envoy refuses it with this status before the filter sees it.
     Refused(u16),

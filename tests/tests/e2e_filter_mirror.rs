@@ -1,4 +1,4 @@
-//! Mirroring through Envoy's own `request_mirror_policies`: which requests are copied to whom, and that users notice
+//! Mirroring through Envoy's own `request_mirror_policies`: which requests are copied to which version, and that users notice
 //! nothing of it.
 
 use std::time::{Duration, Instant};
@@ -85,7 +85,7 @@ async fn a_tenth_is_copied() -> anyhow::Result<()> {
     });
     println!("{} copies of 1,000 requests", copies.await?);
     assert_eq!(setup.backend("v1").counts().requests, 1_000);
-    // Copies are nobody's requests: not counted for the version, nor for the guard.
+    // Copies are not user requests: neither the version's counts nor the guard include them.
     let metrics = setup.settled("shop", 1_000).await?;
     assert_eq!(metrics.requests_total("shop", "v1", "ok"), 1_000);
     setup.no_trap().await
@@ -196,7 +196,7 @@ async fn users_notice_nothing_of_a_target_that_fails_hangs_or_is_gone() -> anyho
     send(&setup, &request, 50).await?;
     let metrics = setup.settled("shop", sent + 50).await?;
     assert_eq!(metrics.requests_total("shop", "v1", "ok"), sent + 50);
-    assert!(!setup.envoy.log().contains("guard: "), "copies that fail veto nobody");
+    assert!(!setup.envoy.log().contains("guard: "), "failing copies veto no version");
     setup.no_trap().await
 }
 

@@ -270,7 +270,7 @@ async fn an_epoch_that_it_does_not_know_is_followed() -> anyhow::Result<()> {
     server.publish(&all_to("v2", 5_000));
     workers.all_to("v2").await?;
     held_after(&server, 5_000).await?;
-    // The controller has lost its state and begins anew.
+    // The controller has lost its state and starts from scratch.
     server.publish_in_epoch("e2", &all_to("v3", 1));
     workers.all_to("v3").await?;
     held_after(&server, 1).await?;
@@ -375,7 +375,7 @@ async fn reports_say_who_sends_them_and_since_when() -> anyhow::Result<()> {
     assert!(server.report_authorizations().iter().all(authorized));
     assert!(!setup.envoy.log().contains("open-sesame"), "the token is in the log");
 
-    // A restarted Envoy begins anew, and says so.
+    // A restarted Envoy starts from scratch, and reports that.
     let reports = server.reports().len();
     setup.restart().await?;
     let again = reported(&server, "a report of the new run", |r| r.start != first.start && of_all_workers(r)).await?;

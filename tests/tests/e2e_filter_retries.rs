@@ -326,7 +326,7 @@ async fn what_never_reaches_the_filter_is_not_counted() -> anyhow::Result<()> {
     setup.no_trap().await
 }
 
-/// The request goes through the filter anew for a redirection that Envoy follows by itself: still one for the client.
+/// A request passes the filter again for a redirect that Envoy follows itself, but counts once.
 #[tokio::test]
 async fn a_redirection_that_envoy_follows_has_the_outcome_of_its_last_answer() -> anyhow::Result<()> {
     const TIMES: u64 = 5;

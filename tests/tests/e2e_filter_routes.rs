@@ -1,5 +1,5 @@
 //! Where requests really went, in a real Envoy: what did not reach its version is counted as misrouted and for no version;
-//! what Envoy makes of a failure, or follows by itself, misleads nobody.
+//! what Envoy makes of a failure, or follows by itself, does not falsify the counts.
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};

@@ -18,7 +18,7 @@ const WORKERS: usize = 3;
 async fn chosen(request: &Request) -> anyhow::Result<String> {
     let response = request.send().await?;
     ensure!(response.status == 200, "{}: {}", response.status, response.text());
-    let by = response.header(SERVED_BY).context("nobody served it")?;
+    let by = response.header(SERVED_BY).context("no version served it")?;
     let echo = response.json()?;
     let headers = echo["headers"].as_array().context("no headers in the echo")?;
     let marks: Vec<_> = headers.iter().filter(|h| h["name"] == VERSION_HEADER).map(|h| h["value"].clone()).collect();
@@ -217,10 +217,10 @@ async fn all_fields_of_one_match_any_match_of_a_rule_the_first_rule_that_can() -
         service("order", json!([
             to("v2", json!([exactly("a"), exactly("b")])),
             to("v3", json!([exactly("b"), exactly("c")])),
-            // Nobody in service: passed over, on to the next.
+            // No version in service: the next rule applies.
             to("v4", json!([exactly("d"), exactly("e")])),
             to("v3", json!([exactly("d")])),
-            // All weights 0 is nobody as well.
+            // The same if all weights are 0.
             { "matches": [exactly("f")], "versions": [{ "name": "v2", "weight": 0 }] },
             // One of two is out of service: its share goes to the other.
             { "matches": [exactly("g")], "versions": [{ "name": "v4", "weight": 99 }, { "name": "v2", "weight": 1 }] },
@@ -340,12 +340,12 @@ async fn the_most_specific_hostname_decides_and_other_hosts_are_left_alone() -> 
         setup.settled(service, requests).await?;
     }
     let metrics = setup.envoy.prometheus().await?;
-    assert_eq!(metrics.sum("tideshift_requests_total", &[]), Some(10.0), "the others are counted for nobody");
+    assert_eq!(metrics.sum("tideshift_requests_total", &[]), Some(10.0), "the others are not counted");
     assert_eq!(metrics.sum("tideshift_unrouted_requests_total", &[]), Some(0.0));
     setup.no_trap().await
 }
 
-/// Longer values match no expression, so that nobody can keep a worker busy.
+/// Longer values match no expression, so that clients cannot keep a worker busy.
 #[tokio::test]
 async fn a_long_header_costs_little_where_an_expression_looks_at_it() -> anyhow::Result<()> {
     const ROUNDS: usize = 200;

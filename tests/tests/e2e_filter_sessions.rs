@@ -1,4 +1,4 @@
-//! Sessions in a real Envoy of several workers: who has been given a version keeps it, and nobody can ask for one.
+//! Sessions in a real Envoy of several workers: a user who has a version keeps it, and clients cannot choose one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -145,7 +145,7 @@ async fn a_cookie_is_set_when_there_is_something_to_remember_and_only_then() -> 
         }
     }
 
-    // Where there is but one version, nobody is given a cookie, but one that does not hold is replaced.
+    // With only one version users get no cookie, but an invalid cookie is replaced.
     for response in workers.send(&setup.get("single.example.com", "/")).await? {
         assert_eq!((served_by(&response)?.as_str(), set_cookies(&response)), ("v1", apps_own.clone()));
     }
@@ -336,7 +336,7 @@ async fn a_user_with_a_cookie_keeps_the_version_until_it_has_no_weight_or_is_rev
     apply(&server, 105, shop(999, 1, json!({})), &mut [(&setup, &mut workers)]).await?;
     for user in &moved {
         let response = user.request(&setup, HOST).send().await?;
-        assert_eq!((served_by(&response)?.as_str(), given(&response)), ("v2", None), "nobody is moved back");
+        assert_eq!((served_by(&response)?.as_str(), given(&response)), ("v2", None), "no user is moved back");
     }
     // A rollback may revoke what users were given: they move at once although v2 still has weight.
     apply(&server, 106, shop(999, 1, json!({ "generation": 1 })), &mut [(&setup, &mut workers)]).await?;
@@ -475,7 +475,7 @@ async fn rules_go_before_sessions_and_sessions_before_weights() -> anyhow::Resul
             assert!(responses.iter().all(|response| explained(response).contains(why)), "{responses:?}");
         }
     }
-    // Nobody without a name is anybody's user: by turn.
+    // Requests without a user name have no session: by turn.
     for request in [setup.get("header.example.com", "/"), setup.get("header.example.com", "/").header("x-user", "")] {
         for response in workers.send(&request.header(EXPLAIN, TOKEN)).await? {
             assert!(explained(&response).contains("reason=weight; "), "{}", explained(&response));

@@ -198,7 +198,7 @@ async fn counted_so_far(setup: &Setup, expected: u64) -> anyhow::Result<()> {
     .await
 }
 
-/// Streams that nobody says anything on are ended by Envoy: no fault of the version if it has answered, but one if not.
+/// Envoy ends idle streams: this counts against the version only if it has not answered.
 #[tokio::test]
 async fn silence_is_the_versions_fault_only_before_its_answer() -> anyhow::Result<()> {
     const VERSIONS: [&str; 2] = ["silent-socket", "hangs"];

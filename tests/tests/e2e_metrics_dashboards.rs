@@ -214,7 +214,7 @@ fn every_panel_has_what_grafana_needs_to_show_it() -> anyhow::Result<()> {
         let targets = list(&panel["targets"], "targets")?;
         let references: BTreeSet<_> = targets.iter().map(|target| target["refId"].as_str()).collect();
         ensure!(references.len() == targets.len() && !targets.is_empty(), "{title}: {references:?}");
-        ensure!(targets.iter().all(|target| target["datasource"] == source), "{title} asks somebody else");
+        ensure!(targets.iter().all(|target| target["datasource"] == source), "{title} has another data source");
     }
     Ok(())
 }

@@ -154,7 +154,7 @@ async fn whatever_is_no_answer_keeps_a_gate_closed() -> anyhow::Result<()> {
     }
     assert!(elsewhere.got().is_empty(), "it followed a redirection");
     assert_eq!(receiver.got()[0].header("x-tideshift-signature"), "", "no secret, no signature");
-    // Nobody there, and a secret that is not there.
+    // No server, and a missing secret.
     rig.write(&document(&rig, json!([gate("http://127.0.0.1:1/", json!({}))])))?;
     until_waiting(&controller, "has not answered: connection refused").await?;
     let secret = rig.path("secret");
@@ -232,7 +232,7 @@ async fn what_happens_is_told_in_order_and_again_until_it_is_heard() -> anyhow::
         assert_eq!(got.header("x-tideshift-signature"), signature("one", got)?);
     }
     assert_eq!(reasons(&got[got.len() - 1..])?, ["Aborted"]);
-    // Somebody who wants to hear of the end only, in words.
+    // A receiver of final phases only, as text.
     let got_chat = chat.until(1).await?;
     assert_eq!(got_chat.len(), 1);
     let text = got_chat[0].json()?["text"].as_str().context("no text")?.to_owned();

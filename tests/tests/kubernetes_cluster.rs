@@ -96,7 +96,7 @@ async fn a_deployment_without_replicas_takes_over_and_the_old_one_is_scaled_to_z
     until_in_force(&controller, &service, &[100.0, 0.0]).await?;
     let load = front.load(RATE);
     next_answers(&load, 50).await?;
-    assert_eq!(replicas(&cluster, "payment-service-v2").await?, 0, "nobody has asked for v2 yet");
+    assert_eq!(replicas(&cluster, "payment-service-v2").await?, 0, "v2 has not been requested yet");
 
     document["spec"]["target"] = json!("v2");
     cluster.apply(document).await?;
@@ -115,7 +115,7 @@ async fn a_deployment_without_replicas_takes_over_and_the_old_one_is_scaled_to_z
     let tally = next_answers(&load, 300).await?;
     assert!(tally.of("v2") > 0 && tally.of("v1") > 200, "{:?}", tally.by);
 
-    // A request that takes its time holds v1, though nobody else goes there any more.
+    // A request that takes its time keeps v1 draining, though no new requests go there.
     const SLOW: Duration = Duration::from_secs(6);
     let v1 = front.version("v1");
     let slow = Arc::new(AtomicBool::new(true));
@@ -458,7 +458,7 @@ async fn pods_that_serve_are_scaled_away_by_no_version_and_by_no_other_document(
     assert!(controller.log().contains(why), "{}", controller.tail());
     assert_eq!(replicas(&cluster, "payment-service-v2").await?, 1, "its pods serve");
 
-    // Nobody else has a say in what is scaled already, nor a version of the same document.
+    // No other document, and no other version of the same one, controls a workload that is already scaled.
     let rivals = json!({ "name": "v2", "service": "rival-v2", "workloadRef": v1["workloadRef"] });
     let rival = document("rival", "rival.example.com", json!({ "name": "v1", "service": "rival-v1" }), rivals);
     cluster.apply(rival).await?;

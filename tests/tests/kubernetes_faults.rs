@@ -56,7 +56,7 @@ impl Witness {
                     let policy = tokio::time::timeout(Duration::from_millis(200), look(address)).await;
                     let Ok(Some(policy)) = policy else { continue };
                     let Some(revision) = policy["revision"].as_u64() else { continue };
-                    let mut notes = notes.lock().expect("nobody else panics with it");
+                    let mut notes = notes.lock().expect("no other thread panics with it");
                     let (of, before) = notes.entry(revision).or_insert_with(|| (n, policy.clone()));
                     if *before != policy {
                         panic!("revision {revision} is {before} at {of} and {policy} at {n}");
@@ -121,10 +121,10 @@ async fn an_api_server_that_is_away_for_a_while_changes_nothing_and_all_goes_on_
 
     let went = Instant::now();
     cluster.server().go_away().await;
-    // Nobody can see this, and nobody must guess.
+    // The controller cannot observe this, and must not guess.
     cluster.server().apply(slice_in(&cluster, "payment-v2", 2, 0))?;
     cluster.server().compact();
-    eventually("somebody to say that nobody leads", DEADLINE, async || {
+    eventually("a replica to report that there is no leader", DEADLINE, async || {
         let answer = get(a.address(), "/v1/status").send().await?;
         ensure!(answer.status == 503 && answer.text().contains("no replica leads"), "{}", answer.text());
         Ok(())
@@ -153,7 +153,7 @@ async fn an_api_server_that_is_away_for_a_while_changes_nothing_and_all_goes_on_
     Ok(())
 }
 
-/// For what is changed past the server that nobody reaches.
+/// For changes that bypass the unreachable server.
 fn slice_in(cluster: &Cluster, service: &str, listed: u8, ready: u8) -> Value {
     let mut slice = slice(service, listed, ready);
     slice["apiVersion"] = json!("discovery.k8s.io/v1");
@@ -302,7 +302,7 @@ async fn a_crd_that_goes_takes_no_service_with_it() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    // What somebody deletes on purpose goes.
+    // A deliberate deletion takes effect.
     cluster.delete("TrafficShift", "audit").await?;
     eventually("a policy without it", DEADLINE, async || {
         let policy = policy(&controller).await?;

@@ -246,7 +246,7 @@ fn everything_refers_to_what_is_there() -> anyhow::Result<()> {
         if let Ok(secret) = one(&objects, "Secret") {
             assert_eq!(secret["metadata"]["name"], template["spec"]["volumes"][0]["secret"]["secretName"]);
         }
-        // Who follows must reach who leads, whoever else may.
+        // Followers must reach the leader.
         let from = policy["spec"]["ingress"][0]["from"].as_array();
         let own = |from: &Vec<Value>| from.iter().any(|from| selects(&from["podSelector"]["matchLabels"], template));
         ensure!(from.is_none_or(own), "{from:?}");
@@ -288,7 +288,7 @@ type Grant = [String; 5];
 /// What the chart allows the controller.
 fn grants(objects: &[Value]) -> BTreeSet<Grant> {
     let mut grants = BTreeSet::new();
-    // Those for people are bound to nobody here.
+    // The roles for people have no bindings here.
     let is_bound = |role: &Value| {
         objects.iter().any(|object| {
             object["roleRef"]["name"] == role["metadata"]["name"] && object["roleRef"]["kind"] == role["kind"]
@@ -467,7 +467,7 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
         let needed = |grant: &&Grant| seen.iter().any(|attempt| attempt.user == "controller" && allows(grant, attempt));
         let unused: BTreeMap<_, _> =
             grants.iter().filter(|grant| !needed(grant)).map(|grant| (grant[2].clone(), grant)).collect();
-        ensure!(unused.is_empty(), "nobody needs {unused:#?}");
+        ensure!(unused.is_empty(), "unused: {unused:#?}");
         Ok(())
     })
     .await

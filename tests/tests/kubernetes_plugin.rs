@@ -16,7 +16,7 @@ use tideshift_tests::{
 
 const TOKEN: &str = "token-to-operate";
 
-/// The plugin, as somebody would install it.
+/// The plugin, installed as a user would.
 struct Plugin {
     folder: TempDir,
     kubeconfig: PathBuf,

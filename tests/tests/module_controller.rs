@@ -235,7 +235,7 @@ fn reports_are_numbered_over_all_vms_of_a_run() -> anyhow::Result<()> {
             ensure!(sequence > last, "{sequence} after {last}, round {round}");
             last = sequence;
         }
-        // Whoever talks dies, or all are configured anew; the clock jumps back.
+        // The leading VM dies, or all are reconfigured; the clock jumps back.
         match round {
             0 => (MAIN..=WORKERS).try_for_each(|thread| host.reload(thread).map(drop))?,
             _ => host.set_now(host.now() - Duration::from_secs(7_200)),
@@ -249,7 +249,7 @@ fn reports_are_numbered_over_all_vms_of_a_run() -> anyhow::Result<()> {
 fn when_the_vm_that_talks_dies_another_one_talks_on() -> anyhow::Result<()> {
     let mut host = host()?;
     let poll = poll(&mut host)?;
-    // The new VM in its place has another number, so nobody holds the lease until it runs out.
+    // The new VM in its place has another number, so no VM holds the lease until it expires.
     ensure!(host.reload(poll.vm)?);
     pass(&mut host, 4_000)?;
     let poll = self::poll(&mut host)?;

@@ -78,7 +78,7 @@ fn a_veto_is_heeded_no_more_as_soon_as_nobody_else_is_in_service() -> anyhow::Re
     Ok(())
 }
 
-/// A veto whose time is up while nobody leads, because the VM that did is gone and its lease has not run out yet.
+/// A veto that ends while no VM leads, because the leader is gone and its lease has not expired yet.
 #[test]
 fn a_veto_ends_although_the_vm_that_made_it_is_gone() -> anyhow::Result<()> {
     let mut host = host_with_veto()?;

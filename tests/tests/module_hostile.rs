@@ -166,17 +166,17 @@ impl Proxy {
         self.policy = rich;
         self.revision |= 1;
         ensure!(self.configure()?, "a good policy is refused: {:?}", self.host.log().pop());
-        // Until whoever had the lease, or is gone, has been given up.
+        // Until the lease of the previous or vanished VM has expired.
         let mut poll = None;
         for _ in 0..30 {
             poll = self.talk(500)?.0.or(poll);
         }
         self.revision += 2;
         let newer = Answer::new(200, (self.policy)(self.revision).to_string());
-        self.host.answer(&poll.context("nobody polls")?, &newer.header("x-tideshift-epoch", "sane"))?;
+        self.host.answer(&poll.context("no VM polls")?, &newer.header("x-tideshift-epoch", "sane"))?;
         self.host.wake()?;
         let report = [self.talk(1_500)?.1, self.talk(1_500)?.1].into_iter().flatten().next_back();
-        let report = report.context("nobody reports")?;
+        let report = report.context("no VM reports")?;
         let says = (&report["epoch"], &report["revision"], &report["workers"]);
         ensure!(says == (&json!("sane"), &json!(self.revision), &json!(WORKERS + 1)), "{report}");
         self.serves()
@@ -203,7 +203,7 @@ impl Proxy {
             self.talk(500)?;
         }
         let report = [self.talk(1_100)?.1, self.talk(1_100)?.1].into_iter().flatten().next_back();
-        let workers = &report.context("nobody reports")?["workers"];
+        let workers = &report.context("no VM reports")?["workers"];
         ensure!(*workers == WORKERS + 1, "{workers} of {}", WORKERS + 1);
         Ok(())
     }
@@ -367,8 +367,8 @@ fn clocks_that_jump_stand_still_or_are_absurd_are_borne() -> anyhow::Result<()> 
 #[test]
 fn a_vm_that_was_taken_for_gone_is_counted_again() -> anyhow::Result<()> {
     let mut proxy = Proxy::new(rich)?;
-    let leader = proxy.talk(0)?.0.context("nobody polls")?.vm;
-    // Nobody ran for a while, and the leader is the first to run again.
+    let leader = proxy.talk(0)?.0.context("no VM polls")?.vm;
+    // No VM ran for a while, and the leader is the first to run again.
     proxy.host.set_now(proxy.host.now() + Duration::from_secs(20));
     proxy.host.tick(leader)?;
     proxy.all_are_counted()

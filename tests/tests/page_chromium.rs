@@ -445,7 +445,7 @@ async fn proxies_of_one_id_are_all_there() -> anyhow::Result<()> {
 async fn what_no_token_lifts_asks_for_none() -> anyhow::Result<()> {
     let stage = Stage::start(play::half_way()).await?;
     let browser = Browser::start().await?;
-    // By a name that anybody could have pointed here, to a controller without tokens.
+    // By a DNS name, which an attacker could point here, to a controller without tokens.
     browser.goto(&format!("http://tideshift.example:{}/", stage.page().port())).await?;
     let why = "The controller refuses: host \"tideshift.example";
     browser.says("main", why).await?;
@@ -919,7 +919,7 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
         record.take(status(4061 * 50, 4061), 4061000);
         result.gap = last(version().share, 61).filter((value) => value === null).length;
         result.afterGap = last(version().requests, 1);
-        // Counts that begin anew are no negative rate.
+        // Counts that restart do not give a negative rate.
         record.take(status(4062 * 50, 4062), 4062000);
         record.take(status(10), 4063000);
         result.anew = last(version().requests, 1);

@@ -78,7 +78,7 @@ fn what_render_prints_is_what_api_servers_take() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the check would see anything: of each kind that is printed, with a field that is wrong and one that nobody knows.
+/// Whether the check would see anything: of each kind that is printed, with an invalid field and an unknown one.
 #[test]
 fn what_they_do_not_take_is_seen() -> anyhow::Result<()> {
     let istio = rendered(&["istio"], &documents())?;

@@ -232,7 +232,7 @@ impl Drop for Ticket {
     }
 }
 
-/// Whom a peer counts as: a network of IPv6 is one customer's, who has any number of addresses in it.
+/// The key under which a peer is limited: for IPv6 the network, because one customer has all addresses of it.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => {

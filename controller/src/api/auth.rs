@@ -1,4 +1,4 @@
-//! Who may ask: bearer tokens from files, proxies by their certificates, or, where there is neither, only programs of this
+//! Authentication: bearer tokens from files, client certificates of proxies, or, without either, only clients on this
 //! machine.
 //!
 //! A token is compared by its SHA-256 in constant time, with every token that there is, so that the time an answer
@@ -34,11 +34,11 @@ const LONGEST_TOKEN: usize = 512;
 /// What a token is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
-    /// To look.
+    /// Read-only access.
     Read,
-    /// Everything that a user can do, looking included.
+    /// All user actions, reading included.
     Operate,
-    /// What proxies do.
+    /// Policies and reports.
     Proxy,
 }
 
@@ -106,8 +106,8 @@ impl TokenFiles {
         self.given().map(|(_, path)| path.clone()).collect()
     }
 
-    /// Whom nobody has a token for, in words, while others have one; empty if that is as it should be. `certificates`:
-    /// proxies may have certificates.
+    /// Names the roles without tokens while other roles have some; empty if the configuration is complete. `certificates`:
+    /// proxies may authenticate with certificates.
     pub fn left_out(&self, certificates: bool) -> &'static str {
         match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some() || certificates) {
             (true, false) => "proxies are refused: there is no --proxy-token-file",
@@ -390,7 +390,7 @@ fn from_this_machine(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-/// Whether no name server of somebody else can have led here by this name.
+/// Whether this host name cannot result from DNS rebinding.
 fn is_of_this_machine(host: &str) -> bool {
     let Ok(authority) = host.parse::<Authority>() else { return false };
     let name = authority.host().to_ascii_lowercase();
@@ -501,7 +501,7 @@ mod tests {
         }
         assert_eq!(known(PROXIES, true, &edge, &[("authorization", "Bearer x")]), None, "a token goes before");
         assert_eq!(known(PROXIES, true, &Certificate::proxy([]), &[]), None, "it has no name");
-        // Only another replica is believed about whom it hands a request on for.
+        // Only another replica may name the client whose request it forwards.
         let handed_on = [("x-tideshift-handed-on", "1"), ("x-tideshift-handed-on-name", "edge-9")];
         let name = |certificate: &Certificate, of: &[(&'static str, &str)]| {
             known(PROXIES, true, certificate, of).and_then(|caller| caller.name().map(str::to_owned))

@@ -1,7 +1,7 @@
 //! `GET /v1/events`: the status whenever it changes, and every transition of a rollout, as server-sent events.
 //!
-//! The status is made once for all who listen, and each of them is sent the newest that there is when the one before has
-//! left: whoever is slow misses statuses but holds up nobody and costs no memory.
+//! The status is serialised once for all clients. Each client gets the newest status when the previous one has been sent:
+//! a slow client misses statuses, but does not delay others and needs no buffer.
 
 use super::{Peer, Problem, Shared};
 use crate::clock::now;
@@ -22,15 +22,15 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// A status is sent at most so often.
+/// The minimum interval between statuses.
 const AT_MOST: Duration = Duration::from_millis(250);
-/// A status is sent at least so often, so that nobody need guess whether the connection is alive.
+/// The maximum interval between statuses, so that clients can detect a dead connection.
 const AT_LEAST: Duration = Duration::from_secs(1);
-/// The most who may listen at a time.
+/// The maximum number of open streams.
 const MAX_LISTENERS: usize = 100;
-/// The most of them that one caller may be: a credential with a name, else all that come from one address.
+/// The maximum number of open streams per caller: a named credential, or else an address.
 const MAX_PER_CALLER: usize = 25;
-/// Whoever is so many transitions behind misses the oldest.
+/// The number of buffered transitions; slower clients miss the oldest.
 const MAX_BEHIND: usize = 256;
 
 /// What listeners hear.
@@ -66,7 +66,7 @@ impl Events {
     /// Tells of what has happened: the rollout's name and how it stands since then.
     pub fn tell(&self, transitions: &[(String, Transition)]) {
         for (name, transition) in transitions {
-            // Nobody listens: nobody misses it.
+            // There are no clients.
             let _ = self.transitions.send(json(&TransitionEvent { name, transition: transition.into() }));
         }
     }
@@ -76,7 +76,7 @@ fn json(value: &impl Serialize) -> Arc<str> {
     serde_json::to_string(value).unwrap_or_default().into()
 }
 
-/// Tells whoever listens how things stand, for ever.
+/// Sends the status to all clients in an endless loop.
 pub async fn keep_telling(shared: Arc<Shared>) {
     let statuses = &shared.events.statuses;
     let mut ticks = interval(AT_MOST);

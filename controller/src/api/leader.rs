@@ -1,4 +1,4 @@
-//! What a replica that does not lead does with requests that only the leader can answer: it hands them on.
+//! Request forwarding: a follower forwards requests that only the leader can answer.
 
 use super::caller::Certificate;
 use super::{MAX_SHIFT_BYTES, Peer, Problem, Shared, Twin};
@@ -14,13 +14,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Says that a request was handed on already; it is not handed on twice.
+/// Marks a forwarded request, which is not forwarded again.
 const HANDED_ON: HeaderName = HeaderName::from_static("x-tideshift-handed-on");
-/// Whom it was handed on for.
+/// The address of the client whose request was forwarded.
 const HANDED_ON_FOR: HeaderName = HeaderName::from_static("x-tideshift-handed-on-for");
-/// Whom that one's certificate names, once for each name. It is taken from nobody but another replica.
+/// The names in that client's certificate, one header per name. Accepted from other replicas only.
 const HANDED_ON_NAME: HeaderName = HeaderName::from_static("x-tideshift-handed-on-name");
-/// How long a connection to the leader may take.
+/// The connection timeout to the leader.
 const CONNECT: Duration = Duration::from_secs(2);
 
 /// How the leader is reached.

@@ -1,4 +1,4 @@
-//! How things stand: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
+//! The current state: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
 use super::{Part, Problem, Shared};
 use crate::clock::now;
@@ -34,13 +34,13 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     }
     match shared.published.borrow().is_some() {
         true => "ok\n".into_response(),
-        // A replica that follows has nothing to wait for: whoever asks it is handed on.
+        // A follower has nothing to wait for: it forwards requests to the leader.
         false if matches!(shared.leader.role(), Role::Follows(Some(_))) => "ok\n".into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first probes\n").into_response(),
     }
 }
 
-/// In OpenMetrics for whoever asks for it, as every newer Prometheus does.
+/// Uses OpenMetrics for clients that request it, as newer Prometheus versions do.
 pub(super) async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
     let status = shared.control().status(now());
     shared.done.leads(shared.leader.role().decides());

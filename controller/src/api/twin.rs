@@ -13,7 +13,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Takes nobody but whoever has this replica's own certificate, and its key, as the files are by then.
+/// Accepts only peers with this replica's own certificate and key, as currently in the files.
 #[derive(Debug, Clone)]
 pub struct Twin {
     certificate: PathBuf,

@@ -1,4 +1,4 @@
-//! `tideshift completions`: what a shell needs to complete command lines.
+//! `tideshift completions`: shell completion scripts.
 
 use super::{Cli, Failure, print};
 use clap::CommandFactory;

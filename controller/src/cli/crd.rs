@@ -1,17 +1,17 @@
-//! `tideshift crd`: TrafficShift as Kubernetes knows it.
+//! `tideshift crd`: the CustomResourceDefinition of TrafficShift.
 
 use super::{Failure, print};
 use crate::kubernetes::crd;
 
 /// Print the CustomResourceDefinition of TrafficShift for Kubernetes
 ///
-/// It is of this version of Tideshift: apply it before the controller that needs it.
+/// It matches this version of Tideshift. Apply it before you upgrade the controller.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   tideshift crd | kubectl apply --server-side -f -
   tideshift crd > crd.yaml
-  kubectl explain trafficshift.spec.strategy       What may be in a document, once it is applied")]
+  kubectl explain trafficshift.spec.strategy       Show the fields of a document, once the CRD is applied")]
 pub(super) struct Arguments {}
 
 impl Arguments {

@@ -1,4 +1,4 @@
-//! `tideshift delete`: takes a document back that was put in force by `tideshift apply`.
+//! `tideshift delete`: removes a document that `tideshift apply` added.
 
 use super::server::Server;
 use super::{Failure, Output, print};
@@ -7,7 +7,7 @@ use crate::rollout::Reason;
 use reqwest::Method;
 use serde_json::json;
 
-/// Take a document back that was applied to a running controller
+/// Remove a document that was applied to a running controller
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The weights that proxies have stay in force, unless the document has `onDelete: Drain` or this is called with --drain.
@@ -54,7 +54,7 @@ impl Arguments {
         match answer.state_error {
             None => Ok(()),
             Some(why) => {
-                Err(Failure::NotSafe(format!("{name}: deleted, but not safe from a restart of the controller: {why}")))
+                Err(Failure::NotSafe(format!("{name}: deleted, but the controller could not persist it: {why}")))
             }
         }
     }

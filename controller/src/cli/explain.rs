@@ -8,12 +8,12 @@ use crate::explain::{Request, explain, service_of};
 use std::path::PathBuf;
 use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
 
-/// Say which version a request would get, by which rule, and why
+/// Show which version a request would get, by which rule, and why
 ///
-/// Decided by the very code that the proxies run. The weights are those of the documents: of a policy its own, of a
-/// TrafficShift 100 for the stable version (all endpoints taken as ready), unless --weights says otherwise. Without
-/// documents, the running controller is asked for the policy in force; if it wants tokens, for this one to operate, as
-/// a policy holds the secrets of sessions.
+/// Runs the same code as the proxies. The weights come from the documents: a policy has its own; for a TrafficShift the
+/// stable version has 100 and all endpoints count as ready. --weights overrides them. Without documents, the command
+/// fetches the policy in force from the running controller. With authentication enabled this needs an operate token,
+/// because policies contain session secrets.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -21,28 +21,28 @@ Examples:
   tideshift explain -f shift.yaml --service checkout --weights v1=90,v2=10
   tideshift explain --host shop.example.com -H 'cookie: canary=always' --output json     # as it is right now")]
 pub(super) struct Arguments {
-    /// TrafficShift or policy documents; `-` reads standard input. May be given several times.
+    /// TrafficShift or policy documents; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Look at this service alone; the host is then one of its own unless given.
+    /// Explain for this service only; --host then defaults to one of its hostnames.
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
-    /// The request's host; may be left out if there is one service only.
+    /// The request's host; optional if there is only one service.
     #[arg(long)]
     host: Option<String>,
-    /// The request's path, with its query.
+    /// The request's path, including the query.
     #[arg(long, default_value = "/", value_parser = path)]
     path: String,
     /// The request's method.
     #[arg(long, short = 'X', default_value = "GET")]
     method: String,
-    /// A header of the request. May be given several times.
+    /// A header of the request. Repeatable.
     #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
-    /// The service's weights in place of the document's; versions that are not named get 0.
+    /// Weights that replace the document's; versions that you do not name get 0.
     #[arg(long, value_name = "VERSION=WEIGHT", value_delimiter = ',', value_parser = weight)]
     weights: Vec<(String, u32)>,
-    /// How to print the answer.
+    /// The output format.
     #[arg(long, short = 'o', value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]

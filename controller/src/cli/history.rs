@@ -1,4 +1,4 @@
-//! `tideshift history` and `tideshift watch`: what has happened, and what happens.
+//! `tideshift history` and `tideshift watch`: past transitions, and transitions as they happen.
 
 use super::server::Server;
 use super::steer::the_rollout;
@@ -12,13 +12,13 @@ use std::fmt::Write;
 use std::io::{IsTerminal, stdout};
 use std::time::Duration;
 
-/// Show what has happened to a rollout: each transition with its time and reason
+/// Show the history of a rollout: each transition with its time and reason
 #[derive(Debug, clap::Args)]
 pub(super) struct History {
-    /// The rollout; may be left out if there is only one.
+    /// The rollout; optional if there is only one.
     rollout: Option<String>,
 
-    /// As a table for people, or as the JSON of GET /v1/rollouts/ROLLOUT/history.
+    /// Print a table, or the JSON of GET /v1/rollouts/ROLLOUT/history.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
@@ -26,10 +26,10 @@ pub(super) struct History {
     server: Server,
 }
 
-/// Watch rollouts: the status, redrawn, and each transition as it happens
+/// Watch rollouts: a live status and each transition as it happens
 ///
-/// Goes on until Ctrl-C, also while the controller is away. Not on a terminal it prints transitions only, a line
-/// each, beginning with the latest.
+/// Runs until Ctrl-C, and keeps retrying while the controller is unreachable. If the output is not a terminal, it prints
+/// transitions only, one per line, starting with the latest.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -39,7 +39,7 @@ pub(super) struct Watch {
     /// Only this rollout.
     rollout: Option<String>,
 
-    /// For people, or a JSON line for each transition.
+    /// Print text, or one JSON line per transition.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
@@ -90,7 +90,7 @@ fn table(transitions: &[TransitionStatus]) -> Table {
     table
 }
 
-/// What is said, and that not everything is listed if so.
+/// The message, with the number of similar transitions that were left out.
 fn message(transition: &TransitionStatus) -> String {
     match transition.left_out {
         0 => transition.words(),
@@ -112,7 +112,7 @@ impl Watch {
         loop {
             let status: Status = match controller.get("/v1/status").await {
                 Ok(status) => status,
-                // A controller that was never there is a mistake; one that goes away comes back.
+                // Fail if the first request fails; retry later ones, since the controller may be restarting.
                 Err(error) if first => return Err(error),
                 Err(error) => {
                     eprintln!("{error}");
@@ -132,7 +132,7 @@ impl Watch {
                 let path = format!("/v1/rollouts/{name}/history");
                 let Ok(history) = controller.get::<Transitions>(&path).await else { continue };
                 let last = shown.get(name).and_then(|last| history.transitions.iter().rposition(|one| one == last));
-                // Of what was there before, where it stands.
+                // Of the transitions from before the start, print the latest only.
                 let before = if first { history.transitions.len().saturating_sub(1) } else { 0 };
                 for transition in history.transitions.iter().skip(last.map_or(before, |last| last + 1)) {
                     let _ = match self.output {

@@ -1,4 +1,4 @@
-//! `tideshift install`: the binary copies itself, since in an image with nothing else in it nobody else can.
+//! `tideshift install`: the binary copies itself, because the image contains no other program that could.
 
 use super::{Failure, print};
 use crate::net::io_reason;
@@ -6,14 +6,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// Copy this program into a folder, for containers that have it not
+/// Copy this program into a directory, for containers that do not ship it
 ///
-/// For an init container: it leaves the program in a volume that it shares with the pod's other containers, whose preStop
-/// hooks can then call it. The program is static and needs nothing else.
+/// Use it in an init container: it copies the program to a volume shared with the pod's other containers, whose preStop
+/// hooks can then call it. The program is statically linked and has no dependencies.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  tideshift install /shared        Then /shared/tideshift is this program.
+  tideshift install /shared        Creates /shared/tideshift
 
 In a pod:
   initContainers:
@@ -26,7 +26,7 @@ In a pod:
                                  http://tideshift.tideshift-system:7460]}}
   volumes: [{name: shared, emptyDir: {}}]")]
 pub(super) struct Arguments {
-    /// The folder, which must be there.
+    /// The directory; it must exist.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
 }
@@ -42,7 +42,7 @@ impl Arguments {
     }
 }
 
-/// Puts a program in the place of a file at once: who calls it meanwhile calls the old one or the new one, whole.
+/// Replaces a file atomically: concurrent callers run the old program or the new one, never a partial file.
 fn replace(path: &Path, program: &[u8]) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let unfinished = folder.join(format!(".tideshift-{}", std::process::id()));
@@ -58,7 +58,7 @@ fn replace(path: &Path, program: &[u8]) -> io::Result<()> {
     written
 }
 
-/// A new file that everybody may execute.
+/// Creates a file that every user can execute.
 fn executable(path: &Path) -> io::Result<fs::File> {
     let file = fs::File::create(path)?;
     #[cfg(unix)]

@@ -1,5 +1,5 @@
-//! `kubectl tideshift`: the same program, called by another name. It knows namespaces, and it reaches the controller
-//! through the API server, with the rights of whoever calls.
+//! `kubectl tideshift`: the same program under another name. It handles namespaces, and connects to the controller
+//! through the API server with the caller's permissions.
 
 use super::Failure;
 use crate::kubernetes;
@@ -13,7 +13,7 @@ use std::path::Path;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
-/// What the file must be called for kubectl to find it.
+/// The file name by which kubectl finds the plugin.
 const FILE: &str = "kubectl-tideshift";
 /// The controller's port in its pods.
 const PORT: u16 = 7460;
@@ -21,29 +21,29 @@ const PORT: u16 = 7460;
 const PODS: &str = "app.kubernetes.io/name=tideshift";
 
 pub(super) const AFTER_HELP: &str = "\
-A rollout is named as its TrafficShift is; one of another namespace is NAME.NAMESPACE, or NAME with --namespace.
+A rollout has the name of its TrafficShift. For another namespace use NAME.NAMESPACE, or NAME with --namespace.
   kubectl tideshift status --all-namespaces
   kubectl tideshift set-target checkout v2 --wait --namespace shop
   kubectl tideshift promote | pause | resume | abort | rollback --to v1 | set-weight 25
-  kubectl tideshift watch                          Each transition as it happens
+  kubectl tideshift watch                          Print each transition as it happens
   kubectl tideshift explain --host shop.example.com -H 'x-beta: 1'
-                                                   Which version would this request get, and why?
+                                                   Show which version this request would get, and why
 
-The controller is reached by a port-forward to one of its pods, with the token in its Secret: you must be allowed to list pods,
-to get and create pods/portforward, and to get that Secret, in the controller's namespace. Without the latter, --token-file says
-what token to use; with --server or TIDESHIFT_SERVER, the API server is not asked at all.
+The plugin opens a port-forward to one of the controller's pods and uses the token in the controller's Secret. In the
+controller's namespace you need permission to list pods, to get and create pods/portforward, and to get that Secret. If you
+cannot read the Secret, pass a token with --token-file. With --server or TIDESHIFT_SERVER the plugin bypasses the API server.
 
-Exit codes: 0 fine; 2 a document or the command line is wrong; 3 what was waited for has not come in time; 4 it does not fit
-how things stand; 5 the controller wants another token; 6 the rollout that was waited for has failed, or something else took its
-place; 7 done, but not safe from a restart of the controller, which cannot keep it; 1 anything else.";
+Exit codes: 0 success; 1 any other error; 2 invalid document or command line; 3 timed out waiting; 4 conflicts with the
+rollout's current state; 5 authentication failed; 6 the rollout failed or was superseded; 7 applied, but the controller could not
+persist it.";
 
-/// Whether kubectl has called.
+/// Whether this process runs as the kubectl plugin.
 pub(super) fn has_called() -> bool {
     let name = std::env::args_os().next();
     name.is_some_and(|name| Path::new(&name).file_stem().is_some_and(|stem| stem == FILE))
 }
 
-/// The command line as the plugin has it.
+/// The command line of the plugin.
 pub(super) fn named(command: Command) -> Command {
     let command = command.name("kubectl-tideshift").bin_name("kubectl tideshift").after_help(AFTER_HELP);
     command.mut_subcommands(|sub| {
@@ -56,22 +56,22 @@ pub(super) fn named(command: Command) -> Command {
     })
 }
 
-/// Where in which cluster; nothing unless kubectl has called.
+/// The cluster and namespace; `None` unless this runs as the kubectl plugin.
 #[derive(Debug)]
 pub(super) struct Place(Option<Flags>);
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "The cluster")]
 struct Flags {
-    /// The namespace of rollouts that are named without one. Without it: that of the kubeconfig's context.
+    /// The namespace of rollout names that have none. Default: the namespace of the kubeconfig's context.
     #[arg(long, short, value_name = "NAMESPACE")]
     namespace: Option<String>,
 
-    /// All namespaces; rollouts are then named NAME.NAMESPACE.
+    /// Use all namespaces; rollout names are then NAME.NAMESPACE.
     #[arg(long, short = 'A', conflicts_with = "namespace")]
     all_namespaces: bool,
 
-    /// The kubeconfig's context. Without it: the current one.
+    /// The kubeconfig's context. Default: the current context.
     #[arg(long, value_name = "NAME")]
     context: Option<String>,
 
@@ -101,19 +101,19 @@ impl Args for Place {
     }
 }
 
-/// A way to the controller.
+/// A connection to the controller.
 #[derive(Debug)]
 pub(super) struct Way {
-    /// Where it begins on this machine.
+    /// The local address of the port-forward.
     pub(super) address: SocketAddr,
     /// The name in the controller's certificate, if it speaks TLS.
     pub(super) host: Option<String>,
-    /// The token that the controller itself reads from its Secret, if that can be read.
+    /// The operate token from the controller's Secret, if the caller can read it.
     pub(super) token: Option<String>,
 }
 
 impl Place {
-    /// The namespace of rollouts that are asked about without one; `None` unless kubectl has called.
+    /// The namespace of rollout names that have none; `None` unless this runs as the kubectl plugin.
     pub(super) async fn namespace(&self) -> Result<Option<String>, Failure> {
         let Some(flags) = &self.0 else { return Ok(None) };
         match &flags.namespace {
@@ -123,7 +123,7 @@ impl Place {
         }
     }
 
-    /// Opens a way to the controller; `None` unless kubectl has called.
+    /// Opens a port-forward to the controller; `None` unless this runs as the kubectl plugin.
     pub(super) async fn way(&self) -> Result<Option<Way>, Failure> {
         let Some(flags) = &self.0 else { return Ok(None) };
         let namespace = &flags.controller_namespace;
@@ -162,7 +162,7 @@ impl Flags {
     }
 }
 
-/// A pod of the controller that answers; all of them know, or know who knows.
+/// A ready pod of the controller. Any replica works, because followers forward requests to the leader.
 async fn ready_pod(pods: &Api<Pod>) -> Result<Option<Pod>, kube::Error> {
     let is_ready = |pod: &Pod| {
         let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
@@ -171,14 +171,14 @@ async fn ready_pod(pods: &Api<Pod>) -> Result<Option<Pod>, kube::Error> {
     Ok(pods.list(&ListParams::default().labels(PODS)).await?.items.into_iter().find(is_ready))
 }
 
-/// The first token to operate with, if whoever calls may read it.
+/// The first operate token, if the caller can read the Secret.
 async fn operate_token(secrets: &Api<Secret>, name: &str) -> Option<String> {
     let data = secrets.get(name).await.ok()?.data?;
     let tokens = String::from_utf8(data.get("operate")?.0.clone()).ok()?;
     tokens.lines().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
 }
 
-/// Leads every connection to a pod that is ready by then: the one from before may be gone.
+/// Forwards each connection to a pod that is ready at that time, because the previous pod may be gone.
 async fn forward(listener: TcpListener, pods: Api<Pod>) {
     while let Ok((stream, _)) = listener.accept().await {
         let pods = pods.clone();
@@ -194,7 +194,7 @@ async fn forward_one(mut stream: TcpStream, pods: &Api<Pod>) -> Result<(), kube:
     let Some(pod) = ready_pod(pods).await? else { return Ok(()) };
     let mut forwarder = pods.portforward(&pod.name_any(), &[PORT]).await?;
     if let Some(mut there) = forwarder.take_stream(PORT) {
-        // Who of the two ends it does not matter.
+        // Either side may close the connection.
         let _ = copy_bidirectional(&mut stream, &mut there).await;
     }
     Ok(())

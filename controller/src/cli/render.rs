@@ -1,4 +1,4 @@
-//! `tideshift render`: configuration for others, on standard output.
+//! `tideshift render`: prints configuration for Envoy, Istio and Gateway API.
 
 mod kubernetes;
 
@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use tideshift_core::shift::Endpoint;
 
-/// Print configuration for proxies, made from documents
+/// Print proxy configuration generated from documents
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(subcommand)]
@@ -26,47 +26,48 @@ enum Target {
     HttpRoute(kubernetes::HttpRoute),
 }
 
-/// Print a complete Envoy bootstrap that does what TrafficShift documents say
+/// Print a complete Envoy bootstrap for TrafficShift documents
 ///
-/// Listener, filter, a route for each version by the header x-tideshift-version with the stable version as the default,
-/// clusters with health checks like the readiness probes, the controller's cluster, and the labels of the metrics.
+/// It contains the listener, the filter, a route per version (by the header x-tideshift-version; the default route goes to
+/// the stable version), clusters with health checks that mirror the readiness probes, the controller's cluster and the
+/// labels of the metrics.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   tideshift render envoy -f shift.yaml > envoy.yaml && envoy -c envoy.yaml
   tideshift render envoy -f shift.yaml --listen 0.0.0.0:80 --module /etc/envoy/tideshift.wasm --access-log -
 
-Weights are not in it: all traffic goes to the stable version until the controller (`tideshift serve`) has answered.")]
+It contains no weights: all traffic goes to the stable version until the controller (`tideshift serve`) sends a policy.")]
 struct EnvoyArguments {
-    /// TrafficShift documents; `-` reads standard input. May be given several times.
+    /// TrafficShift documents; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// Where Envoy takes requests.
+    /// The address on which Envoy accepts requests.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10000")]
     listen: SocketAddr,
-    /// Where Envoy's admin interface is; keep it to yourself, it has no password.
+    /// The address of Envoy's admin interface. It has no authentication: keep it private.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:9901")]
     admin: SocketAddr,
-    /// Where Envoy finds the controller.
+    /// The address of the controller.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7460", value_parser = endpoint)]
     controller: Endpoint,
-    /// A file whose first line is the proxy token of a controller that wants one. It becomes part of what is printed, and
+    /// A file whose first line is the proxy token, if the controller requires tokens. The output contains the token, and
     /// Envoy's admin interface shows it.
     #[arg(long, value_name = "FILE")]
     controller_token_file: Option<PathBuf>,
-    /// The certificates by which to verify a controller that speaks TLS; a path as Envoy will see it.
+    /// CA certificates that verify a controller with TLS; a path on the machine of Envoy.
     #[arg(long, value_name = "PATH")]
     controller_ca_file: Option<String>,
-    /// The port of the versions' Services, where documents name those; of headless ones their pods' port.
+    /// The port of the versions' Services, if the documents name Services; for headless Services the port of the pods.
     #[arg(long, value_name = "PORT", default_value = "80", value_parser = clap::value_parser!(u16).range(1..))]
     service_port: u16,
-    /// The filter's module; a path as Envoy will see it.
+    /// The filter's Wasm module; a path on the machine of Envoy.
     #[arg(long, value_name = "PATH", default_value = "target/tideshift.wasm")]
     module: String,
     /// The name of the controller's cluster in Envoy.
     #[arg(long, value_name = "NAME", default_value = "tideshift_controller")]
     cluster: String,
-    /// A file for one line about each request, with its version; `-` is Envoy's standard output.
+    /// Access log file, one line per request with its version; `-` is Envoy's standard output.
     #[arg(long, value_name = "PATH")]
     access_log: Option<String>,
 }

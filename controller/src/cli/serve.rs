@@ -9,11 +9,11 @@ use crate::telemetry::{self, LogFormat};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Run the controller: probe endpoints, move weights, tell proxies, take their reports
+/// Run the controller: probe endpoints, move weights, send policies to proxies
 ///
-/// Proxies poll it for their policy and report what they count. It probes each version's endpoints, gives traffic only
-/// to what is ready, and moves it from the stable version to the target step by step. Documents may be changed while
-/// it runs; one that is wrong is refused and what it said before stays in force. Ends cleanly on SIGTERM.
+/// Proxies poll the controller for their policy and report their counts. The controller probes each version's endpoints,
+/// sends traffic only to ready endpoints, and moves it from the stable version to the target step by step. You can change
+/// documents while it runs: it rejects an invalid document and keeps the previous one in force. SIGTERM ends it cleanly.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -24,23 +24,23 @@ Examples:
   tideshift serve -f shift.yaml --listen 0.0.0.0:7460 --tls-cert tls.crt --tls-key tls.key \
     --read-token-file read.tokens --operate-token-file operate.tokens --proxy-token-file proxy.tokens
 
-Serves GET /v1/policy and POST /v1/reports for proxies, GET /v1/status for people and tools, /healthz, /readyz, /metrics;
-a web page at /; the rest is in GET /v1/openapi.json.")]
+It serves GET /v1/policy and POST /v1/reports for proxies, GET /v1/status for people and tools, /healthz, /readyz, /metrics,
+and a web page at /. GET /v1/openapi.json describes the whole API.")]
 pub(super) struct Arguments {
-    /// TrafficShift documents in YAML or JSON; `-` reads standard input. May be given several times.
+    /// TrafficShift documents in YAML or JSON; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required_unless_present = "kubernetes")]
     files: Vec<PathBuf>,
 
-    /// Documents are TrafficShift resources of a Kubernetes cluster, and state is kept there; several replicas may run, of
-    /// which one leads.
+    /// Read documents from the TrafficShift resources of a Kubernetes cluster and keep state there. You can run several
+    /// replicas; leader election chooses the active one.
     #[arg(long, env = "TIDESHIFT_KUBERNETES", conflicts_with_all = ["files", "state_dir"])]
     kubernetes: bool,
 
-    /// How the cluster is reached. Without it: KUBECONFIG, ~/.kube/config, or the pod's service account.
+    /// The kubeconfig of the cluster. [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
     #[arg(long, value_name = "FILE", requires = "kubernetes")]
     kubeconfig: Option<PathBuf>,
 
-    /// A namespace whose TrafficShifts count. May be given several times. Without it: all namespaces.
+    /// A namespace whose TrafficShifts the controller handles. Repeatable. [default: all namespaces]
     #[arg(
         long,
         value_name = "NAMESPACE",
@@ -50,66 +50,66 @@ pub(super) struct Arguments {
     )]
     watch_namespace: Vec<String>,
 
-    /// Which replica this is. Without it: the host name, which is the pod's name.
+    /// The name of this replica. [default: the host name, which is the pod's name]
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pod_name: Option<String>,
 
-    /// Where the Lease, the state and the Secrets of other clusters are. Without it: the service account's namespace.
+    /// The namespace of the Lease, the state and the Secrets of other clusters. [default: the service account's namespace]
     #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pod_namespace: Option<String>,
 
-    /// How other replicas reach this one, such as http://10.1.2.3:7460. Without it: the address of --listen.
+    /// The URL at which other replicas reach this one, such as http://10.1.2.3:7460. [default: the address of --listen]
     #[arg(long, value_name = "URL", env = "TIDESHIFT_ADVERTISE", requires = "kubernetes")]
     advertise: Option<String>,
 
-    /// The Lease's name; the Secrets that hold the state are called NAME-state and NAME-counts.
+    /// The name of the Lease. The Secrets NAME-state and NAME-counts hold the state.
     #[arg(long, value_name = "NAME", default_value = "tideshift", env = "TIDESHIFT_LEASE_NAME")]
     lease_name: String,
 
-    /// Proxies may also have tokens that the cluster has given for this audience, as a TokenReview says.
+    /// Also accept proxies with service account tokens for this audience, verified by TokenReview.
     #[arg(long, value_name = "AUDIENCE", env = "TIDESHIFT_PROXY_TOKEN_AUDIENCE", requires = "kubernetes")]
     proxy_token_audience: Option<String>,
 
-    /// Where to listen: a loopback address, unless there are tokens.
+    /// The address to listen on. Without tokens it must be a loopback address.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7460", env = "TIDESHIFT_LISTEN", value_parser = address)]
     listen: SocketAddr,
 
-    /// Where /healthz and /readyz are served as well, to anyone and without TLS: for a kubelet, whose probes then need no
-    /// connection among those of clients.
+    /// A second address for /healthz and /readyz, without authentication and TLS: kubelet probes then do not compete with
+    /// clients for connections.
     #[arg(long, value_name = "ADDRESS", env = "TIDESHIFT_HEALTH_LISTEN", value_parser = address)]
     health_listen: Option<SocketAddr>,
 
-    /// File of read-only bearer tokens, one per line, each with a name before it or not. Reloaded on change, like every file
+    /// File of read-only bearer tokens, one per line, with an optional name in front. Reloaded on change, like every file
     /// option.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_READ_TOKEN_FILE")]
     read_token_file: Option<PathBuf>,
 
-    /// Bearer tokens that may do everything that users can do.
+    /// File of operate tokens: they permit every user action, reading included.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_OPERATE_TOKEN_FILE")]
     operate_token_file: Option<PathBuf>,
 
-    /// Bearer tokens of proxies, for policies and reports alone; one per line: NAME TOKEN [SERVICES]. NAME is the proxy that
-    /// it speaks for; a TOKEN alone speaks for any.
+    /// File of proxy tokens, which permit only policies and reports. One per line: NAME TOKEN [SERVICES]. NAME is the proxy
+    /// that may use it; any proxy may use a line with only a TOKEN.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_PROXY_TOKEN_FILE")]
     proxy_token_file: Option<PathBuf>,
 
-    /// The certificate to speak TLS with, in PEM, and those that lead from it to a trusted one.
+    /// The TLS certificate chain of the server, in PEM.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
 
-    /// The certificate's private key, in PEM.
+    /// The private key of the certificate, in PEM.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
 
-    /// Authorities whose certificates say which proxy a client is, in PEM: it polls and reports for the proxies of the
-    /// certificate's names (common name, DNS names, URIs) and needs no token for that.
+    /// CA certificates in PEM for mutual TLS: a proxy with a client certificate from one of these CAs polls and reports
+    /// under the certificate's names (common name, DNS names, URIs) and needs no token.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TLS_CLIENT_CA", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
 
-    /// Where webhooks may go: an address, a network such as 10.0.0.0/8, a host, *.DOMAIN, or one of the words public, private
-    /// and loopback. May be given several times. Held against the address that is connected to. Link-local and metadata
-    /// addresses and the cluster's API server are reached only if they are named themselves. [default: public with
-    /// --kubernetes, else public, private and loopback]
+    /// A destination that webhooks may call: an address, a network such as 10.0.0.0/8, a host, *.DOMAIN, or one of public,
+    /// private and loopback. Repeatable. The controller checks the address that it connects to. To allow link-local and
+    /// metadata addresses or the cluster's API server, name them explicitly. [default: public with --kubernetes, else
+    /// public, private and loopback]
     #[arg(
         long,
         value_name = "DESTINATION",
@@ -119,8 +119,8 @@ pub(super) struct Arguments {
     )]
     webhook_allow: Vec<Allowed>,
 
-    /// Where to keep rollouts and counts across restarts. Without it: `.tideshift` beside the first document, in a
-    /// folder of that document's name.
+    /// The directory that keeps rollouts and counts across restarts. [default: .tideshift/NAME next to the first document,
+    /// where NAME is that document's name]
     #[arg(long, value_name = "DIR", env = "TIDESHIFT_STATE_DIR")]
     state_dir: Option<PathBuf>,
 
@@ -129,11 +129,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIR", env = "TIDESHIFT_SECRETS_DIR", conflicts_with = "kubernetes")]
     secrets_dir: Option<PathBuf>,
 
-    /// How log lines look; they go to standard error.
+    /// The format of log lines, which go to standard error.
     #[arg(long, value_enum, default_value = "auto", env = "TIDESHIFT_LOG_FORMAT")]
     log_format: LogFormat,
 
-    /// error, warn, info, debug, trace, or a filter of them such as `tideshift=debug,warn`.
+    /// The log level: error, warn, info, debug, trace, or a filter such as `tideshift=debug,warn`.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TIDESHIFT_LOG")]
     log_level: String,
 }
@@ -182,14 +182,14 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     })
 }
 
-/// An address to listen on. `:7460` is all addresses, as in Go programs; a name is not looked up.
+/// Parses an address to listen on. `:7460` means all addresses, as in Go programs; host names are not resolved.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
     full.parse()
         .map_err(|_| "expected ADDRESS:PORT, such as 127.0.0.1:7460, [::1]:7460, or :7460 for all addresses".to_owned())
 }
 
-/// What this machine calls itself; in a pod, the pod's name.
+/// The host name; in a pod, the name of the pod.
 fn host_name() -> Result<String, Failure> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     match name.is_empty() {
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_may_leave_out_the_host() {
+    fn listen_address_without_host_means_all_addresses() {
         assert_eq!(address(":7461").unwrap(), "[::]:7461".parse().unwrap());
         assert_eq!(address("0.0.0.0:80").unwrap(), "0.0.0.0:80".parse().unwrap());
         for wrong in ["7461", "localhost:7461", ":x", "", ":"] {

@@ -1,4 +1,4 @@
-//! Asking a running controller, for the subcommands that do.
+//! The API client of the subcommands that talk to a running controller.
 
 use super::plugin::{Place, Way};
 use super::{Failure, token_in};
@@ -10,28 +10,28 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long an answer may take.
+/// The timeout of a request.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Where the controller is if nobody says.
+/// The default address of the controller.
 const NEAR: &str = "http://127.0.0.1:7460";
-/// The token itself, for those who have it in no file. There is no flag for it: everybody can see command lines.
+/// The environment variable with the token. There is no flag for it, because other users can read command lines.
 const TOKEN: &str = "TIDESHIFT_TOKEN";
 
-/// Where the controller is, and how to be let in.
+/// The address of the controller and the credentials.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The controller")]
 pub(super) struct Server {
-    /// Where it listens. Without it, kubectl's plugin goes through the API server.
+    /// The URL of the controller. Without it, the kubectl plugin connects through the API server.
     ///
     /// [default: http://127.0.0.1:7460]
     #[arg(long, value_name = "URL", env = "TIDESHIFT_SERVER")]
     server: Option<String>,
 
-    /// A file whose first line is the bearer token, if it wants one. TIDESHIFT_TOKEN may hold the token itself.
+    /// A file whose first line is the bearer token. Alternatively set TIDESHIFT_TOKEN to the token itself.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_TOKEN_FILE")]
     token_file: Option<PathBuf>,
 
-    /// Certificates in PEM to trust instead of the system's, if it speaks TLS.
+    /// CA certificates in PEM to trust instead of the system's, if the controller uses TLS.
     #[arg(long, value_name = "FILE", env = "TIDESHIFT_CA_FILE")]
     ca_file: Option<PathBuf>,
 
@@ -39,17 +39,17 @@ pub(super) struct Server {
     place: Place,
 }
 
-/// A controller to talk to.
+/// A client of one controller.
 #[derive(Debug)]
 pub(super) struct Controller {
     base: String,
     client: reqwest::Client,
-    /// The namespace of rollouts that are asked about without one.
+    /// The namespace of rollout names that have none.
     namespace: Option<String>,
 }
 
 impl Server {
-    /// Gets ready to ask. Nothing is sent to the controller yet.
+    /// Creates the client. Sends nothing to the controller yet.
     pub(super) async fn open(&self) -> Result<Controller, Failure> {
         let mut client = reqwest::Client::builder().no_proxy().redirect(redirect::Policy::none());
         let way = if self.server.is_some() { None } else { self.place.way().await? };
@@ -63,8 +63,11 @@ impl Server {
             (None, None) => NEAR.to_owned(),
         };
         if let Some(token) = self.token()?.or_else(|| way.and_then(|way| way.token)) {
-            let mut value = header::HeaderValue::try_from(format!("Bearer {token}"))
-                .map_err(|_| Failure::Usage("the token is not one that can be sent: visible ASCII only".to_owned()))?;
+            let mut value = header::HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| {
+                Failure::Usage(
+                    "the token contains characters that a header cannot carry; expected visible ASCII".to_owned(),
+                )
+            })?;
             value.set_sensitive(true);
             client = client.default_headers([(header::AUTHORIZATION, value)].into_iter().collect());
         }
@@ -77,7 +80,7 @@ impl Server {
             }
             client = client.tls_certs_only(certificates);
         } else if !base.starts_with("https:") {
-            // Without TLS none are needed; to look for the system's would fail in a container that has none.
+            // Without TLS no certificates are needed, and loading the system's fails in a container that has none.
             client = client.tls_certs_only([]);
         }
         let client = client.build().map_err(|error| Failure::Other(net::reason(&error).into()))?;
@@ -123,18 +126,18 @@ impl Controller {
         self.send(Method::GET, path, None::<&()>).await
     }
 
-    /// Whether a rollout is one that is asked about: where there is a namespace, it is of that one.
+    /// Whether a rollout is in the selected namespace; true if no namespace is selected.
     pub(super) fn is_meant(&self, rollout: &str) -> bool {
         let of = |namespace: &String| rollout.strip_suffix(namespace).is_some_and(|rest| rest.ends_with('.'));
         self.namespace.as_ref().is_none_or(of)
     }
 
-    /// Where those are, for messages.
+    /// The selected namespace, for messages.
     pub(super) fn place(&self) -> String {
         self.namespace.as_ref().map_or_else(String::new, |namespace| format!(" in namespace {namespace}"))
     }
 
-    /// The whole name of a rollout or service. Where there is a namespace, a name with a dot has one already.
+    /// The full name of a rollout or service. Adds the selected namespace unless the name contains a dot.
     pub(super) fn whole_name(&self, name: &str) -> String {
         match &self.namespace {
             Some(namespace) if !name.contains('.') => format!("{name}.{namespace}"),
@@ -142,12 +145,12 @@ impl Controller {
         }
     }
 
-    /// Where the path is, for messages.
+    /// The URL of a path, for messages.
     pub(super) fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base)
     }
 
-    /// What it answers; to change something, send a body, be it an empty object.
+    /// Sends a request and returns the decoded response. Requests that change something need a body, even if empty.
     pub(super) async fn send<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -164,7 +167,7 @@ impl Controller {
         let status = response.status();
         let body = response.bytes().await.map_err(|error| absent(net::reason(&error)))?;
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| absent(format!("not what was expected: {error}")));
+            return serde_json::from_slice(&body).map_err(|error| absent(format!("unexpected response body: {error}")));
         }
         let said = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
         let Some(error) = said["error"].as_str() else { return Err(absent(format!("status {status}"))) };
@@ -184,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_without_a_scheme_is_http() {
+    fn server_address_without_scheme_is_http() {
         assert_eq!(base_of("https://tideshift.example/"), Ok("https://tideshift.example".to_owned()));
         for wrong in ["ftp://x", "https://", "", "http://me:hunter2@x:7460", "a b"] {
             let error = base_of(wrong).unwrap_err();

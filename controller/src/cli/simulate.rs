@@ -1,4 +1,4 @@
-//! `tideshift simulate`: what would a strategy do?
+//! `tideshift simulate`: plays a strategy against a scenario.
 
 use super::{Failure, Output, print};
 use crate::documents::{self, DocumentErrors};
@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tideshift_core::shift::TrafficShift;
 
-/// Play a rollout through in a made-up world, in seconds, with a picture
+/// Simulate a rollout under a scenario, in seconds, with a chart
 ///
-/// The scenario says how many requests come, how often each version fails and when its endpoints are ready. What is
-/// done about it is decided by what decides in production: the controller's engine and verdict, the proxies' choice
-/// and guard. The same seed gives the same run.
+/// The scenario defines the request rate, each version's error rate, and when its endpoints become ready. The simulation
+/// runs the production code: the controller's rollout engine and verdict, and the proxies' version choice and guard. The
+/// same seed gives the same run.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -20,25 +20,25 @@ Examples:
   tideshift simulate -f shift.yaml --scenario scenario.yaml --svg simulation.svg
   tideshift simulate -f shift.yaml --scenario scenario.yaml --runs 1000
 
-Exit codes: 0 it was played through, however the rollout ended; 2 a document or the command line is wrong.
+Exit codes: 0 the simulation completed, whatever the result of the rollout; 2 invalid document or command line.
 The scenario's fields: docs/simulate.md")]
 pub(super) struct Arguments {
     /// The TrafficShift; `-` reads standard input.
     #[arg(short = 'f', long = "file", value_name = "FILE")]
     file: PathBuf,
-    /// How the world behaves: a Scenario in YAML or JSON.
+    /// The Scenario in YAML or JSON.
     #[arg(long, value_name = "FILE")]
     scenario: PathBuf,
-    /// What chance is made of, in place of the scenario's seed.
+    /// The random seed; overrides the scenario's.
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
-    /// Where to put a picture: shares, failed requests, evidence and endpoints over time, and every decision.
+    /// Write a chart to this file: shares, failed requests, evidence and endpoints over time, and every decision.
     #[arg(long, value_name = "FILE", conflicts_with = "runs")]
     svg: Option<PathBuf>,
-    /// Play it so many times, each with the next seed, and count how it ends.
+    /// Simulate this number of runs, each with the next seed, and count the results.
     #[arg(long, value_name = "NUMBER", value_parser = RangedU64ValueParser::<u64>::new().range(1..=1_000_000))]
     runs: Option<u64>,
-    /// How to print the answer.
+    /// The output format.
     #[arg(long, short = 'o', value_enum, default_value_t)]
     output: Output,
 }
@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
 }
 
-/// Both documents, or the errors of both.
+/// Reads both documents, or returns the errors of both.
 fn load(shift: &Path, scenario: &Path) -> Result<(TrafficShift, Scenario), DocumentErrors> {
     let shift = documents::load_one(shift, TrafficShift::read);
     let scenario = documents::load_one(scenario, |value| Scenario::read(value, shift.as_ref().ok()));

@@ -1,4 +1,4 @@
-//! `tideshift status`: how things stand.
+//! `tideshift status`: the current state.
 
 use super::server::Server;
 use super::{Failure, print_on};
@@ -9,8 +9,8 @@ use std::time::Duration;
 
 /// Show weights, readiness, requests by version, rollouts and proxies
 ///
-/// Asks a running controller. With --watch it goes on until Ctrl-C, also while the controller is away, redrawing on a
-/// terminal.
+/// Reads the status of a running controller. With --watch it repeats until Ctrl-C, redraws on a terminal, and keeps retrying
+/// while the controller is unreachable.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -18,11 +18,11 @@ Examples:
   tideshift status --watch
   tideshift status --output json | jq '.services[].versions[] | {name, weight}'")]
 pub(super) struct Arguments {
-    /// As a table for people, or as the JSON of GET /v1/status (with --watch: one line each).
+    /// Print a table, or the JSON of GET /v1/status (with --watch, one line each).
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
 
-    /// Show it again every second.
+    /// Repeat every second.
     #[arg(long, short)]
     watch: bool,
 
@@ -40,7 +40,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
     const EVERY: Duration = Duration::from_secs(1);
     let controller = arguments.server.open().await?;
     let redraws = arguments.watch && arguments.output == Output::Table && stdout().is_terminal();
-    // Home, and clear what is below: less flicker than clearing first.
+    // Cursor home, then clear below: this flickers less than clearing first.
     let drawn = |text: String| if redraws { format!("\x1b[H\x1b[J{text}") } else { text };
     let (mut first, mut trouble) = (true, None);
     loop {
@@ -50,7 +50,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
                 (first, trouble) = (false, None);
                 drawn(arguments.text(&status)?)
             }
-            // A controller that was never there is a mistake; one that goes away comes back.
+            // Fail if the first request fails; retry later ones, since the controller may be restarting.
             Err(error) if first => return Err(error),
             Err(error) if redraws => drawn(format!("{error}\n")),
             Err(error) => {

@@ -1,5 +1,5 @@
-//! `tideshift set-target`, `promote`, `pause`, `resume`, `abort`, `rollback`, `set-weight`, `apply`: saying something to
-//! a rollout, and waiting for what comes of it.
+//! `tideshift set-target`, `promote`, `pause`, `resume`, `abort`, `rollback`, `set-weight`, `apply`: sends a command to a
+//! rollout, and optionally waits for the result.
 
 use super::server::{Controller, Server};
 use super::wait::{Goal, Progress, Wait};
@@ -14,33 +14,33 @@ use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Start a rollout to a version, as if the document named it as its target
+/// Start a rollout to a version, as if you had set it as the document's target
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  tideshift set-target v2                       The only rollout there is
-  tideshift set-target checkout v2 --wait       Ends when it has succeeded (0) or failed (6)
+  tideshift set-target v2                       For the only rollout
+  tideshift set-target checkout v2 --wait       Wait until it succeeds (exit code 0) or fails (6)
 
-The document stays as it is; another target in it supersedes this one. If the version is the target already or serves
-everything, nothing changes and the exit code is 0; after a rollout to it has failed, this is how to try again.")]
+The document does not change; a later change of its target supersedes this command. If the version is already the target or
+already serves all traffic, nothing changes and the exit code is 0. Use this command to retry after a rollout has failed.")]
 pub(super) struct SetTarget {
-    /// The rollout, unless there is only one, and the version.
+    /// The rollout (optional if there is only one) and the version.
     #[arg(value_names = ["ROLLOUT", "VERSION"], num_args = 1..=2, required = true)]
     words: Vec<String>,
     #[command(flatten)]
     common: Common,
 }
 
-/// On to the next step: past a pause, the rest of a hold, or a verdict that is still undecided
+/// Promote to the next step: skip a pause, the rest of a hold, or an undecided verdict
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "What it does not skip: endpoints that are not ready, and, without --override-gates, a gate that has not said yes."
+    after_help = "It never skips readiness: traffic moves only to ready endpoints. It skips a gate that has not approved only with --override-gates."
 )]
 pub(super) struct Promote {
-    /// Straight to the last step.
+    /// Promote directly to the last step.
     #[arg(long)]
     full: bool,
-    /// Past gates that have not said yes; history and log say so.
+    /// Skip gates that have not approved; history and log record it.
     #[arg(long)]
     override_gates: bool,
     #[command(flatten)]
@@ -49,10 +49,10 @@ pub(super) struct Promote {
     common: Common,
 }
 
-/// Stay at the present share until resumed
+/// Pause at the current share until resumed
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A target that fails is taken back all the same. What is paused already stays so, and the exit code is 0.")]
+A failing target is still rolled back. If the rollout is already paused, nothing changes and the exit code is 0.")]
 pub(super) struct Pause {
     #[command(flatten)]
     rollout: OptionalRollout,
@@ -60,7 +60,7 @@ pub(super) struct Pause {
     common: Common,
 }
 
-/// Go on after a pause, or from a weight that was set by hand
+/// Resume after a pause or after set-weight
 #[derive(Debug, clap::Args)]
 pub(super) struct Resume {
     #[command(flatten)]
@@ -69,9 +69,11 @@ pub(super) struct Resume {
     common: Common,
 }
 
-/// Give the stable version its traffic back
+/// Abort the rollout: return all traffic to the stable version
 #[derive(Debug, clap::Args)]
-#[command(after_help = "At once, as far as the stable version's endpoints can carry it. `set-target` tries again.")]
+#[command(
+    after_help = "Traffic returns immediately, as far as the stable version's endpoints can carry it. Use `set-target` to retry."
+)]
 pub(super) struct Abort {
     #[command(flatten)]
     rollout: OptionalRollout,
@@ -79,17 +81,17 @@ pub(super) struct Abort {
     common: Common,
 }
 
-/// Go back to a version at once, as far as its endpoints can carry the load
+/// Roll back to a version immediately, as far as its endpoints can carry the load
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   tideshift rollback --to v1
   tideshift rollback checkout --to v1 --wait --timeout 60s")]
 pub(super) struct Rollback {
-    /// The version to go back to.
+    /// The version to roll back to.
     #[arg(long, value_name = "VERSION")]
     to: String,
-    /// Past gates, if that version has not served everything yet; history and log say so.
+    /// Skip gates, if that version has never served all traffic; history and log record it.
     #[arg(long)]
     override_gates: bool,
     #[command(flatten)]
@@ -98,30 +100,30 @@ pub(super) struct Rollback {
     common: Common,
 }
 
-/// Set the target's share by hand and stay there until resumed
+/// Set the target's share manually and pause there until resumed
 #[derive(Debug, clap::Args)]
 pub(super) struct SetWeight {
-    /// The rollout, unless there is only one, and the target's share in percent, 0 to 100.
+    /// The rollout (optional if there is only one) and the target's share in percent, 0 to 100.
     #[arg(value_names = ["ROLLOUT", "PERCENT"], num_args = 1..=2, required = true)]
     words: Vec<String>,
-    /// Past gates that have not said yes; history and log say so.
+    /// Skip gates that have not approved; history and log record it.
     #[arg(long)]
     override_gates: bool,
     #[command(flatten)]
     common: Common,
 }
 
-/// Put documents in force on a running controller
+/// Apply documents to a running controller
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   tideshift apply -f shift.yaml
   tideshift apply -f shift.yaml --wait --timeout 30m
 
-What the controller reads from files of its own (`serve -f`) is overruled until those files change. Documents with
-`readinessProbe.exec` are refused, since it would run commands on the controller's machine.")]
+An applied document overrides the one of the same name in the controller's files (`serve -f`) until those files change. The
+controller rejects documents with `readinessProbe.exec`, because they would run commands on the controller's machine.")]
 pub(super) struct Apply {
-    /// TrafficShift documents in YAML or JSON; `-` reads standard input. May be given several times.
+    /// TrafficShift documents in YAML or JSON; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
     #[command(flatten)]
@@ -130,22 +132,22 @@ pub(super) struct Apply {
 
 #[derive(Debug, clap::Args)]
 struct OptionalRollout {
-    /// The rollout; may be left out if there is only one.
+    /// The rollout; optional if there is only one.
     rollout: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// Wait until it is done: the rollout has succeeded (exit code 0) or failed (6), or what was asked for is in force
-    /// on every proxy. If somebody has something else done meanwhile (another target, a rollback), that ends it, too (6).
+    /// Wait until the rollout has succeeded (exit code 0) or failed (6), or until the change is in force on every proxy. If
+    /// another command supersedes this one (another target, a rollback), the exit code is 6.
     #[arg(long, short)]
     wait: bool,
 
-    /// How long to wait at most, such as 90s, 10m or 1h; then the exit code is 3.
+    /// The maximum time to wait, such as 90s, 10m or 1h; after it the exit code is 3.
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = super::duration)]
     timeout: Duration,
 
-    /// A line for people, or the rollout's services as JSON.
+    /// Print a line of text, or the rollout's services as JSON.
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
 
@@ -233,7 +235,7 @@ fn last_of(mut words: Vec<String>) -> (Option<String>, String) {
     (words.pop(), last)
 }
 
-/// The rollout that is meant: the one of that name, or the only one.
+/// The full name of the given rollout, or of the only one.
 pub(super) async fn the_rollout(controller: &Controller, named: Option<String>) -> Result<String, Failure> {
     if let Some(named) = named {
         return Ok(controller.whole_name(&named));
@@ -245,7 +247,10 @@ pub(super) async fn the_rollout(controller: &Controller, named: Option<String>) 
     match &names[..] {
         [only] => Ok(only.clone()),
         [] => Err(Failure::Usage(format!("the controller has no rollout{}", controller.place()))),
-        several => Err(Failure::Usage(format!("which rollout? Expected one of {}", several.join(", ")))),
+        several => Err(Failure::Usage(format!(
+            "rollout not specified and there are several; expected one of {}",
+            several.join(", ")
+        ))),
     }
 }
 
@@ -261,7 +266,7 @@ impl Common {
         self.finish(&controller, goal, answer).await
     }
 
-    /// Says how things stand; waits before that if it is wanted.
+    /// Prints the state of the rollout; with --wait, waits first.
     async fn finish(&self, controller: &Controller, goal: Goal, answer: Services) -> Result<(), Failure> {
         let (stand, progress) = match self.wait {
             true => self.wait_for(controller, goal, answer).await?,
@@ -280,7 +285,7 @@ impl Common {
             }
         }
         let unsafe_ =
-            stand.state_error.map(|error| format!("done, but not safe from a restart of the controller: {error}"));
+            stand.state_error.map(|error| format!("applied, but the controller could not persist it: {error}"));
         match (progress, unsafe_) {
             (Progress::Reached, None) => Ok(()),
             (Progress::Reached, Some(why)) => Err(Failure::NotSafe(format!("{name}: {why}"))),
@@ -289,7 +294,7 @@ impl Common {
                 Err(match progress {
                     Progress::Lost(why) => Failure::RolloutFailed(format!("{name}: {why}")),
                     Progress::Goes(why) | Progress::Lacks(why) => {
-                        Failure::TooLate(format!("{name} is not where it should be after {:?}: {why}", self.timeout))
+                        Failure::TooLate(format!("{name}: timed out after {:?}: {why}", self.timeout))
                     }
                     Progress::Reached => return Ok(()),
                 })
@@ -297,7 +302,7 @@ impl Common {
         }
     }
 
-    /// How things stand once it has come, cannot come any more, or takes too long; the last that was seen of that.
+    /// Waits until the goal is reached, lost, or timed out, and returns the last known state.
     async fn wait_for(
         &self,
         controller: &Controller,
@@ -317,19 +322,19 @@ impl Common {
                     let services: Vec<&ServiceStatus> =
                         status.services.iter().filter(|of| of.rollout == name).collect();
                     let Some(first) = services.first() else {
-                        return Err(Failure::Other(format!("{name} is not there any longer").into()));
+                        return Err(Failure::Other(format!("{name} no longer exists").into()));
                     };
                     let progress = wait.look(&status, first, &services, Instant::now());
                     if progress == Progress::Reached {
                         murmur.leave_out(&wait.silent(&status, Instant::now()));
                     }
                     let services = services.into_iter().cloned().collect();
-                    // What has come meanwhile was not so already.
+                    // A state that was reached while waiting does not count as unchanged.
                     let unchanged = stand.unchanged && first_look;
                     stand = Services { services, unchanged, state_error: status.state_error.clone() };
                     progress
                 }
-                // It may be starting again.
+                // The controller may be restarting.
                 Err(error @ Failure::Other(_)) => Progress::Lacks(format!("the controller ({error})")),
                 Err(error) => return Err(error),
             };
@@ -344,7 +349,7 @@ impl Common {
     }
 }
 
-/// Says on standard error what is waited for, if that takes a while: on a terminal whenever it changes, otherwise once.
+/// Prints on standard error what a long wait is blocked on: on a terminal whenever it changes, otherwise once.
 #[derive(Debug, Default)]
 struct Murmur {
     since: Option<Instant>,
@@ -369,7 +374,7 @@ impl Murmur {
 
     fn leave_out(&self, silent: &[&str]) {
         if !silent.is_empty() {
-            eprintln!("not waited for, since nothing was heard of them for some seconds: {}", silent.join(", "));
+            eprintln!("ignoring proxies that have not reported for 5 s: {}", silent.join(", "));
         }
     }
 }

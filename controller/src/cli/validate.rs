@@ -1,13 +1,13 @@
-//! `tideshift validate`: are the documents right?
+//! `tideshift validate`: checks documents.
 
 use super::{Failure, print};
 use crate::documents::{self, Document};
 use std::path::PathBuf;
 
-/// Say whether documents are right, and everything that is wrong with them
+/// Validate documents and print every error
 ///
-/// Reads TrafficShift documents, and policies as the filter's plugin configuration has them. Every error of every file
-/// is printed, one a line, as FILE: FIELD: what is wrong and what is allowed.
+/// Reads TrafficShift documents, and policies in the format of the filter's plugin configuration. Prints every error of
+/// every file, one per line: FILE: FIELD: the error and the allowed values.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -15,9 +15,9 @@ Examples:
   tideshift validate -f checkout.yaml -f search.yaml
   generate-shift checkout | tideshift validate -f -
 
-Exit codes: 0 all are right; 2 at least one is not.")]
+Exit codes: 0 all documents are valid; 2 at least one is invalid.")]
 pub(super) struct Arguments {
-    /// YAML or JSON, several documents divided by `---`; `-` reads standard input. May be given several times.
+    /// YAML or JSON, several documents separated by `---`; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
 }

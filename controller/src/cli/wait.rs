@@ -1,66 +1,66 @@
-//! What `--wait` waits for: whether it has come, what it still lacks, or that it will not come any more.
+//! The decisions of `--wait`: whether the goal is reached, what is still missing, or whether it can no longer be reached.
 
 use crate::rollout::Phase;
 use crate::status::{ProxyStatus, ServiceStatus, Status, VersionStatus};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// A proxy that has said nothing for so long is not waited for. They report every second.
+/// A wait ignores a proxy that has not reported for this long. Proxies report every second.
 const SILENT: Duration = Duration::from_secs(5);
-/// How long the controller may take to begin what a document asks for, once all endpoints are probed: after a restart
-/// it hears what proxies have to say first.
+/// The time within which the controller must begin a document's rollout once all endpoints are probed. After a restart it
+/// first waits for the reports of the proxies.
 const TO_BEGIN: Duration = Duration::from_secs(5);
 /// Percent; shares are given in thousandths.
 const ROUNDING: f64 = 0.01;
-/// The most proxies and endpoints that are named.
+/// The maximum number of proxies and endpoints that a message names.
 const NAMED: usize = 3;
 
-/// What somebody wants to come.
+/// The state to wait for.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Goal {
-    /// The end of the rollout, whichever it is.
+    /// The rollout has ended, with success or failure.
     End,
-    /// The end of the rollout to this version; if it serves already, that it has everything.
+    /// The rollout to this version has ended; if the version already serves, that it has all traffic.
     To(String),
-    /// The stable version has everything again.
+    /// The stable version has all traffic again.
     Back,
-    /// This version has everything.
+    /// This version has all traffic.
     At(String),
-    /// Nothing moves any more.
+    /// The rollout is paused.
     Paused,
-    /// The target has this share in percent, by hand.
+    /// The target has this manually set share in percent.
     Set(u32),
-    /// What a document wants: its target, or without one the stable version, has everything.
+    /// The document's target, or without a target the stable version, has all traffic.
     Document(Option<String>),
 }
 
-/// How far it is.
+/// The progress towards the goal.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Progress {
-    /// It has come.
+    /// The goal is reached.
     Reached,
-    /// It is on its way.
+    /// The rollout is progressing.
     Goes(String),
-    /// It would be there but for this.
+    /// Only this is missing.
     Lacks(String),
-    /// It will not come.
+    /// The goal can no longer be reached.
     Lost(String),
 }
 
-/// Somebody who waits.
+/// The state of one `--wait`.
 #[derive(Debug)]
 pub(super) struct Wait {
     goal: Goal,
-    /// The rollout's number and target that it is about; `None`: it has not begun.
+    /// The number and target of the awaited rollout; `None` if it has not begun.
     rollout: Option<(u64, Option<String>)>,
-    /// Since when nothing keeps it from beginning.
+    /// Since when nothing prevents the rollout from beginning.
     could_begin: Option<Instant>,
-    /// When each proxy was heard of last, and since when nothing newer is known: their clock is not ours.
+    /// The last report of each proxy, and when this process first saw it: proxy clocks are not comparable with ours.
     heard: BTreeMap<(String, jiff::Timestamp), Instant>,
 }
 
 impl Wait {
-    /// By how the services stood when what was asked for was done.
+    /// Starts from the state that the command's response contained.
     pub(super) fn new(goal: Goal, services: &[ServiceStatus]) -> Self {
         let about = services.first().map(|first| (first.number, first.target.clone()));
         let (goal, rollout) = match (goal, services.first()) {
@@ -73,7 +73,7 @@ impl Wait {
         Self { goal, rollout, could_begin: None, heard: BTreeMap::new() }
     }
 
-    /// How far it is by now. The rollout's services are `first` and whichever others there are.
+    /// Evaluates the progress. `first` is the first of the rollout's services, `services` all of them.
     pub(super) fn look(
         &mut self,
         status: &Status,
@@ -101,7 +101,7 @@ impl Wait {
         }
     }
 
-    /// The proxies that are not waited for.
+    /// The silent proxies, which the wait ignores.
     pub(super) fn silent<'a>(&self, status: &'a Status, now: Instant) -> Vec<&'a str> {
         let silent = status.proxies.iter().filter(|proxy| is_behind(proxy, status) && self.is_silent(proxy, now));
         silent.map(|proxy| proxy.id.as_str()).collect()
@@ -126,7 +126,7 @@ impl Wait {
                 match now.duration_since(*self.could_begin.get_or_insert(now)) < TO_BEGIN {
                     true => Progress::Goes(stands()),
                     false => Progress::Lost(format!(
-                        "no rollout to {target} begins, for that is nothing new in the document: {}; \
+                        "no rollout to {target} begins, because the document's target has not changed: {}; \
                          `tideshift set-target {target}` begins one",
                         stands()
                     )),
@@ -135,19 +135,19 @@ impl Wait {
             Goal::Document(_) => has_all(&first.stable, services),
             Goal::At(_) | Goal::To(_) | Goal::Back if under_way => Progress::Goes(stands()),
             Goal::At(version) | Goal::To(version) if first.stable != *version => {
-                Progress::Lost(format!("{version} does not serve everything: {}", stands()))
+                Progress::Lost(format!("{version} does not serve all traffic: {}", stands()))
             }
             Goal::At(_) | Goal::To(_) | Goal::Back => has_all(&first.stable, services),
             Goal::Paused if first.paused || first.phase == Phase::Paused => Progress::Reached,
-            Goal::Paused => Progress::Lost(format!("it is not paused any more: {}", stands())),
+            Goal::Paused => Progress::Lost(format!("the rollout is no longer paused: {}", stands())),
             Goal::Set(weight) => match &first.step {
                 Some(step) if under_way && step.weight == *weight => has_share(*weight, first, services),
-                _ => Progress::Lost(format!("{weight} % is not what it is to have any more: {}", stands())),
+                _ => Progress::Lost(format!("the share is no longer set to {weight} %: {}", stands())),
             },
         }
     }
 
-    /// The target that it is about.
+    /// The target of the awaited rollout.
     fn about(&self) -> Option<&String> {
         self.rollout.as_ref()?.1.as_ref()
     }
@@ -189,7 +189,7 @@ fn described(proxy: &ProxyStatus) -> String {
     }
 }
 
-/// The first few, and how many more there are.
+/// The first items, and the number of further ones.
 fn some_of(all: &[String]) -> String {
     let more = match all.len().saturating_sub(NAMED) {
         0 => String::new(),
@@ -201,7 +201,7 @@ fn some_of(all: &[String]) -> String {
 fn replaced(number: u64, target: Option<&str>, now: &ServiceStatus) -> String {
     let to = |target: Option<&str>| target.map_or_else(String::new, |target| format!(" to {target}"));
     format!(
-        "rollout {number}{} has not come to its end: rollout {}{} took its place ({} - {})",
+        "rollout {number}{} was superseded by rollout {}{} ({} - {})",
         to(target),
         now.number,
         to(now.target.as_deref()),
@@ -210,7 +210,7 @@ fn replaced(number: u64, target: Option<&str>, now: &ServiceStatus) -> String {
     )
 }
 
-/// Whether all endpoints were probed at least once: nothing begins before.
+/// Whether all endpoints were probed at least once; no rollout begins before.
 fn is_probed(service: &ServiceStatus) -> bool {
     service.versions.iter().flat_map(|version| &version.endpoints.not_ready).all(|endpoint| endpoint.reason.is_some())
 }
@@ -219,7 +219,7 @@ fn version<'a>(service: &'a ServiceStatus, name: &str) -> Option<&'a VersionStat
     service.versions.iter().find(|version| version.name == name)
 }
 
-/// Whether a version serves everything; nothing is under way.
+/// Whether a version serves all traffic while no rollout is under way.
 fn has_all(name: &str, services: &[&ServiceStatus]) -> Progress {
     let has_it = |service: &&&ServiceStatus| version(service, name).is_some_and(|version| version.weight >= 100.0);
     match services.iter().find(|service| !has_it(service)) {
@@ -228,7 +228,7 @@ fn has_all(name: &str, services: &[&ServiceStatus]) -> Progress {
     }
 }
 
-/// Whether the target has a share, no more and no less.
+/// Whether the target has exactly this share.
 fn has_share(weight: u32, first: &ServiceStatus, services: &[&ServiceStatus]) -> Progress {
     let target = first.target.as_deref().unwrap_or_default();
     let has_it = |service: &&&ServiceStatus| {
@@ -240,7 +240,7 @@ fn has_share(weight: u32, first: &ServiceStatus, services: &[&ServiceStatus]) ->
     }
 }
 
-/// What a version has instead of its share, and how many endpoints there are to carry it.
+/// The actual share of a version, and the number of ready endpoints.
 fn lacks(name: &str, weight: u32, service: &ServiceStatus) -> String {
     let has = version(service, name).map_or(0.0, |version| version.weight);
     let ready = service.versions.iter().map(|version| {

@@ -1,24 +1,24 @@
-//! `tideshift wait-drained`: end when a version's traffic has really stopped.
+//! `tideshift wait-drained`: waits until a version has no traffic.
 
 use super::server::Server;
 use super::{Failure, Output, print};
 use crate::status::{DrainState, DrainStatus};
 use std::time::{Duration, Instant};
 
-/// Wait until nothing of a version is in flight any more
+/// Wait until a version has no request in flight
 ///
-/// A version has drained when every live proxy has applied a policy that gives it nothing and reports nothing of it in
-/// flight: long answers, streams and WebSockets hold it until they end. Made for a preStop hook: it ends when traffic
-/// has stopped, not after a guessed sleep. Where no proxy reports, it ends by the document's drain.timeoutSeconds, counted
-/// from when the version was last given something.
+/// A version has drained when every live proxy has applied a policy that sends it no traffic and reports no request of it
+/// in flight. Long responses, streams and WebSockets count until they end. Use it in a preStop hook in place of a guessed
+/// sleep. If no proxy reports, it ends after the document's drain.timeoutSeconds, counted from when the version last
+/// received traffic.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   tideshift wait-drained checkout v1 --timeout 300s && kill $PID_OF_V1
-  tideshift wait-drained checkout v1 --unless-serving    In a preStop hook, where one pod of many may be going, too
+  tideshift wait-drained checkout v1 --unless-serving    In a preStop hook, where only one of many pods may be stopping
 
-Exit codes: 0 drained (or serving, with --unless-serving); 3 the timeout or the document's drain.timeoutSeconds has passed; 2 there is no such version; 1 the
-controller cannot be asked at all. While it is away for a moment, the wait goes on.")]
+Exit codes: 0 drained (or serving, with --unless-serving); 1 the controller is unreachable; 2 no such version; 3 --timeout or
+the document's drain.timeoutSeconds has passed. The wait continues while the controller restarts.")]
 pub(super) struct Arguments {
     /// The service.
     service: String,
@@ -26,16 +26,16 @@ pub(super) struct Arguments {
     /// Its version.
     version: String,
 
-    /// How long to wait at most, such as 90s, 10m or 1h.
+    /// The maximum time to wait, such as 90s, 10m or 1h.
     #[arg(long, value_name = "TIME", default_value = "300s", value_parser = super::duration)]
     timeout: Duration,
 
-    /// End at once if the version is given requests: then it is not the version that goes, but one of its endpoints,
-    /// which proxies leave out themselves.
+    /// Exit immediately if the version receives traffic: then only one of its endpoints is stopping, and proxies exclude
+    /// that endpoint themselves.
     #[arg(long)]
     unless_serving: bool,
 
-    /// A line for people, or the drain as JSON.
+    /// Print a line of text, or the drain status as JSON.
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
 
@@ -65,7 +65,7 @@ impl Arguments {
                     }
                     last = Some(drain);
                 }
-                // It may be starting again; what it does not know, it says as a mistake of the user's.
+                // The controller may be restarting. Unknown names arrive as usage errors, which end the wait.
                 Err(error @ Failure::Other(_)) if too_late => {
                     return last.as_ref().map_or(Err(error), |drain| self.end(drain));
                 }

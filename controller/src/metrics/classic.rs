@@ -1,5 +1,5 @@
-//! Prometheus' older text format, 0.0.4, for whoever does not ask for OpenMetrics: made from that, so that both say the
-//! same. Samples are written alike in both; what is said of their families is not.
+//! Prometheus' text format 0.0.4, for clients that do not request OpenMetrics. It is converted from OpenMetrics, so both
+//! contain the same data. Samples are identical in both formats; the metadata of metric families differs.
 
 use axum::http::{HeaderMap, header};
 
@@ -8,8 +8,8 @@ pub const KIND: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// That of OpenMetrics.
 pub const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether somebody would have OpenMetrics at least as gladly as the older format, and says so by its name: `*/*` is said
-/// by everybody.
+/// Whether the client prefers OpenMetrics, or accepts it equally, and names it explicitly; `*/*` does not count, since every
+/// client sends it.
 pub fn asks_for_openmetrics(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let accepted: Vec<Accepted<'_>> = accepted.flat_map(|value| value.split(',')).map(Accepted::read).collect();

@@ -70,7 +70,7 @@ const COMMANDS = [
     label: () => "Pause",
     shown: (rollout) => !isPaused(rollout),
     fits: moving,
-    says: (rollout) => `The rollout stays where it is (${shares(rollout)}) until somebody resumes or promotes it.`,
+    says: (rollout) => `The rollout stays where it is (${shares(rollout)}) until you resume or promote it.`,
   },
   {
     id: "resume",

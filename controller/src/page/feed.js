@@ -110,7 +110,7 @@ export class Feed {
     return Date.now() + this.skew;
   }
 
-  /** Begins anew, with the token as it is now. */
+  /** Reconnects with the current token. */
   again() {
     this.#failures = 0;
     this.#isNew = true;

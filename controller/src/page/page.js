@@ -78,7 +78,7 @@ function tellChanges(status) {
   if (changed.length) app.announce(changed.slice(0, 3).map(([name, { phase, message }]) => `${name}: ${phase}. ${message}`).join(" "));
 }
 
-/** At most one update for each frame, and none that nobody sees. */
+/** Updates at most once per frame, and not while the page is hidden. */
 function soon() {
   if (due || document.hidden) return;
   due = true;

@@ -241,7 +241,7 @@ class Plot {
     this.#plot = null;
   }
 
-  /** Draws everything anew, in the colours in force. */
+  /** Redraws everything in the current colours. */
   repaint() {
     this.#shape = "";
     if (this.#now) this.update(...this.#now);

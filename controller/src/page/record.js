@@ -1,5 +1,5 @@
-// What the page has seen, and what the controller has told of the time before: one value a second of whatever is plotted, for
-// at most 15 minutes. Nothing is made up: seconds that nobody knows of are gaps.
+// The history of the plots: what the page has seen, and the controller's series of the time before. One value per second
+// for at most 15 minutes. Seconds without data are gaps.
 
 /** How many seconds are kept. */
 export const KEEP = 900;
@@ -31,7 +31,7 @@ class Counts {
     const judged = requests.ok + requests.error + requests.clientError;
     const now = { at, all: judged + requests.cancelled, judged, errors: requests.error };
     const last = this.#seen.at(-1);
-    // Counts that fall begin anew; a rate over a time without hearing would flatten what happened in it.
+    // Decreasing counts restart the rate; so does a gap, because a rate over a gap would flatten what happened in it.
     if (last && (now.all < last.all || at - last.at > WINDOW)) this.#seen = [];
     if (last && now.all > last.all && at < this.#unsettled) {
       this.#seen = [];

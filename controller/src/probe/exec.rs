@@ -29,8 +29,7 @@ pub(super) async fn run(command: &[String], subject: &Subject) -> Result<(), Str
     }
 }
 
-/// A command with whatever it started. As long as its first process has not been waited for, its id cannot be
-/// anybody else's, and there is one.
+/// A command and all processes that it started. Until the first process is reaped, no other process can have its id.
 struct Group(Child);
 
 impl Drop for Group {

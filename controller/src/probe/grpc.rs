@@ -17,7 +17,7 @@ pub(super) async fn check(endpoint: &Endpoint, service: &str) -> Result<(), Stri
     let mut health = HealthClient::new(server.connect().await.map_err(|error| cause(&error))?);
     let request = HealthCheckRequest { service: service.to_owned() };
     let answer = health.check(request).await.map_err(|status| match status.source() {
-        // Nobody answered with this status: it is what a broken connection was turned into.
+        // The server did not send this status: the client derives it from a broken connection.
         Some(error) => format!("no gRPC answer: {}", cause(error)),
         None => format!("gRPC status {} ({:?})", status.code() as i32, status.code()),
     })?;

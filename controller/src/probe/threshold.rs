@@ -1,5 +1,5 @@
-//! When results of probes change an endpoint's readiness: so many successes in a row make it ready, so many failures
-//! in a row take that back, as the kubelet counts them. Pure: the probes are somebody else's.
+//! When probe results change an endpoint's readiness: a number of consecutive successes makes it ready, a number of
+//! consecutive failures makes it not ready, as in the kubelet. Pure logic: other modules run the probes.
 
 use tideshift_core::shift::Probe;
 

@@ -19,11 +19,11 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 /// What the documents do not say.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where Envoy takes requests.
+    /// The address on which Envoy accepts requests.
     pub listen: SocketAddr,
-    /// Where Envoy answers about itself; whoever reaches it can stop it.
+    /// The address of Envoy's admin interface; every client that reaches it can stop Envoy.
     pub admin: SocketAddr,
-    /// Where Envoy finds the controller.
+    /// The address of the controller.
     pub controller: Endpoint,
     /// The name of the controller's Envoy cluster.
     pub controller_cluster: String,

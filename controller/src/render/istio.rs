@@ -431,7 +431,7 @@ mod tests {
         let callers = plugin(sidecar());
         assert_eq!(callers["spec"]["selector"], json!({"matchLabels": {"app": "frontend"}}));
         assert_eq!(callers["spec"]["match"], json!([{"mode": "CLIENT"}]));
-        // Waypoints heed neither a selector nor a match.
+        // Waypoints ignore selectors and matches.
         let waypoint = plugin(waypoint());
         assert_eq!((&waypoint["spec"]["selector"], &waypoint["spec"]["match"]), (&Value::Null, &Value::Null));
         let target = json!([{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "waypoint"}]);

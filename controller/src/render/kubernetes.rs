@@ -50,8 +50,8 @@ pub(super) fn namespace(shift: &TrafficShift) -> &str {
     shift.namespace.as_deref().unwrap_or("default")
 }
 
-/// What the filter is configured with: whom to ask, by the cluster that proxies like these always have for it, and what holds
-/// until there is an answer, all to the stable versions.
+/// The filter's configuration: the controller's cluster, and the policy until the first response, which sends all traffic to
+/// the stable versions.
 ///
 /// Numbers that a double does not hold are texts, since that is what becomes of numbers on the way to the filter. So is the
 /// revision, which is not 0 for ever where people change what was printed.

@@ -417,7 +417,7 @@ impl<'s> World<'s> {
             bound: verdict.as_ref().map(|verdict| verdict.bound),
             pass_evidence: verdict.as_ref().map(|verdict| verdict.pass_evidence),
             pass_bound: verdict.as_ref().map(|verdict| verdict.pass_bound),
-            // None at all as long as nobody knows what is slow.
+            // None while the bound of slow requests is unknown.
             latency_evidence: verdict
                 .as_ref()
                 .and_then(|verdict| Some(verdict.latency.as_ref()?.evidence))
@@ -499,7 +499,7 @@ impl Version<'_> {
         let usual = *self.behaviour.error_rate.at(at);
         let clump = self.behaviour.clumps.filter(|_| at >= self.clump.0);
         let error_rate = match (self.ready, clump) {
-            // As Envoy answers where nobody is healthy.
+            // Envoy's response if no endpoint is healthy.
             (0, _) => 1.0,
             (_, Some(clumps)) => usual.max(clumps.error_rate),
             (_, None) => usual,

@@ -93,7 +93,7 @@ pub struct Planned {
 /// What can happen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Somebody wants something.
+    /// A command of a user.
     Command(Command),
     /// The controller is gone for so long; proxies keep what they have. It goes on from what it had kept.
     ControllerDown(Millis),

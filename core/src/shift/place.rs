@@ -1,4 +1,4 @@
-//! Where a version runs in Kubernetes: which endpoints are its own, and what scales it.
+//! Endpoint discovery in Kubernetes: which endpoints belong to a version, and which workload scales it.
 
 use crate::decode::Decoder;
 use crate::matching::choice;
@@ -9,16 +9,16 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Which endpoints of a cluster's EndpointSlices are a version's: those for which everything that is said here holds.
+/// Selects the endpoints of a version among the cluster's EndpointSlices; every condition must hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase"))]
 pub struct Discovery {
     /// In Kubernetes: the endpoints of this Service.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Name>"))]
     pub service: Option<String>,
-    /// In Kubernetes: the endpoints whose pods have these labels, of the Service if there is one as well.
+    /// In Kubernetes: the endpoints whose pods have these labels; with `service`, only endpoints of that Service.
     pub selector: Option<LabelSelector>,
-    /// In Kubernetes: which of the EndpointSlices' ports, by name or number; none: their first.
+    /// In Kubernetes: the port of the EndpointSlices, by name or number. Default: their first port.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::NameOrPort>"))]
     pub port: Option<PortRef>,
 }
@@ -26,17 +26,17 @@ pub struct Discovery {
 /// A port of an EndpointSlice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PortRef {
-    /// By its name.
+    /// By name.
     Name(String),
-    /// By its number, 1 to 65535.
+    /// By number, 1 to 65535.
     Number(u16),
 }
 
-/// A selector of labels as Deployments have it. All of its requirements must hold; it has at least one.
+/// A label selector with the fields of a Deployment's. All requirements must hold; at least one is required.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct LabelSelector {
-    /// Labels and the values that they must have.
+    /// Labels and their required values.
     #[cfg_attr(feature = "schema", schemars(with = "Option<BTreeMap<String, String>>"))]
     pub match_labels: BTreeMap<String, String>,
     /// Further requirements.
@@ -51,38 +51,38 @@ pub struct LabelRequirement {
     /// The label.
     #[cfg_attr(feature = "schema", schemars(with = "schema::FilledText"))]
     pub key: String,
-    /// What must hold of it.
+    /// The operator.
     pub operator: LabelOperator,
-    /// The values that the operator speaks of; none with Exists and DoesNotExist.
+    /// The values for the operator; empty with Exists and DoesNotExist.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<String>>"))]
     pub values: Vec<String>,
 }
 
-/// What can be said of a label.
+/// The operator of a label requirement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum LabelOperator {
-    /// It has one of the values.
+    /// The label has one of the values.
     In,
-    /// It has none of the values; a label that is not there has none.
+    /// The label has none of the values, or is absent.
     NotIn,
-    /// It is there.
+    /// The label is present.
     Exists,
-    /// It is not there.
+    /// The label is absent.
     DoesNotExist,
 }
 
-/// The workload that runs a version, for its `scale` subresource.
+/// The workload that runs a version; the controller uses its `scale` subresource.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WorkloadRef {
-    /// Group and version, such as `apps/v1`; the default.
+    /// API group and version; default `apps/v1`.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::GroupVersion>", extend("default" = "apps/v1")))]
     pub api_version: String,
-    /// Its kind; default `Deployment`.
+    /// The kind; default `Deployment`.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::WorkloadKind>", extend("default" = "Deployment")))]
     pub kind: String,
-    /// Its name, in the document's namespace.
+    /// The name, in the document's namespace.
     #[cfg_attr(feature = "schema", schemars(with = "schema::Name"))]
     pub name: String,
 }

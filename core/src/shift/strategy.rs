@@ -1,4 +1,4 @@
-//! How a rollout goes: its steps, what may be missing on the way, and when it has taken too long.
+//! The strategy of a rollout: its steps, the allowed shortfall of endpoints, and its progress deadline.
 
 use super::{WarmUp, seconds};
 use crate::decode::Decoder;
@@ -8,37 +8,37 @@ use crate::schema;
 use serde_json::Value;
 use std::time::Duration;
 
-/// The way from the stable version to the target.
+/// How traffic moves from the stable version to the target.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Strategy {
-    /// At least one; the last one is always everything. Default: everything at once.
+    /// The canary steps, at least one; the last one always moves all traffic. Default: all traffic at once.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Step>>", length(min = 1)))]
     pub steps: Vec<Step>,
-    /// In place of steps: a preview, then everything. Each step's share moves at once or not at all, instead of as
-    /// endpoints become ready.
+    /// Replaces steps: a preview, then all traffic. The share of each step moves completely or not at all, instead of
+    /// gradually as endpoints become ready.
     #[cfg_attr(feature = "schema", schemars(rename = "blueGreen", with = "Option<schema::BlueGreen>"))]
     pub whole_steps: bool,
-    /// How many endpoints a workload may have beyond those that the load needs; default 25 %, rounded up.
+    /// The number of endpoints that a workload may have beyond what the load needs; default 25 %, rounded up.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
     pub max_surge: Quantity,
-    /// How many of the endpoints that the load needs may be missing while the rollout goes on; default 25 %, rounded
-    /// down; no more than 100 %.
+    /// The number of endpoints needed for the load that may be missing while the rollout progresses; default 25 %, rounded
+    /// down; at most 100 %.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::PartText>", extend("default" = "25%")))]
     pub max_unavailable: Quantity,
-    /// How long an endpoint must have been ready before traffic is moved to it; default 0.
+    /// How long an endpoint must be ready before it receives traffic; default 0.
     #[cfg_attr(feature = "schema", schemars(rename = "minReadySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub min_ready: Duration,
-    /// A rollout that gets no further for so long, for want of endpoints, is said to be stuck; default 600 s.
+    /// After this time without progress because endpoints are missing, the rollout counts as stuck; default 600 s.
     #[cfg_attr(feature = "schema", schemars(rename = "progressDeadlineSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 600)))]
     pub progress_deadline: Duration,
-    /// Whether it is then aborted; default no.
+    /// Whether the controller aborts a stuck rollout; default false.
     #[cfg_attr(feature = "schema", schemars(rename = "progressDeadlineAbort", with = "Option<bool>", extend("default" = false)))]
     pub abort_at_deadline: bool,
-    /// What a new version gets before its share is what its step allows.
+    /// How a new version is warmed up before it gets the full share of its step.
     #[cfg_attr(feature = "schema", schemars(with = "Option<WarmUp>"))]
     pub warm_up: WarmUp,
-    /// How long after its drain a version's workload is scaled down, if it is scaled; default 30 s.
+    /// How long after its drain the workload of a version is scaled down, if the rollout scales it; default 30 s.
     #[cfg_attr(feature = "schema", schemars(rename = "scaleDownDelaySeconds", with = "Option<schema::Seconds>", extend("default" = 30)))]
     pub scale_down_delay: Duration,
 }
@@ -47,17 +47,17 @@ pub struct Strategy {
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Step {
-    /// The target's share in percent, 0 to 100; the step before's where left out.
+    /// The target's share in percent, 0 to 100. Default: the share of the previous step.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Share>"))]
     pub weight: u32,
-    /// How long the target must have had this share before the next step; default 0.
+    /// How long the target must have this share before the next step; default 0.
     #[cfg_attr(feature = "schema", schemars(rename = "holdSeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub hold: Duration,
-    /// Whether somebody must say that it may go on.
+    /// Whether the rollout pauses at this step until it is promoted or resumed.
     #[cfg_attr(feature = "schema", schemars(with = "Option<bool>", extend("default" = false)))]
     pub pause: bool,
-    /// Requests that go to the target whatever its share is: testers before users. From this step on, until another
-    /// step names others.
+    /// Requests that always go to the target, such as those of testers, regardless of its share. They apply from this step
+    /// until a step with other matches.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Match>>"))]
     pub matches: Vec<Match>,
 }
@@ -65,14 +65,14 @@ pub struct Step {
 /// A number, or a percentage of a number that is known later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quantity {
-    /// So many.
+    /// An absolute number.
     Count(u32),
-    /// So many of a hundred.
+    /// A percentage.
     Percent(u32),
 }
 
 impl Quantity {
-    /// Of `whole`; a percentage is rounded up.
+    /// The number for `whole`; percentages are rounded up.
     pub fn of_rounded_up(self, whole: u32) -> u32 {
         match self {
             Self::Count(count) => count,
@@ -80,7 +80,7 @@ impl Quantity {
         }
     }
 
-    /// Of `whole`; a percentage is rounded down.
+    /// The number for `whole`; percentages are rounded down.
     pub fn of_rounded_down(self, whole: u32) -> u32 {
         match self {
             Self::Count(count) => count,
@@ -114,12 +114,12 @@ fn part(whole: u32, percent: u32) -> u64 {
 }
 
 impl Step {
-    /// Everything, and no waiting.
+    /// All traffic, without waiting.
     pub const fn all() -> Self {
         Self { weight: 100, hold: Duration::ZERO, pause: false, matches: Vec::new() }
     }
 
-    /// A step whose weight and matches are those of the step before where it has none of its own.
+    /// Reads a step; it inherits weight and matches of the previous step if it has none.
     fn read(d: &mut Decoder, value: &Value, before: Option<&Self>) -> Option<Self> {
         let mut f = d.object(value)?;
         let pause = f.optional(d, "pause", Decoder::boolean).unwrap_or_default();
@@ -219,13 +219,13 @@ fn steps(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
     let mut steps: Vec<Step> = steps.into_iter().map(|(_, step)| step).collect();
     match steps.last() {
         Some(last) if last.weight == 100 && !last.pause => {}
-        // A pause at everything still needs somebody's word; what follows it is everything without waiting.
+        // A pause at 100 % still needs a promotion; the step after it is 100 % without waiting.
         _ => steps.push(Step::all()),
     }
     Some(steps)
 }
 
-/// Blue/green in Argo Rollouts' words, as steps: the preview, then everything at once.
+/// Converts blue/green, with Argo Rollouts' field names, to steps: the preview, then all traffic at once.
 fn blue_green(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
     let mut f = d.object(value)?;
     let by_itself = f.optional(d, "autoPromotionEnabled", Decoder::boolean).unwrap_or(true);

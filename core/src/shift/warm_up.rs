@@ -1,6 +1,6 @@
-//! `strategy.warmUp`: what a new version gets before its share is what its step allows. Requests of the user's choosing
-//! come first, to each new endpoint, and only who answers them counts as ready; then copies of users' requests, where
-//! the routes offer them; then a ramp. What the document says, and no more: the controller does it.
+//! `strategy.warmUp`: how a new version is warmed up before it gets the full share of its step. Each new endpoint first
+//! receives configured requests and becomes ready only if it answers them; then the version receives mirrored requests,
+//! if the routes support mirroring; then its share ramps up. This module only reads the document; the controller acts.
 
 use super::{LONGEST_SECONDS, headers, path, seconds};
 use crate::decode::Decoder;
@@ -12,52 +12,52 @@ use serde_json::Value;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// How a version is warmed up; by default not at all.
+/// How a version is warmed up. Default: no warm-up.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WarmUp {
-    /// How long a target's share takes to grow from nothing to everything, and in proportion from one step to the
-    /// next; default 0: at once.
+    /// How long the target's share takes to ramp from 0 % to 100 %; a step takes its proportion of that. Default 0:
+    /// immediately.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub seconds: Duration,
-    /// The percentage of users' requests, 1 to 100, of which the target gets a copy for as long, before its share begins
-    /// to grow; default none.
+    /// The percentage of user requests, 1 to 100, that are mirrored to the target for the same time before the ramp starts.
+    /// Default: no mirroring.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Percent>"))]
     pub mirror_percent: Option<u32>,
-    /// What each new endpoint is asked before it counts as ready; default nothing.
+    /// The requests that each new endpoint must answer before it becomes ready. Default: none.
     pub requests: Option<WarmUpRequests>,
 }
 
-/// The requests that warm up one endpoint, and how many of them must pass. If fewer do, the endpoint is not ready and
-/// is asked all of them again after a pause, for as long as its probes pass.
+/// The requests that warm up one endpoint, and how many of them must pass. If fewer pass, the endpoint is not ready, and
+/// the controller repeats all of them after a pause while the endpoint's probes pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct WarmUpRequests {
-    /// How many, 1 to 100,000; default 10.
+    /// The number of requests, 1 to 100,000; default 10.
     #[cfg_attr(feature = "schema", schemars(with = "Option<u32>", range(min = 1, max = 100_000), extend("default" = 10)))]
     pub count: u32,
-    /// How many at a time, 1 to 100; default 1.
+    /// The number of concurrent requests, 1 to 100; default 1.
     #[cfg_attr(feature = "schema", schemars(with = "Option<u32>", range(min = 1, max = 100), extend("default" = 1)))]
     pub concurrency: u32,
-    /// Paths and queries, taken in turn; at least one, default `/`.
+    /// Paths with queries, used in rotation; at least one, default `/`.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Path>>", length(min = 1), extend("default" = ["/"])))]
     pub paths: Vec<String>,
-    /// GET or HEAD; default GET.
+    /// The method, GET or HEAD; default GET.
     #[cfg_attr(feature = "schema", schemars(rename = "method", with = "Option<schema::WarmUpMethod>", extend("default" = "GET")))]
     pub head: bool,
-    /// Whether to speak TLS (certificates are not verified, as in probes).
+    /// HTTP, or HTTPS without certificate verification, as in probes; default HTTP.
     #[cfg_attr(feature = "schema", schemars(rename = "scheme", with = "Option<schema::Scheme>", extend("default" = "HTTP")))]
     pub https: bool,
-    /// Sent with each of them; `Host` in place of the endpoint's own.
+    /// Headers of each request; `Host` replaces the endpoint's host.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::HttpHeader>>"))]
     pub headers: Vec<(String, String)>,
-    /// The answers that pass; default 200 to 399. Redirects are not followed.
+    /// The statuses that pass; default 200 to 399. Redirects are not followed.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::StatusRange>>", length(min = 1), extend("default" = ["200-399"])))]
     pub status_codes: Vec<RangeInclusive<u16>>,
     /// The percentage of `count`, 1 to 100, that must pass; default 100.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Percent>", extend("default" = 100)))]
     pub min_pass_percent: u32,
-    /// A request that takes longer has failed; default 5 s.
+    /// The timeout of a request; default 5 s.
     #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 5)))]
     pub timeout: Duration,
 }
@@ -93,12 +93,12 @@ impl WarmUp {
 }
 
 impl WarmUpRequests {
-    /// Whether an answer of this status is one that passes.
+    /// Whether a response with this status passes.
     pub fn passes(&self, status: u16) -> bool {
         self.status_codes.iter().any(|range| range.contains(&status))
     }
 
-    /// So many of the requests may fail: what `min_pass_percent` leaves of `count`, rounded down.
+    /// The number of requests that may fail: what `min_pass_percent` leaves of `count`, rounded down.
     pub fn failures_borne(&self) -> u32 {
         let percent = 100u64.saturating_sub(self.min_pass_percent.into());
         (u64::from(self.count) * percent / 100) as u32

@@ -1,4 +1,4 @@
-//! Webhooks: who is asked before a step begins, and who is told of what happens. Asking and telling is the controller's.
+//! Webhooks: gates that approve steps, and notifications of transitions. The controller sends the requests.
 
 use super::{SecretKeyRef, seconds};
 use crate::decode::Decoder;
@@ -10,18 +10,18 @@ use std::fmt;
 use std::net::Ipv6Addr;
 use std::time::Duration;
 
-/// Somebody who is asked or told.
+/// An HTTP endpoint that approves steps or receives notifications.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Webhook {
-    /// What messages call it; unlike that of any other of the document.
+    /// The name in messages; unique within the document.
     pub name: String,
     /// Where to send.
     pub url: HookUrl,
     /// What requests are signed with; none: they are not.
     pub secret: Option<HookSecret>,
-    /// An answer that takes longer is none; default 10 s.
+    /// The timeout of a request; default 10 s.
     pub timeout: Duration,
-    /// Asked or told.
+    /// Gate or notification.
     pub kind: WebhookKind,
 }
 
@@ -48,7 +48,7 @@ impl fmt::Debug for HookUrl {
 pub enum HookSecret {
     /// In the document.
     Text(Secret),
-    /// In a file of the controller's machine, read each time; a newline at its end is no part of it.
+    /// In a file on the controller's machine, read for each request; a trailing newline is ignored.
     File(String),
     /// Outside of the document.
     Ref(SecretKeyRef),
@@ -57,42 +57,42 @@ pub enum HookSecret {
 /// What a webhook is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WebhookKind {
-    /// Must say yes before a step begins.
+    /// Must approve a step before it begins.
     Gate {
-        /// The numbers of the steps, counted from 1; none: every step.
+        /// The numbers of the guarded steps, counted from 1; empty: every step.
         steps: Vec<usize>,
-        /// From a no to the next question; default 15 s.
+        /// The time between a refusal and the next request; default 15 s.
         period: Duration,
     },
-    /// Is told of transitions.
+    /// Receives transitions.
     Notification {
-        /// The names of the phases; none: every transition.
+        /// The names of the phases; empty: every transition.
         phases: Vec<&'static str>,
-        /// How often what could not be delivered is tried again; default 5.
+        /// The number of retries of a failed delivery; default 5.
         retries: u32,
-        /// What is sent.
+        /// The format of the body.
         format: NotificationFormat,
     },
 }
 
-/// What a notification looks like.
+/// The format of a notification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum NotificationFormat {
-    /// All there is to know, as fields.
+    /// All details as fields.
     Json,
-    /// `{"text": "..."}`, as Slack, Mattermost and others take it.
+    /// `{"text": "..."}`, which Slack, Mattermost and others accept.
     Slack,
 }
 
-/// The phases of a rollout, by their names.
+/// The names of the phases of a rollout.
 pub const PHASES: [&str; 6] = ["Initialized", "Waiting", "Progressing", "Paused", "Succeeded", "Failed"];
-/// The most webhooks of a document.
+/// The maximum number of webhooks in a document.
 const MAX_WEBHOOKS: usize = 20;
-/// The longest URL.
+/// The maximum length of a URL.
 const LONGEST_URL: usize = 2048;
 
-/// Webhooks of different names.
+/// Reads webhooks with unique names.
 pub(super) fn webhooks(d: &mut Decoder, value: &Value) -> Option<Vec<Webhook>> {
     let webhooks = d.list(value, Webhook::read)?;
     if value.as_array().is_some_and(|list| list.len() > MAX_WEBHOOKS) {
@@ -146,7 +146,7 @@ impl Webhook {
             }),
             None => None,
         };
-        // Without a type nobody knows which of the others are its own.
+        // Without a type the allowed fields are unknown.
         if kind.is_some() {
             f.finish(d);
         }
@@ -158,12 +158,12 @@ impl Webhook {
         matches!(self.kind, WebhookKind::Gate { .. })
     }
 
-    /// Whether it must say yes before the step of this number, counted from 1, begins.
+    /// Whether it must approve the step of this number, counted from 1.
     pub fn is_gate_of(&self, number: usize) -> bool {
         matches!(&self.kind, WebhookKind::Gate { steps, .. } if steps.is_empty() || steps.contains(&number))
     }
 
-    /// Whether it is told of transitions into the phase of this name.
+    /// Whether it receives transitions into the phase of this name.
     pub fn hears_of(&self, phase: &str) -> bool {
         matches!(&self.kind, WebhookKind::Notification { phases, .. } if phases.is_empty() || phases.contains(&phase))
     }
@@ -189,7 +189,7 @@ fn format(d: &mut Decoder, value: &Value) -> Option<NotificationFormat> {
     Some(if format == "Slack" { NotificationFormat::Slack } else { NotificationFormat::Json })
 }
 
-/// The same URL with `***` in the place of a user and password.
+/// The URL with user and password replaced by `***`.
 fn without_user(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());

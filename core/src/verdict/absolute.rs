@@ -18,7 +18,7 @@ const DEVIATIONS: f64 = 3.0;
 /// What is taken for granted of a stable version of which nothing is known: so many requests, and half as many errors
 /// among them as are allowed.
 const PRIOR: f64 = 100.0;
-/// By how much what was lately bad by itself exceeds its bound at most, as a logarithm: it should be over soon after.
+/// The maximum by which recent absolute evidence exceeds its bound, as a logarithm, so that it decays soon afterwards.
 const EXCESS: f64 = 2.0;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,8 +35,8 @@ impl Absolute {
         Self { evidence: Evidence::new(ODDS.len()), batch: Batch::default(), target: Bad::new(), stable: Bad::new() }
     }
 
-    /// Takes in what ended. `lately`: what the stable version did before; `weight`: the target's part; `share`: the most
-    /// that was to be expected there.
+    /// Adds a batch. `lately`: the recent requests of the stable version; `weight`: the target's part of the weight;
+    /// `share`: the maximum expected part of the requests at the target.
     pub(super) fn add(&mut self, settings: &Settings, lately: Totals, ended: &Batch, weight: f64, share: f64) {
         let least = settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE);
         let (usual, allowed) = known(lately, least);
@@ -67,7 +67,7 @@ impl Absolute {
         self.evidence.log()
     }
 
-    /// Whether both versions were bad lately, each by itself, with as much evidence as this bound asks for.
+    /// Whether both versions were recently bad, each on its own, with evidence of at least this bound.
     pub(super) fn both_bad(&self, bound: f64) -> bool {
         self.target.log().min(self.stable.log()) >= libm::log(bound)
     }

@@ -1,4 +1,4 @@
-//! What a verdict says, in numbers and in words.
+//! The result of a verdict, as numbers and as text.
 
 use serde::{Deserialize, Serialize};
 use std::fmt::{self, Write};
@@ -79,8 +79,8 @@ impl Ground {
 pub struct Judgement {
     /// The verdict.
     pub outcome: Outcome,
-    /// Both versions fail more than is allowed, and the target is not known to be worse than the stable version: hold,
-    /// and blame nobody. The outcome is `undecided` then.
+    /// Both versions exceed the limit, and the target is not known to be worse than the stable version: the rollout holds
+    /// and neither version is blamed. The outcome is then `undecided`.
     pub both_bad: bool,
     /// The target since the rollout began.
     pub target: Totals,
@@ -97,9 +97,9 @@ pub struct Judgement {
     pub evidence: f64,
     /// `fail` from this evidence on.
     pub bound: f64,
-    /// What the rate of errors must be below for a pass; none: nobody asks for one.
+    /// The error rate below which the target passes; `None` if no pass is required.
     pub max_error_rate: Option<f64>,
-    /// How much speaks for it that it is, since the step began; 0 if nobody asks. 0 to 1e15.
+    /// The evidence for a pass since the step began, 0 to 1e15; 0 if no pass is required.
     pub pass_evidence: f64,
     /// `pass` from this evidence on.
     pub pass_bound: f64,
@@ -158,7 +158,7 @@ impl Judgement {
             }
             all.pass_evidence = all.pass_evidence.min(service.pass_evidence);
         }
-        // Where both versions are bad, nobody is to blame.
+        // If both versions are bad, neither is blamed.
         let blamed = |service: &Self| !service.both_bad || services.iter().all(|(_, service)| service.both_bad);
         let mean = |of: fn(&Self) -> f64| {
             let sum = services.iter().filter(|(_, service)| blamed(service)).fold(0.0, |sum, (_, one)| sum + of(one));

@@ -1,13 +1,12 @@
-//! What a version did lately.
+//! The recent requests of a version: the baseline for comparison.
 
 use super::Sample;
 use serde::{Deserialize, Serialize};
 
-/// So many requests are remembered, and at most about twice as many.
+/// The minimum number of requests that are kept; the maximum is about twice that.
 const REMEMBERED: u64 = 5_000;
 
-/// A version's last requests, 5,000 to 10,000 of them: those before are forgotten, so that what it did long ago is no
-/// measure for anybody.
+/// The last 5,000 to 10,000 requests of a version. Older ones are dropped, so that they no longer affect comparisons.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lately {
     #[serde(flatten)]

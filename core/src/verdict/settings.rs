@@ -1,13 +1,13 @@
-//! How a rollout is judged: `analysis` of a document.
+//! The settings of a rollout's analysis: `analysis` of a document.
 
 use crate::decode::Decoder;
 use serde_json::Value;
 use std::time::Duration;
 
-/// The `maxErrorRate` of documents that ask for an analysis and do not say.
+/// The default of `maxErrorRate` in documents with an analysis.
 pub const DEFAULT_MAX_ERROR_RATE: f64 = 0.02;
 
-/// How a rollout is judged.
+/// How the rollout analyses the target.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(
     feature = "schema",
@@ -15,33 +15,33 @@ pub const DEFAULT_MAX_ERROR_RATE: f64 = 0.02;
     schemars(rename_all = "camelCase", deny_unknown_fields, rename = "Analysis")
 )]
 pub struct Settings {
-    /// α: how often at most a target that is no worse than the stable version is said to fail, for each rollout.
-    /// 1e-9 to 0.1; default 0.001.
+    /// α: the maximum probability, per rollout, that a target that is no worse than the stable version fails. 1e-9 to 0.1;
+    /// default 0.001.
     #[cfg_attr(feature = "schema", schemars(with = "Option<f64>", range(min = 1e-9, max = 0.1)))]
     pub false_rollback_rate: f64,
-    /// The rate of errors that a target must stay below to pass. 0.0001 to 0.5; default 0.02, or none at all, and nobody
-    /// asks for a pass, with nothing but maxErrors beside it.
+    /// The error rate that the target must stay below to pass. 0.0001 to 0.5; default 0.02. If maxErrors is the only other
+    /// field, there is no default and no pass is required.
     #[cfg_attr(feature = "schema", schemars(range(min = 0.0001, max = 0.5)))]
     pub max_error_rate: Option<f64>,
-    /// How sure of that a pass is. 0.5 to 0.9999; default 0.95.
+    /// The confidence of a pass. 0.5 to 0.9999; default 0.95.
     #[cfg_attr(feature = "schema", schemars(with = "Option<f64>", range(min = 0.5, max = 0.9999)))]
     pub pass_confidence: f64,
-    /// How durations are judged; none: they are not.
+    /// How durations are analysed. Default: they are not analysed.
     pub latency: Option<Latency>,
-    /// A fixed limit to the target's errors in a rollout. No part of the verdict: who runs the rollout compares.
+    /// A fixed limit on the target's errors in a rollout, independent of the verdict.
     #[cfg_attr(feature = "schema", schemars(range(min = 0)))]
     pub max_errors: Option<u64>,
 }
 
-/// How durations are judged.
+/// How durations are analysed.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
 pub struct Latency {
-    /// Slow is what takes longer than such a quantile of the stable version's durations. One to four, each 0.5 to
-    /// 0.999; default 0.9 and 0.99.
+    /// A request is slow if it takes longer than such a quantile of the stable version's durations. One to four quantiles,
+    /// each 0.5 to 0.999; default 0.9 and 0.99.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<f64>>", length(min = 1, max = 4), inner(range(min = 0.5, max = 0.999)), extend("default" = [0.9, 0.99])))]
     pub quantiles: Vec<f64>,
-    /// … and longer by this at least. In milliseconds up to 30 s; default 10 ms.
+    /// The minimum by which a slow request exceeds the quantile, in milliseconds, at most 30 s; default 10 ms.
     #[cfg_attr(feature = "schema", schemars(rename = "minDifferenceMillis", with = "Option<u32>", range(max = 30_000), extend("default" = 10)))]
     pub min_difference: Duration,
 }
@@ -65,7 +65,7 @@ impl Default for Latency {
 }
 
 impl Settings {
-    /// Reads `analysis`. With nothing but `maxErrors` in it, nobody asks for a pass.
+    /// Reads `analysis`. With only `maxErrors`, no pass is required.
     pub fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let default = Self::default();
         let mut f = d.object(value)?;

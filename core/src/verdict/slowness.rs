@@ -60,7 +60,7 @@ impl Slowness {
         Self { quantiles: Vec::new() }
     }
 
-    /// What is slow is to be measured anew.
+    /// Requests a new measurement of the bound of slow requests.
     pub(super) fn thaw(&mut self) {
         self.quantiles.iter_mut().for_each(|slow| slow.is_old = true);
     }

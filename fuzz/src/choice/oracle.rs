@@ -19,7 +19,7 @@ pub(super) fn route<'d>(document: &'d Value, vetoed: &str, headers: &[(String, V
     };
     let candidates = services.iter().enumerate().filter_map(|(at, service)| Some((fits(service)?, at, service)));
     let (_, at, service) = candidates.max_by_key(|(length, ..)| *length)?;
-    // A veto that would leave users with nobody is none.
+    // A veto that would leave users without a version has no effect.
     let is_left = |version: &Value| {
         version["serving"] != false && version["name"] != vetoed && version["weight"].as_u64() != Some(0)
     };

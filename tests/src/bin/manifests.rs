@@ -1,4 +1,4 @@
-//! `make manifests`: the plain manifests and the chart's table of values, anew.
+//! `make manifests`: regenerates the plain manifests and the chart's table of values.
 
 use std::fs;
 

@@ -23,7 +23,7 @@ pub async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// What a ServiceAccount's token for an audience looks like. Nobody has signed it.
+/// The format of a ServiceAccount's token for an audience. It is not signed.
 pub fn jwt(account: &str, audience: &str) -> String {
     let claims = serde_json::json!({ "iss": "https://kubernetes.default.svc", "aud": [audience], "sub": account });
     let header = serde_json::json!({ "alg": "RS256", "kid": "of-the-tests" });

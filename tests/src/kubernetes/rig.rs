@@ -383,7 +383,7 @@ async fn take_kubelet(client: &Client, kubeconfig: &Path) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Ends it, with its node, if nobody else needs it.
+/// Ends it, with its node, if no other test needs it.
 async fn give_kubelet_back(client: Client) -> anyhow::Result<()> {
     let is_last = {
         let mut shared = kubelet();

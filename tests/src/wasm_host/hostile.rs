@@ -51,7 +51,7 @@ impl Word {
 }
 
 impl Fault {
-    /// Statuses: all that Envoy uses, and some that nobody knows.
+    /// Statuses: all that Envoy uses, and some unknown ones.
     pub fn statuses() -> impl Iterator<Item = Self> {
         [0, 1, 2, 3, 4, 6, 7, 8, 10, 12, 13, 77, 256, u32::MAX].into_iter().map(Self::Status)
     }

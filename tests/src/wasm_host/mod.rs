@@ -239,7 +239,7 @@ impl WasmHost {
     }
 
     /// Takes the callouts that were made since the last call, oldest first. Those of canaries and of VMs that are gone
-    /// are not among them: nobody would hear the answer.
+    /// are not among them: no VM would receive the response.
     pub fn take_callouts(&mut self) -> Vec<Callout> {
         let callouts = std::mem::take(&mut self.shared().callouts);
         let alive = |number| self.vms.iter().flatten().any(|vm| vm.number() == number);

@@ -46,8 +46,8 @@ impl Image {
         }
     }
 
-    /// The controller: a static binary and the certificates that it trusts when it calls webhooks, no more. It runs as
-    /// nobody in particular (65532, as distroless images have it).
+    /// The controller's image: a static binary and the CA certificates that it trusts when it calls webhooks. It runs as
+    /// user 65532, as distroless images do.
     pub fn controller(binary: Vec<u8>) -> Self {
         let certificates = File { path: CERTIFICATES, mode: 0o644, content: certificates().into_bytes() };
         Self {

@@ -1,4 +1,4 @@
-//! The OpenAPI document, made from the table of routes, the types of what they take and give, and the words here.
+//! The OpenAPI document, generated from the route table, the request and response types, and the descriptions here.
 
 use crate::api::events::TransitionEvent;
 use crate::api::rollouts::{History, Nothing, Promote, Rollback, SetTarget, SetWeight};
@@ -11,28 +11,28 @@ use schemars::{JsonSchema, Schema, json_schema};
 use serde_json::{Map, Value, json};
 use tideshift_core::report::Report;
 
-/// What the code alone does not say of a route.
+/// The description of a route, which the code alone does not contain.
 struct Operation {
     id: &'static str,
     tag: &'static str,
     summary: &'static str,
     description: &'static str,
-    /// Name, schema, what it means; all optional.
+    /// Name, schema and description of each query parameter; all are optional.
     query: Vec<(&'static str, Value, &'static str)>,
     body: Option<Schema>,
-    /// The good answers, and those that need words of their own.
+    /// The successful responses, and those that need a description of their own.
     answers: Vec<(u16, &'static str, Content)>,
 }
 
 enum Content {
     Nothing,
     Json(Schema),
-    /// One of these kinds of text, as the client likes it.
+    /// One of these content types, chosen by the client.
     Text(&'static [&'static str]),
     Problem,
 }
 
-/// What answers hold and what bodies hold are not the same: what may be left out there is always here.
+/// Response schemas and request schemas differ: fields that are optional in requests are always present in responses.
 struct Types {
     answers: SchemaGenerator,
     bodies: SchemaGenerator,
@@ -77,94 +77,101 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
         query: Vec::new(),
         body,
         answers: vec![
-            (200, "The rollout's services as they stand now; it is kept and published.", types.answer::<Services>()),
-            (409, "It does not fit how the rollout stands.", Content::Problem),
+            (
+                200,
+                "The current state of the rollout's services. The change is persisted and published.",
+                types.answer::<Services>(),
+            ),
+            (409, "The command conflicts with the rollout's current state.", Content::Problem),
         ],
     };
     match (method.as_str(), path) {
         ("GET", "/v1/status") => {
-            let answers = vec![(200, "How things stand.", types.answer::<Status>())];
+            let answers = vec![(200, "The current status.", types.answer::<Status>())];
             get("getStatus", "status", "Services, versions, rollouts and proxies", "", answers)
         }
         ("GET", "/v1/events") => {
-            // So that it is among the types.
+            // Adds the type to the schemas.
             types.answer::<TransitionEvent<'_>>();
             let answers = vec![
-                (200, "Server-sent events, until the controller ends.", Content::Text(&["text/event-stream"])),
-                (429, "This caller listens as often as it may.", Content::Problem),
-                (503, "As many listen as may, or no replica leads at the moment.", Content::Problem),
+                (200, "Server-sent events, until the controller stops.", Content::Text(&["text/event-stream"])),
+                (429, "This client has reached its limit of open streams.", Content::Problem),
+                (503, "The limit of open streams is reached, or there is no leader.", Content::Problem),
             ];
-            let description = "`event: status` with a Status at once, when it changes (at most four times a second), and at \
-                               least once a second; `event: transition` with a TransitionEvent whenever a rollout's phase \
-                               or reason changes. Who reads slowly misses statuses in between. Browsers can send a token \
-                               with fetch, not with EventSource.";
-            get("listen", "status", "The status and what happens, as it happens", description, answers)
+            let description = "`event: status` carries a Status: immediately, after each change (at most four times a second), \
+                               and at least once a second. `event: transition` carries a TransitionEvent whenever a \
+                               rollout's phase or reason changes. Slow readers miss intermediate statuses. Browsers can \
+                               send a token with fetch, but not with EventSource.";
+            get("listen", "status", "Stream the status and transitions", description, answers)
         }
         ("GET", "/v1/services/{service}/versions/{version}/drain") => {
-            let answers = vec![(200, "How far it is.", types.answer::<DrainStatus>())];
-            let description = "`Drained` once every proxy that is there gives it nothing and reports nothing of it in \
-                               flight, and not again while one does. Where no proxy reports, it is `Draining` until its \
-                               deadline. A version that is in no document any more is known until ten minutes after the \
-                               end of its drain.";
-            get("getDrain", "status", "How far a version is from being at rest", description, answers)
+            let answers = vec![(200, "The drain status.", types.answer::<DrainStatus>())];
+            let description = "`Drained` once every live proxy sends the version no traffic and reports no request of it in \
+                               flight; it is withdrawn if a proxy does so again. If no proxy reports, the state is \
+                               `Draining` until the deadline. A version that is no longer in any document stays known \
+                               until ten minutes after the end of its drain.";
+            get("getDrain", "status", "Get the drain status of a version", description, answers)
         }
         ("GET", "/v1/rollouts/{name}/history") => {
-            let answers = vec![(200, "The last 200 at most.", types.answer::<History>())];
-            get("getHistory", "rollouts", "What has happened to a rollout", "", answers)
+            let answers = vec![(200, "The latest transitions, at most 200.", types.answer::<History>())];
+            get("getHistory", "rollouts", "Get the history of a rollout", "", answers)
         }
         ("GET", "/v1/rollouts/{name}/series") => {
             let answers = vec![(200, "One sample every two seconds.", types.answer::<RolloutSeries>())];
-            let description = "Counts are cumulative, as in the status. Kept in memory: after a restart, and on a replica \
-                               that has begun to lead, it begins anew.";
-            get("getSeries", "rollouts", "What the last 15 minutes were like", description, answers)
+            let description = "Counts are cumulative, as in the status. The series is kept in memory: it is empty after a \
+                               restart and after a change of leader.";
+            get("getSeries", "rollouts", "Get the time series of the last 15 minutes", description, answers)
         }
         ("POST", "/v1/rollouts/{name}/promote") => {
-            let description = "Past a pause, the rest of a hold or an undecided verdict; `full`: straight to the end. 409 if a gate that has not said yes lies \
-                               before that, unless `overrideGates`.";
-            command("promote", "On to the next step", description, types.body::<Promote>(), types)
+            let description = "Skips a pause, the rest of a hold or an undecided verdict; with `full`, all remaining steps. \
+                               Returns 409 if a gate on the way has not approved, unless `overrideGates` is set.";
+            command("promote", "Promote to the next step", description, types.body::<Promote>(), types)
         }
         ("POST", "/v1/rollouts/{name}/pause") => {
-            let description = "What is paused already stays so (`unchanged`).";
-            command("pause", "Stay as it is", description, types.body::<Nothing>(), types)
+            let description = "If the rollout is already paused, nothing changes (`unchanged`).";
+            command("pause", "Pause the rollout", description, types.body::<Nothing>(), types)
         }
         ("POST", "/v1/rollouts/{name}/resume") => {
-            command("resume", "Go on after a pause", "", types.body::<Nothing>(), types)
+            command("resume", "Resume after a pause", "", types.body::<Nothing>(), types)
         }
         ("POST", "/v1/rollouts/{name}/abort") => {
-            command("abort", "Back to the stable version", "", types.body::<Nothing>(), types)
+            command("abort", "Abort and return to the stable version", "", types.body::<Nothing>(), types)
         }
         ("POST", "/v1/rollouts/{name}/rollback") => {
-            let description = "At once, as far as that version can carry the load. To a version that has not served yet, gates \
-                               have to be overridden (`overrideGates`).";
-            command("rollback", "Back to a version", description, types.body::<Rollback>(), types)
+            let description = "Immediate, as far as that version's endpoints can carry the load. For a version that has never \
+                               served, gates apply unless `overrideGates` is set.";
+            command("rollback", "Roll back to a version", description, types.body::<Rollback>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-target") => {
-            let description = "As if the document said so. A rollout under way is superseded. If that version is the \
-                               target already or serves everything, nothing changes (`unchanged`).";
-            command("setTarget", "A rollout to a version", description, types.body::<SetTarget>(), types)
+            let description = "Has the same effect as a new target in the document. Supersedes a rollout that is under way. If \
+                               the version is already the target or serves all traffic, nothing changes (`unchanged`).";
+            command("setTarget", "Start a rollout to a version", description, types.body::<SetTarget>(), types)
         }
         ("POST", "/v1/rollouts/{name}/set-weight") => {
-            let description =
-                "And pause there. 409 if a gate that has not said yes lies before that share, unless `overrideGates`.";
-            command("setWeight", "Set the target's share by hand", description, types.body::<SetWeight>(), types)
+            let description = "Also pauses the rollout. Returns 409 if a gate before that share has not approved, unless `overrideGates`.";
+            command("setWeight", "Set the target's share manually", description, types.body::<SetWeight>(), types)
         }
         ("GET", "/v1/shifts/{name}") => {
-            let answers = vec![(200, "As it was written, with the secrets that it holds.", Content::Json(shift()))];
-            get("getShift", "documents", "The document in force", "", answers)
+            let answers = vec![(200, "The document as written, including its secrets.", Content::Json(shift()))];
+            get("getShift", "documents", "Get the document in force", "", answers)
         }
         ("PUT", "/v1/shifts/{name}") => Operation {
             id: "putShift",
             tag: "documents",
-            summary: "Put a document in force",
-            description: "In place of the file's of the same name, until that file changes. Everything that is wrong with it \
-                          is said at once, one error on a line: also what another document claims already, and bytes \
-                          beyond what a document or a namespace may have.",
+            summary: "Apply a document",
+            description: "Overrides the file's document of the same name until that file changes. The response lists every error \
+                          at once, one per line, including conflicts with other documents and exceeded size limits of the \
+                          document or its namespace.",
             query: Vec::new(),
             body: Some(shift()),
             answers: vec![
-                (200, "It took the place of another; its services as they stand now.", types.answer::<Services>()),
-                (201, "It is the first of its name.", types.answer::<Services>()),
-                (409, "In Kubernetes, where documents are resources of the cluster.", Content::Problem),
+                (
+                    200,
+                    "The document replaced another one. The current state of its services.",
+                    types.answer::<Services>(),
+                ),
+                (201, "The document is new. The current state of its services.", types.answer::<Services>()),
+                (409, "The controller runs in Kubernetes, where documents are resources.", Content::Problem),
             ],
         },
         ("DELETE", "/v1/shifts/{name}") => {
@@ -195,59 +202,63 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
         ("GET", "/v1/policy") => Operation {
             id: "getPolicy",
             tag: "proxies",
-            summary: "A policy newer than what the proxy has",
-            description: "At once if there is one, else when there is, else 204 after 25 s.",
+            summary: "Poll for a newer policy",
+            description: "Long poll: responds as soon as a newer policy exists, or with 204 after 25 s.",
             query: vec![
                 ("proxy", json!({"type": "string"}), "The proxy's id."),
-                ("epoch", json!({"type": "string"}), "The `x-tideshift-epoch` that came with the policy that it has."),
-                ("after", json!({"type": "integer", "minimum": 0}), "The revision of that policy."),
+                ("epoch", json!({"type": "string"}), "The `x-tideshift-epoch` of the proxy's current policy."),
+                ("after", json!({"type": "integer", "minimum": 0}), "The revision of the proxy's current policy."),
                 (
                     "delta",
                     json!({"type": "boolean", "default": false}),
-                    "Whether the proxy takes what has changed since then in place of the whole policy.",
+                    "Whether the proxy accepts the changes since that revision instead of the whole policy.",
                 ),
             ],
             body: None,
             answers: vec![
                 (
                     200,
-                    "The policy, or with `delta` perhaps what has changed, which has a `base`; `x-tideshift-epoch` names the \
-                     state that its revision is of.",
+                    "The policy, or with `delta` possibly only the changes, which have a `base`. The header \
+                     `x-tideshift-epoch` names the controller state that the revision belongs to.",
                     Content::Json(policy()),
                 ),
-                (204, "Nothing newer yet: ask again.", Content::Nothing),
-                (503, "The controller ends.", Content::Problem),
+                (204, "No newer policy yet; poll again.", Content::Nothing),
+                (503, "The controller is stopping.", Content::Problem),
             ],
         },
         ("POST", "/v1/reports") => Operation {
             id: "report",
             tag: "proxies",
-            summary: "What a proxy runs, and what it has counted",
-            description: "Cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles \
-                          nothing.",
+            summary: "Send a proxy's report",
+            description: "The policy that the proxy runs, and its counts. Counts are cumulative since the proxy's start, so a lost \
+                          or repeated report neither loses nor doubles anything.",
             query: Vec::new(),
             body: types.body::<Report>(),
-            answers: vec![(204, "Taken in.", Content::Nothing)],
+            answers: vec![(204, "The report is accepted.", Content::Nothing)],
         },
         ("GET", "/metrics") => {
             let kinds = Content::Text(&["text/plain", "application/openmetrics-text"]);
             let answers =
-                vec![(200, "Prometheus' text format 0.0.4, or OpenMetrics 1.0 where `accept` asks for it.", kinds)];
-            get("getMetrics", "machines", "The controller's metrics", "", answers)
+                vec![(200, "Prometheus text format 0.0.4, or OpenMetrics 1.0 if requested with `accept`.", kinds)];
+            get("getMetrics", "machines", "Get the controller's metrics", "", answers)
         }
-        ("GET", "/healthz") => {
-            get("getHealth", "machines", "Whether it runs", "", vec![(200, "It does.", Content::Text(&["text/plain"]))])
-        }
+        ("GET", "/healthz") => get(
+            "getHealth",
+            "machines",
+            "Liveness",
+            "",
+            vec![(200, "The controller runs.", Content::Text(&["text/plain"]))],
+        ),
         ("GET", "/readyz") => {
             let answers = vec![
-                (200, "It is.", Content::Text(&["text/plain"])),
-                (503, "It waits for the first probes.", Content::Text(&["text/plain"])),
+                (200, "The controller is ready.", Content::Text(&["text/plain"])),
+                (503, "The controller waits for the first probes.", Content::Text(&["text/plain"])),
             ];
-            get("getReadiness", "machines", "Whether proxies can be given a policy", "", answers)
+            get("getReadiness", "machines", "Readiness: whether proxies can get a policy", "", answers)
         }
         ("GET", "/v1/openapi.json") => {
-            let answers = vec![(200, "This.", Content::Json(json_schema!({"type": "object"})))];
-            get("getOpenApi", "machines", "This document", "", answers)
+            let answers = vec![(200, "This document.", Content::Json(json_schema!({"type": "object"})))];
+            get("getOpenApi", "machines", "Get this OpenAPI document", "", answers)
         }
         _ => panic!("{method} {path}: not described"),
     }
@@ -261,7 +272,7 @@ fn policy() -> Schema {
     json_schema!({"$ref": "#/components/schemas/Policy"})
 }
 
-/// The documents, and the types that a TrafficShift is made of. What spans fields, their readers in `core` know alone.
+/// The schemas of the documents and of the types in a TrafficShift. Rules that span fields exist only in `core`'s readers.
 fn documents() -> Map<String, Value> {
     let shift = Value::from(tideshift_core::schema::traffic_shift()).to_string();
     let mut shift: Map<String, Value> =
@@ -269,18 +280,18 @@ fn documents() -> Map<String, Value> {
     shift.remove("$schema");
     let types = shift.remove("$defs").and_then(|mut types| types.as_object_mut().map(std::mem::take));
     let policy = json!({
-        "description": "What proxies run.",
+        "description": "The policy that proxies run.",
         "type": "object",
         "required": ["revision", "services"],
         "properties": {
             "revision": {"type": "integer", "minimum": 0},
             "services": {"type": "array", "items": {"type": "object"}},
             "base": {
-                "description": "The revision that `services` and `removed` are the changes since; left out: it is whole.",
+                "description": "If present, `services` and `removed` are the changes since this revision; otherwise the policy is complete.",
                 "type": "integer", "minimum": 0,
             },
             "removed": {
-                "description": "The names of the services that are gone since `base`.",
+                "description": "The names of the services that were removed since `base`.",
                 "type": "array", "items": {"type": "string"},
             },
         },
@@ -290,7 +301,7 @@ fn documents() -> Map<String, Value> {
     documents
 }
 
-/// What the names in paths are.
+/// Describes a path parameter.
 fn parameter(name: &str, path: &str) -> &'static str {
     match name {
         "service" => "The service's name.",
@@ -326,31 +337,31 @@ pub(super) fn document() -> Value {
         "openapi": "3.1.0",
         "info": {
             "title": "Tideshift's controller",
-            "description": "Errors are `{\"error\": \"...\"}`. Where the controller has tokens, every request needs one, except \
-                            for health, readiness and this document; where it has none, only programs of the same machine \
-                            are answered. Bodies are JSON, and said to be so by their content-type.",
+            "description": "Errors are `{\"error\": \"...\"}`. With authentication enabled, every request except liveness, \
+                            readiness and this document needs a token. Without it, the controller serves only clients on \
+                            the same machine. Bodies are JSON, with the content type application/json.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "version": env!("CARGO_PKG_VERSION"),
         },
         "servers": [{"url": "/"}],
         "tags": [
-            {"name": "status", "description": "How things stand."},
+            {"name": "status", "description": "The current state."},
             {"name": "rollouts", "description": "Moving traffic from one version to another."},
-            {"name": "documents", "description": "What is wanted."},
-            {"name": "proxies", "description": "What the filter asks for and tells."},
-            {"name": "machines", "description": "For those who watch the controller, and for tools."},
+            {"name": "documents", "description": "The desired state."},
+            {"name": "proxies", "description": "Policies and reports of the filter."},
+            {"name": "machines", "description": "For monitoring and tools."},
         ],
         "paths": paths,
         "components": {
             "schemas": schemas,
             "responses": {"Problem": {
-                "description": "Why it was not done.",
+                "description": "Why the request failed.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
             }},
             "securitySchemes": {
-                "read": scheme("To look."),
-                "operate": scheme("Everything that a user can do."),
-                "proxy": scheme("Policies and reports, nothing else."),
+                "read": scheme("Read-only access."),
+                "operate": scheme("All user actions, reading included."),
+                "proxy": scheme("Policies and reports only."),
             },
         },
     })
@@ -409,18 +420,22 @@ impl Operation {
         };
         let (body, guarded) = (self.body.is_some(), !route.allowed.is_empty());
         let named = names(route.path).next().is_some();
-        also(body || named || !self.query.is_empty(), 400, "What was sent makes no sense.");
-        also(guarded, 401, "No token, or none that is known.");
-        also(guarded, 403, "The token is for something else, or, where there are no tokens, a web page asks.");
-        also(named, 404, "There is nothing of that name.");
-        also(body, 408, "The body took too long.");
+        also(body || named || !self.query.is_empty(), 400, "Malformed request.");
+        also(guarded, 401, "No token, or an unknown one.");
+        also(
+            guarded,
+            403,
+            "The token lacks the permission, or, without authentication, the request comes from a web page.",
+        );
+        also(named, 404, "Not found.");
+        also(body, 408, "The body arrived too slowly.");
         also(body, 413, "The body is too large.");
-        also(body, 415, "The body is not said to be JSON.");
-        // Of several replicas only one answers these.
-        also(!route.by_all, 502, "This replica does not lead, and the one that does cannot be reached.");
+        also(body, 415, "The content type is not application/json.");
+        // Only the leader serves these.
+        also(!route.by_all, 502, "This replica is not the leader, and the leader is unreachable.");
         let done = body && guarded && self.tag != "proxies";
-        also(done, 503, "The controller ends; it may not have been done. Or no replica leads at the moment.");
-        also(!route.by_all, 503, "No replica leads at the moment.");
+        also(done, 503, "The controller is stopping and may not have applied the change, or there is no leader.");
+        also(!route.by_all, 503, "There is no leader.");
         responses
     }
 }

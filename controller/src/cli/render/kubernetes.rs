@@ -1,4 +1,4 @@
-//! `tideshift render istio`, `envoy-gateway` and `httproute`: objects for a cluster.
+//! `tideshift render istio`, `envoy-gateway` and `httproute`: Kubernetes objects.
 
 use super::super::{Failure, token_in};
 use crate::documents;
@@ -8,39 +8,40 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use tideshift_core::shift::{Endpoint, TrafficShift};
 
-/// The module in no registry in particular.
+/// A placeholder for the module in a registry.
 const MODULE: &str = concat!("oci://registry.example.com/tideshift-filter:", env!("CARGO_PKG_VERSION"));
 /// The controller as the chart installs it.
 const CONTROLLER: &str = "tideshift.tideshift-system.svc.cluster.local:7460";
 
-/// Where the filter is, and the controller.
+/// Where proxies find the filter and the controller.
 #[derive(Debug, Args)]
 struct FilterArguments {
-    /// Where the proxies find the filter's module: oci:// and an image in a registry, http:// or https:// and a file,
-    /// or for Istio file:/// and a path on every proxy.
+    /// The URL of the filter's Wasm module: oci:// for an image in a registry, http:// or https:// for a file, or (Istio
+    /// only) file:/// for a path on every proxy.
     #[arg(long, value_name = "URL", default_value = MODULE, value_parser = module_url)]
     module_url: String,
-    /// The SHA-256 of the module's image or file, in hexadecimal; `make image` prints both.
+    /// The SHA-256 of the module's image or file in hexadecimal; `make image` prints both.
     #[arg(long, value_name = "HEX", value_parser = sha256)]
     module_sha256: Option<String>,
-    /// The controller's Service, by its whole name, and its port.
+    /// The controller's Service (fully qualified name) and port.
     #[arg(long, value_name = "HOST:PORT", default_value = CONTROLLER, value_parser = service)]
     controller: Endpoint,
-    /// What the proxies call the controller's cluster, where that is not as usual: in Istio outbound|PORT||HOST, in Envoy
-    /// Gateway httproute/NAMESPACE/tideshift-controller/rule/0.
+    /// The Envoy cluster name of the controller. [default: outbound|PORT||HOST in Istio,
+    /// httproute/NAMESPACE/tideshift-controller/rule/0 in Envoy Gateway]
     #[arg(long, value_name = "NAME")]
     controller_cluster: Option<String>,
-    /// A file whose first line is the proxy token of a controller that wants one. It becomes part of what is printed: who may
-    /// read these objects in the cluster can read it.
+    /// A file whose first line is the proxy token, if the controller requires tokens. The output contains the token: every
+    /// user who can read these objects in the cluster can read it.
     #[arg(long, value_name = "FILE")]
     controller_token_file: Option<PathBuf>,
 }
 
-/// Print what Istio needs to shift traffic as TrafficShift documents say
+/// Print Istio objects for TrafficShift documents
 ///
-/// A WasmPlugin with the filter; a VirtualService with a route for each version by the header x-tideshift-version and the
-/// stable version as the default; a DestinationRule with the versions as subsets, where they share a Service. A version with
-/// `service` is that Service; one with `selector` alone is a part of the Service that callers call (--service).
+/// The output is a WasmPlugin with the filter; a VirtualService with a route per version (by the header x-tideshift-version;
+/// the default route goes to the stable version); and, if versions share a Service, a DestinationRule with the versions as
+/// subsets. A version with `service` uses that Service; a version with only `selector` is a subset of the Service that
+/// clients call (--service).
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -56,42 +57,42 @@ nothing of it changes during a rollout: all traffic goes to the stable version u
 With --for sidecar and --for waypoint, `hostnames` must be what callers call the service by, such as payment, payment.shop and
 payment.shop.svc.cluster.local. Versions in another `cluster` must be in the same mesh, under the same name there.")]
 pub(super) struct Istio {
-    /// TrafficShift documents; `-` reads standard input. May be given several times.
+    /// TrafficShift documents; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// Whose proxies choose: a gateway's for requests from outside; callers' sidecars for calls in the mesh; in an ambient
-    /// mesh, the service's waypoint.
+    /// The proxies that choose the version: a gateway for requests from outside, client sidecars for calls within the mesh,
+    /// or the service's waypoint in an ambient mesh.
     #[arg(long = "for", value_name = "PROXIES", value_enum, default_value_t)]
     proxies: Proxies,
-    /// The Gateway that takes the hostnames, as NAMESPACE/NAME. [default with --for gateway: istio-system/ingressgateway]
+    /// The Gateway that serves the hostnames, as NAMESPACE/NAME. [default with --for gateway: istio-system/ingressgateway]
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = gateway)]
     gateway: Option<httproute::Gateway>,
-    /// The namespace that these proxies run in. [default: istio-system for a gateway, else the documents']
+    /// The namespace of these proxies. [default: istio-system for a gateway, else the documents']
     #[arg(long, value_name = "NAMESPACE")]
     proxy_namespace: Option<String>,
-    /// A label of these proxies' pods. May be given several times. [default: istio=ingressgateway for a gateway, else all]
+    /// A label of these proxies' pods. Repeatable. [default: istio=ingressgateway for a gateway, else all]
     #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
     selector: Vec<(String, String)>,
     /// The waypoint's Gateway. [default with --for waypoint: waypoint]
     #[arg(long, value_name = "NAME")]
     waypoint: Option<String>,
-    /// The Service that callers call and that has the versions without `service`. [default: the service's name]
+    /// The Service that clients call, which contains the versions without `service`. [default: the service's name]
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
     /// The port of the versions' Services.
     #[arg(long, value_name = "PORT", default_value = "80", value_parser = clap::value_parser!(u16).range(1..))]
     service_port: u16,
-    /// What Istio calls the cluster of the versions without `cluster`; needed if others have one.
+    /// The Istio cluster name of versions without `cluster`; required if other versions have one.
     #[arg(long, value_name = "NAME")]
     cluster: Option<String>,
-    /// What becomes of requests if the module cannot be fetched or has failed.
+    /// How to handle requests if the module cannot be fetched or has failed.
     #[arg(long, value_enum, default_value = "FAIL_OPEN")]
     fail_strategy: istio::FailStrategy,
     #[command(flatten)]
     filter: FilterArguments,
 }
 
-/// Whose proxies choose.
+/// The proxies that choose the version.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 enum Proxies {
     #[default]
@@ -100,52 +101,52 @@ enum Proxies {
     Waypoint,
 }
 
-/// Print what Envoy Gateway needs to shift traffic as TrafficShift documents say
+/// Print Envoy Gateway objects for TrafficShift documents
 ///
-/// An EnvoyExtensionPolicy with the filter for the whole Gateway; an HTTPRoute with a rule for each version by the header
-/// x-tideshift-version and one for all else, to the stable version; Services for the versions that have a selector and no
-/// Service; and an HTTPRoute that makes the controller known to the gateway's proxies.
+/// The output is an EnvoyExtensionPolicy with the filter for the whole Gateway; an HTTPRoute with a rule per version (by the
+/// header x-tideshift-version) and a default rule to the stable version; Services for versions that have a selector and no
+/// Service; and an HTTPRoute that gives the gateway's proxies a route to the controller.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   tideshift render envoy-gateway -f payment.yaml --gateway default/eg --module-url oci://REGISTRY/tideshift-filter:TAG \\
     --module-sha256 SHA256 | kubectl apply -f -
 
-The Gateway's listener must take routes of the documents' namespaces (allowedRoutes). Give all documents whose traffic the
-Gateway shifts at once: it has one filter. Weights are not in what is printed, and nothing of it changes during a rollout.")]
+The Gateway's listener must allow routes from the documents' namespaces (allowedRoutes). Give all documents whose traffic the
+Gateway shifts at once: it has one filter. The output contains no weights and does not change during a rollout.")]
 pub(super) struct EnvoyGateway {
-    /// TrafficShift documents; `-` reads standard input. May be given several times.
+    /// TrafficShift documents; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// The Gateway that takes the hostnames.
+    /// The Gateway that serves the hostnames.
     #[arg(long, value_name = "NAMESPACE/NAME", default_value = "default/eg", value_parser = gateway)]
     gateway: httproute::Gateway,
     /// The port of the versions' Services.
     #[arg(long, value_name = "PORT", default_value = "80", value_parser = clap::value_parser!(u16).range(1..))]
     service_port: u16,
-    /// Refuse requests if the module cannot be fetched or has failed; else they go to the stable version.
+    /// Reject requests if the module cannot be fetched or has failed. Without it they go to the stable version.
     #[arg(long)]
     fail_closed: bool,
     #[command(flatten)]
     filter: FilterArguments,
 }
 
-/// Print the HTTPRoutes that lead to the versions of TrafficShift documents
+/// Print HTTPRoutes for the versions of TrafficShift documents
 ///
-/// For any implementation of Gateway API: a rule for each version by the header x-tideshift-version, one for all else, to the
-/// stable version, and Services for the versions that have a selector and no Service. How the filter comes to the proxies is
-/// each implementation's own.
+/// For any implementation of Gateway API: a rule per version (by the header x-tideshift-version), a default rule to the
+/// stable version, and Services for versions that have a selector and no Service. How to install the filter in the proxies
+/// depends on the implementation.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   tideshift render httproute -f payment.yaml --gateway infra/public | kubectl apply -f -
 
-The Gateway's listener must take routes of the documents' namespaces (allowedRoutes).")]
+The Gateway's listener must allow routes from the documents' namespaces (allowedRoutes).")]
 pub(super) struct HttpRoute {
-    /// TrafficShift documents; `-` reads standard input. May be given several times.
+    /// TrafficShift documents; `-` reads standard input. Repeatable.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// The Gateway that takes the hostnames.
+    /// The Gateway that serves the hostnames.
     #[arg(long, value_name = "NAMESPACE/NAME", default_value = "default/gateway", value_parser = gateway)]
     gateway: httproute::Gateway,
     /// The port of the versions' Services.
@@ -198,7 +199,7 @@ impl Istio {
         istio::objects(&shifts, &options).map_err(unfit)
     }
 
-    /// Flags that would do nothing are mistakes.
+    /// Rejects flags that would have no effect.
     fn check_flags(&self, shifts: &[TrafficShift]) -> Result<(), Failure> {
         let usage = |why: &str| Err(Failure::Usage(why.to_owned()));
         if self.gateway.is_some() && self.proxies != Proxies::Gateway {
@@ -228,7 +229,8 @@ impl Istio {
         match (namespaces.pop_first(), namespaces.is_empty()) {
             (Some(namespace), true) => Ok(namespace),
             _ => Err(Failure::Usage(
-                "the documents are of several namespaces; say by --proxy-namespace which the proxies are in".to_owned(),
+                "the documents are in several namespaces; pass the namespace of the proxies with --proxy-namespace"
+                    .to_owned(),
             )),
         }
     }

@@ -140,7 +140,7 @@ fn a_share_by_hand_is_neither_less_nor_more() {
 fn a_pause_is_over_when_somebody_resumes() {
     let paused = status(|status| status["services"][0]["paused"] = json!(true));
     assert_eq!(then(Goal::Paused, &paused, &paused), Progress::Reached);
-    is_lost(&then(Goal::Paused, &paused, &status(|_| ())), &["not paused any more"]);
+    is_lost(&then(Goal::Paused, &paused, &status(|_| ())), &["no longer paused"]);
 }
 
 #[test]

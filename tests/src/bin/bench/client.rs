@@ -66,7 +66,7 @@ pub(crate) struct Client {
 #[derive(Debug)]
 struct Sent {
     bytes: Vec<u8>,
-    /// Whoever answered it first must answer it always.
+    /// The version that answered first must answer always.
     by: Option<String>,
     sticky: bool,
 }
@@ -81,7 +81,7 @@ struct Connection {
 }
 
 impl Client {
-    /// Connects; `requests` are sent in turn. `sticky`: whoever answered one of them first must answer it always.
+    /// Connects; `requests` are sent in turn. `sticky`: the version that answered a request first must answer it always.
     pub(crate) fn connect(address: SocketAddr, requests: Vec<Vec<u8>>, sticky: bool) -> anyhow::Result<Self> {
         let connections = (0..CONNECTIONS).map(|_| Connection::open(address)).collect::<anyhow::Result<_>>()?;
         let requests = requests.into_iter().map(|bytes| Sent { bytes, by: None, sticky }).collect();

@@ -121,7 +121,7 @@ async fn a_bad_release(show: &mut Show) -> anyhow::Result<()> {
 const ENCORE: Narration = Narration {
     title: "Still running, with 20 requests a second, until Ctrl-C",
     text: "Change the document: `target: v1` goes back, `target: v3` is the bad release again. \
-           The numbers below have begun anew.",
+           The numbers below have restarted.",
 };
 
 /// Never returns.

@@ -94,7 +94,7 @@ impl Stage {
         self.load.tally()
     }
 
-    /// What the controller says; fails with the log of whoever is gone.
+    /// What the controller says; fails with the log of the process that has exited.
     pub(crate) async fn status(&mut self) -> anyhow::Result<Status> {
         ensure!(self.envoy.is_running(), "Envoy has ended:\n{}", self.envoy.tail());
         let status = Status::of(&self.controller).await;

@@ -13,7 +13,7 @@ pub struct Identity {
     pub audiences: Vec<String>,
 }
 
-/// What somebody wants to do.
+/// The action that a user requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempt {
     /// The user's name.

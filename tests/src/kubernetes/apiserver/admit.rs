@@ -129,7 +129,7 @@ fn established(crd: &mut Value) {
     });
 }
 
-/// Reads an object as its kind's own type and writes it anew.
+/// Reads an object as the type of its kind and serialises it again.
 fn typed(kind: &Kind, object: &mut Value) -> Result<(), Refusal> {
     fn as_type<T: DeserializeOwned + Serialize>(object: &Value) -> serde_json::Result<Value> {
         serde_json::to_value(serde_json::from_value::<T>(object.clone())?)

@@ -1,5 +1,5 @@
-//! Server-side apply: a manager says all that it wants of an object; it gets it unless somebody else wants otherwise,
-//! and what it no longer says is gone unless somebody else still wants it.
+//! Server-side apply: a manager sends all fields that it wants; it gets them unless another manager owns them with other
+//! values. Fields that it no longer sends are removed unless another manager still owns them.
 
 use std::collections::BTreeSet;
 

@@ -12,10 +12,10 @@ use super::{kinds::Kind, shape::Shape};
 /// Steps in the notation of `managedFields`: `f:NAME`, `k:{"name":"value"}`, `v:"value"`.
 pub(super) type Path = Vec<String>;
 
-/// Paths that somebody owns.
+/// Paths that a manager owns.
 pub(super) type Fields = BTreeSet<Path>;
 
-/// What the server fills in itself and nobody owns.
+/// The fields that the server fills in and no manager owns.
 const NOBODYS: [&str; 10] = [
     "creationTimestamp",
     "deletionGracePeriodSeconds",
@@ -121,7 +121,7 @@ fn written(fields: &Fields) -> Value {
     Value::Object(tree)
 }
 
-/// Every path of an object that somebody can own, with the value there.
+/// Every path of an object that a manager can own, with its value.
 pub(super) fn paths<'a>(object: &'a Value, kind: &Kind) -> BTreeMap<Path, &'a Value> {
     let mut found = BTreeMap::new();
     walk(object, Shape::of(kind), &mut Vec::new(), &mut found);

@@ -51,7 +51,7 @@ pub(super) fn answer(
     tokio::spawn(async move {
         if let Ok(upgraded) = upgraded.await {
             let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await;
-            // Whoever breaks it off breaks it off for both.
+            // Either side closes the connection for both.
             let _ = forward(socket, asked, to).await;
         }
     });

@@ -134,7 +134,7 @@ fn permit(shared: &Shared, user: &str, resource: &Resource, verb: &str) -> Resul
     )))
 }
 
-/// A request for a resource, by somebody who may.
+/// An authorised request for a resource.
 struct Call<'a> {
     shared: &'a Arc<Shared>,
     user: String,

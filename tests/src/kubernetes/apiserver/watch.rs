@@ -172,7 +172,7 @@ impl Watch {
                 (faults.holds(&self.user), faults.delay_of(&self.user))
             };
             let now = Instant::now();
-            // While somebody is held, only the next change of the faults counts.
+            // While a user is held, only the next change of the faults counts.
             let due = self.queue.front().map(|(at, _)| *at + delay);
             if !held {
                 if due.is_some_and(|due| due <= now) {

@@ -41,7 +41,7 @@ enum By {
     Apply,
 }
 
-/// What became of an object that somebody deletes.
+/// The result of a deletion.
 pub(super) enum Deleted {
     /// It is gone.
     Gone(Arc<Value>),

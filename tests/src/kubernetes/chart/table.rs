@@ -14,7 +14,7 @@ const END: &str = "<!-- end -->\n";
 pub struct ValueRow {
     /// Such as `image.tag`.
     pub path: String,
-    /// Empty if nobody has said.
+    /// Empty if there is no description.
     pub comment: String,
     /// As `values.yaml` has it.
     pub default: String,
