@@ -62,7 +62,7 @@ pub struct Control {
     /// Documents that are gone and still serve, as the cluster shows their endpoints.
     resolved: BTreeMap<String, TrafficShift>,
     /// The documents of which something that is gone and still serves has not been found in the cluster yet.
-    unresolved: BTreeSet<String>,
+    unfound: BTreeSet<String>,
     /// Which version of a new document serves already.
     starts: BTreeMap<String, String>,
     /// Documents that are back, and since when they were gone.
@@ -323,7 +323,7 @@ impl Control {
         let mut control = Self {
             shifts: Vec::new(),
             resolved: BTreeMap::new(),
-            unresolved: BTreeSet::new(),
+            unfound: BTreeSet::new(),
             starts: BTreeMap::new(),
             returned: Vec::new(),
             documents_left: 0,
@@ -1127,7 +1127,7 @@ impl Control {
 
     /// Whether the readiness of all endpoints of a shift is known.
     fn is_known(&self, shift: &TrafficShift) -> bool {
-        !self.unresolved.contains(&shift.name)
+        !self.unfound.contains(&shift.name)
             && shift.services.iter().all(|service| self.readiness.is_known(&service.name))
     }
 

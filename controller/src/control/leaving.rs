@@ -309,7 +309,7 @@ impl Control {
     /// Puts together what is in force: the documents, with the versions that have left them, and those that are gone.
     /// `before` is what was in force.
     fn put_together(&mut self, declared: Vec<TrafficShift>, before: &[TrafficShift]) {
-        self.unresolved.clear();
+        self.unfound.clear();
         if self.kept.leaving.is_empty() {
             self.shifts = declared;
             for service in self.shifts.iter_mut().flat_map(|shift| &mut shift.services) {
@@ -319,7 +319,7 @@ impl Control {
         }
         let remains = self.remains();
         let described = |name: &str, version: &str| before.iter().find(|of| of.name == name && of.has(version));
-        let mut unresolved = BTreeSet::new();
+        let mut unfound = BTreeSet::new();
         let is_found = |version: &ShiftVersion| version.discovery.is_some() || version.workload.is_some();
         let mut shifts = declared;
         for shift in &mut shifts {
@@ -339,7 +339,7 @@ impl Control {
                     added.for_each(|of| of.leaving_until = Some(*until));
                     let is_unresolved = |of: &&ShiftVersion| of.name == *version && is_found(of);
                     if is_new && known.is_none() && service.versions.iter().any(|of| is_unresolved(&of)) {
-                        unresolved.insert(shift.name.clone());
+                        unfound.insert(shift.name.clone());
                     }
                 }
             }
@@ -362,13 +362,13 @@ impl Control {
             let resolved = self.resolved.get(name).or_else(|| before.iter().find(|of| of.name == *name));
             let all = || shift.services.iter().flat_map(|service| &service.versions);
             if resolved.is_none() && all().any(is_found) {
-                unresolved.insert(name.clone());
+                unfound.insert(name.clone());
             }
             kept.push(resolved.unwrap_or(shift).clone());
         }
         shifts.extend(kept);
         self.shifts = shifts;
-        self.unresolved = unresolved;
+        self.unfound = unfound;
         self.know_documents(before);
     }
 
