@@ -119,23 +119,23 @@ fuzz: rust cargo-fuzz ## Fuzz documents, requests and reports, for FUZZ_SECONDS=
 .PHONY: soak
 soak: build ## Send ten million requests through the module in a wasm host: its memory must not grow (REQUESTS=N; 20 minutes)
 	$(heading) 'The module for a long time'
-	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module_soak -- --nocapture
+	REQUESTS=$(or $(REQUESTS),10000000) cargo test --release -p tideshift-tests --test module soak:: -- --nocapture
 
 .PHONY: e2e
-e2e: build envoy chromium axe schemas ## Test the module in a wasm host, then real Envoy, controller and backends (ARGS='--test NAME' for one file)
+e2e: build envoy chromium axe schemas ## Test the module in a wasm host, then real Envoy, controller and backends (ARGS='--test e2e controller_rollout' for some)
 	$(heading) 'The module in a wasm host, and end to end on a real Envoy'
 	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --no-fail-fast $(ARGS) # transient errors need no backtraces
 
 .PHONY: test-kubernetes
 test-kubernetes: build envoy ## Test the controller in the cluster of KUBECONFIG, which may be a bare control plane
 	$(heading) 'In the cluster of KUBECONFIG'
-	cargo test -p tideshift-tests --test kubernetes_cluster --no-run
+	cargo test -p tideshift-tests --test kubernetes --no-run
 	@skip() { printf '\n\033[1;33m== SKIPPED, nothing was tested in a real cluster: %s\033[0m\n' "$$*"; exit 0; }; \
 	test -n "$${KUBECONFIG:-}" || skip 'KUBECONFIG is not set'; \
 	export TIDESHIFT_TEST_KUBECONFIG=$$(realpath "$$KUBECONFIG"); \
-	cargo test -q -p tideshift-tests --test kubernetes_cluster -- --ignored --exact the_cluster_answers || \
+	cargo test -q -p tideshift-tests --test kubernetes -- --ignored --exact cluster::the_cluster_answers || \
 		skip "the cluster of $$KUBECONFIG does not answer"; \
-	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --test kubernetes_cluster -- --nocapture
+	RUST_LIB_BACKTRACE=0 cargo test -p tideshift-tests --test kubernetes cluster:: -- --nocapture
 
 .PHONY: simulation
 simulation: rust ## Redraw the picture in docs/simulate.md
@@ -146,7 +146,7 @@ simulation: rust ## Redraw the picture in docs/simulate.md
 .PHONY: pictures
 pictures: build chromium ## Redraw the web page's pictures in docs/images (install the font Inter for the best result)
 	$(heading) 'Pictures of the web page'
-	cargo test -p tideshift-tests --test page_chromium -- --ignored --exact pictures
+	cargo test -p tideshift-tests --test page -- --ignored --exact chromium::pictures
 
 .PHONY: generate
 generate: manifests simulation ## Regenerate every generated file that is committed

@@ -5,7 +5,7 @@
 mod runs;
 
 use crate::compile;
-use crate::kubernetes::picture::Place;
+use crate::namespace_ref::NamespaceRef;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use runs::{ONE_VERSION, Runs, claims};
@@ -14,7 +14,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use tideshift_core::decode::{Errors, FieldError, Problem};
-use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
+use tideshift_core::limits::MAX_WEIGHT;
+use tideshift_core::protocol::policy::{Policy, Service};
 use tideshift_core::session::{MAX_PREVIOUS_SECRETS, Secret};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
@@ -84,7 +85,7 @@ pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
 
 /// What two versions of a document say that each has for itself.
 fn shared_by_versions(shift: &TrafficShift) -> Vec<FieldError> {
-    let mut taken: BTreeMap<Place, Vec<(Runs, &str)>> = BTreeMap::new();
+    let mut taken: BTreeMap<NamespaceRef, Vec<(Runs, &str)>> = BTreeMap::new();
     let mut errors = Vec::new();
     for (n, service) in shift.services.iter().enumerate() {
         for (i, version) in service.versions.iter().enumerate() {
@@ -189,7 +190,7 @@ pub struct Admission {
     services: BTreeMap<String, (String, String)>,
     hostnames: BTreeMap<String, (String, String)>,
     /// The same of workloads and pods, with the version that each is of.
-    runs: BTreeMap<(Place, Runs), (String, String, String)>,
+    runs: BTreeMap<(NamespaceRef, Runs), (String, String, String)>,
     bytes: BTreeMap<Option<String>, usize>,
     packed: usize,
 }

@@ -3,9 +3,9 @@
 //! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
 
 use crate::clock::now;
-use crate::control::{CommandError, Control};
-use crate::kubernetes::Reviewer;
-use crate::metrics::Done;
+use crate::kubernetes::TokenReviewer;
+use crate::metrics::ControllerMetrics;
+use crate::reconciler::{CommandError, Reconciler};
 use crate::rollout::Command;
 use crate::status::ServiceStatus;
 use auth::{Guard, Scope};
@@ -29,27 +29,27 @@ use tokio::sync::{Notify, watch};
 
 mod admission;
 mod auth;
+mod barrier;
 mod caller;
 mod events;
-mod leader;
+mod forward;
 mod openapi;
+mod pinned_cert;
 mod proxies;
 mod published;
 mod rollouts;
 mod shifts;
 mod status;
-mod turns;
-mod twin;
 
 pub use admission::{Admission, Ticket};
 pub use auth::{TokenError, TokenFiles, Tokens};
+pub use barrier::ReconcileBarrier;
 pub use caller::{Certificate, Filtered};
 pub use events::{Events, keep_telling};
-pub use leader::Leader;
+pub use forward::Leader;
+pub use pinned_cert::PinnedCertVerifier;
 pub use proxies::Complaints;
 pub use published::Published;
-pub use turns::Turns;
-pub use twin::Twin;
 
 /// The largest body where nothing else is said.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -64,15 +64,15 @@ const PATIENCE: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct Shared {
     /// The controller's mind.
-    pub control: Mutex<Control>,
+    pub reconciler: Mutex<Reconciler>,
     /// Told when something has changed that the mind should look at.
     pub counted: Notify,
     /// Who waits until the mind has done so.
-    pub turns: Turns,
+    pub turns: ReconcileBarrier,
     /// Who wants to hear of everything.
     pub events: Events,
     /// What was done, for `/metrics`.
-    pub done: Done,
+    pub done: ControllerMetrics,
     /// The newest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
     /// Policies for proxies that may not see all of them.
@@ -82,7 +82,7 @@ pub struct Shared {
     /// Who may ask.
     pub tokens: watch::Receiver<Tokens>,
     /// Reviews tokens of proxies that are in no file; none outside Kubernetes.
-    pub reviewer: Option<Arc<Reviewer>>,
+    pub reviewer: Option<Arc<TokenReviewer>>,
     /// Whether proxies may be known by their certificates.
     pub certificates: bool,
     /// Who decides, if it is not this replica.
@@ -93,32 +93,32 @@ pub struct Shared {
 
 impl Shared {
     /// The controller's mind, for as long as one thought takes.
-    pub fn control(&self) -> MutexGuard<'_, Control> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn reconciler(&self) -> MutexGuard<'_, Reconciler> {
+        self.reconciler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How a rollout stands once what was asked for is done.
-    async fn after(&self, turn: u64, rollout: &str) -> Result<Services, Problem> {
+    async fn after(&self, turn: u64, rollout: &str) -> Result<Services, ApiError> {
         let services = self.after_which_may_be_gone(turn, rollout).await?;
         match services.services.is_empty() {
-            true => Err(Problem::not_found("it is gone already")),
+            true => Err(ApiError::not_found("it is gone already")),
             false => Ok(services),
         }
     }
 
     /// The same where it need not be there any longer.
-    async fn after_which_may_be_gone(&self, turn: u64, rollout: &str) -> Result<Services, Problem> {
+    async fn after_which_may_be_gone(&self, turn: u64, rollout: &str) -> Result<Services, ApiError> {
         self.counted.notify_one();
         let mut ending = self.ending.clone();
         tokio::select! {
             () = self.turns.wait(turn) => {}
             _ = ending.wait_for(|ending| *ending) => {
-                return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down; it may not have been done"));
+                return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down; it may not have been done"));
             }
         }
-        let control = self.control();
-        let services = control.rollout_status(rollout, now()).unwrap_or_default();
-        Ok(Services { services, unchanged: false, state_error: control.state_error().map(str::to_owned) })
+        let reconciler = self.reconciler();
+        let services = reconciler.rollout_status(rollout, now()).unwrap_or_default();
+        Ok(Services { services, unchanged: false, state_error: reconciler.state_error().map(str::to_owned) })
     }
 }
 
@@ -142,8 +142,8 @@ type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
 /// Who asks, for the log and for histories: the credential's name and the address, also where another replica has handed
 /// the request on.
 fn who(caller: &caller::Caller, peer: &Peer, headers: &HeaderMap) -> String {
-    let direct = leader::address(peer);
-    let address = match leader::handed_on_for(headers) {
+    let direct = forward::address(peer);
+    let address = match forward::handed_on_for(headers) {
         Some(first) => format!("{first} by way of {direct}"),
         None => direct,
     };
@@ -234,14 +234,14 @@ pub fn router(shared: Arc<Shared>) -> Router {
         let guard = Guard { tokens, reviewer, certificates, changes, allowed, patience };
         let handler = match by_all {
             true => handler,
-            false => handler.route_layer(from_fn_with_state(shared.clone(), leader::hand_on)),
+            false => handler.route_layer(from_fn_with_state(shared.clone(), forward::forward_to_leader)),
         };
         router = router.route(path, handler.route_layer(from_fn_with_state(guard, auth::guard)));
     }
     router
         .merge(crate::page::router())
-        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "no such path"))
-        .method_not_allowed_fallback(async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
+        .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "no such path"))
+        .method_not_allowed_fallback(async || ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here"))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(map_response(for_nobody_else))
         .layer(from_fn(one_host))
@@ -254,7 +254,7 @@ pub fn health_router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/healthz", get(status::healthy))
         .route("/readyz", get(status::ready))
-        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "only /healthz and /readyz are here"))
+        .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "only /healthz and /readyz are here"))
         .layer(map_response(for_nobody_else))
         .with_state(shared)
 }
@@ -263,7 +263,7 @@ pub fn health_router(shared: Arc<Shared>) -> Router {
 async fn one_host(request: Request, next: Next) -> Response {
     match request.headers().get_all(header::HOST).iter().count() {
         0 | 1 => next.run(request).await,
-        number => Problem::bad_request(format!("{number} host headers; expected one")).into_response(),
+        number => ApiError::bad_request(format!("{number} host headers; expected one")).into_response(),
     }
 }
 
@@ -285,7 +285,7 @@ async fn for_nobody_else(mut response: Response) -> Response {
 
 /// Why a request is not done: a status and `{"error": "..."}`.
 #[derive(Debug)]
-struct Problem {
+struct ApiError {
     status: StatusCode,
     error: String,
     /// What kind of token would do.
@@ -300,7 +300,7 @@ struct ProblemBody {
     error: String,
 }
 
-impl Problem {
+impl ApiError {
     fn new(status: StatusCode, error: impl Into<String>) -> Self {
         Self { status, error: error.into(), challenge: None }
     }
@@ -320,7 +320,7 @@ impl Problem {
     }
 }
 
-impl IntoResponse for Problem {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(ProblemBody { error: self.error })).into_response();
         self.challenge.map(|challenge| response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge));
@@ -328,7 +328,7 @@ impl IntoResponse for Problem {
     }
 }
 
-impl From<CommandError> for Problem {
+impl From<CommandError> for ApiError {
     fn from(error: CommandError) -> Self {
         match error {
             CommandError::NotFound(why) => Self::not_found(why),
@@ -338,44 +338,44 @@ impl From<CommandError> for Problem {
     }
 }
 
-impl From<QueryRejection> for Problem {
+impl From<QueryRejection> for ApiError {
     fn from(rejection: QueryRejection) -> Self {
         Self::new(rejection.status(), rejection.body_text())
     }
 }
 
-impl From<PathRejection> for Problem {
+impl From<PathRejection> for ApiError {
     fn from(rejection: PathRejection) -> Self {
         Self::new(rejection.status(), rejection.body_text())
     }
 }
 
-impl From<BytesRejection> for Problem {
+impl From<BytesRejection> for ApiError {
     fn from(rejection: BytesRejection) -> Self {
         Self::new(rejection.status(), rejection.body_text())
     }
 }
 
 /// Reads a part of the request as `T` does, and says what is wrong with it in our words.
-struct Part<T>(T);
+struct Extract<T>(T);
 
-impl<S: Sync, T: FromRequestParts<S>> FromRequestParts<S> for Part<T>
+impl<S: Sync, T: FromRequestParts<S>> FromRequestParts<S> for Extract<T>
 where
-    Problem: From<T::Rejection>,
+    ApiError: From<T::Rejection>,
 {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         Ok(Self(T::from_request_parts(parts, state).await?))
     }
 }
 
 /// The body as JSON; `what` it should be is for the message if it is not.
-fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, what: &str) -> Result<T, Problem> {
+fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, what: &str) -> Result<T, ApiError> {
     let body = body?;
     // A list of an object's values would do for serde.
     if !body.trim_ascii_start().starts_with(b"{") {
-        return Err(Problem::bad_request(format!("not {what}: expected a JSON object")));
+        return Err(ApiError::bad_request(format!("not {what}: expected a JSON object")));
     }
-    serde_json::from_slice(&body).map_err(|error| Problem::bad_request(format!("not {what}: {error}")))
+    serde_json::from_slice(&body).map_err(|error| ApiError::bad_request(format!("not {what}: {error}")))
 }

@@ -1,6 +1,7 @@
 //! The command line of `tideshift`. Each subcommand has its own file below: it parses its arguments and calls the
 //! library for the work.
 
+mod client;
 mod completions;
 mod crd;
 mod delete;
@@ -10,11 +11,10 @@ mod install;
 mod migrate_secrets;
 mod plugin;
 mod render;
+mod rollout;
 mod serve;
-mod server;
 mod simulate;
 mod status;
-mod steer;
 mod validate;
 mod wait;
 mod wait_drained;
@@ -23,11 +23,11 @@ use crate::documents::DocumentErrors;
 use crate::net::io_reason;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::error::Error;
-use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
+use std::{fs, io};
 
 /// Progressive delivery inside the proxy: canary, blue/green and A/B releases, decided for each request.
 #[derive(Debug, Parser)]
@@ -76,15 +76,15 @@ enum Command {
     Render(render::Arguments),
     Watch(history::Watch),
     History(history::History),
-    Apply(steer::Apply),
+    Apply(rollout::Apply),
     Delete(delete::Arguments),
-    SetTarget(steer::SetTarget),
-    Promote(steer::Promote),
-    Pause(steer::Pause),
-    Resume(steer::Resume),
-    Abort(steer::Abort),
-    Rollback(steer::Rollback),
-    SetWeight(steer::SetWeight),
+    SetTarget(rollout::SetTarget),
+    Promote(rollout::Promote),
+    Pause(rollout::Pause),
+    Resume(rollout::Resume),
+    Abort(rollout::Abort),
+    Rollback(rollout::Rollback),
+    SetWeight(rollout::SetWeight),
     WaitDrained(wait_drained::Arguments),
     Install(install::Arguments),
     Completions(completions::Arguments),

@@ -2,7 +2,6 @@
 //! system's, all others add the time that a monotonic clock has counted since. Setting the system's clock forwards or
 //! backwards neither skips nor extends a hold. Times shown to users are the system's.
 
-use crate::rollout::Millis;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,6 +23,12 @@ pub fn not_before(time: Millis) {
 /// What the system's clock says where [`now`] says this.
 pub fn wall(time: Millis) -> Millis {
     with(|clock, system| clock.wall(time, Instant::now(), system))
+}
+
+/// A time of the controller's, as RFC 3339 has it and the system's clock shows it.
+pub fn timestamp(millis: u64) -> jiff::Timestamp {
+    let millis = wall(millis);
+    jiff::Timestamp::from_millisecond(i64::try_from(millis).unwrap_or(i64::MAX)).unwrap_or(jiff::Timestamp::MAX)
 }
 
 fn with<T>(what: impl FnOnce(&mut Clock, Millis) -> T) -> T {
@@ -60,6 +65,9 @@ impl Clock {
         }
     }
 }
+
+/// Milliseconds since 1970.
+pub type Millis = u64;
 
 #[cfg(test)]
 mod tests {

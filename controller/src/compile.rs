@@ -1,11 +1,11 @@
 //! From a TrafficShift to what a proxy runs: its services, with the weights and the readiness of the moment put in.
 
 use tideshift_core::matching::Match;
-use tideshift_core::policy::{Rule, Service, Version, WeightedVersion};
+use tideshift_core::protocol::policy::{Rule, Service, Version, WeightedVersion};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// What proxies run for a service of a TrafficShift. `state` gives for each version's name its weight, 0 to
-/// [`tideshift_core::policy::MAX_WEIGHT`] relative to the sum, and whether it may get requests at all.
+/// [`tideshift_core::limits::MAX_WEIGHT`] relative to the sum, and whether it may get requests at all.
 pub fn service(service: &ShiftService, state: impl Fn(&str) -> (u32, bool)) -> Service {
     let version = |name: &String| {
         let (weight, serving) = state(name);
@@ -66,7 +66,7 @@ pub fn put_first(service: &mut Service, mut rule: Rule) {
 mod tests {
     use super::*;
     use serde_json::json;
-    use tideshift_core::policy::Policy;
+    use tideshift_core::protocol::policy::Policy;
 
     #[test]
     fn a_generated_rule_has_a_name_that_no_rule_of_the_document_has() {

@@ -7,19 +7,20 @@ mod reference;
 
 pub use last_good::LastGood;
 
-use crate::admission::{self, Admission, Size};
+use crate::admission;
+use crate::admission::{Admission, Size};
 use crate::net::io_reason;
 use serde_json::Value;
-use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
+use std::{fmt, fs, io, thread};
 use tideshift_core::decode::{Errors, FieldError, Problem};
-use tideshift_core::policy::Policy;
-use tideshift_core::shift::{Check, HookSecret, Probe, TrafficShift};
+use tideshift_core::protocol::policy::Policy;
+use tideshift_core::shift::probe::{Check, Probe};
+use tideshift_core::shift::{HookSecret, TrafficShift};
 
 /// The most bytes of one file; documents are written by people, and 4 MiB are some 100,000 lines.
 const MAX_FILE_BYTES: u64 = 4 << 20;

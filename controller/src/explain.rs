@@ -5,10 +5,10 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
 use tideshift_core::OWN_HEADERS;
+use tideshift_core::choice::plan::{Decision, Plan, Reason, Route, Turns};
+use tideshift_core::matching::request::{AUTHORITY, METHOD, PATH};
 use tideshift_core::matching::{Match, Mismatch, NamedMatch, PathMatch, ValueMatch};
-use tideshift_core::plan::{Decision, Plan, Reason, Route, Turns};
-use tideshift_core::policy::{Mirror, Policy, Rule, Service};
-use tideshift_core::request::{AUTHORITY, METHOD, PATH};
+use tideshift_core::protocol::policy::{Mirror, Policy, Rule, Service};
 use tideshift_core::session::{Session, SessionBy};
 
 /// The request in question.

@@ -1,26 +1,24 @@
 //! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
 
 pub mod admission;
+pub mod cache;
 pub mod clusters;
+pub mod convert;
 pub mod crd;
-pub mod eyes;
-pub mod hands;
-pub mod lease;
-pub mod memory;
-pub mod picture;
-pub mod resolve;
-pub mod review;
-pub mod scale;
-pub mod shift_status;
+pub mod endpoints;
+pub mod informers;
+pub mod leader_election;
+pub mod outputs;
+pub mod scaling;
+pub mod status;
+pub mod token_review;
 mod transport;
-pub mod views;
 
 pub use clusters::Clusters;
-pub use eyes::{Eyes, Object, Scene};
-pub use hands::Hands;
-pub use lease::{Candidate, Role, STUCK};
-pub use memory::{CountsMemory, Memory, MemoryError};
-pub use review::Reviewer;
+pub use informers::{Informers, Object, Snapshot};
+pub use leader_election::{Elector, STUCK};
+pub use outputs::Outputs;
+pub use token_review::TokenReviewer;
 
 use futures_util::{Stream, TryStreamExt, future};
 use kube::api::{Api, ApiResource, GroupVersionKind};

@@ -2,11 +2,9 @@
 //! what was done is counted in [`done`]. Names start with `tideshift_controller`, so that a sum over proxies and
 //! controller counts no request twice; those of the process are the ones that every Prometheus client has.
 
-pub mod classic;
-mod done;
 mod process;
 
-pub use done::{Claim, Done};
+pub use counters::{Claim, ControllerMetrics};
 
 use crate::rollout::Phase;
 use crate::status::{
@@ -22,7 +20,7 @@ use std::fmt;
 use tideshift_core::outcome::Outcome;
 
 /// The metrics of a status, of what was done and of the process, in the OpenMetrics text format.
-pub fn text(status: Status, done: &Done) -> String {
+pub fn text(status: Status, done: &ControllerMetrics) -> String {
     for service in &status.services {
         done.knows(&service.rollout);
     }
@@ -244,5 +242,7 @@ fn versions(page: &mut Page<'_>, status: &Status) -> fmt::Result {
     gauge("guard_vetoes", "Proxies whose guard keeps it out of service.", &|s, v| vetoed(s, v).unwrap_or_default())
 }
 
+mod counters;
 #[cfg(test)]
 mod tests;
+pub mod text_format;

@@ -23,17 +23,17 @@ const FILES: [File; 14] = [
     ("/", HTML, include_bytes!("page/index.html")),
     ("/page/commands.js", SCRIPT, include_bytes!("page/commands.js")),
     ("/page/dom.js", SCRIPT, include_bytes!("page/dom.js")),
-    ("/page/feed.js", SCRIPT, include_bytes!("page/feed.js")),
+    ("/page/sse.js", SCRIPT, include_bytes!("page/sse.js")),
     ("/page/icon.svg", "image/svg+xml", include_bytes!("page/icon.svg")),
     ("/page/overview.js", SCRIPT, include_bytes!("page/overview.js")),
     ("/page/page.css", STYLE, include_bytes!("page/page.css")),
     ("/page/page.js", SCRIPT, include_bytes!("page/page.js")),
     ("/page/plots.js", SCRIPT, include_bytes!("page/plots.js")),
-    ("/page/record.js", SCRIPT, include_bytes!("page/record.js")),
+    ("/page/history.js", SCRIPT, include_bytes!("page/history.js")),
     ("/page/rollout.js", SCRIPT, include_bytes!("page/rollout.js")),
     ("/page/uPlot.iife.min.js", SCRIPT, include_bytes!("page/uPlot.iife.min.js")),
     ("/page/uPlot.min.css", STYLE, include_bytes!("page/uPlot.min.css")),
-    ("/page/words.js", SCRIPT, include_bytes!("page/words.js")),
+    ("/page/format.js", SCRIPT, include_bytes!("page/format.js")),
 ];
 
 /// The page's routes: `/` and what it loads from `/page/`.

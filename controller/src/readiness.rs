@@ -1,8 +1,11 @@
 //! Which endpoints can take traffic now: a table that probes keep up to date, and whoever wants to know subscribes to.
 //! Turning readiness into weights is somebody else's.
 
+pub mod probe;
 mod prober;
-mod watch;
+pub mod table;
+pub mod warm_up;
+mod worker;
 
 pub use prober::Prober;
 
@@ -17,23 +20,23 @@ pub struct Readiness {
     /// All services, with all versions that their documents have, also those without endpoints.
     pub services: BTreeMap<String, BTreeMap<String, Vec<EndpointState>>>,
     /// What a cluster says beyond the endpoints that may be used; nothing outside Kubernetes.
-    pub outlook: Arc<Outlook>,
+    pub outlook: Arc<DiscoveryInfo>,
 }
 
 /// What is known of a cluster beyond the endpoints that it says can take traffic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Outlook {
+pub struct DiscoveryInfo {
     /// The services of which not all endpoints can be seen, and why: their weights stay as they are.
     pub unseen: BTreeMap<String, String>,
     /// The endpoints that are there and cannot take traffic, by service and version.
-    pub held_back: BTreeMap<(String, String), Vec<HeldBack>>,
+    pub held_back: BTreeMap<(String, String), Vec<ExcludedEndpoint>>,
     /// Why a version is not scaled: it has a pod in common with another one; by service and version.
     pub shared: BTreeMap<(String, String), String>,
 }
 
 /// An endpoint that cannot take traffic by what its cluster says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldBack {
+pub struct ExcludedEndpoint {
     /// `host:port`, or the pod's name where it has no address.
     pub endpoint: String,
     /// Why.
@@ -78,7 +81,7 @@ impl Readiness {
     }
 
     /// The endpoints of a version that cannot take traffic by what their cluster says.
-    pub fn held_back(&self, service: &str, version: &str) -> &[HeldBack] {
+    pub fn held_back(&self, service: &str, version: &str) -> &[ExcludedEndpoint] {
         let held_back = self.outlook.held_back.get(&(service.to_owned(), version.to_owned()));
         held_back.map_or(&[], Vec::as_slice)
     }

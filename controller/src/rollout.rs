@@ -3,32 +3,27 @@
 //! over hours in milliseconds. One rollout may move several services; they go forward together and back together.
 
 mod command;
-mod document;
 mod due;
 mod gates;
 mod history;
 mod measured;
-mod parts;
 mod progress;
-mod words;
 
+pub use allocation::{Allocation, percent};
 pub use command::{Command, Refused};
 pub use history::{Transition, remember};
 pub use measured::Coverage;
-pub use parts::{Part, percent};
 
-use document::{Listed, Planned, Said, desired, serves_alone};
+use crate::clock::Millis;
 use gates::Gates;
+use spec_changes::{Listed, Planned, Said, desired, serves_alone};
 
 use serde::{Deserialize, Serialize};
+use shortfall::{Shortfall, ShortfallReason};
 use std::collections::BTreeMap;
+use tideshift_core::counts::Counts;
 use tideshift_core::guard::Veto;
-use tideshift_core::report::Counts;
 use tideshift_core::shift::{ShiftService, Step, TrafficShift};
-use words::{Shortfall, Strain};
-
-/// Milliseconds since 1970.
-pub type Millis = u64;
 
 /// Where a rollout stands. Kept across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,7 +132,7 @@ pub struct Rollout {
     outcome: String,
     /// Who carries what because somebody cannot; `None` before anybody has carried anything.
     #[serde(default)]
-    strains: Option<Vec<Strain>>,
+    strains: Option<Vec<ShortfallReason>>,
     /// What has happened and nobody has been told of yet.
     #[serde(skip)]
     news: Vec<Transition>,
@@ -254,7 +249,7 @@ impl Reason {
 }
 
 /// What the engine may know of the world.
-pub trait Observed {
+pub trait RolloutInputs {
     /// A version's endpoints that can take traffic now.
     fn ready(&self, service: &str, version: &str) -> u32;
     /// Those that have been ready for as long as the document asks for.
@@ -275,12 +270,12 @@ pub trait Observed {
         true
     }
     /// What the counts say of the target.
-    fn verdict(&self) -> Opinion;
+    fn verdict(&self) -> AnalysisResult;
 }
 
 /// What the counts say of the target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Opinion {
+pub struct AnalysisResult {
     /// It is worse than it may be.
     pub fails: bool,
     /// It is good enough, or nobody asks.
@@ -362,7 +357,7 @@ impl Rollout {
 
     /// A document that is seen for the first time, where a version of it may serve already. That one is where it starts
     /// from: nothing is moved back to the document's stable version only to be moved forward again.
-    pub fn starting_from(serving: Option<&str>, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
+    pub fn starting_from(serving: Option<&str>, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Self {
         let mut rollout = Self::new(shift, now);
         let serving = serving.filter(|version| shift.declares(version)).or_else(|| serves_alone(shift, world));
         if let Some(serving) = serving.filter(|version| *version != shift.stable) {
@@ -377,7 +372,7 @@ impl Rollout {
     }
 
     /// The state after time has passed and the world has changed. At most one step forward for each call.
-    pub fn advance(mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Self {
+    pub fn advance(mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Self {
         let number = self.number;
         self.heed(shift, world, now);
         self.watch_stable(shift, world);
@@ -513,7 +508,7 @@ impl Rollout {
     }
 
     /// Takes note of how many endpoints the stable version has while a rollout may need to be replaced by as many.
-    fn watch_stable(&mut self, shift: &TrafficShift, world: &impl Observed) {
+    fn watch_stable(&mut self, shift: &TrafficShift, world: &impl RolloutInputs) {
         if !self.phase.is_under_way() && self.phase != Phase::Failed {
             return self.stable_had.clear();
         }
@@ -526,10 +521,10 @@ impl Rollout {
     }
 
     /// Nothing is being moved: the stable version serves everything, as far as it can.
-    fn look_at_rest(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+    fn look_at_rest(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         self.follow_document(shift);
         match self.phase {
-            Phase::Failed => self.shunned |= self.capacity(&self.stable, shift, world) + parts::EPSILON >= 1.0,
+            Phase::Failed => self.shunned |= self.capacity(&self.stable, shift, world) + allocation::EPSILON >= 1.0,
             _ => self.follow_workload(shift),
         }
         let shortfall = self.shortfall(shift, world);
@@ -606,5 +601,9 @@ impl Rollout {
     }
 }
 
+mod allocation;
+pub mod shares;
+mod shortfall;
+mod spec_changes;
 #[cfg(test)]
 mod tests;

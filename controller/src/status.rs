@@ -1,10 +1,12 @@
 //! How things stand, as `GET /v1/status` says it and `tideshift status` shows it.
 
+use crate::clock::timestamp;
 use crate::rollout::{Phase, Reason, Transition};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tideshift_core::counts::Counts;
 use tideshift_core::guard::Veto;
-use tideshift_core::report::{Counts, Refused};
+use tideshift_core::protocol::report::Refused;
 
 /// The answer to `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -217,12 +219,6 @@ impl From<&Transition> for TransitionStatus {
             by: transition.by.clone(),
         }
     }
-}
-
-/// A time of the controller's, as RFC 3339 has it and the system's clock shows it.
-pub fn timestamp(millis: u64) -> jiff::Timestamp {
-    let millis = crate::clock::wall(millis);
-    jiff::Timestamp::from_millisecond(i64::try_from(millis).unwrap_or(i64::MAX)).unwrap_or(jiff::Timestamp::MAX)
 }
 
 /// How far a version is from being at rest.

@@ -2,21 +2,21 @@
 //! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
 //! or the new one.
 
-use crate::control::{Applied, Counted, Idle, Judges, Leaving, Rotations, WrittenCounts, Young};
-use crate::readiness::RememberedReadiness;
-use crate::rollout::{Millis, Rollout, Transition};
+pub mod secret;
+pub(crate) mod writer;
+
+use crate::reconciler::state::{PersistedState, new_secret};
+use crate::reconciler::{Analyses, CountState, WrittenCounts};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, VecDeque};
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::fs::{File, TryLockError};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tideshift_core::policy::Policy;
+use std::{fs, io};
 
 /// The format that this build writes; it reads the four before, too. (4: counts tell how requests were chosen; 5: what
 /// runs of proxies said last is packed; 6: what has left the documents and still serves.)
@@ -26,69 +26,6 @@ pub const MAX_COUNTS: usize = 32 << 20;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
 const LOCK: &str = "lock";
-
-/// Everything but the counts, which change all the time and are kept apart.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Kept {
-    /// When this was decided.
-    #[serde(default)]
-    pub time: Millis,
-    /// What the system's clock said then; 0: not known.
-    #[serde(default)]
-    pub wall: Millis,
-    /// Names this state; a new one is made when the state is lost, so that proxies do not compare its revisions.
-    pub epoch: String,
-    /// The revision of the last policy.
-    pub revision: u64,
-    /// The services of the last policy as JSON, to tell whether they have changed.
-    pub services: String,
-    /// Where each service's rollout stands.
-    pub rollouts: BTreeMap<String, Rollout>,
-    /// What has happened to each rollout, the newest last.
-    pub history: BTreeMap<String, VecDeque<Transition>>,
-    /// The documents that came through the API, by name.
-    pub applied: BTreeMap<String, Applied>,
-    /// The versions that are given nothing.
-    pub idle: Idle,
-    /// The versions and documents that are gone and still serve.
-    #[serde(default)]
-    pub leaving: Leaving,
-    /// The endpoints that were ready.
-    pub ready: RememberedReadiness,
-    /// Those of them that have become so of late.
-    #[serde(default)]
-    pub young: Young,
-    /// Signs the cookies of sessions whose document brings no secret of its own.
-    #[serde(default)]
-    pub session_secret: String,
-    /// What sessions were signed with before, where that still holds.
-    #[serde(default, skip_serializing_if = "Rotations::is_empty")]
-    pub rotations: Rotations,
-}
-
-impl Kept {
-    /// The last policy, which is safe to give to proxies; `None` before the first.
-    pub fn policy(&self) -> Option<Policy> {
-        let services: Value = serde_json::from_str(&self.services).ok()?;
-        Policy::read(&serde_json::json!({ "revision": self.revision, "services": services })).ok()
-    }
-
-    /// A state that begins now; `epoch` names it.
-    ///
-    /// # Errors
-    ///
-    /// If the system has no random numbers to give.
-    pub fn fresh(epoch: String) -> io::Result<Self> {
-        Ok(Self { epoch, session_secret: new_secret()?, ..Self::default() })
-    }
-}
-
-/// 128 random bits in hex.
-fn new_secret() -> io::Result<String> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
 
 /// The directory of one controller's state. Clones share its lock.
 #[derive(Debug, Clone)]
@@ -128,7 +65,7 @@ pub enum StoreError {
     #[error(
         "state in {}: {why}; it is left as it is. Move it away to start afresh ({lost})", path.display()
     )]
-    Unreadable {
+    Corrupt {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
@@ -150,7 +87,7 @@ struct Envelope<'a> {
 /// What was written is not something that this build wrote.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Unreadable(pub String);
+pub struct Corrupt(pub String);
 
 /// Makes counts fit where they are kept.
 #[derive(Debug, Clone)]
@@ -188,7 +125,7 @@ impl Fit {
     /// If not even the totals fit.
     pub fn pack(
         &mut self,
-        counted: &Counted,
+        counted: &CountState,
         pack: impl Fn(&WrittenCounts<'_>) -> Vec<u8>,
     ) -> Result<Vec<u8>, TooLarge> {
         let written = counted.written(self.room);
@@ -229,8 +166,8 @@ pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
 /// # Errors
 ///
 /// If it is not of this build's format or those before, or not what was written.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Unreadable> {
-    read(bytes).map_err(Unreadable)
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Corrupt> {
+    read(bytes).map_err(Corrupt)
 }
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
@@ -307,15 +244,15 @@ impl Store {
     }
 
     /// Opens the state in a directory, which is made if it is not there.
-    pub fn open(dir: &Path) -> Result<(Self, Option<Kept>, Option<Counted>), StoreError> {
+    pub fn open(dir: &Path) -> Result<(Self, Option<PersistedState>, Option<CountState>), StoreError> {
         let io = |error| StoreError::Io { path: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(io)?;
         let lock = Arc::new(Mutex::new(take_lock(dir)?));
         let store = Self { dir: dir.to_owned(), fit: Fit::into(MAX_COUNTS), lock };
-        let (mut kept, mut counted) = (store.read::<Kept>(ROLLOUTS)?, store.read::<Counted>(COUNTS)?);
+        let (mut kept, mut counted) = (store.read::<PersistedState>(ROLLOUTS)?, store.read::<CountState>(COUNTS)?);
         if let (None, Some(counted)) = (&kept, &mut counted) {
             // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
-            counted.judges = Judges::default();
+            counted.judges = Analyses::default();
         }
         if let Some(kept) = kept.as_mut().filter(|kept| kept.session_secret.is_empty()) {
             kept.session_secret = new_secret().map_err(io)?;
@@ -324,12 +261,12 @@ impl Store {
     }
 
     /// Replaces everything but the counts. Returns how many bytes that are.
-    pub fn keep(&mut self, kept: &Kept) -> Result<usize, StoreError> {
+    pub fn keep(&mut self, kept: &PersistedState) -> Result<usize, StoreError> {
         self.write(ROLLOUTS, &encode(kept))
     }
 
     /// Replaces the counts. Returns how many bytes that are.
-    pub fn keep_counts(&mut self, counted: &Counted) -> Result<usize, StoreError> {
+    pub fn keep_counts(&mut self, counted: &CountState) -> Result<usize, StoreError> {
         let packed = self.fit.pack(counted, |written| encode(written));
         let path = self.dir.join(COUNTS);
         let packed = packed.map_err(|error| StoreError::Io { path, error: io::Error::other(error) })?;
@@ -345,9 +282,9 @@ impl Store {
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::Unreadable { path, why: format!("cannot be read: {error}"), lost }),
+            Err(error) => return Err(StoreError::Corrupt { path, why: format!("cannot be read: {error}"), lost }),
         };
-        decode(&bytes).map(Some).map_err(|Unreadable(why)| StoreError::Unreadable { path, why, lost })
+        decode(&bytes).map(Some).map_err(|Corrupt(why)| StoreError::Corrupt { path, why, lost })
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<usize, StoreError> {
@@ -377,20 +314,20 @@ mod tests {
     #[test]
     fn what_was_kept_is_found_again() {
         let dir = tempfile::tempdir().unwrap();
-        let kept = Kept { revision: u64::MAX, ..Kept::fresh("e".to_owned()).unwrap() };
+        let kept = PersistedState { revision: u64::MAX, ..PersistedState::fresh("e".to_owned()).unwrap() };
         {
             let (mut store, nothing, counts) = Store::open(dir.path()).unwrap();
             assert_eq!((nothing, counts), (None, None));
             store.keep(&kept).unwrap();
-            store.keep_counts(&Counted::default()).unwrap();
+            store.keep_counts(&CountState::default()).unwrap();
         }
         let (_store, found, counts) = Store::open(dir.path()).unwrap();
-        assert_eq!((found, counts), (Some(kept), Some(Counted::default())));
+        assert_eq!((found, counts), (Some(kept), Some(CountState::default())));
     }
 
     /// Counts of so many starts of proxies, each with so many services of two versions.
-    fn counted(starts: u64, services: usize) -> Counted {
-        let mut counted = Counted::default();
+    fn counted(starts: u64, services: usize) -> CountState {
+        let mut counted = CountState::default();
         for start in 0..starts {
             count(&mut counted, start, services, 1);
         }
@@ -398,7 +335,7 @@ mod tests {
     }
 
     /// One of them reports for the nth time.
-    fn count(counted: &mut Counted, start: u64, services: usize, sequence: u64) {
+    fn count(counted: &mut CountState, start: u64, services: usize, sequence: u64) {
         let mut random = fastrand::Rng::with_seed(start);
         let mut version = |name: &str| {
             let ok = 900 * sequence + random.u64(..1_000);
@@ -414,7 +351,7 @@ mod tests {
         let services: Vec<_> = (0..services).map(&mut service).collect();
         let report = serde_json::json!({"proxy": format!("proxy-{start}"), "start": format!("{:x}", (start + 1) << 40),
             "sequence": sequence, "revision": 1, "format": 2, "services": services});
-        let report: tideshift_core::report::Report = serde_json::from_value(report).unwrap();
+        let report: tideshift_core::protocol::report::Report = serde_json::from_value(report).unwrap();
         let run = (report.proxy.clone(), report.start.clone());
         counted.ledger.take(&run, &report, |_, _| true, 1_000_000 + start);
     }
@@ -439,8 +376,8 @@ mod tests {
             );
             let mut text = String::new();
             io::Read::read_to_string(&mut flate2::read::GzDecoder::new(bytes.as_slice()), &mut text).unwrap();
-            let mut found: Counted = decode(text.as_bytes()).unwrap();
-            let total = |of: &Counted| of.ledger.total("service-0", "v2");
+            let mut found: CountState = decode(text.as_bytes()).unwrap();
+            let total = |of: &CountState| of.ledger.total("service-0", "v2");
             assert_eq!(total(&found), total(&counted));
             if !whole {
                 // Each reports twice more: what it says first is a base line where it was left out.
@@ -470,7 +407,7 @@ mod tests {
     fn a_folder_that_is_removed_is_made_again_and_belongs_to_one_controller() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("state");
-        let kept = Kept::fresh("e".to_owned()).unwrap();
+        let kept = PersistedState::fresh("e".to_owned()).unwrap();
         let (mut store, ..) = Store::open(&dir).unwrap();
         store.keep(&kept).unwrap();
         assert!(store.is_intact());
@@ -482,9 +419,9 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
         let (mut other, found, _) = Store::open(&dir).unwrap();
         assert_eq!(found, None);
-        other.keep(&Kept { revision: 7, ..kept.clone() }).unwrap();
+        other.keep(&PersistedState { revision: 7, ..kept.clone() }).unwrap();
         assert!(matches!(store.keep(&kept), Err(StoreError::InUse(_))), "nothing of the other's is overwritten");
-        assert!(matches!(store.keep_counts(&Counted::default()), Err(StoreError::InUse(_))));
+        assert!(matches!(store.keep_counts(&CountState::default()), Err(StoreError::InUse(_))));
         drop(other);
         store.keep(&kept).unwrap();
     }
@@ -518,28 +455,28 @@ mod tests {
 
     #[test]
     fn no_bit_of_it_may_change_unnoticed() {
-        let kept = Kept { revision: 7, ..Kept::fresh("e".to_owned()).unwrap() };
+        let kept = PersistedState { revision: 7, ..PersistedState::fresh("e".to_owned()).unwrap() };
         let written = encode(&kept);
-        assert_eq!(decode::<Kept>(&written), Ok(kept.clone()));
+        assert_eq!(decode::<PersistedState>(&written), Ok(kept.clone()));
         for bit in 0..written.len() * 8 {
             let mut flipped = written.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             // What means the same all the same does no harm: a hex digit in upper case is refused, too.
-            assert!(decode::<Kept>(&flipped).is_err(), "bit {bit}: {}", String::from_utf8_lossy(&flipped));
+            assert!(decode::<PersistedState>(&flipped).is_err(), "bit {bit}: {}", String::from_utf8_lossy(&flipped));
         }
     }
 
     #[test]
     fn the_formats_before_are_still_read() {
-        let kept = Kept { revision: 7, ..Kept::fresh("e".to_owned()).unwrap() };
+        let kept = PersistedState { revision: 7, ..PersistedState::fresh("e".to_owned()).unwrap() };
         let mut before = serde_json::to_value(&kept).unwrap();
         before["format"] = 2.into();
-        assert_eq!(decode::<Kept>(before.to_string().as_bytes()), Ok(kept.clone()));
+        assert_eq!(decode::<PersistedState>(before.to_string().as_bytes()), Ok(kept.clone()));
         let content = serde_json::to_string(&kept).unwrap();
         for format in 3..=FORMAT {
             let checksum = checksum(format, &content);
             let text = format!(r#"{{"format":{format},"checksum":"{checksum}","content":{content}}}"#);
-            assert_eq!(decode::<Kept>(text.as_bytes()), Ok(kept.clone()), "format {format}");
+            assert_eq!(decode::<PersistedState>(text.as_bytes()), Ok(kept.clone()), "format {format}");
         }
     }
 }

@@ -1,9 +1,9 @@
 //! Structured logs: text for a terminal, JSON lines for everything else.
 
 use clap::ValueEnum;
-use std::io::{self, IsTerminal};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt;
+use std::io;
+use std::io::IsTerminal;
+use tracing_subscriber::{EnvFilter, fmt};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -13,6 +13,8 @@
 //! arXiv 2205.14762; Turner, Ly and Grünwald, arXiv 2106.02693; for evidence that forgets, Shin, Ramdas and Rinaldo,
 //! arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree to the last bit.
 
+pub mod clients;
+
 use serde::{Deserialize, Serialize};
 use std::ops::AddAssign;
 

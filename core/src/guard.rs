@@ -4,11 +4,11 @@
 //!
 //! What it knows, what it bounds, how fast it is and what it cannot see: `docs/guard.md`.
 
-use crate::clients::{Limits, Request};
+use crate::counts::Counts;
 use crate::decode::Decoder;
+use crate::evidence::clients::{Limits, Request};
 use crate::evidence::{Batch, RECENT_RATIOS, RecentEvidence, log_mean_exp};
 use crate::outcome::Outcome;
-use crate::report::Counts;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -220,7 +220,7 @@ impl Veto {
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
     policy: GuardPolicy,
-    versions: BTreeMap<String, Watched>,
+    versions: BTreeMap<String, VersionWindow>,
     vetoes: Vec<Veto>,
     /// Vetoes that are over, for the next one's strikes.
     past: Vec<Veto>,
@@ -230,7 +230,7 @@ pub struct Guard {
 
 /// One version of the service.
 #[derive(Debug, Clone, Default)]
-struct Watched {
+struct VersionWindow {
     /// Its counts at the start of the running batch.
     base: Counted,
     /// Its counts at the last look.
@@ -430,7 +430,7 @@ impl Guard {
             match self.versions.get_mut(version.name) {
                 Some(watched) => watched.start_batch(version),
                 None => {
-                    let mut watched = Watched::default();
+                    let mut watched = VersionWindow::default();
                     watched.start_batch(version);
                     self.versions.insert(version.name.to_owned(), watched);
                 }
@@ -506,7 +506,7 @@ impl Guard {
     }
 }
 
-impl Watched {
+impl VersionWindow {
     fn start_batch(&mut self, version: &Observed<'_>) {
         self.base = Counted::of(version);
         (self.seen, self.looks, self.most) = (self.base, 0, 0);

@@ -6,29 +6,22 @@
 //! rule and split, and then the version by session ([`session`]) or by turn ([`split`]);
 //! [`outcome::ErrorCodes::outcome`] classifies the result.
 
-pub mod clients;
+pub mod choice;
+pub mod counting;
+pub mod counts;
 pub mod decode;
-pub mod delivery;
 pub mod evidence;
 pub mod guard;
-pub mod hostname;
+pub mod limits;
 pub mod matching;
 mod name;
 pub mod outcome;
-pub mod plan;
-pub mod policy;
-pub mod report;
-pub mod request;
-pub mod routes;
-mod rules;
+pub mod protocol;
 #[cfg(feature = "schema")]
 pub mod schema;
-pub mod sequence;
+pub mod secret_ref;
 pub mod session;
 pub mod shift;
-pub mod split;
-pub mod tallies;
 pub mod verdict;
-pub mod websocket;
 
 pub use name::{EXPLAIN_HEADER, MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};

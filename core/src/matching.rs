@@ -1,9 +1,12 @@
 //! Request matching: by header, cookie, query parameter, path and method, with the terms and the semantics of Gateway
 //! API's HTTPRoute.
 
+pub mod hostname;
+pub mod request;
+
 use crate::decode::{Decoder, Fields};
+use crate::matching::request::{AUTHORITY, METHOD, PATH, Request};
 use crate::name;
-use crate::request::{self, AUTHORITY, METHOD, PATH, Request};
 #[cfg(feature = "schema")]
 use crate::schema;
 use serde::Serialize;

@@ -1,5 +1,5 @@
 //! Sticky sessions: how a user stays on one version while weights move. A request header or a cookie of the proxy
-//! identifies the user; [`crate::split`] and [`crate::plan`] choose the user's version.
+//! identifies the user; [`crate::choice::split`] and [`crate::choice::plan`] choose the user's version.
 //!
 //! Everything is based on one hash per service: SipHash-2-4 with a key derived from the session's secret. Without the
 //! secret, an attacker can neither find a user name that maps to a version nor forge a cookie.
@@ -11,7 +11,7 @@
 use crate::decode::{Decoder, Fields};
 use crate::matching::choice;
 use crate::name;
-use crate::shift::SecretKeyRef;
+use crate::secret_ref::SecretKeyRef;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use siphasher::sip::SipHasher24;
@@ -250,6 +250,49 @@ fn hex(number: u64) -> [u8; 16] {
         let digit = (number >> (60 - 4 * i)) as u8 & 15;
         if digit < 10 { b'0' + digit } else { b'a' + digit - 10 }
     })
+}
+
+/// What readers take apart here, as a JSON Schema.
+#[cfg(feature = "schema")]
+pub(crate) mod described {
+    use crate::schema;
+    use crate::secret_ref::SecretKeyRef;
+    use schemars::JsonSchema;
+
+    /// Sticky sessions: how the proxies identify the users of a service.
+    #[derive(JsonSchema)]
+    #[schemars(rename_all = "camelCase", deny_unknown_fields)]
+    #[allow(dead_code, reason = "only its schema is used")]
+    pub(crate) struct Session {
+        /// What identifies a user. Cookie: a cookie that the proxy sets. Header: a header of the request; requests without it
+        /// have no session.
+        #[schemars(rename = "type")]
+        kind: SessionType,
+        /// The name of the cookie or header.
+        #[schemars(with = "schema::Token")]
+        name: String,
+        /// How long browsers keep the cookie, at most 400 days; default one day. Only with type Cookie.
+        #[schemars(range(min = 1, max = 34_560_000))]
+        ttl_seconds: Option<u64>,
+        /// Increase it to revoke all assignments of users to versions: cookies of other generations become invalid. Default 0.
+        #[schemars(range(min = 0), extend("default" = 0))]
+        generation: Option<u64>,
+        /// The key that salts the hash and signs the cookies; identical in all proxies that serve the same users. Default: the
+        /// service's name, which prevents accidents but lets attackers forge cookies.
+        #[schemars(with = "Option<schema::Secret>")]
+        secret: Option<String>,
+        /// Where the secret is, in place of secret: a key of a Secret of the document's namespace, labelled
+        /// `tideshift.dev/use: session`; outside of Kubernetes a file of `--secrets-dir`.
+        secret_ref: Option<SecretKeyRef>,
+    }
+
+    #[derive(JsonSchema)]
+    #[schemars(inline)]
+    #[allow(dead_code, reason = "only its schema is used")]
+    enum SessionType {
+        Cookie,
+        Header,
+    }
 }
 
 #[cfg(test)]

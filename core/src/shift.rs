@@ -1,26 +1,33 @@
 //! The TrafficShift: the document that describes the desired traffic of a service. The same format works with
 //! `tideshift serve -f` and as a Kubernetes resource.
 
-mod place;
-mod secret_ref;
+mod discovery;
+pub mod fields;
+pub mod json_schema;
+pub mod probe;
 mod strategy;
 mod warm_up;
 mod webhook;
 
-pub use place::{Discovery, LabelOperator, LabelRequirement, LabelSelector, PortRef, WorkloadRef};
-pub use secret_ref::SecretKeyRef;
-pub use strategy::{Quantity, Step, Strategy};
+pub use crate::limits::PHASES;
+pub use crate::secret_ref::SecretKeyRef;
+pub use discovery::{Discovery, LabelOperator, LabelRequirement, LabelSelector, PortRef, WorkloadRef};
+pub use strategy::{IntOrPercent, Step, Strategy};
 pub use warm_up::{WarmUp, WarmUpRequests};
-pub use webhook::{HookSecret, HookUrl, NotificationFormat, PHASES, Webhook, WebhookKind, is_webhook_url};
+pub use webhook::{HookSecret, HookUrl, NotificationFormat, Webhook, WebhookKind, is_webhook_url};
 
 use crate::decode::{Decoder, Errors, Fields};
 use crate::guard::GuardPolicy;
+use crate::limits::LONGEST_ROUTE_TIMEOUT;
 use crate::name;
 use crate::outcome::ErrorCodes;
-use crate::policy::{self, Mirror, Rule, VersionNames};
+use crate::protocol::policy;
+use crate::protocol::policy::{Mirror, Rule, VersionNames};
 #[cfg(feature = "schema")]
 use crate::schema;
 use crate::session::Session;
+use crate::shift::fields::seconds;
+use crate::shift::probe::Probe;
 use crate::verdict::Settings;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
@@ -49,7 +56,7 @@ pub struct TrafficShift {
     pub namespace: Option<String>,
     /// At least one service. A document without `services` describes one service with the document's name. All services
     /// have the same versions.
-    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Services"))]
+    #[cfg_attr(feature = "schema", schemars(flatten, with = "described::Services"))]
     pub services: Vec<ShiftService>,
     /// The version that serves now, and to which a rollout rolls back.
     #[cfg_attr(feature = "schema", schemars(with = "schema::VersionName"))]
@@ -70,7 +77,7 @@ pub struct TrafficShift {
     #[cfg_attr(feature = "schema", schemars(with = "Option<OnDelete>", extend("default" = "Keep")))]
     pub on_delete: OnDelete,
     /// Gates that approve steps, and receivers of notifications.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Webhook>>"))]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<webhook::described::Webhook>>"))]
     pub webhooks: Vec<Webhook>,
 }
 
@@ -97,13 +104,13 @@ pub struct ShiftService {
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<schema::Hostname>>"))]
     pub hostnames: Vec<String>,
     /// The versions, at least one.
-    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = policy::MAX_VERSIONS)))]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = crate::limits::MAX_VERSIONS)))]
     pub versions: Vec<ShiftVersion>,
     /// Rules for requests with a split of their own; the first matching rule applies.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Vec<Rule>>"))]
     pub rules: Vec<Rule>,
     /// Sticky sessions: how users stay on one version. Default: each request is independent.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Session>"))]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<crate::session::described::Session>"))]
     pub session: Option<Session>,
     /// Where the session's secret is, if it is not in the document.
     #[cfg_attr(feature = "schema", schemars(skip))]
@@ -166,78 +173,6 @@ pub struct Endpoint {
     pub port: u16,
 }
 
-/// A readiness probe with Kubernetes' fields and defaults.
-#[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
-pub struct Probe {
-    /// The action.
-    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Check"))]
-    pub check: Check,
-    /// The time from an endpoint's first appearance to its first probe; default 0.
-    #[cfg_attr(feature = "schema", schemars(rename = "initialDelaySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
-    pub initial_delay: Duration,
-    /// The time between probes; default 10 s.
-    #[cfg_attr(feature = "schema", schemars(flatten, with = "schema::Period"))]
-    pub period: Duration,
-    /// The timeout of a probe; default 1 s.
-    #[cfg_attr(feature = "schema", schemars(rename = "timeoutSeconds", with = "Option<schema::AtLeastOneSecond>", extend("default" = 1)))]
-    pub timeout: Duration,
-    /// The number of consecutive successes that make an endpoint ready; default 1.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 1)))]
-    pub success_threshold: u32,
-    /// The number of consecutive failures that make an endpoint not ready; default 3.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Times>", extend("default" = 3)))]
-    pub failure_threshold: u32,
-}
-
-/// The action of a probe.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Check {
-    /// An HTTP GET request; statuses 200 to 399 are successes.
-    HttpGet(HttpGet),
-    /// A TCP connection; success if it opens.
-    TcpSocket {
-        /// Replaces the endpoint's host.
-        host: Option<String>,
-        /// Replaces the endpoint's port.
-        port: Option<u16>,
-    },
-    /// A command that the controller runs with `TIDESHIFT_ENDPOINT`, `TIDESHIFT_SERVICE` and `TIDESHIFT_VERSION` in its
-    /// environment; exit code 0 is success.
-    Exec {
-        /// The program and its arguments; they do not run in a shell.
-        command: Vec<String>,
-    },
-    /// A call of `grpc.health.v1.Health/Check` without TLS; the response `SERVING` is success.
-    Grpc {
-        /// Replaces the endpoint's port.
-        port: Option<u16>,
-        /// The service to check; default empty, which means the whole server.
-        service: String,
-    },
-}
-
-/// The request of an `httpGet` probe.
-#[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(rename_all = "camelCase", deny_unknown_fields))]
-pub struct HttpGet {
-    /// Path and query; default `/`.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Path>", extend("default" = "/")))]
-    pub path: String,
-    /// Replaces the endpoint's host.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Host>"))]
-    pub host: Option<String>,
-    /// Replaces the endpoint's port.
-    #[cfg_attr(feature = "schema", schemars(with = "Option<schema::Port>"))]
-    pub port: Option<u16>,
-    /// HTTP, or HTTPS without certificate verification, as in Kubernetes; default HTTP.
-    #[cfg_attr(feature = "schema", schemars(rename = "scheme", with = "Option<schema::Scheme>", extend("default" = "HTTP")))]
-    pub https: bool,
-    /// Additional headers.
-    #[cfg_attr(feature = "schema", schemars(rename = "httpHeaders", with = "Option<Vec<schema::HttpHeader>>"))]
-    pub headers: Vec<(String, String)>,
-}
-
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.host.contains(':') {
@@ -249,10 +184,6 @@ impl fmt::Display for Endpoint {
 
 /// The default drain deadline.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
-/// The maximum timeout of a route: one day, in seconds.
-pub(crate) const LONGEST_ROUTE_TIMEOUT: u64 = 24 * 3600;
-/// The maximum duration in a document: one year, in seconds.
-pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 
 impl TrafficShift {
     /// Reads a document from a JSON value and returns every error at once. Ignores fields that Kubernetes adds, such as
@@ -558,118 +489,42 @@ impl Endpoint {
     }
 }
 
-impl Probe {
-    /// How often a proxy checks an endpoint that is not ready: the period, at most 1 s. A proxy detects readiness at most
-    /// this long after the controller.
-    pub fn comeback_period(&self) -> Duration {
-        self.period.min(Duration::from_secs(1))
-    }
+/// What readers take apart here, as a JSON Schema.
+#[cfg(feature = "schema")]
+mod described {
+    use super::ShiftService;
+    use schemars::{JsonSchema, Schema, SchemaGenerator};
+    use serde_json::{Value, json};
+    use std::borrow::Cow;
 
-    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let mut f = d.object(value)?;
-        let http = f.optional(d, "httpGet", HttpGet::read).map(Check::HttpGet);
-        let tcp = f.optional(d, "tcpSocket", tcp_socket);
-        let exec = f.optional(d, "exec", |d, value| {
-            let mut f = d.object(value)?;
-            let command = f.required(d, "command", "a list: the program and its arguments", |d, value| {
-                let command = d.list(value, Decoder::text)?;
-                if value.as_array().is_some_and(Vec::is_empty) {
-                    d.invalid(value, "a list that is not empty: the program and its arguments");
-                }
-                Some(command.into_iter().map(|(_, word)| word).collect())
-            });
-            f.finish(d);
-            Some(Check::Exec { command: command? })
-        });
-        let grpc = f.optional(d, "grpc", |d, value| {
-            let mut f = d.object(value)?;
-            let (port, service) = (f.optional(d, "port", port), f.optional(d, "service", Decoder::text));
-            f.finish(d);
-            Some(Check::Grpc { port, service: service.unwrap_or_default() })
-        });
-        let handlers = ["httpGet", "tcpSocket", "exec", "grpc"].iter().filter(|name| f.has(name)).count();
-        if handlers != 1 {
-            d.invalid(value, "exactly one of httpGet, tcpSocket, exec, grpc");
+    /// A spec describes one service with the document's name, or has a list of services.
+    pub(crate) struct Services;
+
+    impl JsonSchema for Services {
+        fn inline_schema() -> bool {
+            true
         }
-        let initial_delay = seconds(&mut f, d, "initialDelaySeconds", 0, 0);
-        let period = period(&mut f, d, value);
-        let timeout = seconds(&mut f, d, "timeoutSeconds", 1, 1);
-        let mut threshold = |name, default| {
-            f.optional(d, name, |d, v| d.integer(v, 1, 1_000_000)).map_or(default, |times| times as u32)
-        };
-        let (success_threshold, failure_threshold) =
-            (threshold("successThreshold", 1), threshold("failureThreshold", 3));
-        f.finish(d);
-        let check = http.or(tcp).or(exec).or(grpc)?;
-        Some(Self { check, initial_delay, period, timeout, success_threshold, failure_threshold })
+
+        fn schema_name() -> Cow<'static, str> {
+            "Services".into()
+        }
+
+        fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+            let mut schema = ShiftService::json_schema(generator);
+            schema.remove("required");
+            if let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+                fields.remove("name");
+                let services = json!({
+                    "description": "Services that move together. Replaces the per-service fields of the spec: hostnames, versions, \
+                                    rules, session, errors, mirror, guard, capacity and timeoutSeconds. All services have the \
+                                    same versions.",
+                    "type": "array",
+                    "minItems": 1,
+                    "items": generator.subschema_for::<ShiftService>(),
+                });
+                fields.insert("services".to_owned(), services);
+            }
+            schema
+        }
     }
-}
-
-fn period(f: &mut Fields<'_>, d: &mut Decoder, probe: &Value) -> Duration {
-    let millis = f.optional(d, "periodMillis", |d, v| d.integer(v, 1, LONGEST_SECONDS * 1_000));
-    if f.has("periodMillis") && f.has("periodSeconds") {
-        d.invalid(probe, "either periodSeconds or periodMillis");
-    }
-    let seconds = seconds(f, d, "periodSeconds", 1, 10);
-    millis.map_or(seconds, Duration::from_millis)
-}
-
-fn seconds(f: &mut Fields<'_>, d: &mut Decoder, name: &'static str, low: u64, default: u64) -> Duration {
-    Duration::from_secs(f.optional(d, name, |d, v| d.integer(v, low, LONGEST_SECONDS)).unwrap_or(default))
-}
-
-impl HttpGet {
-    fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
-        let mut f = d.object(value)?;
-        let path = f.optional(d, "path", path);
-        let (host, port) = (f.optional(d, "host", host), f.optional(d, "port", port));
-        let scheme = f.optional(d, "scheme", |d, v| crate::matching::choice(d, v, &["HTTP", "HTTPS"]));
-        let headers = f.optional(d, "httpHeaders", headers);
-        f.finish(d);
-        Some(Self {
-            path: path.unwrap_or_else(|| "/".to_owned()),
-            host,
-            port,
-            https: scheme == Some("HTTPS"),
-            headers: headers.unwrap_or_default(),
-        })
-    }
-}
-
-fn path(d: &mut Decoder, value: &Value) -> Option<String> {
-    let fine = |path: &str| path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic());
-    d.text_where(value, "a path that starts with /, without spaces", fine)
-}
-
-/// A list of `{name, value}` headers for requests that the controller sends.
-fn headers(d: &mut Decoder, value: &Value) -> Option<Vec<(String, String)>> {
-    let headers = d.list(value, |d, value| {
-        let mut f = d.object(value)?;
-        let name = f.required(d, "name", "a header name", |d, v| {
-            d.text_where(v, "a header name (RFC 9110 token)", name::is_token)
-        });
-        let value = f.required(d, "value", "a header value", |d, v| {
-            let fine = |text: &str| text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
-            d.text_where(v, "visible ASCII characters and spaces", fine)
-        });
-        f.finish(d);
-        Some((name?, value?))
-    })?;
-    Some(headers.into_iter().map(|(_, header)| header).collect())
-}
-
-fn tcp_socket(d: &mut Decoder, value: &Value) -> Option<Check> {
-    let mut f = d.object(value)?;
-    let check = Check::TcpSocket { host: f.optional(d, "host", host), port: f.optional(d, "port", port) };
-    f.finish(d);
-    Some(check)
-}
-
-fn host(d: &mut Decoder, value: &Value) -> Option<String> {
-    let fine = |host: &str| host.parse::<Ipv6Addr>().is_ok() || name::is_subdomain(&host.to_ascii_lowercase(), 253);
-    d.text_where(value, "a host name or an address", fine)
-}
-
-fn port(d: &mut Decoder, value: &Value) -> Option<u16> {
-    d.integer(value, 1, 65_535).map(|port| port as u16)
 }

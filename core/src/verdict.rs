@@ -5,17 +5,17 @@
 //! the target's errors against `maxErrors` too.
 
 mod absolute;
+mod baseline;
 mod clients;
 mod judgement;
-mod lately;
 mod relative;
 mod settings;
 mod slowness;
 
-pub use crate::clients::Request;
+pub use crate::evidence::clients::Request;
 use crate::outcome::Outcome as RequestOutcome;
+pub use baseline::RollingBaseline;
 pub use judgement::{At, Ground, Judgement, LatencyJudgement, Outcome, Totals};
-pub use lately::Lately;
 pub use settings::{DEFAULT_MAX_ERROR_RATE, Latency, Settings};
 
 use crate::evidence::{log_mean_exp, tilt};
@@ -49,7 +49,7 @@ const ENOUGH_FOR_REFUSED: u64 = 10;
 const SHARE_MILLIS: u64 = 600_000;
 
 /// What was counted of one version in some time, at all proxies. Of the requests whose version was dealt by weight, but
-/// for [`Lately`], which is of all that no rule took.
+/// for [`RollingBaseline`], which is of all that no rule took.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sample {
@@ -66,7 +66,7 @@ pub struct Sample {
     /// Requests that began in that time; 0 if that is not known.
     #[serde(default)]
     pub started: u64,
-    /// How many took how long, as in [`crate::report::VersionReport::durations`].
+    /// How many took how long, as in [`crate::protocol::report::VersionReport::durations`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub durations: Vec<u64>,
     /// How long clients had waited that gave up, in the same way.
@@ -253,7 +253,7 @@ pub struct Analysis {
     #[serde(default)]
     refused_step: Batch,
     /// The recent requests of the stable version.
-    recent: Lately,
+    recent: RollingBaseline,
     /// Of errors, from requests.
     relative: Relative,
     /// Of errors, from clients.
@@ -277,7 +277,7 @@ pub struct Analysis {
 
 impl Analysis {
     /// The beginning of a rollout. `baseline`: what the stable version did before, as far as that is known.
-    pub fn new(baseline: Lately) -> Self {
+    pub fn new(baseline: RollingBaseline) -> Self {
         Self {
             all: Batch::default(),
             step: Batch::default(),
@@ -470,8 +470,8 @@ mod tests {
         Sample { requests, errors, ..Sample::default() }
     }
 
-    fn known(sample: Sample) -> Lately {
-        let mut lately = Lately::default();
+    fn known(sample: Sample) -> RollingBaseline {
+        let mut lately = RollingBaseline::default();
         lately.add(&sample);
         lately
     }
@@ -482,7 +482,7 @@ mod tests {
     }
 
     fn after(settings: &Settings, ticks: &[Tick]) -> Judgement {
-        let mut analysis = Analysis::new(Lately::default());
+        let mut analysis = Analysis::new(RollingBaseline::default());
         ticks.iter().for_each(|tick| analysis.tick(settings, tick));
         analysis.judgement(settings)
     }
@@ -519,7 +519,7 @@ mod tests {
             });
             let mut mean = 0.0;
             for (first, chance) in first {
-                let mut analysis = Analysis::new(Lately::default());
+                let mut analysis = Analysis::new(RollingBaseline::default());
                 analysis.tick(&settings, &first);
                 for (second, other) in &second {
                     let mut analysis = analysis.clone();
@@ -675,7 +675,7 @@ mod tests {
     #[test]
     fn a_pass_is_earned_at_each_step() {
         let settings = settings();
-        let mut analysis = Analysis::new(Lately::default());
+        let mut analysis = Analysis::new(RollingBaseline::default());
         let good = vec![tick(0.1, (5, 0), (45, 0)); 40];
         good.iter().for_each(|tick| analysis.tick(&settings, tick));
         assert_eq!(analysis.judgement(&settings).outcome, Outcome::Pass);

@@ -5,10 +5,10 @@
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use tideshift_core::choice::plan::{Decision, Plan, Reason, Turns};
 use tideshift_core::matching::Match;
-use tideshift_core::plan::{Decision, Plan, Reason, Turns};
-use tideshift_core::policy::Policy;
-use tideshift_core::request::Request;
+use tideshift_core::matching::request::Request;
+use tideshift_core::protocol::policy::Policy;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 

@@ -5,9 +5,9 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // Tests say what must hold by unwrapping it.
 
 use serde_json::{Value, json};
+use tideshift_core::choice::plan::{Plan, Turns};
 use tideshift_core::outcome::Ending;
-use tideshift_core::plan::{Plan, Turns};
-use tideshift_core::policy::Policy;
+use tideshift_core::protocol::policy::Policy;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 

@@ -12,9 +12,9 @@ mod dice;
 use dice::Dice;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use tideshift_core::choice::sequence::EvenSequence;
+use tideshift_core::counts::Counts;
 use tideshift_core::guard::{Guard, GuardPolicy, Observed};
-use tideshift_core::report::Counts;
-use tideshift_core::sequence::EvenSequence;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 

@@ -8,7 +8,8 @@ use documents::{document, spec};
 use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_core::session::SessionBy;
-use tideshift_core::shift::{Check, PortRef, Quantity, Strategy, TrafficShift, WarmUp};
+use tideshift_core::shift::probe::Check;
+use tideshift_core::shift::{IntOrPercent, PortRef, Strategy, TrafficShift, WarmUp};
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
@@ -164,11 +165,11 @@ fn blue_green_is_a_preview_and_then_everything() {
 #[test]
 fn quantities_are_rounded_as_in_kubernetes() {
     let strategy = strategy(json!({"maxSurge": "25%", "maxUnavailable": 2}));
-    assert_eq!((strategy.max_surge, strategy.max_unavailable), (Quantity::Percent(25), Quantity::Count(2)));
-    let of = |whole| (Quantity::Percent(25).of_rounded_up(whole), Quantity::Percent(25).of_rounded_down(whole));
+    assert_eq!((strategy.max_surge, strategy.max_unavailable), (IntOrPercent::Percent(25), IntOrPercent::Count(2)));
+    let of = |whole| (IntOrPercent::Percent(25).of_rounded_up(whole), IntOrPercent::Percent(25).of_rounded_down(whole));
     assert_eq!([of(0), of(1), of(4), of(5)], [(0, 0), (1, 0), (1, 1), (2, 1)]);
-    assert_eq!(Quantity::Percent(1_000).of_rounded_up(u32::MAX), u32::MAX);
-    assert_eq!(Quantity::Count(3).of_rounded_up(1), 3);
+    assert_eq!(IntOrPercent::Percent(1_000).of_rounded_up(u32::MAX), u32::MAX);
+    assert_eq!(IntOrPercent::Count(3).of_rounded_up(1), 3);
 }
 
 #[test]

@@ -6,9 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use serde_json::{Value, json};
-use tideshift_core::delivery::{Before, Delivery, Refusal};
-use tideshift_core::policy::Policy;
-use tideshift_core::report::{Counts, Report};
+use tideshift_core::counts::Counts;
+use tideshift_core::protocol::delivery::{Before, Delivery, Refusal};
+use tideshift_core::protocol::policy::Policy;
+use tideshift_core::protocol::report::Report;
 #[cfg(target_arch = "wasm32")]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 

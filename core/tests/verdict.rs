@@ -15,8 +15,8 @@ mod runs;
 use dice::Dice;
 use runs::{For, divided, many, what_for};
 use std::time::Duration;
-use tideshift_core::report::{DURATION_BOUNDS, duration_bucket};
-use tideshift_core::verdict::{Analysis, Judgement, Lately, Latency, Outcome, Sample, Settings, Tick};
+use tideshift_core::counts::{DURATION_BOUNDS, duration_bucket};
+use tideshift_core::verdict::{Analysis, Judgement, Latency, Outcome, RollingBaseline, Sample, Settings, Tick};
 
 /// Errors that come together, besides other requests: a client that tries again and again.
 #[derive(Clone, Copy)]
@@ -135,7 +135,7 @@ impl<'a> Rollout<'a> {
         let mut dice = Dice::new(seed);
         let owed = dice.unit();
         let waited = if traffic.reports == Reports::Many { 0 } else { dice.roll() as usize % 20 };
-        let analysis = Analysis::new(Lately::default());
+        let analysis = Analysis::new(RollingBaseline::default());
         let judgement = analysis.judgement(settings);
         let mut rollout = Self {
             traffic,
@@ -155,7 +155,7 @@ impl<'a> Rollout<'a> {
         let mut baseline = std::mem::take(&mut rollout.news[STABLE]);
         baseline.requests = traffic.baseline;
         baseline.errors = rollout.dice.of(traffic.baseline, (traffic.fails)(STABLE, 0.0));
-        let mut known = Lately::default();
+        let mut known = RollingBaseline::default();
         known.add(&baseline);
         rollout.analysis = Analysis::new(known);
         rollout.analysis.step_started();

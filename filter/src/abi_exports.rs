@@ -13,7 +13,8 @@
 
 #![allow(unsafe_code, reason = "an export's name counts as unsafe")]
 
-use crate::hostcalls::{self, HostCalls};
+use crate::hostcalls;
+use crate::hostcalls::HostCalls;
 use crate::vm::Vm;
 use std::cell::RefCell;
 

@@ -6,8 +6,8 @@ use crate::request_headers::RequestHeaders;
 use fastrand::Rng;
 use std::cell::RefCell;
 use std::rc::Rc;
-use tideshift_core::plan::{Decision, Plan, Turns};
-use tideshift_core::policy::Explain;
+use tideshift_core::choice::plan::{Decision, Plan, Turns};
+use tideshift_core::protocol::policy::Explain;
 
 /// A plan with the counters of its services, by the plan's indexes.
 #[derive(Default)]

@@ -9,9 +9,10 @@ use fastrand::Rng;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use std::time::Duration;
 use tideshift_core::decode::Errors;
-use tideshift_core::delivery::{self, Before, Delivery, Refusal};
-use tideshift_core::policy::{ControllerRef, Policy};
-use tideshift_core::report::{Refused, Report, ServiceReport};
+use tideshift_core::protocol::delivery;
+use tideshift_core::protocol::delivery::{Before, Delivery, Refusal};
+use tideshift_core::protocol::policy::{ControllerRef, Policy};
+use tideshift_core::protocol::report::{Refused, Report, ServiceReport};
 
 /// The controller answers a poll after at most 25 s; this is for one that does not.
 const POLL_TIMEOUT: Duration = Duration::from_secs(30);

@@ -7,12 +7,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
-use tideshift_core::clients;
+use tideshift_core::choice::plan::{Chosen, Plan, ServicePlan};
+use tideshift_core::counting::routes::Routes;
+use tideshift_core::counting::tallies::{ChoiceTally, MAX_LOGGED, ServiceTally, Tallies, VersionTally};
+use tideshift_core::counts::duration_bucket;
+use tideshift_core::evidence::clients;
 use tideshift_core::outcome::Outcome;
-use tideshift_core::plan::{Chosen, Plan, ServicePlan};
-use tideshift_core::report::{Event, MAX_CLIENTS, duration_bucket};
-use tideshift_core::routes::Routes;
-use tideshift_core::tallies::{ChoiceTally, MAX_LOGGED, ServiceTally, Tallies, VersionTally};
+use tideshift_core::protocol::report::{Event, MAX_CLIENTS};
 
 /// Requests that are looked at between two ticks as a sample of all, for each service.
 const SAMPLE: u32 = 5;
@@ -100,7 +101,7 @@ pub struct VersionCounters {
 pub struct Ended {
     /// In which way its version was chosen.
     pub chosen: Chosen,
-    /// Whether it says something about the version: see [`tideshift_core::plan::Decision::is_compared`].
+    /// Whether it says something about the version: see [`tideshift_core::choice::plan::Decision::is_compared`].
     pub is_compared: bool,
     /// Its user, if there is a session.
     pub user: Option<u32>,

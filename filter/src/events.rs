@@ -2,8 +2,8 @@
 
 use crate::totals::News;
 use std::collections::{BTreeMap, VecDeque};
-use tideshift_core::report::{Event, Events, MAX_EVENTS};
-use tideshift_core::tallies::ServiceTally;
+use tideshift_core::counting::tallies::ServiceTally;
+use tideshift_core::protocol::report::{Event, Events, MAX_EVENTS};
 
 /// The last of each service.
 #[derive(Default)]

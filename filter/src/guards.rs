@@ -2,12 +2,12 @@
 
 use crate::totals::News;
 use std::collections::BTreeMap;
-use tideshift_core::clients::Request;
+use tideshift_core::choice::plan::Chosen;
+use tideshift_core::counting::tallies::{ServiceTally, Tallies};
+use tideshift_core::evidence::clients::Request;
 use tideshift_core::guard::{Guard, Observed, Veto};
-use tideshift_core::plan::Chosen;
-use tideshift_core::policy::{Policy, Service, Version};
-use tideshift_core::report::Event;
-use tideshift_core::tallies::{ServiceTally, Tallies};
+use tideshift_core::protocol::policy::{Policy, Service, Version};
+use tideshift_core::protocol::report::Event;
 
 /// The guards of the services, by name.
 #[derive(Default)]

@@ -3,7 +3,8 @@
 //! Nothing that Envoy returns is taken on trust: a status other than 0 is a failure whatever its number, and a result
 //! counts only if it lies in memory that was lent for it.
 
-use crate::header_pairs::{self, HeaderPairs};
+use crate::header_pairs;
+use crate::header_pairs::HeaderPairs;
 use crate::host::{HeaderMap, Host, MetricKind};
 use std::cell::Cell;
 use std::ops::Deref;

@@ -5,11 +5,11 @@ use crate::counters::{Ended, PlanCounters, ServiceCounters, VersionCounters};
 use crate::host::{HeaderList, HeaderMap, Host};
 use crate::request_headers::{RequestHeaders, is_grpc};
 use std::rc::Rc;
+use tideshift_core::choice::plan::{Chosen, Decision};
+use tideshift_core::counting::websocket::Frames;
+use tideshift_core::matching::request::Request;
 use tideshift_core::outcome::{Ending, Outcome};
-use tideshift_core::plan::{Chosen, Decision};
-use tideshift_core::request::Request;
 use tideshift_core::session::same_bytes;
-use tideshift_core::websocket::Frames;
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 
 const SWITCHING_PROTOCOLS: u16 = 101;

@@ -4,9 +4,9 @@
 
 use crate::host::{Host, MetricKind};
 use std::cell::Cell;
+use tideshift_core::counting::tallies::{ChoiceTally, DURATIONS};
+use tideshift_core::counts::DURATION_BOUNDS;
 use tideshift_core::outcome::Outcome;
-use tideshift_core::report::DURATION_BOUNDS;
-use tideshift_core::tallies::{ChoiceTally, DURATIONS};
 
 /// A metric that this VM has defined, unless the host refused.
 #[derive(Clone, Copy, Default)]

@@ -2,7 +2,8 @@
 
 use crate::host::{HeaderList, HeaderMap, Host};
 use std::borrow::Cow;
-use tideshift_core::request::{self, Request};
+use tideshift_core::matching::request;
+use tideshift_core::matching::request::Request;
 
 /// The headers of the request that is being called for.
 pub enum RequestHeaders<'n, H: Host> {

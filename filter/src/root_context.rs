@@ -8,7 +8,8 @@ use crate::guards::{Guards, SharedVeto};
 use crate::host::Host;
 use crate::http_context::HttpContext;
 use crate::shared_data::{PolicyVersion, SharedData, StoredPolicy};
-use crate::totals::{self, Published, Totals};
+use crate::totals;
+use crate::totals::{Published, Totals};
 use crate::urgent::UrgentCounts;
 use crate::workers::Workers;
 use fastrand::Rng;
@@ -16,10 +17,10 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
-use tideshift_core::plan::Plan;
-use tideshift_core::policy::{ControllerRef, Explain, Policy};
-use tideshift_core::report::ServiceReport;
-use tideshift_core::tallies::{ServiceTally, Tallies};
+use tideshift_core::choice::plan::Plan;
+use tideshift_core::counting::tallies::{ServiceTally, Tallies};
+use tideshift_core::protocol::policy::{ControllerRef, Explain, Policy};
+use tideshift_core::protocol::report::ServiceReport;
 
 /// The first tick comes soon after configuring, so that the first policy does.
 const FIRST_TICK: Duration = Duration::from_millis(20);

@@ -7,8 +7,8 @@
 
 use crate::host::Host;
 use siphasher::sip::SipHasher24;
-use tideshift_core::delivery::{Before, Delivery, RefusedService};
-use tideshift_core::policy::{ControllerRef, Policy};
+use tideshift_core::protocol::delivery::{Before, Delivery, RefusedService};
+use tideshift_core::protocol::policy::{ControllerRef, Policy};
 
 /// The keys of what VMs change together.
 const START: &str = "start";

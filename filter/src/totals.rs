@@ -5,8 +5,8 @@ use crate::host::Host;
 use crate::shared_data::SharedData;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::report::Event;
-use tideshift_core::tallies::Tallies;
+use tideshift_core::counting::tallies::Tallies;
+use tideshift_core::protocol::report::Event;
 
 /// What the VMs that are gone have counted.
 const RETIRED: &str = "retired";

@@ -2,10 +2,10 @@
 //! have the smaller part of the weight, which may be a rollout's target, and the requests in flight of the versions that
 //! get no more.
 
-use tideshift_core::plan::Chosen;
-use tideshift_core::policy::Policy;
-use tideshift_core::report::Counts;
-use tideshift_core::tallies::Tallies;
+use tideshift_core::choice::plan::Chosen;
+use tideshift_core::counting::tallies::Tallies;
+use tideshift_core::counts::Counts;
+use tideshift_core::protocol::policy::Policy;
 
 /// To be compared with what was reported last.
 #[derive(Default, Clone, Copy, PartialEq, Eq)]

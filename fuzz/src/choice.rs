@@ -5,8 +5,8 @@ mod oracle;
 
 use arbitrary::{Result, Unstructured};
 use serde_json::{Map, Value, json};
-use tideshift_core::plan::{Decision, Plan, Reason, Turns};
-use tideshift_core::policy::Policy;
+use tideshift_core::choice::plan::{Decision, Plan, Reason, Turns};
+use tideshift_core::protocol::policy::Policy;
 
 /// A request's headers.
 type Headers = Vec<(String, Vec<u8>)>;

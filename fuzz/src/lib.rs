@@ -7,5 +7,5 @@ pub mod shift;
 
 /// The controller's ledger alone: the rest of that crate would make a fuzz build four times as long.
 #[allow(dead_code, unreachable_pub)]
-#[path = "../../controller/src/ledger.rs"]
+#[path = "../../controller/src/reconciler/ledger.rs"]
 mod ledger;

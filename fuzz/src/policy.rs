@@ -1,9 +1,9 @@
 //! A policy as text, from the plugin configuration or from the controller: it is read or refused, and one that is read
 //! is written so that it reads the same, and can be run.
 
-use tideshift_core::delivery::{Before, Delivery, Refusal};
-use tideshift_core::plan::{Plan, Turns};
-use tideshift_core::policy::{Policy, Version};
+use tideshift_core::choice::plan::{Plan, Turns};
+use tideshift_core::protocol::delivery::{Before, Delivery, Refusal};
+use tideshift_core::protocol::policy::{Policy, Version};
 
 /// Reads `json`, and runs what comes of it: as a whole, and as what a controller sends to a proxy that runs something.
 pub fn holds_for(json: &[u8]) {

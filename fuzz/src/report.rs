@@ -4,7 +4,8 @@
 use crate::ledger::{Ledger, Taken};
 use serde_json::from_slice;
 use std::collections::{BTreeMap, BTreeSet};
-use tideshift_core::report::{Counts, DURATION_BOUNDS, Report};
+use tideshift_core::counts::{Counts, DURATION_BOUNDS};
+use tideshift_core::protocol::report::Report;
 
 /// Takes the reports in turn; each line that is none is one that the controller refuses.
 pub fn holds_for(lines: &[u8]) {

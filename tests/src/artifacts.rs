@@ -2,10 +2,8 @@
 //!
 //! A missing one is a failure that says which command makes it, never a silent skip.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-};
+use std::env;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 

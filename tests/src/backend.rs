@@ -4,44 +4,37 @@
 //! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered. It serves gRPC
 //! and WebSocket if it is told to.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    fmt::Write as _,
-    future::pending,
-    io,
-    net::SocketAddr,
-    pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, combinators::UnsyncBoxBody};
-use hyper::{
-    HeaderMap, Request, Response, StatusCode,
-    body::{Body, Frame, Incoming, SizeHint},
-    header::{HeaderName, HeaderValue},
-    service::service_fn,
-};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
-    server::conn::auto,
-};
+use http_body_util::BodyExt as _;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::header::{HeaderName, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{HeaderMap, Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
-    sync::mpsc,
-    task::{AbortHandle, JoinSet},
-    time::{Instant, Sleep, sleep},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, Sleep, sleep};
 
-use crate::{bootstrap::VERSION_HEADER, ports::Port, wait::eventually};
+use crate::bootstrap::VERSION_HEADER;
+use crate::ports::Port;
+use crate::wait::eventually;
 
 /// The response header that names the backend which answered.
 pub const SERVED_BY: &str = "x-served-by";

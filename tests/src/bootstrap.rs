@@ -3,15 +3,14 @@
 //! What users get is printed by `tideshift render envoy`; this one is apart from it on purpose, so that the filter's
 //! tests neither need the controller nor follow its mistakes.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{artifacts, envoy, ports::Port};
+use crate::ports::Port;
+use crate::{artifacts, envoy};
 
 /// The header by which the filter tells Envoy's routes the version.
 pub const VERSION_HEADER: &str = "x-tideshift-version";

@@ -3,14 +3,13 @@
 //! It is started by itself instead of by the driver, so that it cannot outlive the test. What its console says is kept: a
 //! page that works says nothing there.
 
-use std::{process::Command, time::Duration};
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use fantoccini::{
-    Client, ClientBuilder, Locator,
-    elements::Element,
-    wd::{Capabilities, WebDriverCompatibleCommand},
-};
+use fantoccini::elements::Element;
+use fantoccini::wd::{Capabilities, WebDriverCompatibleCommand};
+use fantoccini::{Client, ClientBuilder, Locator};
 use hyper::Method;
 use hyper_util::client::legacy::connect::HttpConnector;
 use rustix::process::geteuid;
@@ -19,7 +18,10 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use url::{ParseError, Url};
 
-use crate::{artifacts, ports::Port, process::Process, wait::eventually};
+use crate::artifacts;
+use crate::ports::Port;
+use crate::process::Process;
+use crate::wait::eventually;
 
 /// How long the browser may take for anything; on a busy machine a second is soon over.
 pub const DEADLINE: Duration = Duration::from_secs(30);

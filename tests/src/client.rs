@@ -1,18 +1,13 @@
 //! One request at a time, byte for byte as the test wrote it: repeated headers, bytes that are not UTF-8, a client that
 //! goes away. For many fast requests use [`load`](crate::load).
 
-use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr},
-    str,
-};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::{io, str};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
-use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
-    net::{TcpSocket, TcpStream},
-};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
 
 const MAX_HEADERS: usize = 256;
 

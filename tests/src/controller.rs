@@ -1,22 +1,24 @@
 //! The real `tideshift` binary: a controller that serves, and its command line.
 
-use std::{
-    ffi::OsStr,
-    io::Write as _,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
-    sync::mpsc,
-    thread,
-    time::Duration,
-};
+use std::ffi::OsStr;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{artifacts, client::get, metrics::Metrics, ports::Port, process::Process};
+use crate::artifacts;
+use crate::client::get;
+use crate::metrics::Metrics;
+use crate::ports::Port;
+use crate::process::Process;
 
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(20);

@@ -1,24 +1,18 @@
 //! How soon a new policy is in force on every worker, as clients see it.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
-use crate::{
-    backend::SERVED_BY,
-    client::{Connection, Request},
-    policy_server::{PolicyServer, held_after},
-    setup::DEADLINE,
-};
+use crate::backend::SERVED_BY;
+use crate::client::{Connection, Request};
+use crate::envoy_fixture::DEADLINE;
+use crate::policy_server::{PolicyServer, held_after};
 
 /// How long one policy took to reach the last worker.
 #[derive(Clone, Copy, Debug)]

@@ -1,23 +1,19 @@
 //! A real Envoy.
 
-use std::{
-    fs,
-    net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-    process::Command,
-    time::Duration,
-};
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{
-    artifacts,
-    client::{Request, get},
-    metrics::Metrics,
-    process::Process,
-};
+use crate::artifacts;
+use crate::client::{Request, get};
+use crate::metrics::Metrics;
+use crate::process::Process;
 
 /// How long a start may take; on a busy machine compiling the module takes seconds.
 const START: Duration = Duration::from_secs(60);

@@ -1,14 +1,19 @@
 //! One who listens to the controller's events, `GET /v1/events`.
 
-use std::{net::SocketAddr, str, time::Duration};
+use std::net::SocketAddr;
+use std::str;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, body::Incoming, client::conn::http1};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 /// How long an event may take; a status comes each second.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -3,31 +3,32 @@
 //! A call says what is to happen to it, so that one upstream serves every test. The messages are JSON instead of
 //! protocol buffers: nothing is generated, and proxies do not look into them.
 
-use std::{
-    collections::VecDeque,
-    future::pending,
-    marker::PhantomData,
-    net::SocketAddr,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::collections::VecDeque;
+use std::future::pending;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::{Buf as _, BufMut as _};
 use futures_util::{Stream, stream};
-use hyper::{body::Incoming, client::conn::http2, http::uri::PathAndQuery};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper::http::uri::PathAndQuery;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::{net::TcpStream, sync::mpsc, time::timeout};
-use tonic::{
-    Code, Request, Response, Status, Streaming,
-    body::Body,
-    client::{self, GrpcService},
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    metadata::{Ascii, MetadataKey, MetadataMap, MetadataValue},
-    server::{self, StreamingService, UnaryService},
-};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::metadata::{Ascii, MetadataKey, MetadataMap, MetadataValue};
+use tonic::server::{StreamingService, UnaryService};
+use tonic::{Code, Request, Response, Status, Streaming, client, server};
 use tonic_health::ServingStatus;
 
 /// How long a client waits for the next thing to happen.

@@ -3,30 +3,24 @@
 //!
 //! It has one address and one connection, thus one worker of Envoy.
 
-use std::{
-    collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::{
-    task::JoinHandle,
-    time::{MissedTickBehavior, interval},
-};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
 
-use crate::{
-    client::{Connection, Request, Response},
-    setup::served_by,
-};
+use crate::client::{Connection, Request, Response};
+use crate::envoy_fixture::served_by;
 
 /// Where it calls from.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 200);
 /// The path that every version fails; backends need it as their `bad_input`.
 pub const BAD_INPUT: &str = "/bad-input";
 
-/// The even sequence behind weights, as a client knows it who has read `core/src/sequence.rs`: strata in a round, and
+/// The even sequence behind weights, as a client knows it who has read `core/src/choice/sequence.rs`: strata in a round, and
 /// from one to the next. The place inside a stratum stays unknown.
 const STRATA: u32 = 997;
 const STEP: u32 = 454;
@@ -225,7 +219,8 @@ impl Belief {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{backend::Backend, wait::eventually};
+    use crate::backend::Backend;
+    use crate::wait::eventually;
 
     /// A walk over the strata with any place inside each, as `turns` of the version.
     fn turns(begin: u32, low: f64) -> impl Iterator<Item = bool> {

@@ -4,32 +4,25 @@
 //! closed between two requests is opened again and is no failure; a request that got no whole answer is one, and so is
 //! one whose client gave up.
 
-use std::{
-    collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddr},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Collected, Full};
-use hyper::{
-    HeaderMap, Request, Response,
-    body::Incoming,
-    client::conn::{http1, http2},
-};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::{
-    net::TcpStream,
-    task::{AbortHandle, JoinSet},
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::net::TcpStream;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::{backend::SERVED_BY, client::connect_from};
+use crate::backend::SERVED_BY;
+use crate::client::connect_from;
 
 /// Stands for the version in a [`Tally`] where an answer did not name a backend: Envoy's own 503, for instance.
 pub const NOBODY: &str = "-";
@@ -445,10 +438,8 @@ impl Drop for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        backend::{Backend, Errors, Mode},
-        wait::eventually,
-    };
+    use crate::backend::{Backend, Errors, Mode};
+    use crate::wait::eventually;
 
     #[tokio::test]
     async fn tallies_each_request_once() {

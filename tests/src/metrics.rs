@@ -1,6 +1,7 @@
 //! Prometheus' text format, read into a map: what Envoy and the controller say of themselves.
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
+use std::fmt;
 
 use anyhow::{Context as _, bail};
 

@@ -1,25 +1,23 @@
 //! A controller that says what the test wants: it answers the filter's long polls with the policy of the test, or with
 //! whatever bytes, and keeps what the filter asked and reported.
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
-use tideshift_core::report::Report;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
-    sync::watch,
-    task::{AbortHandle, JoinSet},
-    time::timeout,
-};
+use tideshift_core::protocol::report::Report;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
 
-use crate::{ports::Port, setup::DEADLINE, wait::eventually};
+use crate::envoy_fixture::DEADLINE;
+use crate::ports::Port;
+use crate::wait::eventually;
 
 /// How long a poll is held where the test does not say otherwise.
 const HOLD: Duration = Duration::from_secs(25);

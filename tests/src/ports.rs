@@ -5,12 +5,10 @@
 //! to itself. So these ports come from below that range, and a UDP socket bound to the same number is the lock that
 //! other test processes see. It goes away with the process, whichever way that ends.
 
-use std::{
-    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
-    ops::Range,
-    process,
-    sync::atomic::{AtomicU16, Ordering},
-};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::ops::Range;
+use std::process;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::bail;
 

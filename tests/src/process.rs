@@ -1,12 +1,10 @@
 //! A child process with its log in a file, which ends with its handle.
 
-use std::{
-    fs::{self, File},
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
-    thread,
-    time::Duration,
-};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};

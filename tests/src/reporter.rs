@@ -1,15 +1,14 @@
 //! A proxy that is connected and applies policies, but serves no traffic: it polls the policy and reports every second what it
 //! runs, as the filter does. For tests of rollouts that need no traffic; a rollout goes nowhere without a live proxy.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::sleep};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 use crate::client::{Request, get};
 

@@ -1,10 +1,8 @@
 //! Whether an API server would take an object, by the schema of its kind: those of Istio's, Gateway API's and Envoy
 //! Gateway's CRDs, and Kubernetes' own. `tools/schemas` says where they are from; fields that no schema knows are wrong too.
 
-use std::{
-    io::Write as _,
-    process::{Command, Stdio},
-};
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;

@@ -1,6 +1,8 @@
 //! What a process uses, as the system counts it.
 
-use std::{fs, str::FromStr as _, time::Duration};
+use std::fs;
+use std::str::FromStr as _;
+use std::time::Duration;
 
 use anyhow::Context as _;
 

@@ -4,13 +4,16 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail, ensure};
 use futures_util::{SinkExt as _, StreamExt as _};
-use hyper::{Request, body::Incoming, header, upgrade::Upgraded};
+use hyper::body::Incoming;
+use hyper::upgrade::Upgraded;
+use hyper::{Request, header};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
-use tokio_tungstenite::{
-    WebSocketStream, client_async,
-    tungstenite::{Error, Message, client::IntoClientRequest as _, handshake::derive_accept_key, protocol::Role},
-};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{WebSocketStream, client_async};
 
 /// A text that makes the upstream close the socket in good order, instead of saying it again.
 const CLOSE: &str = "please close";

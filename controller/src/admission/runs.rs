@@ -2,8 +2,7 @@
 //! workload take each other's pods away, and of two that share pods neither can be moved away from. A version of the same
 //! name in several services of a document is one version.
 
-use crate::kubernetes::picture::Place;
-use crate::kubernetes::resolve::place;
+use crate::namespace_ref::NamespaceRef;
 use std::collections::BTreeSet;
 use std::fmt;
 use tideshift_core::shift::{Discovery, LabelOperator, LabelRequirement, ShiftVersion, TrafficShift};
@@ -27,7 +26,7 @@ pub(super) enum Runs {
 
 impl Runs {
     /// Whether what is one's own is the other's as well, for all that a document can say. Pods of which this is not known
-    /// before they are there are found by [`resolve`](crate::kubernetes::resolve).
+    /// before they are there are found by `kubernetes::endpoints`.
     pub(super) fn overlaps(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pods(own), Self::Pods(others)) => own.is_subset(others) || others.is_subset(own),
@@ -49,7 +48,7 @@ impl fmt::Display for Runs {
 }
 
 /// What a version claims: the field that says so, and where that is.
-pub(super) fn claims(shift: &TrafficShift, version: &ShiftVersion) -> Vec<(&'static str, (Place, Runs))> {
+pub(super) fn claims(shift: &TrafficShift, version: &ShiftVersion) -> Vec<(&'static str, (NamespaceRef, Runs))> {
     let workload = version.workload.as_ref().map(|workload| {
         let group = workload.api_version.split_once('/').map_or("", |(group, _)| group).to_owned();
         ("workloadRef", Runs::Workload { group, kind: workload.kind.clone(), name: workload.name.clone() })
@@ -59,7 +58,7 @@ pub(super) fn claims(shift: &TrafficShift, version: &ShiftVersion) -> Vec<(&'sta
         (field, Runs::Pods(requirements(discovery)))
     });
     let all = workload.into_iter().chain(pods);
-    all.map(|(field, runs)| (field, (place(shift, version), runs))).collect()
+    all.map(|(field, runs)| (field, (NamespaceRef::of(shift, version), runs))).collect()
 }
 
 fn requirements(discovery: &Discovery) -> BTreeSet<String> {

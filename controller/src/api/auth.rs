@@ -7,21 +7,22 @@
 //! pointed here (DNS rebinding).
 
 use super::caller::{Caller, Certificate, Sees, SpeaksFor, read_name};
-use super::{Problem, Ticket, leader};
-use crate::kubernetes::Reviewer;
+use super::{ApiError, Ticket};
+use crate::api::forward;
+use crate::kubernetes::TokenReviewer;
 use crate::net::io_reason;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -238,7 +239,7 @@ pub(super) struct Guard {
     /// Whose tokens will do; empty: no token is needed.
     pub(super) allowed: &'static [Scope],
     /// Knows more tokens of proxies.
-    pub(super) reviewer: Option<Arc<Reviewer>>,
+    pub(super) reviewer: Option<Arc<TokenReviewer>>,
     /// Whether proxies may be known by their certificates.
     pub(super) certificates: bool,
     /// Whether the route changes anything.
@@ -266,7 +267,7 @@ pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next
         None => next.run(request).await,
         Some(patience) => timeout(patience, next.run(request)).await.unwrap_or_else(|_| {
             let why = format!("it took longer than {} s", patience.as_secs());
-            Problem::new(StatusCode::REQUEST_TIMEOUT, why).into_response()
+            ApiError::new(StatusCode::REQUEST_TIMEOUT, why).into_response()
         }),
     }
 }
@@ -279,7 +280,7 @@ impl Guard {
             return None;
         }
         let tokens = self.tokens.borrow();
-        leader::certificate(certificate, headers).caller(|name| tokens.sees(name))
+        forward::certificate(certificate, headers).caller(|name| tokens.sees(name))
     }
 
     /// Whose token it is, if the cluster itself says that it is a proxy's.
@@ -308,7 +309,7 @@ impl Guard {
         Some(Caller { name: Some(name.into()), speaks_for, sees })
     }
 
-    fn admit(&self, headers: &HeaderMap, known: Option<Caller>) -> Result<Caller, Problem> {
+    fn admit(&self, headers: &HeaderMap, known: Option<Caller>) -> Result<Caller, ApiError> {
         if self.allowed.is_empty() {
             return Ok(Caller::default());
         }
@@ -324,21 +325,21 @@ impl Guard {
         // Pages of other origins can send forms and plain text without asking first.
         if self.changes && !is_json(headers) {
             let why = "content-type: application/json is needed here, also where there is no body";
-            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
+            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
         }
         Ok(caller)
     }
 
-    fn authorize(&self, tokens: &Tokens, headers: &HeaderMap) -> Result<Caller, Problem> {
+    fn authorize(&self, tokens: &Tokens, headers: &HeaderMap) -> Result<Caller, ApiError> {
         let found = bearer(headers).map(|token| tokens.find(token));
         let found = match found.as_deref() {
             None => {
                 let why = "a token is needed here: `authorization: Bearer TOKEN`";
-                return Err(Problem::new(StatusCode::UNAUTHORIZED, why).with_challenge(""));
+                return Err(ApiError::new(StatusCode::UNAUTHORIZED, why).with_challenge(""));
             }
             Some([]) => {
                 let attributes = r#", error="invalid_token""#;
-                return Err(Problem::new(StatusCode::UNAUTHORIZED, "no such token").with_challenge(attributes));
+                return Err(ApiError::new(StatusCode::UNAUTHORIZED, "no such token").with_challenge(attributes));
             }
             Some(found) => found,
         };
@@ -348,7 +349,7 @@ impl Guard {
         let names: Vec<_> = self.allowed.iter().map(|scope| scope.name()).collect();
         let why = format!("a token for {} is needed here; this one is for {}", names.join(" or "), found[0].0.name());
         let attributes = format!(r#", error="insufficient_scope", scope="{}""#, names.join(" "));
-        Err(Problem::new(StatusCode::FORBIDDEN, why).with_challenge(&attributes))
+        Err(ApiError::new(StatusCode::FORBIDDEN, why).with_challenge(&attributes))
     }
 }
 
@@ -364,7 +365,7 @@ fn is_json(headers: &HeaderMap) -> bool {
 }
 
 /// Refuses what a browser sends for a page that is not ours.
-fn from_this_machine(headers: &HeaderMap) -> Result<(), Problem> {
+fn from_this_machine(headers: &HeaderMap) -> Result<(), ApiError> {
     // Every browser says a host.
     let Some(host) = headers.get(header::HOST) else { return Ok(()) };
     let host = host.to_str().unwrap_or_default();
@@ -373,9 +374,9 @@ fn from_this_machine(headers: &HeaderMap) -> Result<(), Problem> {
             "host {host:?} is not allowed: without tokens expected a loopback address, localhost or a name without \
              dots (such as the authority that proxies call); `tideshift serve --operate-token-file` lifts this"
         );
-        return Err(Problem::new(StatusCode::FORBIDDEN, why));
+        return Err(ApiError::new(StatusCode::FORBIDDEN, why));
     }
-    let of_others = || Problem::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token");
+    let of_others = || ApiError::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token");
     // Browsers send no origin with a GET that a page only causes, such as that of an image.
     let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
     if site.is_some_and(|site| site != b"same-origin" && site != b"none") {

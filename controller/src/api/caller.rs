@@ -206,7 +206,7 @@ impl Filtered {
 mod tests {
     use super::*;
     use serde_json::json;
-    use tideshift_core::policy::Policy;
+    use tideshift_core::protocol::policy::Policy;
 
     #[test]
     fn a_pods_proxy_goes_by_the_names_that_such_proxies_have() {

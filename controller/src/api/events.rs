@@ -3,7 +3,7 @@
 //! The status is serialised once for all clients. Each client gets the newest status when the previous one has been sent:
 //! a slow client misses statuses, but does not delay others and needs no buffer.
 
-use super::{Peer, Problem, Shared};
+use super::{ApiError, Peer, Shared};
 use crate::clock::now;
 use crate::rollout::Transition;
 use crate::status::{Status, TransitionStatus};
@@ -87,7 +87,7 @@ pub async fn keep_telling(shared: Arc<Shared>) {
         if statuses.receiver_count() == 0 {
             continue;
         }
-        let status = json(&shared.control().status(now()));
+        let status = json(&shared.reconciler().status(now()));
         statuses.send_if_modified(|newest| {
             // A little early rather than a tick late.
             let is_due = told.elapsed() + AT_MOST / 2 >= AT_LEAST || *newest != status;
@@ -139,20 +139,20 @@ impl Drop for CallersPlace {
     }
 }
 
-pub(super) async fn events(State(shared): State<Arc<Shared>>, peer: Peer) -> Result<impl IntoResponse, Problem> {
+pub(super) async fn events(State(shared): State<Arc<Shared>>, peer: Peer) -> Result<impl IntoResponse, ApiError> {
     let caller = peer.map_or_else(String::new, |Extension(ConnectInfo(peer))| peer.ip().to_canonical().to_string());
     let own = CallersPlace::take(caller, &shared.events.by_caller).ok_or_else(|| {
         let why = format!("you listen {MAX_PER_CALLER} times already, the most for one caller; close one of them");
-        Problem::new(StatusCode::TOO_MANY_REQUESTS, why)
+        ApiError::new(StatusCode::TOO_MANY_REQUESTS, why)
     })?;
     let place = shared.events.places.clone().try_acquire_owned();
     let place = place.map_err(|_| {
         let why = format!("{MAX_LISTENERS} listen already, the most there may be; ask for /v1/status instead");
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, why)
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why)
     })?;
     // Subscribed to before the first status is made, so that nothing happens unheard in between.
     let (transitions, statuses) = (shared.events.transitions.subscribe(), shared.events.statuses.subscribe());
-    let status: Status = shared.control().status(now());
+    let status: Status = shared.reconciler().status(now());
     let first = Some(json(&status));
     let listener = Listener { first, transitions, statuses, ending: shared.ending.clone(), _place: (place, own) };
     let stream = unfold(listener, async |mut listener| {

@@ -1,10 +1,9 @@
 //! What proxies ask for and tell: `GET /v1/policy` and `POST /v1/reports`.
 
 use super::caller::Caller;
-use super::{Part, Problem, Published, Shared, parse};
-use crate::clock::now;
+use super::{ApiError, Extract, Published, Shared, parse};
+use crate::clock::{Millis, now};
 use crate::metrics::Claim;
-use crate::rollout::Millis;
 use axum::Extension;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Query, State};
@@ -15,7 +14,7 @@ use serde::Deserialize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tideshift_core::report::Report;
+use tideshift_core::protocol::report::Report;
 use tokio::time::timeout;
 
 /// How long a poll is held when there is nothing newer.
@@ -46,8 +45,8 @@ pub(super) struct Poll {
 pub(super) async fn policy(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,
-    Part(Query(poll)): Part<Query<Poll>>,
-) -> Result<Response, Problem> {
+    Extract(Query(poll)): Extract<Query<Poll>>,
+) -> Result<Response, ApiError> {
     if !poll.proxy.is_empty() {
         speaks_for(&shared, &caller, &poll.proxy)?;
     }
@@ -63,7 +62,7 @@ pub(super) async fn policy(
             _ => Ok(StatusCode::NO_CONTENT.into_response()),
         },
         _ = ending.wait_for(|ending| *ending) => {
-            Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down"))
+            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "shutting down"))
         }
     }
 }
@@ -85,13 +84,13 @@ pub(super) async fn report(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<StatusCode, Problem> {
+) -> Result<StatusCode, ApiError> {
     let mut report: Report = parse(body, "a report")?;
     if report.proxy.is_empty() || report.proxy.len() > MAX_NAME || report.start.len() > MAX_NAME {
-        return Err(Problem::bad_request("proxy, start: 1 to 512 bytes"));
+        return Err(ApiError::bad_request("proxy, start: 1 to 512 bytes"));
     }
     speaks_for(&shared, &caller, &report.proxy)?;
-    report.check().map_err(Problem::bad_request)?;
+    report.check().map_err(ApiError::bad_request)?;
     if !caller.sees.is_all() {
         let before = report.services.len();
         report.services.retain(|service| caller.sees.includes(&service.name));
@@ -101,7 +100,7 @@ pub(super) async fn report(
         }
     }
     shared.done.took_report(now());
-    let reported = shared.control().reported(&report, now());
+    let reported = shared.reconciler().reported(&report, now());
     for (claim, why) in &reported.ignored {
         ignored(&shared, &report.proxy, *claim, why);
     }
@@ -112,10 +111,10 @@ pub(super) async fn report(
 }
 
 /// Refuses who speaks for another proxy.
-fn speaks_for(shared: &Shared, caller: &Caller, proxy: &str) -> Result<(), Problem> {
+fn speaks_for(shared: &Shared, caller: &Caller, proxy: &str) -> Result<(), ApiError> {
     caller.may_speak_for(proxy).map_err(|why| {
         ignored(shared, proxy, Claim::Proxy, &why);
-        Problem::new(StatusCode::FORBIDDEN, why)
+        ApiError::new(StatusCode::FORBIDDEN, why)
     })
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use tideshift_core::policy::Policy;
+use tideshift_core::protocol::policy::Policy;
 
 /// How many of the services that are gone are remembered.
 const MAX_REMOVED: usize = 1_000;
@@ -134,8 +134,8 @@ impl Published {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use tideshift_core::delivery::{Before, Delivery};
-    use tideshift_core::policy::Service;
+    use tideshift_core::protocol::delivery::{Before, Delivery};
+    use tideshift_core::protocol::policy::Service;
 
     fn service(name: &str, weight: u32) -> Service {
         let host = format!("{name}.shop.example.com");

@@ -1,10 +1,10 @@
 //! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
 
 use super::caller::Caller;
-use super::{Part, Peer, Problem, Services, Shared, parse};
+use super::{ApiError, Extract, Peer, Services, Shared, parse};
 use crate::clock::now;
+use crate::reconciler::series::RolloutSeries;
 use crate::rollout::Command;
-use crate::series::RolloutSeries;
 use crate::status::TransitionStatus;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
@@ -75,7 +75,7 @@ fn percent<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
 /// A route for a command, whose body says `B`; none is as good as an empty object.
 pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) -> MethodRouter<Arc<Shared>> {
     let handler = async move |State(shared): State<Arc<Shared>>,
-                              Part(Path(name)): Part<Path<String>>,
+                              Extract(Path(name)): Extract<Path<String>>,
                               peer: Peer,
                               Extension(caller): Extension<Caller>,
                               headers: HeaderMap,
@@ -85,11 +85,11 @@ pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) 
         let by = super::who(&caller, &peer, &headers);
         tracing::info!(rollout = name, ?command, by, "asked for through the API");
         let (changed, turn) = {
-            let mut control = shared.control();
-            (control.command_by(Some(&by), &name, &command, now())?, shared.turns.ask())
+            let mut reconciler = shared.reconciler();
+            (reconciler.command_by(Some(&by), &name, &command, now())?, shared.turns.ask())
         };
         let services = shared.after(turn, &name).await?;
-        Ok::<_, Problem>(Json(Services { unchanged: !changed, ..services }))
+        Ok::<_, ApiError>(Json(Services { unchanged: !changed, ..services }))
     };
     post(handler)
 }
@@ -103,17 +103,17 @@ pub(super) struct History {
 
 pub(super) async fn history(
     State(shared): State<Arc<Shared>>,
-    Part(Path(name)): Part<Path<String>>,
-) -> Result<Json<History>, Problem> {
-    let transitions = shared.control().history(&name);
-    let transitions = transitions.ok_or_else(|| Problem::not_found(format!("there is no rollout {name}")))?;
+    Extract(Path(name)): Extract<Path<String>>,
+) -> Result<Json<History>, ApiError> {
+    let transitions = shared.reconciler().history(&name);
+    let transitions = transitions.ok_or_else(|| ApiError::not_found(format!("there is no rollout {name}")))?;
     Ok(Json(History { transitions }))
 }
 
 pub(super) async fn series(
     State(shared): State<Arc<Shared>>,
-    Part(Path(name)): Part<Path<String>>,
-) -> Result<Json<RolloutSeries>, Problem> {
-    let series = shared.control().series(&name, now());
-    series.map(Json).ok_or_else(|| Problem::not_found(format!("there is no rollout {name}")))
+    Extract(Path(name)): Extract<Path<String>>,
+) -> Result<Json<RolloutSeries>, ApiError> {
+    let series = shared.reconciler().series(&name, now());
+    series.map(Json).ok_or_else(|| ApiError::not_found(format!("there is no rollout {name}")))
 }

@@ -1,8 +1,8 @@
 //! Documents that come and go through the API: `/v1/shifts/{name}`.
 
 use super::caller::Caller;
-use super::{Part, Peer, Problem, Services, Shared, parse};
-use crate::kubernetes::Role;
+use super::{ApiError, Extract, Peer, Services, Shared, parse};
+use crate::role::Role;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -16,28 +16,28 @@ use tideshift_core::shift::OnDelete;
 /// The document in force, as it was written.
 pub(super) async fn get(
     State(shared): State<Arc<Shared>>,
-    Part(Path(name)): Part<Path<String>>,
-) -> Result<Json<Value>, Problem> {
-    let document = shared.control().document(&name);
-    document.map(Json).ok_or_else(|| Problem::not_found(format!("there is no TrafficShift {name}")))
+    Extract(Path(name)): Extract<Path<String>>,
+) -> Result<Json<Value>, ApiError> {
+    let document = shared.reconciler().document(&name);
+    document.map(Json).ok_or_else(|| ApiError::not_found(format!("there is no TrafficShift {name}")))
 }
 
 /// Puts a document in force in place of the one of the same name, until the file of that one changes.
 pub(super) async fn put(
     State(shared): State<Arc<Shared>>,
-    Part(Path(name)): Part<Path<String>>,
+    Extract(Path(name)): Extract<Path<String>>,
     peer: Peer,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
-) -> Result<(StatusCode, Json<Services>), Problem> {
+) -> Result<(StatusCode, Json<Services>), ApiError> {
     outside_of_clusters(&shared, "apply")?;
     let document: Value = parse(body, "a TrafficShift")?;
     let by = super::who(&caller, &peer, &headers);
     let (is_new, turn) = {
-        let mut control = shared.control();
-        let is_new = control.put_shift(&name, document)?;
-        control.edited_by(&name, &by);
+        let mut reconciler = shared.reconciler();
+        let is_new = reconciler.put_shift(&name, document)?;
+        reconciler.edited_by(&name, &by);
         (is_new, shared.turns.ask())
     };
     tracing::info!(shift = name, by, "a document came through the API");
@@ -66,36 +66,36 @@ enum Traffic {
 /// force again.
 pub(super) async fn delete(
     State(shared): State<Arc<Shared>>,
-    Part(Path(name)): Part<Path<String>>,
-    Part(Query(how)): Part<Query<Delete>>,
+    Extract(Path(name)): Extract<Path<String>>,
+    Extract(Query(how)): Extract<Query<Delete>>,
     peer: Peer,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
-) -> Result<Json<Services>, Problem> {
+) -> Result<Json<Services>, ApiError> {
     let by = super::who(&caller, &peer, &headers);
     let on_delete = how.on_delete.map(|traffic| match traffic {
         Traffic::Keep => OnDelete::Keep,
         Traffic::Drain => OnDelete::Drain,
     });
     let turn = {
-        let mut control = shared.control();
-        if control.departure(&name).is_none() {
+        let mut reconciler = shared.reconciler();
+        if reconciler.departure(&name).is_none() {
             outside_of_clusters(&shared, "delete trafficshift")?;
         }
-        control.delete_shift(&name, on_delete)?;
-        control.edited_by(&name, &by);
+        reconciler.delete_shift(&name, on_delete)?;
+        reconciler.edited_by(&name, &by);
         shared.turns.ask()
     };
     tracing::info!(shift = name, by, "a document was deleted through the API");
     Ok(Json(shared.after_which_may_be_gone(turn, &name).await?))
 }
 
-fn outside_of_clusters(shared: &Shared, instead: &str) -> Result<(), Problem> {
+fn outside_of_clusters(shared: &Shared, instead: &str) -> Result<(), ApiError> {
     match shared.leader.role() {
         Role::Alone => Ok(()),
         _ => {
             let why = format!("documents are resources of the cluster here; expected `kubectl {instead}`");
-            Err(Problem::new(StatusCode::CONFLICT, why))
+            Err(ApiError::new(StatusCode::CONFLICT, why))
         }
     }
 }

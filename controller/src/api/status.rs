@@ -1,9 +1,10 @@
 //! The current state: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
-use super::{Part, Problem, Shared};
+use super::{ApiError, Extract, Shared};
 use crate::clock::now;
-use crate::kubernetes::Role;
-use crate::metrics::{self, classic};
+use crate::metrics;
+use crate::metrics::text_format;
+use crate::role::Role;
 use crate::status::{DrainStatus, Status};
 use axum::Json;
 use axum::extract::{Path, State};
@@ -12,16 +13,16 @@ use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
 
 pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
-    Json(shared.control().status(now()))
+    Json(shared.reconciler().status(now()))
 }
 
 /// How far a version is from being at rest.
 pub(super) async fn drain(
     State(shared): State<Arc<Shared>>,
-    Part(Path((service, version))): Part<Path<(String, String)>>,
-) -> Result<Json<DrainStatus>, Problem> {
-    let drain = shared.control().drain(&service, &version);
-    drain.map(Json).ok_or_else(|| Problem::not_found(format!("there is no version {version} of a service {service}")))
+    Extract(Path((service, version))): Extract<Path<(String, String)>>,
+) -> Result<Json<DrainStatus>, ApiError> {
+    let drain = shared.reconciler().drain(&service, &version);
+    drain.map(Json).ok_or_else(|| ApiError::not_found(format!("there is no version {version} of a service {service}")))
 }
 
 pub(super) async fn healthy() -> &'static str {
@@ -29,7 +30,7 @@ pub(super) async fn healthy() -> &'static str {
 }
 
 pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
-    if let Some(why) = shared.control().held_back() {
+    if let Some(why) = shared.reconciler().held_back() {
         return (StatusCode::SERVICE_UNAVAILABLE, format!("nothing can be published: {why}\n")).into_response();
     }
     match shared.published.borrow().is_some() {
@@ -42,12 +43,12 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
 
 /// Uses OpenMetrics for clients that request it, as newer Prometheus versions do.
 pub(super) async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
-    let status = shared.control().status(now());
+    let status = shared.reconciler().status(now());
     shared.done.leads(shared.leader.role().decides());
     let text = metrics::text(status, &shared.done);
-    let (kind, text) = match classic::asks_for_openmetrics(&headers) {
-        true => (classic::OPEN_METRICS, text),
-        false => (classic::KIND, classic::from_openmetrics(&text)),
+    let (kind, text) = match text_format::asks_for_openmetrics(&headers) {
+        true => (text_format::OPEN_METRICS, text),
+        false => (text_format::KIND, text_format::from_openmetrics(&text)),
     };
     ([(header::CONTENT_TYPE, kind), (header::VARY, "accept")], text).into_response()
 }

@@ -1,8 +1,8 @@
 //! `tideshift delete`: removes a document that `tideshift apply` added.
 
-use super::server::Server;
 use super::{Failure, Output, print};
 use crate::api::Services;
+use crate::cli::client::Server;
 use crate::rollout::Reason;
 use reqwest::Method;
 use serde_json::json;

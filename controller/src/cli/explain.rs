@@ -1,12 +1,13 @@
 //! `tideshift explain`: which version would a request get, and why?
 
-use super::server::{Controller, Server};
 use super::{Failure, Output, print};
-use crate::compile;
-use crate::documents::{self, Document};
+use crate::cli::client::{Controller, Server};
+use crate::documents::Document;
 use crate::explain::{Request, explain, service_of};
+use crate::{compile, documents};
 use std::path::PathBuf;
-use tideshift_core::policy::{MAX_WEIGHT, Policy, Service};
+use tideshift_core::limits::MAX_WEIGHT;
+use tideshift_core::protocol::policy::{Policy, Service};
 
 /// Show which version a request would get, by which rule, and why
 ///

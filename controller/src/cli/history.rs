@@ -1,8 +1,8 @@
 //! `tideshift history` and `tideshift watch`: past transitions, and transitions as they happen.
 
-use super::server::Server;
-use super::steer::the_rollout;
 use super::{Failure, print, print_on};
+use crate::cli::client::Server;
+use crate::cli::rollout::the_rollout;
 use crate::status::{Status, TransitionStatus};
 use clap::ValueEnum;
 use comfy_table::{ContentArrangement, Table, presets};

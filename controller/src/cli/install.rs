@@ -2,9 +2,9 @@
 
 use super::{Failure, print};
 use crate::net::io_reason;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
+use std::{env, fs, io};
 
 /// Copy this program into a directory, for containers that do not ship it
 ///

@@ -2,7 +2,7 @@
 
 use super::{Failure, print};
 use crate::documents;
-use crate::kubernetes::views::USE_LABEL;
+use crate::kubernetes::convert::USE_LABEL;
 use crate::secret_values::SecretUse;
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
@@ -115,7 +115,8 @@ impl Moved {
 mod tests {
     use super::*;
     use crate::kubernetes::admission;
-    use crate::secret_values::{self, SecretValues};
+    use crate::secret_values;
+    use crate::secret_values::SecretValues;
     use tideshift_core::shift::TrafficShift;
 
     fn migrated(spec: Value) -> Vec<Value> {

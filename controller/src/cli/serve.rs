@@ -2,10 +2,11 @@
 
 use super::Failure;
 use crate::api::TokenFiles;
-use crate::hooks::Allowed;
-use crate::serve::{self, Cluster, Documents, Options, ServeError, TlsFiles};
+use crate::server::{Cluster, Documents, Options, ServeError, TlsFiles};
 use crate::store::StoreError;
-use crate::telemetry::{self, LogFormat};
+use crate::telemetry::LogFormat;
+use crate::webhooks::Allowed;
+use crate::{server, telemetry};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -171,7 +172,7 @@ pub(super) async fn run(arguments: Arguments) -> Result<(), Failure> {
             TlsFiles { cert, key, client_ca }
         }),
     };
-    serve::serve(options).await.map_err(|error| match error {
+    server::serve(options).await.map_err(|error| match error {
         ServeError::Documents(errors) => Failure::Documents(errors),
         ServeError::NotLoopback(_)
         | ServeError::NoCluster(_)

@@ -1,8 +1,9 @@
 //! `tideshift simulate`: plays a strategy against a scenario.
 
 use super::{Failure, Output, print};
-use crate::documents::{self, DocumentErrors};
-use crate::simulate::{self, Scenario};
+use crate::documents::DocumentErrors;
+use crate::simulate::Scenario;
+use crate::{documents, simulate};
 use clap::builder::RangedU64ValueParser;
 use std::fs;
 use std::path::{Path, PathBuf};

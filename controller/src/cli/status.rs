@@ -1,7 +1,7 @@
 //! `tideshift status`: the current state.
 
-use super::server::Server;
 use super::{Failure, print_on};
+use crate::cli::client::Server;
 use crate::status::Status;
 use clap::ValueEnum;
 use std::io::{IsTerminal, stdout};

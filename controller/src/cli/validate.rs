@@ -1,7 +1,8 @@
 //! `tideshift validate`: checks documents.
 
 use super::{Failure, print};
-use crate::documents::{self, Document};
+use crate::documents;
+use crate::documents::Document;
 use std::path::PathBuf;
 
 /// Validate documents and print every error

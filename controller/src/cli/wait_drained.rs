@@ -1,7 +1,7 @@
 //! `tideshift wait-drained`: waits until a version has no traffic.
 
-use super::server::Server;
 use super::{Failure, Output, print};
+use crate::cli::client::Server;
 use crate::status::{DrainState, DrainStatus};
 use std::time::{Duration, Instant};
 

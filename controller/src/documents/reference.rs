@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
-use tideshift_core::schema;
+use tideshift_core::shift::json_schema;
 
 const PAGE: &str = include_str!("../../../docs/reference.md");
 
@@ -45,7 +45,7 @@ struct Reference {
 
 impl Reference {
     fn new() -> Self {
-        let schema = serde_json::to_value(schema::traffic_shift()).unwrap();
+        let schema = serde_json::to_value(json_schema::traffic_shift()).unwrap();
         let root = reference(&schema["properties"]["spec"]).unwrap().to_owned();
         Self { types: schema["$defs"].clone(), root }
     }

@@ -6,7 +6,8 @@
 use crate::secret_values;
 use std::fmt;
 use std::time::Duration;
-use tideshift_core::shift::{Check, HookSecret, HookUrl, NotificationFormat, Probe, TrafficShift, WebhookKind};
+use tideshift_core::shift::probe::{Check, Probe};
+use tideshift_core::shift::{HookSecret, HookUrl, NotificationFormat, TrafficShift, WebhookKind};
 
 /// The shortest period of a probe, which is that of Kubernetes.
 const SHORTEST_PERIOD: Duration = Duration::from_secs(1);

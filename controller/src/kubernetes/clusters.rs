@@ -1,7 +1,7 @@
 //! The clusters: the controller's own, and those that Secrets of its namespace lead to.
 
-use super::picture::Place;
 use super::{reason, transport};
+use crate::namespace_ref::NamespaceRef;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::Api;
@@ -114,7 +114,7 @@ impl Clusters {
     /// # Errors
     ///
     /// If there is no such cluster, what leads to it makes no sense, or it is not open to the namespace.
-    pub fn client(&self, place: &Place) -> Result<Client, String> {
+    pub fn client(&self, place: &NamespaceRef) -> Result<Client, String> {
         let Some(cluster) = &place.cluster else { return Ok(self.home()) };
         let remote = self.lock();
         if let Some(open) = remote.namespaces.get(cluster)

@@ -4,10 +4,10 @@
 //!
 //! The YAML is committed. After a change of it or of the types: `UPDATE_GOLDEN=1 cargo test -p tideshift kubernetes`.
 
-use crate::kubernetes::shift_status::TrafficShiftStatus;
+use crate::kubernetes::status::TrafficShiftStatus;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
-use tideshift_core::schema;
+use tideshift_core::shift::json_schema;
 
 /// The group of the resource.
 pub const GROUP: &str = "tideshift.dev";
@@ -66,7 +66,7 @@ pub fn yaml() -> Result<String, serde_saphyr::SerializeError> {
 
 /// The schema of the whole object.
 fn object_schema() -> Value {
-    let mut schema = Value::from(schema::traffic_shift());
+    let mut schema = Value::from(json_schema::traffic_shift());
     let mut types = schema["$defs"].take();
     for (kind, field, bounds) in bounds() {
         merge(&mut types[kind]["properties"][field], bounds);

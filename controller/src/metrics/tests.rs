@@ -61,7 +61,7 @@ fn a_status_becomes_metrics() {
 
 #[test]
 fn what_was_done_is_counted() {
-    let done = Done::default();
+    let done = ControllerMetrics::default();
     let before = text(status(), &done);
     let has = |text: &str, line: &str| text.lines().any(|found| found == format!("tideshift_controller_{line}"));
     assert!(
@@ -108,7 +108,7 @@ fn what_was_done_is_counted() {
 #[cfg(target_os = "linux")]
 #[test]
 fn the_process_says_how_it_is() {
-    let text = text(status(), &Done::default());
+    let text = text(status(), &ControllerMetrics::default());
     let value = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {name}")).parse::<f64>().unwrap()

@@ -2,8 +2,8 @@
 // present state says why.
 
 import { make, say, set, show } from "./dom.js";
-import { Refusal, command, token } from "./feed.js";
-import * as words from "./words.js";
+import { Refusal, command, token } from "./sse.js";
+import * as words from "./format.js";
 
 const isMoving = ({ phase }) => ["Waiting", "Progressing", "Paused"].includes(phase);
 const isPaused = ({ phase, paused }) => paused || phase === "Paused";

@@ -2,7 +2,7 @@
 
 import { chip, each, make, say, set, shareBar, show } from "./dom.js";
 import { isMoving, rollouts, vetoWords } from "./rollout.js";
-import * as words from "./words.js";
+import * as words from "./format.js";
 
 /** From so many on there is a search. */
 const MANY = 8;

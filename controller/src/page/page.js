@@ -1,12 +1,12 @@
 // Starts the page: one feed, one record, and the view that the address names.
 
 import { each, make, say, set, show } from "./dom.js";
-import { Feed } from "./feed.js";
-import { Record } from "./record.js";
+import { Feed } from "./sse.js";
+import { Record } from "./history.js";
 import { isBehind, overview, proxies } from "./overview.js";
 import { rolloutView, rollouts } from "./rollout.js";
 import { askToken } from "./commands.js";
-import * as words from "./words.js";
+import * as words from "./format.js";
 
 const TRANSITIONS = 500;
 /** Nothing heard for so long: what is shown is called old. */

@@ -1,7 +1,7 @@
 // The plots of one service, by uPlot: shares, requests, errors, and the evidence against its bound.
 
 import { COLOURS, make, say, set, style, each } from "./dom.js";
-import * as words from "./words.js";
+import * as words from "./format.js";
 
 /* global uPlot */
 

@@ -3,8 +3,8 @@
 import { chip, colour, each, make, say, set, show, style } from "./dom.js";
 import { plots } from "./plots.js";
 import { toolbar } from "./commands.js";
-import { call } from "./feed.js";
-import * as words from "./words.js";
+import { call } from "./sse.js";
+import * as words from "./format.js";
 
 const HISTORY = 100;
 const UNREADY = 50;

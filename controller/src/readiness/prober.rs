@@ -1,20 +1,16 @@
-//! Watches every endpoint of the documents in force, each by a task of its own ([`super::watch`]), and keeps the table of
+//! Watches every endpoint of the documents in force, each by a task of its own ([`crate::readiness::worker`]), and keeps the table of
 //! readiness.
 
-use super::watch::{Clients, Finding, Terms, Watch};
-use super::{EndpointState, Outlook, Readiness, RememberedReadiness};
+use super::{DiscoveryInfo, EndpointState, Readiness, RememberedReadiness};
 use crate::limits::Limits;
-use crate::probe::Subject;
+use crate::readiness::probe::Subject;
+use crate::readiness::table::{Logged, ReadinessSpec, Running, Table};
+use crate::readiness::worker::{Clients, Watch};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 use tideshift_core::shift::TrafficShift;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
-
-/// The most lines that are logged of one endpoint within so much time: it may come and go many times a second.
-const MAX_LINES: (u32, Duration) = (10, Duration::from_secs(10));
 
 /// Runs the probes. Ends them when dropped.
 #[derive(Debug)]
@@ -22,50 +18,6 @@ pub struct Prober {
     clients: Clients,
     remembered: RememberedReadiness,
     table: Arc<Table>,
-}
-
-/// The readiness, and whose results count towards it.
-#[derive(Debug)]
-pub(super) struct Table {
-    tasks: Mutex<Tasks>,
-    pub(super) readiness: watch::Sender<Arc<Readiness>>,
-}
-
-#[derive(Debug, Default)]
-struct Tasks {
-    running: BTreeMap<Subject, Running>,
-    started: u64,
-}
-
-/// The task that looks after one endpoint.
-#[derive(Debug)]
-struct Running {
-    /// A task that was stopped may still be about to hand in a result; its number gives it away.
-    number: u64,
-    terms: Terms,
-    stop: AbortHandle,
-    logged: Logged,
-}
-
-/// How many lines have been logged of one endpoint of late, or were left out.
-#[derive(Debug)]
-struct Logged {
-    since: Instant,
-    lines: u32,
-}
-
-impl Logged {
-    /// One more line: how many were left out before it; `None` if it is left out as well.
-    fn line(&mut self, now: Instant) -> Option<u32> {
-        let (most, time) = MAX_LINES;
-        let mut left_out = 0;
-        if now.saturating_duration_since(self.since) >= time {
-            left_out = self.lines.saturating_sub(most);
-            *self = Self { since: now, lines: 0 };
-        }
-        self.lines = self.lines.saturating_add(1);
-        (self.lines <= most).then_some(left_out)
-    }
 }
 
 impl Prober {
@@ -102,7 +54,7 @@ impl Prober {
     }
 
     /// The same, with what a cluster says beyond them.
-    pub fn set_with(&self, shifts: &[TrafficShift], outlook: Arc<Outlook>) {
+    pub fn set_with(&self, shifts: &[TrafficShift], outlook: Arc<DiscoveryInfo>) {
         let mut tasks = self.table.lock();
         let before = Arc::clone(&self.table.readiness.borrow());
         let mut readiness = Readiness { outlook, ..Readiness::default() };
@@ -112,7 +64,7 @@ impl Prober {
         {
             let versions = readiness.services.entry(service.name.clone()).or_default();
             for version in &service.versions {
-                let terms = Terms::of(shift, version);
+                let terms = ReadinessSpec::of(shift, version);
                 let endpoints = version.endpoints.iter().map(|endpoint| {
                     let (service, version) = (service.name.clone(), version.name.clone());
                     let subject = Subject { service, version, endpoint: endpoint.clone() };
@@ -139,7 +91,7 @@ impl Prober {
     }
 
     /// What is known of an endpoint before its first result, and whether it is taken for one that serves already.
-    fn state(&self, before: &Readiness, subject: &Subject, terms: &Terms) -> (EndpointState, bool) {
+    fn state(&self, before: &Readiness, subject: &Subject, terms: &ReadinessSpec) -> (EndpointState, bool) {
         let Subject { service, version, endpoint } = subject;
         let is_watched = before.services.contains_key(service);
         let earlier = before.find(service, version, endpoint);
@@ -159,7 +111,7 @@ impl Prober {
         (state, serves)
     }
 
-    fn watch(&self, number: u64, namespace: String, subject: &Subject, terms: Terms) -> Watch {
+    fn watch(&self, number: u64, namespace: String, subject: &Subject, terms: ReadinessSpec) -> Watch {
         let (table, clients) = (Arc::clone(&self.table), self.clients.clone());
         Watch { table, clients, number, subject: subject.clone(), namespace, terms }
     }
@@ -180,54 +132,12 @@ impl Drop for Prober {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.stop.abort();
-    }
-}
-
-impl Table {
-    fn lock(&self) -> MutexGuard<'_, Tasks> {
-        // Nothing that holds the lock panics half-way; if it did, the map would still be whole.
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes in what the task `number` found out, unless it has been replaced.
-    pub(super) fn take_in(&self, number: u64, subject: &Subject, finding: Finding) {
-        let mut tasks = self.lock();
-        let Some(Running { logged, .. }) = tasks.running.get_mut(subject).filter(|of| of.number == number) else {
-            return;
-        };
-        self.readiness.send_if_modified(|readiness| {
-            let Subject { service, version, endpoint } = subject;
-            let Some(state) = readiness.find(service, version, endpoint) else { return false };
-            let Finding { ready, warming, reason } = finding;
-            let known = true;
-            let found = EndpointState { endpoint: endpoint.clone(), ready, known, warming, reason };
-            if *state == found {
-                return false;
-            }
-            let first_failure = !ready && state.reason.is_none();
-            if !state.known || state.ready != ready || first_failure {
-                let reason = found.reason.as_deref();
-                match logged.line(Instant::now()) {
-                    Some(0) => tracing::info!(service, version, %endpoint, ready, reason, "readiness"),
-                    Some(left_out) => tracing::info!(service, version, %endpoint, ready, reason, left_out, "readiness"),
-                    None => {}
-                }
-            }
-            if let Some(state) = Arc::make_mut(readiness).find_mut(service, version, endpoint) {
-                *state = found;
-            }
-            true
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::readiness::table::Finding;
     use serde_json::{Value, json};
+    use std::time::Duration;
     use tokio::net::TcpListener;
 
     #[test]

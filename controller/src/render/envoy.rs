@@ -9,8 +9,9 @@ use super::yaml::{indent, json, list, scalar, seconds};
 use crate::compile;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use tideshift_core::policy::{ControllerRef, Policy};
-use tideshift_core::shift::{Check, Discovery, Endpoint, HttpGet, Probe, ShiftService, ShiftVersion, TrafficShift};
+use tideshift_core::protocol::policy::{ControllerRef, Policy};
+use tideshift_core::shift::probe::{Check, HttpGet, Probe};
+use tideshift_core::shift::{Discovery, Endpoint, ShiftService, ShiftVersion, TrafficShift};
 use tideshift_core::{MIRROR_HEADER, OWN_HEADERS, VERSION_HEADER};
 
 /// How long a request may take where the document says nothing: Envoy's own default.

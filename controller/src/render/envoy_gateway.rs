@@ -1,7 +1,8 @@
 //! `tideshift render envoy-gateway`: the filter for a Gateway of Envoy Gateway (EnvoyExtensionPolicy), the HTTPRoutes to the
 //! versions, and what makes the controller known to the proxies.
 
-use super::httproute::{self, Gateway};
+use super::httproute;
+use super::httproute::Gateway;
 use super::kubernetes::{Filter, Unfit, configuration, metadata, names};
 use super::yaml::{indent, json, scalar};
 use tideshift_core::shift::TrafficShift;
@@ -151,7 +152,7 @@ mod tests {
     use super::super::kubernetes::tests::{PAYMENT, filter, objects_in, shift};
     use super::*;
     use serde_json::{Value, json};
-    use tideshift_core::policy::Policy;
+    use tideshift_core::protocol::policy::Policy;
 
     fn options() -> Options {
         let gateway = Gateway { namespace: "infra".to_owned(), name: "public".to_owned() };

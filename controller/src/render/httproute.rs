@@ -1,9 +1,8 @@
 //! `tideshift render httproute`: what leads to each version by `x-tideshift-version`, for whatever implements Gateway API.
 //! The filter is not in it: how that comes to the proxies is each implementation's own.
 
-use super::kubernetes::without_dots;
 use super::kubernetes::{
-    Unfit, check_names, discovery, label_map, labels, metadata, mirrors, names, namespace, services,
+    Unfit, check_names, discovery, label_map, labels, metadata, mirrors, names, namespace, services, without_dots,
 };
 use super::yaml::{list, scalar, seconds};
 use tideshift_core::VERSION_HEADER;

@@ -4,7 +4,7 @@ use super::yaml::scalar;
 use crate::compile;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use tideshift_core::policy::{ControllerRef, Policy};
+use tideshift_core::protocol::policy::{ControllerRef, Policy};
 use tideshift_core::shift::{Discovery, Endpoint, ShiftService, ShiftVersion, TrafficShift};
 
 /// The filter's module, and what asks the controller.
@@ -243,7 +243,7 @@ spec:
         for (service, (shift, meant)) in policy.services.iter().zip(services(&shifts)) {
             let meant = compile::service_at_rest(meant, &shift.stable);
             let name = format!("{}.{}", meant.name, namespace(shift));
-            assert_eq!(*service, tideshift_core::policy::Service { name, ..meant });
+            assert_eq!(*service, tideshift_core::protocol::policy::Service { name, ..meant });
         }
         assert_eq!(policy.services[1].session.as_ref().unwrap().generation, (1 << 53) + 1);
         assert_eq!((policy.revision, configuration["revision"].as_str()), (0, Some("0")));

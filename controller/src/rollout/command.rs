@@ -1,6 +1,7 @@
 //! What people say to a rollout, beside what the document says.
 
-use super::{Millis, Observed, Phase, Reason, Rollout, Warming};
+use super::{Phase, Reason, Rollout, RolloutInputs, Warming};
+use crate::clock::Millis;
 use serde::{Deserialize, Serialize};
 use tideshift_core::shift::TrafficShift;
 
@@ -66,7 +67,7 @@ impl Rollout {
         mut self,
         command: &Command,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Result<Self, Refused> {
         match command {
@@ -119,7 +120,7 @@ impl Rollout {
         full: bool,
         override_gates: bool,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Result<(), Refused> {
         let target = self.target_under_way()?;
@@ -195,7 +196,7 @@ impl Rollout {
         Ok(())
     }
 
-    fn pause(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
+    fn pause(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if self.paused {
             return Ok(());
@@ -205,7 +206,7 @@ impl Rollout {
         Ok(())
     }
 
-    fn resume(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Result<(), Refused> {
+    fn resume(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         if !self.paused && self.reason == Reason::PauseStep {
             return self.promote(false, false, shift, world, now);
@@ -232,7 +233,7 @@ impl Rollout {
         to: &str,
         override_gates: bool,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Result<(), Refused> {
         must_have(shift, "to", to)?;
@@ -269,7 +270,7 @@ impl Rollout {
         &mut self,
         target: &str,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Result<(), Refused> {
         must_have(shift, "target", target)?;

@@ -1,7 +1,8 @@
 //! When a rollout has to be looked at although nothing has changed but the time.
 
 use super::measured::{Begun, USUAL};
-use super::{Millis, Rollout, Warming};
+use super::{Rollout, Warming};
+use crate::clock::Millis;
 use tideshift_core::shift::TrafficShift;
 
 impl Rollout {

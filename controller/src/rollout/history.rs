@@ -1,6 +1,7 @@
 //! What has happened to a rollout, as far as it is kept.
 
-use super::{Millis, Phase, Reason};
+use super::{Phase, Reason};
+use crate::clock::Millis;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 

@@ -1,12 +1,13 @@
 //! Only what was measured counts: whether proxies that are there run what was decided and lead requests to the target,
 //! and what came of those. A step that no request can have tried is neither held nor ended by time alone.
 
-use super::parts::EPSILON;
-use super::words::of_service;
-use super::{Millis, Observed, Reason, Rollout, Warming};
+use super::{Reason, Rollout, RolloutInputs, Warming};
+use crate::clock::Millis;
+use crate::rollout::allocation::EPSILON;
+use crate::rollout::shortfall::of_service;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use tideshift_core::report::Counts;
+use tideshift_core::counts::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// A revision is applied and said to be within a fraction of a second; so long, nothing is said of it.
@@ -56,7 +57,7 @@ impl Begun {
 
 impl Rollout {
     /// Notes what had been counted when the step began, and when a request went astray last.
-    pub(super) fn take_stock(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+    pub(super) fn take_stock(&mut self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let stable = self.stable.clone();
         for service in &shift.services {
             let counts = world.counts(&service.name, target);
@@ -113,7 +114,7 @@ impl Rollout {
         &self,
         target: &str,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Option<(Reason, String)> {
         if self.goes_back(shift) {
@@ -130,7 +131,13 @@ impl Rollout {
     }
 
     /// Whether requests of the target went elsewhere, and no more than those came to it.
-    fn not_routed(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<String> {
+    fn not_routed(
+        &self,
+        target: &str,
+        shift: &TrafficShift,
+        world: &impl RolloutInputs,
+        now: Millis,
+    ) -> Option<String> {
         shift.services.iter().find_map(|service| {
             let begun = self.begun.get(&service.name)?;
             let reached = world.counts(&service.name, target).total();
@@ -151,7 +158,12 @@ impl Rollout {
     }
 
     /// Whether the target has given no good answer in this step where the stable version has, in words.
-    pub(super) fn no_good_answer(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+    pub(super) fn no_good_answer(
+        &self,
+        target: &str,
+        shift: &TrafficShift,
+        world: &impl RolloutInputs,
+    ) -> Option<String> {
         let of = |service: &ShiftService| {
             let begun = self.begun.get(&service.name)?;
             let got = world.counts(&service.name, target).since(&begun.target);
@@ -179,7 +191,7 @@ impl Rollout {
 
     /// Whether guards keep the target out on half of the proxies or more, in words. Its users are the others' there,
     /// whatever share it has on paper, so that the step is not held.
-    pub(super) fn kept_out(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+    pub(super) fn kept_out(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs) -> Option<String> {
         let live = world.coverage().live;
         shift.services.iter().find_map(|service| {
             let out = world.vetoes(&service.name, target).count();
@@ -192,7 +204,12 @@ impl Rollout {
 
 impl Rollout {
     /// The errors and requests that the guards of half of the proxies or more have seen, if most failed there.
-    pub(super) fn fails_most(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<(u64, u64)> {
+    pub(super) fn fails_most(
+        &self,
+        target: &str,
+        shift: &TrafficShift,
+        world: &impl RolloutInputs,
+    ) -> Option<(u64, u64)> {
         let live = world.coverage().live;
         let of = |service: &ShiftService| {
             let vetoes = world.vetoes(&service.name, target);

@@ -1,9 +1,11 @@
 //! A rollout under way: what takes the target back, what stands in the way of the next step, and what time does.
 
-use super::parts::{self, EPSILON, level_of, percent};
-use super::words::{Shortfall, of_service, sentences};
-use super::{Millis, Observed, Opinion, Phase, Reason, Rollout, Warming};
-use tideshift_core::report::Counts;
+use super::{AnalysisResult, Phase, Reason, Rollout, RolloutInputs, Warming};
+use crate::clock::Millis;
+use crate::rollout::allocation;
+use crate::rollout::allocation::{EPSILON, level_of, percent};
+use crate::rollout::shortfall::{Shortfall, of_service, sentences};
+use tideshift_core::counts::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
 /// Why a target is taken back, and what it failed.
@@ -37,7 +39,7 @@ impl Rollout {
         self.content = self.content.map(|_| now);
     }
 
-    pub(super) fn progress(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+    pub(super) fn progress(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let Some(target) = self.target.clone() else { return };
         let counted = shift.services.iter().map(|service| self.counted_on(shift, service, &target, world)).sum();
         if counted > self.most_ready {
@@ -76,13 +78,13 @@ impl Rollout {
     }
 
     /// Why the target must be taken back, if it must.
-    fn failure(&self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) -> Option<Failure> {
+    fn failure(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Option<Failure> {
         if self.goes_back(shift) {
             return None;
         }
         let verdict = world.verdict();
         if verdict.fails {
-            let Opinion { words, errors, requests, worst, .. } = verdict;
+            let AnalysisResult { words, errors, requests, worst, .. } = verdict;
             // How bad it is, is for the service to say that fails: others that are fine make it no better.
             let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
             // What it did well before it began to fail makes it no better either, where guards have seen that.
@@ -123,7 +125,7 @@ impl Rollout {
     }
 
     /// The target's errors and answers since the rollout began.
-    fn counted(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> (u64, u64) {
+    fn counted(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs) -> (u64, u64) {
         let of = |service: &ShiftService| {
             let before = self.counted_before.get(&service.name).copied().unwrap_or_default();
             world.counts(&service.name, target).since(&before)
@@ -144,7 +146,7 @@ impl Rollout {
     }
 
     /// Lets copies of requests, then a growing share of them reach the target. While it is paused, this stands still.
-    fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+    fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         if self.frozen.is_some() || self.is_unmeasured_for_long(now) {
             return;
         }
@@ -170,7 +172,7 @@ impl Rollout {
     }
 
     /// Stays at the present share.
-    pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl Observed, now: Millis) {
+    pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         self.freeze_at(level_of(self.wanted(shift, world)), now);
     }
 
@@ -198,7 +200,7 @@ impl Rollout {
         shortfall: &Shortfall,
         unmeasured: Option<(Reason, String)>,
         shift: &TrafficShift,
-        world: &impl Observed,
+        world: &impl RolloutInputs,
         now: Millis,
     ) -> Option<(Phase, Reason, String)> {
         let progressing = |reason, why| Some((Phase::Progressing, reason, why));
@@ -337,11 +339,11 @@ impl Rollout {
     }
 
     /// What endpoints are missing for the next step: of the target, or of it and the stable version together.
-    fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl Observed) -> Option<String> {
+    fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs) -> Option<String> {
         shift.services.iter().find_map(|service| {
             self.missing_of_target(shift, service, world).or_else(|| {
                 let full = self.full_load(service);
-                let missing = parts::max_unavailable(&shift.strategy, full);
+                let missing = allocation::max_unavailable(&shift.strategy, full);
                 let counted = |version: &str| self.counted_on(shift, service, version, world);
                 let together = counted(target) + counted(&self.stable);
                 (together < full.saturating_sub(missing)).then(|| {

@@ -20,7 +20,7 @@ struct World {
     available: BTreeMap<(String, String), u32>,
     /// Versions of a service of which nothing is ready.
     unready: std::collections::BTreeSet<(String, String)>,
-    opinion: Opinion,
+    opinion: AnalysisResult,
     counts: BTreeMap<String, Counts>,
     vetoes: Vec<Veto>,
     behind: bool,
@@ -28,7 +28,7 @@ struct World {
     misrouted: u64,
 }
 
-impl Observed for World {
+impl RolloutInputs for World {
     fn ready(&self, service: &str, version: &str) -> u32 {
         let is_ready = !self.unready.contains(&(service.to_owned(), version.to_owned()));
         self.ready.get(version).copied().filter(|_| is_ready).unwrap_or_default()
@@ -50,7 +50,7 @@ impl Observed for World {
         if version == "v2" { self.misrouted } else { 0 }
     }
 
-    fn verdict(&self) -> Opinion {
+    fn verdict(&self) -> AnalysisResult {
         self.opinion.clone()
     }
 
@@ -89,7 +89,7 @@ impl Play {
                 "analysis": {"maxErrors": 10},
             },
         });
-        let opinion = Opinion { passes: true, ..Opinion::default() };
+        let opinion = AnalysisResult { passes: true, ..AnalysisResult::default() };
         let coverage = Coverage { live: 2, ..Coverage::default() };
         let world = World { opinion, coverage, ..World::default() };
         let mut play = Self { world, rollout: Rollout::new(&read(&document), 0), document, now: 0 };
@@ -281,7 +281,7 @@ fn a_guards_veto_is_no_verdict() {
     play.pass(1).world.vetoes = vec![veto(play.now, 1)];
     assert_eq!(play.pass(1).rollout.message, "step 1: the guards of 1 of 2 proxies keep v2 out");
     // The verdict's fail is another matter, and what guards have seen says how bad it is now.
-    play.world.opinion = Opinion { fails: true, requests: 53, errors: 21, ..Opinion::default() };
+    play.world.opinion = AnalysisResult { fails: true, requests: 53, errors: 21, ..AnalysisResult::default() };
     play.ready("v1", 1);
     assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
     assert_eq!(play.shares(), [100.0, 0.0, 0.0], "all at once");
@@ -329,12 +329,12 @@ fn back_to_stable_asks_nobody() {
     play.set("webhooks", json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/"}]));
     let warm_up = json!({"seconds": 30, "mirrorPercent": 5});
     play.set("strategy", json!({"steps": [{"weight": 25, "holdSeconds": 5}], "warmUp": warm_up}));
-    play.world.opinion = Opinion { fails: true, both_fail: true, ..Opinion::default() };
+    play.world.opinion = AnalysisResult { fails: true, both_fail: true, ..AnalysisResult::default() };
     play.set("target", json!("v1"));
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     assert_eq!((play.stands(), play.rollout.stable.as_str()), ((Phase::Succeeded, Reason::Completed), "v1"));
     // Forward is another matter.
-    play.world.opinion = Opinion { passes: true, ..Opinion::default() };
+    play.world.opinion = AnalysisResult { passes: true, ..AnalysisResult::default() };
     play.set("target", json!("v3"));
     assert_eq!(play.pass(60).stands(), (Phase::Waiting, Reason::GateClosed));
     assert_eq!(play.shares(), [100.0, 0.0, 0.0]);
@@ -484,7 +484,7 @@ fn somebody_can_pause_and_resume_at_any_time() {
 fn promoting_skips_a_hold_and_an_undecided_verdict_but_not_the_endpoints() {
     let mut play =
         Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}, {"weight": 50, "holdSeconds": 600}]));
-    play.world.opinion = Opinion::default();
+    play.world.opinion = AnalysisResult::default();
     play.pass(1).command(PROMOTE).unwrap();
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
     play.ready("v2", 1);
@@ -689,7 +689,7 @@ fn kubernetes_arithmetic_of_what_may_be_missing() {
         let mut play = Play::new("v1", None, json!([{"weight": 100}]));
         play.set("strategy", json!({"maxSurge": surge, "maxUnavailable": unavailable}));
         let strategy = read(&play.document).strategy;
-        assert_eq!(parts::max_unavailable(&strategy, whole), may_be_missing, "{surge} {unavailable} of {whole}");
+        assert_eq!(allocation::max_unavailable(&strategy, whole), may_be_missing, "{surge} {unavailable} of {whole}");
     }
 }
 
@@ -714,7 +714,7 @@ fn endpoints_lost_in_the_middle_of_a_step_move_traffic_at_once_and_it_is_said() 
 #[test]
 fn a_step_that_ends_undecided_waits_and_says_so() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 10}]));
-    play.world.opinion = Opinion { words: "v2: 0 of 3 failed".to_owned(), ..Opinion::default() };
+    play.world.opinion = AnalysisResult { words: "v2: 0 of 3 failed".to_owned(), ..AnalysisResult::default() };
     assert_eq!(play.pass(3_600).shares(), [50.0, 50.0, 0.0]);
     assert_eq!((play.rollout.reason, play.rollout.message.as_str()), (Reason::Undecided, "step 1: v2: 0 of 3 failed"));
     play.world.opinion.passes = true;
@@ -724,12 +724,13 @@ fn a_step_that_ends_undecided_waits_and_says_so() {
 #[test]
 fn a_verdict_takes_the_target_back_and_both_failing_does_not() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 10}]));
-    let both = Opinion { both_fail: true, passes: true, words: "hold: both".to_owned(), ..Opinion::default() };
+    let both =
+        AnalysisResult { both_fail: true, passes: true, words: "hold: both".to_owned(), ..AnalysisResult::default() };
     play.world.opinion = both;
     assert_eq!(play.pass(600).stands(), (Phase::Progressing, Reason::BothFailing));
     assert_eq!(play.shares(), [50.0, 50.0, 0.0]);
     let words = "v2 is worse than v1: 7 of 41 failed".to_owned();
-    play.world.opinion = Opinion { fails: true, requests: 41, errors: 7, words, ..Opinion::default() };
+    play.world.opinion = AnalysisResult { fails: true, requests: 41, errors: 7, words, ..AnalysisResult::default() };
     play.ready("v1", 2);
     assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
     assert_eq!(play.shares(), [50.0, 50.0, 0.0], "no more than v1 can carry");
@@ -792,7 +793,7 @@ mod properties {
     enum Happening {
         Ready(usize, u32),
         Count(usize, u64, u64),
-        Opinion(bool, bool, bool),
+        AnalysisResult(bool, bool, bool),
         Behind(bool),
         Document(Option<usize>, usize),
         Strategy(serde_json::Value),
@@ -818,7 +819,7 @@ mod properties {
         prop_oneof![
             3 => (0usize..3, 0u32..6).prop_map(|(v, ready)| Happening::Ready(v, ready)),
             2 => (0usize..3, 0u64..50, 0u64..8).prop_map(|(v, ok, error)| Happening::Count(v, ok, error)),
-            2 => any::<(bool, bool, bool)>().prop_map(|(fails, passes, both)| Happening::Opinion(fails, passes, both)),
+            2 => any::<(bool, bool, bool)>().prop_map(|(fails, passes, both)| Happening::AnalysisResult(fails, passes, both)),
             1 => any::<bool>().prop_map(Happening::Behind),
             1 => (prop::option::of(0usize..3), 0usize..3).prop_map(|(target, stable)| Happening::Document(target, stable)),
             1 => strategies().prop_map(Happening::Strategy),
@@ -855,8 +856,8 @@ mod properties {
                 match happening {
                     Happening::Ready(v, ready) => play.ready(&version(v), ready),
                     Happening::Count(v, ok, error) => play.count(&version(v), ok, error),
-                    Happening::Opinion(fails, passes, both_fail) => {
-                        play.world.opinion = Opinion { fails, passes, both_fail, ..Opinion::default() };
+                    Happening::AnalysisResult(fails, passes, both_fail) => {
+                        play.world.opinion = AnalysisResult { fails, passes, both_fail, ..AnalysisResult::default() };
                     }
                     Happening::Behind(behind) => play.world.behind = behind,
                     Happening::Document(target, stable) => {
@@ -897,7 +898,7 @@ mod properties {
                 prop_assert!(!is_over || (!before.paused && before.phase.is_under_way()) || said, "{:?}", before);
                 // What is left to somebody grows no further while it is paused.
                 if rollout.frozen.is_some() && before.frozen == rollout.frozen && rollout.number == before.number {
-                    prop_assert!(rollout.wanted(&shift, &play.world) <= parts::share_of(before.frozen.unwrap()) + 1e-9);
+                    prop_assert!(rollout.wanted(&shift, &play.world) <= allocation::share_of(before.frozen.unwrap()) + 1e-9);
                 }
                 prop_assert_eq!(rollout.phase.is_under_way(), rollout.current_step(&shift).is_some());
                 prop_assert!(rollout.target.is_some() || !rollout.phase.is_under_way());
@@ -922,14 +923,14 @@ mod properties {
 fn a_rollout_is_not_judged_by_what_the_counts_said_of_the_one_before() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 30}]));
     play.pass(1);
-    play.world.opinion = Opinion { fails: true, requests: 20, errors: 20, ..Opinion::default() };
+    play.world.opinion = AnalysisResult { fails: true, requests: 20, errors: 20, ..AnalysisResult::default() };
     assert_eq!(play.pass(1).rollout.phase, Phase::Failed);
     play.document["spec"]["target"] = json!("v3");
     // The first look begins it, and only then somebody judges v3.
     let shift = read(&play.document);
     play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now + 100);
     assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::Started));
-    play.world.opinion = Opinion::default();
+    play.world.opinion = AnalysisResult::default();
     assert_eq!(play.pass(1).rollout.phase, Phase::Progressing);
 }
 

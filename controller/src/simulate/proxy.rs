@@ -2,13 +2,14 @@
 //! becomes of a request is made up.
 
 use super::random::Latency;
-use crate::rollout::Millis;
+use crate::clock::Millis;
 use fastrand::Rng;
 use std::sync::Arc;
+use tideshift_core::choice::plan::{Plan, Turns};
+use tideshift_core::counts::{Counts, DURATION_BOUNDS};
 use tideshift_core::guard::{Guard, Observed, Veto};
-use tideshift_core::plan::{Plan, Turns};
-use tideshift_core::policy::{Policy, Service};
-use tideshift_core::report::{Counts, DURATION_BOUNDS, Report, ServiceReport, Tally, VersionReport};
+use tideshift_core::protocol::policy::{Policy, Service};
+use tideshift_core::protocol::report::{Report, ServiceReport, Tally, VersionReport};
 
 /// How often everything is looked at, as in the filter and in the controller.
 pub(super) const TICK: Millis = 100;

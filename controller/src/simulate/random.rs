@@ -3,7 +3,7 @@
 use fastrand::Rng;
 use std::f64::consts::{PI, SQRT_2};
 use std::sync::{Arc, LazyLock};
-use tideshift_core::report::duration_bucket;
+use tideshift_core::counts::duration_bucket;
 
 /// How many requests come in a time in which `mean` come on average, if they come independently of each other (Poisson).
 pub(super) fn how_many(random: &mut Rng, mean: f64) -> u64 {

@@ -5,11 +5,12 @@ use super::proxy::{Condition, Proxy, TICK};
 use super::random::{how_long, how_many};
 use super::record::{Event, Judged, Run, Sample, ServiceTotals, Transition, VersionSample, VersionTotals};
 use super::scenario::{Action, Behaviour, Planned, Scenario};
-use crate::control::{Control, Counted};
+use crate::clock::Millis;
 use crate::readiness::{EndpointState, Readiness};
-use crate::rollout::{Command, Millis, Phase, percent};
+use crate::reconciler::state::PersistedState;
+use crate::reconciler::{CountState, Reconciler};
+use crate::rollout::{Command, Phase, percent};
 use crate::status::ServiceStatus;
-use crate::store::Kept;
 use fastrand::Rng;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -41,10 +42,10 @@ struct World<'s> {
     seed: u64,
     random: Rng,
     at: Millis,
-    control: Control,
+    reconciler: Reconciler,
     /// When it is back, if it is away.
     back_at: Option<Millis>,
-    kept_counts: Counted,
+    kept_counts: CountState,
     targeted: bool,
     /// Of each service, of each version in the shift's order.
     versions: Vec<Vec<Version<'s>>>,
@@ -120,16 +121,20 @@ impl<'s> World<'s> {
             Proxy::new(format!("proxy-{}", i + 1), random.u64(..), BEGINNING + first)
         };
         let proxies = (0..scenario.proxies).map(proxy).collect();
-        let kept = Kept { epoch: "simulated".to_owned(), session_secret: "simulated".to_owned(), ..Kept::default() };
+        let kept = PersistedState {
+            epoch: "simulated".to_owned(),
+            session_secret: "simulated".to_owned(),
+            ..PersistedState::default()
+        };
         let every = (scenario.duration / MOST_SAMPLES).max(1).next_multiple_of(1_000);
         Self {
             scenario,
             seed,
             random,
             at: 0,
-            control: Control::new(Vec::new(), kept, Counted::default()),
+            reconciler: Reconciler::new(Vec::new(), kept, CountState::default()),
             back_at: None,
-            kept_counts: Counted::default(),
+            kept_counts: CountState::default(),
             targeted: false,
             versions,
             proxies,
@@ -169,9 +174,9 @@ impl<'s> World<'s> {
                 ));
                 self.record.changed = true;
             }
-            let report = self.proxies[i].report(&self.control.kept().epoch, now);
+            let report = self.proxies[i].report(&self.reconciler.kept().epoch, now);
             if let (Some(report), None) = (report, self.back_at) {
-                self.control.reported(&report, now);
+                self.reconciler.reported(&report, now);
             }
         }
     }
@@ -186,7 +191,7 @@ impl<'s> World<'s> {
             version.ready = ready;
         }
         if changed {
-            self.control.set_readiness(self.readiness());
+            self.reconciler.set_readiness(self.readiness());
             self.record.changed = true;
         }
     }
@@ -216,14 +221,15 @@ impl<'s> World<'s> {
     fn look_at_target(&mut self) {
         if self.at == 0 || (!self.targeted && self.at >= self.scenario.target_at) {
             self.targeted = self.at >= self.scenario.target_at;
-            self.control.set_documents(self.documents());
+            self.reconciler.set_documents(self.documents());
         }
     }
 
     fn return_of_the_controller(&mut self) {
         if self.back_at.take_if(|back| *back <= self.at).is_some() {
-            self.control = Control::new(self.documents(), self.control.kept().clone(), self.kept_counts.clone());
-            self.control.set_readiness(self.readiness());
+            self.reconciler =
+                Reconciler::new(self.documents(), self.reconciler.kept().clone(), self.kept_counts.clone());
+            self.reconciler.set_readiness(self.readiness());
             self.tell("the controller is back".to_owned());
             self.record.changed = true;
         }
@@ -233,7 +239,7 @@ impl<'s> World<'s> {
         match (action, self.back_at) {
             (Action::ControllerDown(long), _) => {
                 self.back_at = Some(self.at + long);
-                if let Some(counts) = self.control.changed_counts() {
+                if let Some(counts) = self.reconciler.changed_counts() {
                     self.kept_counts = counts;
                 }
                 self.tell(format!("the controller goes away for {} s", long / 1_000));
@@ -245,7 +251,7 @@ impl<'s> World<'s> {
             (Action::Command(command), None) => {
                 // It knows nothing of a document that it has never looked at.
                 self.decide();
-                let done = self.control.command(&self.shift.name, command, self.now());
+                let done = self.reconciler.command(&self.shift.name, command, self.now());
                 let refused = done.err().map(|why| format!(": refused: {why}")).unwrap_or_default();
                 self.tell(format!("{}{refused}", words(command)));
             }
@@ -261,10 +267,10 @@ impl<'s> World<'s> {
         if self.back_at.is_some() {
             return;
         }
-        for (question, _) in self.control.questions() {
-            self.control.gate_answered(&question, true, "");
+        for (question, _) in self.reconciler.questions() {
+            self.reconciler.gate_answered(&question, true, "");
         }
-        let outcome = self.control.evaluate(self.now());
+        let outcome = self.reconciler.evaluate(self.now());
         for (_, transition) in outcome.transitions {
             self.note(&transition);
         }
@@ -313,7 +319,7 @@ impl<'s> World<'s> {
     }
 
     fn status(&self) -> Option<ServiceStatus> {
-        self.control.rollout_status(&self.shift.name, self.now())?.into_iter().next()
+        self.reconciler.rollout_status(&self.shift.name, self.now())?.into_iter().next()
     }
 
     fn serve(&mut self, tick: usize) {
@@ -337,7 +343,7 @@ impl<'s> World<'s> {
     }
 
     fn target(&self) -> Option<String> {
-        self.control.kept().rollouts.get(&self.shift.name)?.target.clone()
+        self.reconciler.kept().rollouts.get(&self.shift.name)?.target.clone()
     }
 
     /// The places of the target's versions: of services and of versions.
@@ -435,7 +441,7 @@ impl<'s> World<'s> {
             self.sample();
         }
         let judged = self.record.judged.unwrap_or_else(|| self.since_the_start());
-        let rollout = self.control.kept().rollouts.get(&self.shift.name).cloned();
+        let rollout = self.reconciler.kept().rollouts.get(&self.shift.name).cloned();
         let rollout = rollout.unwrap_or_else(|| crate::rollout::Rollout::new(&self.shift, self.now()));
         let services = self.shift.services.iter().enumerate().map(|(i, service)| {
             let versions = service.versions.iter().zip(&self.versions[i]).zip(self.versions(i));

@@ -2,7 +2,8 @@
 //! endpoints are ready when, and what people do meanwhile.
 
 use super::random::Latency;
-use crate::rollout::{Command, Millis};
+use crate::clock::Millis;
+use crate::rollout::Command;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use tideshift_core::decode::{Decoder, Errors, Fields};

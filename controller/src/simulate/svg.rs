@@ -5,9 +5,9 @@ mod canvas;
 mod labels;
 
 use super::record::{Run, Sample, VersionSample};
-use super::text::clock;
 use crate::rollout::Reason;
-pub(super) use canvas::number;
+use crate::simulate::format::clock;
+pub(super) use crate::simulate::format::number;
 use canvas::{Anchor, Canvas, Path, Scale, round_up, time_step, width_of, wrapped};
 use labels::{Label, place};
 

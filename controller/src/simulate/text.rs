@@ -3,6 +3,7 @@
 use super::many::Many;
 use super::record::Run;
 use crate::rollout::Phase;
+use crate::simulate::format::clock;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
@@ -125,14 +126,4 @@ fn table(columns: &[&str]) -> Table {
 /// With thousands apart.
 fn grouped(number: u64) -> String {
     super::svg::number(number as f64)
-}
-
-/// Seconds as people write times: `0:31.2`, `1:02:03.0`.
-pub(super) fn clock(seconds: f64) -> String {
-    let tenths = (seconds * 10.0).round() as u64;
-    let (hours, minutes, seconds, tenths) = (tenths / 36_000, tenths / 600 % 60, tenths / 10 % 60, tenths % 10);
-    match hours {
-        0 => format!("{minutes}:{seconds:02}.{tenths}"),
-        _ => format!("{hours}:{minutes:02}:{seconds:02}.{tenths}"),
-    }
 }

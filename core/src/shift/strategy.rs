@@ -1,10 +1,11 @@
 //! The strategy of a rollout: its steps, the allowed shortfall of endpoints, and its progress deadline.
 
-use super::{WarmUp, seconds};
+use super::WarmUp;
 use crate::decode::Decoder;
 use crate::matching::Match;
 #[cfg(feature = "schema")]
 use crate::schema;
+use crate::shift::fields::seconds;
 use serde_json::Value;
 use std::time::Duration;
 
@@ -17,15 +18,15 @@ pub struct Strategy {
     pub steps: Vec<Step>,
     /// Replaces steps: a preview, then all traffic. The share of each step moves completely or not at all, instead of
     /// gradually as endpoints become ready.
-    #[cfg_attr(feature = "schema", schemars(rename = "blueGreen", with = "Option<schema::BlueGreen>"))]
+    #[cfg_attr(feature = "schema", schemars(rename = "blueGreen", with = "Option<described::BlueGreen>"))]
     pub whole_steps: bool,
     /// The number of endpoints that a workload may have beyond what the load needs; default 25 %, rounded up.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::QuantityText>", extend("default" = "25%")))]
-    pub max_surge: Quantity,
+    pub max_surge: IntOrPercent,
     /// The number of endpoints needed for the load that may be missing while the rollout progresses; default 25 %, rounded
     /// down; at most 100 %.
     #[cfg_attr(feature = "schema", schemars(with = "Option<schema::PartText>", extend("default" = "25%")))]
-    pub max_unavailable: Quantity,
+    pub max_unavailable: IntOrPercent,
     /// How long an endpoint must be ready before it receives traffic; default 0.
     #[cfg_attr(feature = "schema", schemars(rename = "minReadySeconds", with = "Option<schema::Seconds>", extend("default" = 0)))]
     pub min_ready: Duration,
@@ -64,14 +65,14 @@ pub struct Step {
 
 /// A number, or a percentage of a number that is known later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quantity {
+pub enum IntOrPercent {
     /// An absolute number.
     Count(u32),
     /// A percentage.
     Percent(u32),
 }
 
-impl Quantity {
+impl IntOrPercent {
     /// The number for `whole`; percentages are rounded up.
     pub fn of_rounded_up(self, whole: u32) -> u32 {
         match self {
@@ -148,8 +149,8 @@ impl Default for Strategy {
         Self {
             steps: vec![Step::all()],
             whole_steps: false,
-            max_surge: Quantity::Percent(25),
-            max_unavailable: Quantity::Percent(25),
+            max_surge: IntOrPercent::Percent(25),
+            max_unavailable: IntOrPercent::Percent(25),
             min_ready: Duration::ZERO,
             progress_deadline: Duration::from_secs(600),
             abort_at_deadline: false,
@@ -169,10 +170,10 @@ impl Strategy {
             d.invalid(value, "either steps or blueGreen");
         }
         let whole_steps = f.has("blueGreen");
-        let max_surge = f.optional(d, "maxSurge", Quantity::read).unwrap_or(default.max_surge);
+        let max_surge = f.optional(d, "maxSurge", IntOrPercent::read).unwrap_or(default.max_surge);
         let max_unavailable = f.optional(d, "maxUnavailable", |d, value| {
-            let read = Quantity::read(d, value)?;
-            if matches!(read, Quantity::Percent(101..)) {
+            let read = IntOrPercent::read(d, value)?;
+            if matches!(read, IntOrPercent::Percent(101..)) {
                 d.invalid(value, "no more than 100%, as in Kubernetes");
             }
             Some(read)
@@ -237,4 +238,30 @@ fn blue_green(d: &mut Decoder, value: &Value) -> Option<Vec<Step>> {
     let is_preview = preview.pause || !preview.hold.is_zero() || !preview.matches.is_empty();
     let all = Step { hold, ..Step::all() };
     Some(is_preview.then_some(preview).into_iter().chain([all]).collect())
+}
+
+/// What readers take apart here, as a JSON Schema.
+#[cfg(feature = "schema")]
+mod described {
+    use crate::matching::Match;
+    use crate::schema;
+    use schemars::JsonSchema;
+
+    /// Blue/green: a preview of the target, then all traffic at once.
+    #[derive(JsonSchema)]
+    #[schemars(rename_all = "camelCase", deny_unknown_fields)]
+    #[allow(dead_code, reason = "only its schema is used")]
+    pub(crate) struct BlueGreen {
+        /// Whether the target gets all traffic without a manual promotion; default true.
+        #[schemars(extend("default" = true))]
+        auto_promotion_enabled: Option<bool>,
+        /// How long the preview lasts before the target gets all traffic; default 0.
+        #[schemars(with = "Option<schema::Seconds>", extend("default" = 0))]
+        auto_promotion_seconds: Option<u64>,
+        /// Requests that go to the target during the preview, such as those of testers. A request needs to satisfy one match.
+        preview_matches: Option<Vec<Match>>,
+        /// How long the target must have all traffic before the rollout succeeds; default 0.
+        #[schemars(with = "Option<schema::Seconds>", extend("default" = 0))]
+        hold_seconds: Option<u64>,
+    }
 }

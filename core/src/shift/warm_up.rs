@@ -2,12 +2,13 @@
 //! receives configured requests and becomes ready only if it answers them; then the version receives mirrored requests,
 //! if the routes support mirroring; then its share ramps up. This module only reads the document; the controller acts.
 
-use super::{LONGEST_SECONDS, headers, path, seconds};
 use crate::decode::Decoder;
+use crate::limits::LONGEST_SECONDS;
 use crate::matching::choice;
 use crate::outcome::status_range;
 #[cfg(feature = "schema")]
 use crate::schema;
+use crate::shift::fields::{headers, path, seconds};
 use serde_json::Value;
 use std::ops::RangeInclusive;
 use std::time::Duration;

@@ -1,10 +1,12 @@
 //! Webhooks: gates that approve steps, and notifications of transitions. The controller sends the requests.
 
-use super::{SecretKeyRef, seconds};
+use super::SecretKeyRef;
 use crate::decode::Decoder;
+use crate::limits::PHASES;
 use crate::matching::choice;
 use crate::name;
 use crate::session::Secret;
+use crate::shift::fields::seconds;
 use serde_json::Value;
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -85,8 +87,6 @@ pub enum NotificationFormat {
     Slack,
 }
 
-/// The names of the phases of a rollout.
-pub const PHASES: [&str; 6] = ["Initialized", "Waiting", "Progressing", "Paused", "Succeeded", "Failed"];
 /// The maximum number of webhooks in a document.
 const MAX_WEBHOOKS: usize = 20;
 /// The maximum length of a URL.
@@ -217,6 +217,67 @@ fn is_authority(authority: &str) -> bool {
     let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
     let is_address = address.is_some_and(|address| address.parse::<Ipv6Addr>().is_ok());
     is_port && (is_address || name::is_subdomain(&host.to_ascii_lowercase(), 253))
+}
+
+/// What readers take apart here, as a JSON Schema.
+#[cfg(feature = "schema")]
+pub(super) mod described {
+    use super::NotificationFormat;
+    use crate::schema;
+    use schemars::JsonSchema;
+
+    /// An HTTP endpoint that approves steps or receives notifications.
+    #[derive(JsonSchema)]
+    #[schemars(rename_all = "camelCase", deny_unknown_fields)]
+    #[allow(dead_code, reason = "only its schema is used")]
+    pub(crate) struct Webhook {
+        /// The name in messages; unique within the document.
+        #[schemars(with = "schema::Name")]
+        name: String,
+        /// Gate: must approve a step before it begins. Notification: receives transitions.
+        #[schemars(rename = "type")]
+        kind: WebhookType,
+        /// Where to send: `http` or `https`, without user or fragment. Either this or urlSecretRef.
+        #[schemars(with = "Option<schema::Url>")]
+        url: Option<String>,
+        /// Where the URL is, in place of url, if it is a secret, as those of chats are: a key of a Secret of the document's
+        /// namespace, labelled `tideshift.dev/use: webhook`; outside of Kubernetes a file of `--secrets-dir`.
+        url_secret_ref: Option<crate::secret_ref::SecretKeyRef>,
+        /// What requests are signed with; they are not signed where neither this nor secretRef nor secretFile is given.
+        #[schemars(with = "Option<schema::Secret>")]
+        secret: Option<String>,
+        /// Where the secret is, in place of secret; as urlSecretRef.
+        secret_ref: Option<crate::secret_ref::SecretKeyRef>,
+        /// A file of the controller's with the secret, in place of secret. It is read each time.
+        #[schemars(with = "Option<schema::FilledText>")]
+        secret_file: Option<String>,
+        /// The timeout of a request; default 10.
+        #[schemars(range(min = 1, max = 300), extend("default" = 10))]
+        timeout_seconds: Option<u64>,
+        /// Gate only: the numbers of the steps that it guards, counted from 1. Default: every step.
+        #[schemars(length(min = 1), inner(range(min = 1, max = 1_000)))]
+        steps: Option<Vec<usize>>,
+        /// Gate only: the time between a refusal and the next request; default 15.
+        #[schemars(with = "Option<schema::AtLeastOneSecond>")]
+        period_seconds: Option<u64>,
+        /// Notification only: the phases that it receives. Default: every transition.
+        #[schemars(with = "Option<Vec<schema::Phase>>", length(min = 1))]
+        phases: Option<Vec<String>>,
+        /// Notification only: the number of retries of a failed delivery; default 5.
+        #[schemars(range(min = 0, max = 20))]
+        retries: Option<u32>,
+        /// Notification only: the format of the body; default Json. Json: all details as fields. Slack: `{"text": "..."}`, which
+        /// Slack, Mattermost and others accept.
+        format: Option<NotificationFormat>,
+    }
+
+    #[derive(JsonSchema)]
+    #[schemars(inline)]
+    #[allow(dead_code, reason = "only its schema is used")]
+    enum WebhookType {
+        Gate,
+        Notification,
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! "The target is worse than what is allowed, and than the stable version at the same time"; and whether both are worse
 //! than allowed.
 
-use super::{Batch, CLUMP, Settings, Totals, settings::DEFAULT_MAX_ERROR_RATE};
+use super::settings::DEFAULT_MAX_ERROR_RATE;
+use super::{Batch, CLUMP, Settings, Totals};
 use crate::evidence::{Evidence, RATIOS, bits, log_mean_exp, tilt};
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,7 @@
 //! "More clients have bad requests at the target than at the stable version": evidence from single requests, within the
-//! [limits](crate::clients) that keep one client from deciding anything.
+//! [limits](crate::evidence::clients) that keep one client from deciding anything.
 
-use crate::clients::{Limits, MOST_CLIENTS, Request};
+use crate::evidence::clients::{Limits, MOST_CLIENTS, Request};
 use crate::evidence::{RATIOS, bits, log_mean_exp};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -1,7 +1,8 @@
 //! The result of a verdict, as numbers and as text.
 
 use serde::{Deserialize, Serialize};
-use std::fmt::{self, Write};
+use std::fmt;
+use std::fmt::Write;
 use std::time::Duration;
 
 /// Requests of one version, and how many of them were bad: failed, or slow.

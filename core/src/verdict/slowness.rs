@@ -3,8 +3,8 @@
 
 use super::clients::Clients;
 use super::{Batch, Latency, LatencyJudgement, Request, Sample, Totals};
+use crate::counts::DURATION_BOUNDS;
 use crate::evidence::{Evidence, RATIOS, log_mean_exp};
-use crate::report::DURATION_BOUNDS;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 

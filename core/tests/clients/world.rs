@@ -6,11 +6,11 @@ use crate::thresholds::Thresholds;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::Duration;
+use tideshift_core::choice::sequence::EvenSequence;
+use tideshift_core::counts::{Counts, DURATION_BOUNDS, duration_bucket};
 use tideshift_core::guard::{Guard, GuardPolicy, Observed};
 use tideshift_core::outcome::Outcome as Ended;
-use tideshift_core::report::{Counts, DURATION_BOUNDS, duration_bucket};
-use tideshift_core::sequence::EvenSequence;
-use tideshift_core::verdict::{Analysis, Ground, Lately, Outcome, Request, Sample, Settings, Tick};
+use tideshift_core::verdict::{Analysis, Ground, Outcome, Request, RollingBaseline, Sample, Settings, Tick};
 
 pub const TARGET: usize = 0;
 pub const STABLE: usize = 1;
@@ -198,7 +198,7 @@ impl<'a> Scene<'a> {
 
     pub fn play(self, seed: u64) -> End {
         let mut world = World::new(self, seed);
-        let mut known = Lately::default();
+        let mut known = RollingBaseline::default();
         let errors = (9_000.0 * self.base) as u64;
         let durations = match self.settings.latency {
             Some(_) => world.usual_durations(9_000),

@@ -2,7 +2,8 @@
 //! swap, queues, ticks, metrics and HTTP callouts, with a clock that the test sets and responses that the test gives. On
 //! request it answers host calls with nonsense.
 
-use crate::header_pairs::{self, HeaderPairs};
+use crate::header_pairs;
+use crate::header_pairs::HeaderPairs;
 use crate::host::{HeaderMap, Host, MetricKind};
 use crate::vm::Vm;
 use fastrand::Rng;

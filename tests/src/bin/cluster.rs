@@ -1,20 +1,16 @@
 //! What one controller costs in a cluster with many TrafficShifts and pods, and how fast it is there, on the tests' own API
 //! server. `make bench-controller` runs it; `ONLY=pods` says which figures.
 
-use std::{
-    env,
-    time::{Duration, Instant},
-};
+use std::env;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tideshift_tests::{
-    client::{Connection, Request, get},
-    controller::Controller,
-    kubernetes::rig::{Cluster, slice},
-    usage::Usage,
-    wait::eventually,
-};
+use tideshift_tests::client::{Connection, Request, get};
+use tideshift_tests::controller::Controller;
+use tideshift_tests::kubernetes::rig::{Cluster, slice};
+use tideshift_tests::usage::Usage;
+use tideshift_tests::wait::eventually;
 use tokio::time::sleep;
 
 /// How long CPU time at rest is looked at, and how long changes are made.

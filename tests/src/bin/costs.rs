@@ -2,28 +2,22 @@
 //! over real HTTP. `make bench-controller` runs it; `BASE=FILE` measures another `tideshift` binary beside it, in turns;
 //! `ROUNDS=3` says how often, `ONLY=report` which figures, `STARTS=100000` how many starts of proxies.
 
-use std::{
-    collections::BTreeMap,
-    env, fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{env, fs};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tideshift_tests::{
-    artifacts,
-    client::{Connection, Request, get},
-    controller::Controller,
-    hook::{Answer, Receiver},
-    ports::Port,
-    usage::Usage,
-};
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, sleep},
-};
+use tideshift_tests::artifacts;
+use tideshift_tests::client::{Connection, Request, get};
+use tideshift_tests::controller::Controller;
+use tideshift_tests::hook::{Answer, Receiver};
+use tideshift_tests::ports::Port;
+use tideshift_tests::usage::Usage;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
 
 /// How long CPU time at rest is looked at.
 const REST: Duration = Duration::from_secs(10);

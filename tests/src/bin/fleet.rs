@@ -2,25 +2,20 @@
 //! them: how long a new policy takes to reach the last one, and what CPU time and memory that needs.
 //! `make bench-fleet` runs it; `PROXIES=10000` says how many, `CHANGES=20` how often the policy changes.
 
-use std::{
-    env,
-    net::SocketAddr,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::env;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tideshift_tests::{
-    client::{Connection, Request, get},
-    rig::{FOR_EVER, Rig, SERVICE},
-    usage::Usage,
-};
+use tideshift_tests::client::{Connection, Request, get};
+use tideshift_tests::rig::{FOR_EVER, SERVICE, TestBed};
+use tideshift_tests::usage::Usage;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 /// How often a proxy reports.
@@ -50,7 +45,7 @@ async fn main() -> anyhow::Result<()> {
             "Only {proxies} proxies instead of {asked}: this machine's limit of open files (two for each) is lower.\n"
         );
     }
-    let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+    let mut rig = TestBed::new(&[("v1", 1), ("v2", 1)]).await?;
     let strategy = json!({ "steps": [{ "weight": 10, "holdSeconds": FOR_EVER }, { "weight": 100 }] });
     rig.write(&rig.document(json!({ "target": "v2", "strategy": strategy })))?;
     let controller = rig.start_controller().await?;

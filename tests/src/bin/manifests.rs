@@ -2,10 +2,8 @@
 
 use std::fs;
 
-use tideshift_tests::{
-    artifacts,
-    kubernetes::chart::{Chart, readme},
-};
+use tideshift_tests::artifacts;
+use tideshift_tests::kubernetes::chart::{Chart, readme};
 
 fn main() -> anyhow::Result<()> {
     let chart = Chart::load()?;

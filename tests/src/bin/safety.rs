@@ -2,16 +2,16 @@
 //! version taken back: on a real Envoy, with 100 requests a second. `make bench-safety` runs it; `RUNS=20` says how
 //! often each target breaks, `SECONDS=60` how long a hostile client goes on, `CASES=hangs` takes the rows with that word.
 
-use std::{env, str::FromStr, time::Duration};
+use std::env;
+use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tideshift_tests::{
-    backend::{Behaviour, Errors, Mode},
-    hostile::{BAD_INPUT, Hostile, Sent, Way},
-    load::{Load, Plan},
-    rig::{CONNECTIONS, FOR_EVER, HOST, Rig, Seen, next_answers, until_shares},
-};
+use tideshift_tests::backend::{Behaviour, Errors, Mode};
+use tideshift_tests::hostile::{BAD_INPUT, Hostile, Sent, Way};
+use tideshift_tests::load::{Load, Plan};
+use tideshift_tests::rig::{CONNECTIONS, FOR_EVER, HOST, Seen, TestBed, next_answers, until_shares};
 use tokio::time::{Instant, interval};
 
 const WORKERS: usize = 2;
@@ -219,7 +219,7 @@ impl Broken {
     }
 
     async fn run(&self) -> anyhow::Result<Run> {
-        let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+        let mut rig = TestBed::new(&[("v1", 1), ("v2", 1)]).await?;
         if matches!(self.callers, Callers::Grpc) {
             rig.backends.values().flatten().for_each(|backend| backend.set(|behaviour| behaviour.mode = Mode::Grpc));
         }
@@ -269,7 +269,7 @@ impl Broken {
 }
 
 impl Callers {
-    fn load(self, rig: &Rig) -> Load {
+    fn load(self, rig: &TestBed) -> Load {
         let plan = Plan::new(rig.address(), HOST).rate(RATE);
         let plan = match self {
             Self::Many => plan.callers(CALLERS),
@@ -310,7 +310,7 @@ async fn hostile_clients(cases: &[&Attack], lasts: Duration) -> anyhow::Result<(
 impl Attack {
     /// What happened to a version, and when; `None` if nothing did.
     async fn run(&self, lasts: Duration) -> anyhow::Result<(Option<String>, Sent)> {
-        let mut rig = Rig::new(&[("v1", 1), ("v2", 1)]).await?;
+        let mut rig = TestBed::new(&[("v1", 1), ("v2", 1)]).await?;
         for backend in rig.backends.values().flatten() {
             backend.set(|behaviour| behaviour.bad_input = Some(BAD_INPUT));
         }

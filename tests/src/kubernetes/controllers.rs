@@ -11,10 +11,8 @@ mod owners;
 mod workloads;
 
 use serde_json::{Value, json};
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, sleep},
-};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
 
 use super::apiserver::{ApiServer, Objects};
 

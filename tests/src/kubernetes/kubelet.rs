@@ -14,26 +14,20 @@
 //! Without [`ADDRESSES`] pods get addresses of the documentation range, to which nothing must ever be sent. A real
 //! control plane refuses loopback addresses and knows nothing of [`PORT`].
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::{
-    Api, Client, ResourceExt as _,
-    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
-    runtime::{WatchStreamExt as _, watcher},
-};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, sleep_until},
-};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 /// Whether the pod is ready when it runs.
 pub const READY: &str = "tideshift.dev/test-ready";

@@ -5,16 +5,14 @@
 
 use std::path::Path;
 
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
-};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
 
 pub mod apiserver;
 pub mod chart;
 pub mod controllers;
 pub mod kubelet;
-pub mod rig;
+pub mod test_bed;
 
 /// A client by a kubeconfig file.
 pub async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {

@@ -6,14 +6,12 @@ use std::time::Duration;
 
 use wasmi::{Caller, Error, Linker};
 
-use super::{
-    Callout, LocalResponse,
-    abi::{self, Level, Map, Status},
-    guest::{Called, Guest, Stop},
-    hostile::Fault,
-    shared::Kind,
-    vm::{State, Tick},
-};
+use super::abi::{Level, Map, Status};
+use super::guest::{Called, Guest, Stop};
+use super::hostile::Fault;
+use super::shared::Kind;
+use super::vm::{State, Tick};
+use super::{Callout, LocalResponse, abi};
 
 const MODULE: &str = "env";
 

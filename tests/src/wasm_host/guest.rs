@@ -2,11 +2,9 @@
 
 use wasmi::{Caller, Memory};
 
-use super::{
-    abi::Status,
-    hostile::{Fault, Word, spoil},
-    vm::State,
-};
+use super::abi::Status;
+use super::hostile::{Fault, Word, spoil};
+use super::vm::State;
 
 /// How a host call ends before its end: with a status for the module, perhaps one that does not exist, or by a trap.
 pub(super) enum Stop {

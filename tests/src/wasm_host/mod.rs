@@ -29,23 +29,21 @@ mod shared;
 mod vm;
 mod wasi;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use wasmi::{Config, Engine, ExternType, Module};
 
-pub use self::{
-    abi::{Header, Level, Status},
-    hostile::{Fault, Word},
-    shared::Random,
-};
-use self::{shared::Shared, vm::Vm};
-use crate::{artifacts, bootstrap::CONTROLLER_CLUSTER};
+pub use self::abi::{Header, Level, Status};
+pub use self::hostile::{Fault, Word};
+pub use self::shared::Random;
+use self::shared::Shared;
+use self::vm::Vm;
+use crate::artifacts;
+use crate::bootstrap::CONTROLLER_CLUSTER;
 
 /// The main thread's VM: it gets ticks, queues and callouts, but no requests. The workers are 1, 2 and so on.
 pub const MAIN: usize = 0;

@@ -1,16 +1,12 @@
 //! What all VMs of a proxy have in common: the clock, shared data, queues, metrics, callouts, the log, and what the test
 //! wants to go wrong.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
-use super::{
-    Callout, LogLine,
-    abi::{Level, Status},
-    hostile::Fault,
-};
+use super::abi::{Level, Status};
+use super::hostile::Fault;
+use super::{Callout, LogLine};
 
 /// The state behind the host calls of all VMs.
 #[derive(Debug, Default)]

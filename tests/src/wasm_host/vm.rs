@@ -1,22 +1,16 @@
 //! One VM: the module's instance, its contexts, and the callbacks as Envoy makes them.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, ensure};
 use wasmi::{Engine, FuncType, Instance, Linker, Module, Store, Val};
 
-use super::{
-    Answer, Ending, LocalResponse,
-    abi::{Header, Map, property_path},
-    calls,
-    hostile::Fault,
-    shared::{Kind, Shared},
-    wasi,
-};
+use super::abi::{Header, Map, property_path};
+use super::hostile::Fault;
+use super::shared::{Kind, Shared};
+use super::{Answer, Ending, LocalResponse, calls, wasi};
 use crate::bootstrap::VERSION_HEADER;
 
 /// What the host calls of one VM see and change.

@@ -2,12 +2,10 @@
 
 use wasmi::{Caller, Error, Linker};
 
-use super::{
-    abi::Level,
-    calls::guard,
-    guest::{Called, Guest, Stop},
-    vm::State,
-};
+use super::abi::Level;
+use super::calls::guard;
+use super::guest::{Called, Guest, Stop};
+use super::vm::State;
 
 const MODULE: &str = "wasi_snapshot_preview1";
 

@@ -6,10 +6,10 @@ use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::{self, Write as _};
-use std::fs;
+use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 use tar::{Builder, EntryType, Header};
 
 /// The SHA-256 of something, in hexadecimal.

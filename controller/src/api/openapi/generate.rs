@@ -3,13 +3,13 @@
 use crate::api::events::TransitionEvent;
 use crate::api::rollouts::{History, Nothing, Promote, Rollback, SetTarget, SetWeight};
 use crate::api::{ProblemBody, Route, Services, routes};
-use crate::series::RolloutSeries;
+use crate::reconciler::series::RolloutSeries;
 use crate::status::{DrainStatus, Status};
 use axum::http::Method;
 use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema, json_schema};
 use serde_json::{Map, Value, json};
-use tideshift_core::report::Report;
+use tideshift_core::protocol::report::Report;
 
 /// The description of a route, which the code alone does not contain.
 struct Operation {
@@ -29,7 +29,7 @@ enum Content {
     Json(Schema),
     /// One of these content types, chosen by the client.
     Text(&'static [&'static str]),
-    Problem,
+    ApiError,
 }
 
 /// Response schemas and request schemas differ: fields that are optional in requests are always present in responses.
@@ -82,7 +82,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                 "The current state of the rollout's services. The change is persisted and published.",
                 types.answer::<Services>(),
             ),
-            (409, "The command conflicts with the rollout's current state.", Content::Problem),
+            (409, "The command conflicts with the rollout's current state.", Content::ApiError),
         ],
     };
     match (method.as_str(), path) {
@@ -95,8 +95,8 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
             types.answer::<TransitionEvent<'_>>();
             let answers = vec![
                 (200, "Server-sent events, until the controller stops.", Content::Text(&["text/event-stream"])),
-                (429, "This client has reached its limit of open streams.", Content::Problem),
-                (503, "The limit of open streams is reached, or there is no leader.", Content::Problem),
+                (429, "This client has reached its limit of open streams.", Content::ApiError),
+                (503, "The limit of open streams is reached, or there is no leader.", Content::ApiError),
             ];
             let description = "`event: status` carries a Status: immediately, after each change (at most four times a second), \
                                and at least once a second. `event: transition` carries a TransitionEvent whenever a \
@@ -171,7 +171,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                     types.answer::<Services>(),
                 ),
                 (201, "The document is new. The current state of its services.", types.answer::<Services>()),
-                (409, "The controller runs in Kubernetes, where documents are resources.", Content::Problem),
+                (409, "The controller runs in Kubernetes, where documents are resources.", Content::ApiError),
             ],
         },
         ("DELETE", "/v1/shifts/{name}") => {
@@ -186,7 +186,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                     409,
                     "It comes from a file; it is gone already and its weights are kept; or in Kubernetes, where documents \
                      are resources of the cluster.",
-                    Content::Problem,
+                    Content::ApiError,
                 ),
             ];
             let description = "One that was put here before; what a file says is removed in that file. What becomes of its \
@@ -223,7 +223,7 @@ fn describe(method: &Method, path: &str, types: &mut Types) -> Operation {
                     Content::Json(policy()),
                 ),
                 (204, "No newer policy yet; poll again.", Content::Nothing),
-                (503, "The controller is stopping.", Content::Problem),
+                (503, "The controller is stopping.", Content::ApiError),
             ],
         },
         ("POST", "/v1/reports") => Operation {
@@ -274,7 +274,7 @@ fn policy() -> Schema {
 
 /// The schemas of the documents and of the types in a TrafficShift. Rules that span fields exist only in `core`'s readers.
 fn documents() -> Map<String, Value> {
-    let shift = Value::from(tideshift_core::schema::traffic_shift()).to_string();
+    let shift = Value::from(tideshift_core::shift::json_schema::traffic_shift()).to_string();
     let mut shift: Map<String, Value> =
         serde_json::from_str(&shift.replace("#/$defs/", "#/components/schemas/")).expect("it was JSON before");
     shift.remove("$schema");
@@ -409,7 +409,7 @@ impl Operation {
                     json!({"description": what, "content": {"application/json": {"schema": schema}}})
                 }
                 Content::Text(kinds) => json!({"description": what, "content": texts(kinds)}),
-                Content::Problem => problem(what),
+                Content::ApiError => problem(what),
             };
             responses.insert(status.to_string(), response);
         }

@@ -1,12 +1,12 @@
 //! Holds the document true: it is what the code says, and every route answers as it says.
 
 use super::{DOCUMENT, generate};
-use crate::api::{Events, Leader, Published, Shared, Tokens, Turns, now, router};
-use crate::control::{Control, Counted};
-use crate::kubernetes::Role;
-use crate::metrics::Done;
+use crate::api::{Events, Leader, Published, ReconcileBarrier, Shared, Tokens, now, router};
+use crate::metrics::ControllerMetrics;
 use crate::readiness::Prober;
-use crate::store::Kept;
+use crate::reconciler::state::PersistedState;
+use crate::reconciler::{CountState, Reconciler};
+use crate::role::Role;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{Request, Response, header};
@@ -86,15 +86,16 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
     let document = shift("shop", 10);
     let read = TrafficShift::read(&document).unwrap();
     let prober = Prober::start(Default::default()).unwrap();
-    let control = Control::new(vec![(read, document)], Kept::fresh("e".to_owned()).unwrap(), Counted::default());
+    let reconciler =
+        Reconciler::new(vec![(read, document)], PersistedState::fresh("e".to_owned()).unwrap(), CountState::default());
     let ((publish, published), (_, tokens)) = (watch::channel(None), watch::channel(Tokens::default()));
-    let (control, (end, ending)) = (Mutex::new(control), watch::channel(false));
-    let (counted, turns, events) = (Notify::new(), Turns::default(), Events::default());
+    let (reconciler, (end, ending)) = (Mutex::new(reconciler), watch::channel(false));
+    let (counted, turns, events) = (Notify::new(), ReconcileBarrier::default(), Events::default());
     let (reviewer, certificates, leader) = (None, false, Leader::new(role.subscribe(), None));
-    let done = Done::default();
+    let done = ControllerMetrics::default();
     let (filtered, complaints) = Default::default();
     let shared = Shared {
-        control,
+        reconciler,
         counted,
         turns,
         events,
@@ -113,12 +114,12 @@ async fn start_as(role: Role) -> (Router, Arc<Shared>) {
     tokio::spawn(async move {
         loop {
             let turn = {
-                let mut control = mind.control();
-                if let Some(shifts) = control.changed_shifts() {
+                let mut reconciler = mind.reconciler();
+                if let Some(shifts) = reconciler.changed_shifts() {
                     prober.set(shifts);
                 }
-                control.set_readiness(prober.subscribe().borrow().clone());
-                let outcome = control.evaluate(now());
+                reconciler.set_readiness(prober.subscribe().borrow().clone());
+                let outcome = reconciler.evaluate(now());
                 mind.events.tell(&outcome.transitions);
                 if let Some(policy) = outcome.policy {
                     let next = Published::next(publish.borrow().as_ref(), "e".to_owned(), &policy);

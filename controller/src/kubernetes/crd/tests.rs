@@ -32,7 +32,7 @@ fn the_committed_file_is_what_the_types_say() {
 
 #[test]
 fn what_is_said_of_types_and_fields_is_said_of_some_that_there_are() {
-    let types = Value::from(schema::traffic_shift())["$defs"].take();
+    let types = Value::from(json_schema::traffic_shift())["$defs"].take();
     for (kind, field, _) in bounds() {
         assert!(types[kind]["properties"][field].is_object(), "{kind}.{field}");
     }
@@ -102,13 +102,13 @@ impl Server {
     /// The document as it is kept, or what is wrong with it anywhere, in a cluster or not.
     fn take(&self, document: &Value) -> Result<Value, Vec<String>> {
         let is_of_clusters = |error: &String| CLUSTER_RULES.iter().any(|rule| rule.holds == error);
-        let (document, mut errors) = self.look_at(document);
+        let (document, mut errors) = self.health_check(document);
         errors.retain(|error| !is_of_clusters(error));
         if errors.is_empty() { Ok(document) } else { Err(errors) }
     }
 
     /// The document with its defaults, and everything that is wrong with it.
-    fn look_at(&self, document: &Value) -> (Value, Vec<String>) {
+    fn health_check(&self, document: &Value) -> (Value, Vec<String>) {
         let mut document = document.clone();
         fill_in(&self.schema, &mut document);
         let mut errors: Vec<_> = self.validator.iter_errors(&document).map(|error| error.to_string()).collect();
@@ -238,7 +238,7 @@ fn what_reaches_out_of_the_namespace_is_refused_by_a_rule_of_its_own() {
     let hook = |field: &str, value: Value| {
         ("/webhooks", json!([{"name": "a", "type": "Gate", "url": "https://ci.example.com", field: value}]))
     };
-    assert_eq!(SERVER.look_at(&documents::document(spec())).1, [""; 0]);
+    assert_eq!(SERVER.health_check(&documents::document(spec())).1, [""; 0]);
     let mut broken = BTreeSet::new();
     for (pointer, value) in [
         ("/versions/0", json!({"name": "v1", "endpoints": ["169.254.169.254:80"]})),
@@ -249,7 +249,7 @@ fn what_reaches_out_of_the_namespace_is_refused_by_a_rule_of_its_own() {
         hook("secretFile", json!("/var/run/secrets/kubernetes.io/serviceaccount/token")),
     ] {
         let document = documents::with(spec(), pointer, value);
-        let (_, errors) = SERVER.look_at(&document);
+        let (_, errors) = SERVER.health_check(&document);
         assert_eq!(errors.len(), 1, "{document}: {errors:?}");
         assert!(is_read(&document) && !is_admitted(&document), "{document}");
         broken.extend(errors);
@@ -260,7 +260,7 @@ fn what_reaches_out_of_the_namespace_is_refused_by_a_rule_of_its_own() {
     for document in [json!(["10.0.0.1:80"]), json!([])]
         .map(|endpoints| documents::with(spec(), "/versions/0", v1("endpoints", endpoints)))
     {
-        assert!(!SERVER.look_at(&document).1.is_empty(), "{document}: never beside a service");
+        assert!(!SERVER.health_check(&document).1.is_empty(), "{document}: never beside a service");
     }
 }
 
@@ -412,7 +412,7 @@ proptest! {
             let versions = here.pointer_mut(&at).and_then(Value::as_array_mut);
             versions.into_iter().flatten().for_each(|version| _ = version.as_object_mut().and_then(|version| version.remove("endpoints")));
         }
-        prop_assert_eq!(SERVER.look_at(&here).1.is_empty(), is_admitted(&here), "{}\n{:?}", here, SERVER.look_at(&here).1);
+        prop_assert_eq!(SERVER.health_check(&here).1.is_empty(), is_admitted(&here), "{}\n{:?}", here, SERVER.health_check(&here).1);
         if let Ok(kept) = kept {
             prop_assert_eq!(TrafficShift::read(&document), TrafficShift::read(&kept), "{}\nis kept as\n{}", document, kept);
         }

@@ -60,7 +60,7 @@ fn what_is_lost_while_it_waits_for_somebody_is_told() {
 
     let mut play = held(json!([{"weight": 25}]));
     play.rollout = Play::new("v1", None, json!([{"weight": 1}])).rollout;
-    play.world.opinion = Opinion { words: "v2: 0 of 3 failed".to_owned(), ..Opinion::default() };
+    play.world.opinion = AnalysisResult { words: "v2: 0 of 3 failed".to_owned(), ..AnalysisResult::default() };
     play.pass(2).news();
     play.ready("v1", 0);
     play.pass(1);

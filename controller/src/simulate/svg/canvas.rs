@@ -185,23 +185,10 @@ pub(super) fn time_step(seconds: f64) -> f64 {
     STEPS.into_iter().find(|step| seconds / step <= 12.0).unwrap_or(172_800.0)
 }
 
-/// A number with its thousands apart, and only the digits that it has.
-pub(in crate::simulate) fn number(number: f64) -> String {
-    let text = format!("{}", (number * 1_000.0).round() / 1_000.0);
-    let (whole, rest) = text.split_once('.').map_or((text.as_str(), None), |(whole, rest)| (whole, Some(rest)));
-    let mut grouped = String::new();
-    for (i, digit) in whole.chars().enumerate() {
-        if i > 0 && (whole.len() - i).is_multiple_of(3) && digit.is_ascii_digit() {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    rest.map_or(grouped.clone(), |rest| format!("{grouped}.{rest}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simulate::format::number;
 
     #[test]
     fn numbers_are_round() {

@@ -1,9 +1,7 @@
 //! A filter that does nothing, written as the SDK's examples are. `make bench` compares with it.
 
-use proxy_wasm::{
-    traits::{Context, HttpContext, RootContext},
-    types::{Action, ContextType, LogLevel},
-};
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::{Action, ContextType, LogLevel};
 
 struct Root;
 struct Exchange;

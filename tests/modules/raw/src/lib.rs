@@ -5,7 +5,8 @@
 // Its host calls are only there in a proxy.
 #![cfg(target_family = "wasm")]
 
-use std::{cell::UnsafeCell, ptr};
+use std::cell::UnsafeCell;
+use std::ptr;
 
 const REQUEST_HEADERS: u32 = 0;
 const RESPONSE_HEADERS: u32 = 2;

@@ -1,11 +1,9 @@
 //! A client that costs next to nothing: a few connections that are kept alive, one request at a time on each, and two
 //! system calls for a request. Every answer is checked.
 
-use std::{
-    collections::BTreeMap,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-};
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Context as _, bail, ensure};
 use tideshift_tests::setup::DEADLINE;

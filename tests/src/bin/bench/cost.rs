@@ -1,29 +1,23 @@
 //! What each variant costs in CPU time of Envoy's worker: batches to all listeners in random order, round after round,
 //! and the median over the rounds of what a variant costs against another one in the same round.
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 use fastrand::Rng;
-use tideshift_tests::{
-    envoy::Envoy,
-    setup::{DEADLINE, VMS_CREATED},
-    wait::eventually,
-};
+use tideshift_tests::envoy::Envoy;
+use tideshift_tests::setup::{DEADLINE, VMS_CREATED};
+use tideshift_tests::wait::eventually;
 
-use crate::{
-    client::{Client, request},
-    machine::{Cores, Thread, pin},
-    progress,
-    proxy::Proxy,
-    settings::Settings,
-    statistics::Summary,
-    variants::{Counted, Expected, Requests, Variant, WEIGHTS},
-};
+use crate::client::{Client, request};
+use crate::machine::{Cores, Thread, pin};
+use crate::progress;
+use crate::proxy::Proxy;
+use crate::settings::Settings;
+use crate::statistics::Summary;
+use crate::variants::{Counted, Expected, Requests, Variant, WEIGHTS};
 
 /// What came out for one variant.
 #[derive(Debug)]

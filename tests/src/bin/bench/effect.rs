@@ -4,16 +4,17 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::{Value, json};
-use tideshift_tests::{
-    bootstrap::CONTROLLER_CLUSTER,
-    client::Connection,
-    effect::{self, Effect},
-    load::{Plan, Tally},
-    policy_server::{PolicyServer, held_after},
-    setup::Setup,
-};
+use tideshift_tests::bootstrap::CONTROLLER_CLUSTER;
+use tideshift_tests::client::Connection;
+use tideshift_tests::effect;
+use tideshift_tests::effect::Effect;
+use tideshift_tests::load::{Plan, Tally};
+use tideshift_tests::policy_server::{PolicyServer, held_after};
+use tideshift_tests::setup::EnvoyFixture;
 
-use crate::{client::HOST, progress, variants::WEIGHTS};
+use crate::client::HOST;
+use crate::progress;
+use crate::variants::WEIGHTS;
 
 /// Workers that a policy must reach.
 pub(crate) const WORKERS: usize = 4;
@@ -36,9 +37,14 @@ pub(crate) async fn measure(changes: u64) -> anyhow::Result<Effects> {
     let mut policy = all_to(WEIGHTS[0].0, FIRST);
     policy["controller"] = json!({ "cluster": CONTROLLER_CLUSTER });
     let versions = WEIGHTS.map(|(name, _)| name);
-    let setup =
-        Setup::start_with(policy, &versions, WORKERS, |bootstrap| bootstrap.controller(server.address()), |_| ())
-            .await?;
+    let setup = EnvoyFixture::start_with(
+        policy,
+        &versions,
+        WORKERS,
+        |bootstrap| bootstrap.controller(server.address()),
+        |_| (),
+    )
+    .await?;
     // Each worker has one of these, as the listener balances connections exactly.
     let mut connections = Vec::new();
     for _ in 0..WORKERS {

@@ -1,12 +1,11 @@
 //! What of the machine the numbers depend on: which core runs what, and how much CPU time a thread has used.
 
-use std::{fs, time::Instant};
+use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
-use rustix::{
-    process::Pid,
-    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
-};
+use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tideshift_tests::setup::DEADLINE;
 
 /// Which cores there are, and who gets which while CPU time is measured.

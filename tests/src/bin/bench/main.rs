@@ -17,12 +17,11 @@ mod statistics;
 mod tables;
 mod variants;
 
-use std::{
-    io::{IsTerminal as _, stderr},
-    net::SocketAddr,
-    process::{self, Command, ExitCode},
-    thread::available_parallelism,
-};
+use std::io::{IsTerminal as _, stderr};
+use std::net::SocketAddr;
+use std::process;
+use std::process::{Command, ExitCode};
+use std::thread::available_parallelism;
 
 use anyhow::{Context as _, bail};
 use serde_json::json;

@@ -1,16 +1,15 @@
 //! What each further VM, so each further worker, takes in memory.
 
-use std::{fs, net::SocketAddr};
+use std::fs;
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, anyhow};
 
-use crate::{
-    client::{CONNECTIONS, Client, request},
-    progress,
-    proxy::Proxy,
-    statistics::Summary,
-    variants::Variant,
-};
+use crate::client::{CONNECTIONS, Client, request};
+use crate::progress;
+use crate::proxy::Proxy;
+use crate::statistics::Summary;
+use crate::variants::Variant;
 
 /// Workers of the Envoys that are compared with one that has a single worker.
 pub(crate) const WORKERS: usize = 33;

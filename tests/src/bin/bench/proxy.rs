@@ -4,11 +4,9 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 use tideshift_core::OWN_HEADERS;
-use tideshift_tests::{
-    bootstrap::{VERSION_HEADER, cluster, socket_address, stats_tags, type_url},
-    envoy::Options,
-    ports::Port,
-};
+use tideshift_tests::bootstrap::{VERSION_HEADER, cluster, socket_address, stats_tags, type_url};
+use tideshift_tests::envoy::Options;
+use tideshift_tests::ports::Port;
 
 use crate::variants::{Routes, Variant, WEIGHTS};
 

@@ -1,11 +1,9 @@
 //! A backend that costs next to nothing, so that the core it shares with the clients keeps up with a proxy on a core of
 //! its own: a thread for each connection, and bytes that are ready.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    thread,
-};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread;
 
 use anyhow::Context as _;
 

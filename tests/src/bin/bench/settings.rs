@@ -1,6 +1,8 @@
 //! What people may change on the command line: `make bench ROUNDS=100 ONLY='weights|Lua' SECTIONS=cost`.
 
-use std::{env, fmt::Display, str::FromStr};
+use std::env;
+use std::fmt::Display;
+use std::str::FromStr;
 
 use anyhow::{Context as _, ensure};
 

@@ -1,15 +1,18 @@
 //! How much longer Envoy takes to start.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use tideshift_tests::{client::get, envoy::Envoy, setup::DEADLINE};
+use tideshift_tests::client::get;
+use tideshift_tests::envoy::Envoy;
+use tideshift_tests::setup::DEADLINE;
 use tokio::time::sleep;
 
-use crate::{progress, proxy::Proxy, statistics::Summary, variants::Variant};
+use crate::progress;
+use crate::proxy::Proxy;
+use crate::statistics::Summary;
+use crate::variants::Variant;
 
 /// How often a starting Envoy is asked.
 const EVERY: Duration = Duration::from_millis(1);

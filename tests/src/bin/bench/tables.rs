@@ -1,18 +1,20 @@
 //! What was measured, as Markdown.
 
-use std::{fmt::Write as _, fs, path::PathBuf, time::Duration};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use tideshift_tests::effect::Effect;
 
-use crate::{
-    client::CONNECTIONS,
-    cost::Cost,
-    effect::{self, Effects, RATE},
-    memory::{self, Memory},
-    settings::Settings,
-    start::Start,
-    variants::{CHAIN, Table},
-};
+use crate::client::CONNECTIONS;
+use crate::cost::Cost;
+use crate::effect::{Effects, RATE};
+use crate::memory::Memory;
+use crate::settings::Settings;
+use crate::start::Start;
+use crate::variants::{CHAIN, Table};
+use crate::{effect, memory};
 
 /// What each variant costs against native, the first of them; then what was left out, and why.
 pub(crate) fn costs(costs: &[Cost], left_out: &[(String, String)], settings: &Settings) -> String {

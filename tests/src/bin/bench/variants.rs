@@ -3,10 +3,8 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use tideshift_tests::{
-    artifacts,
-    bootstrap::{VERSION_HEADER, filter, type_url},
-};
+use tideshift_tests::artifacts;
+use tideshift_tests::bootstrap::{VERSION_HEADER, filter, type_url};
 
 use crate::client::HOST;
 

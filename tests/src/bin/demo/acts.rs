@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use tideshift_tests::{artifacts, backend::Errors};
+use tideshift_tests::artifacts;
+use tideshift_tests::backend::Errors;
 
-use crate::{
-    document::HOST,
-    screen::{Narration, Screen},
-    show::Show,
-    stage::{ENDPOINTS, Stage, V1, V2, V3},
-    summary,
-};
+use crate::document::HOST;
+use crate::fake_controller::{ENDPOINTS, Stage, V1, V2, V3};
+use crate::screen::{Narration, Screen};
+use crate::show::Show;
+use crate::summary;
 
 /// Requests per second.
 const RATE: f64 = 300.0;

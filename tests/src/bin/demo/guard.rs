@@ -1,10 +1,8 @@
 //! Cleans up if the demo is killed with SIGKILL, when nothing of its own can: a small shell process that waits for the
 //! end of a pipe which ends with the demo, then kills the demo's programs and removes its folder.
 
-use std::{
-    path::Path,
-    process::{Child, Command, Stdio},
-};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 

@@ -14,7 +14,9 @@ mod summary;
 mod text;
 mod view;
 
-use std::{env, process::ExitCode, time::Duration};
+use std::env;
+use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio::time::timeout;
 

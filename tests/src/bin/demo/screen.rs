@@ -6,10 +6,8 @@ use anyhow::Context as _;
 use console::{Color, Style, Term, measure_text_width, style, truncate_str};
 use tokio::time::Instant;
 
-use crate::{
-    text::{bar, clock, percent, thousands, wrap},
-    view::{Row, View},
-};
+use crate::text::{bar, clock, percent, thousands, wrap};
+use crate::view::{Row, View};
 
 /// The widest that the picture becomes, and the width of all of a row but its bar.
 const WIDEST: usize = 110;

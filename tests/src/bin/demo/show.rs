@@ -5,12 +5,10 @@ use std::time::Duration;
 use anyhow::bail;
 use tokio::time::{Instant, sleep};
 
-use crate::{
-    screen::{Narration, Screen},
-    stage::Stage,
-    text::percent,
-    view::{Recent, View},
-};
+use crate::fake_controller::Stage;
+use crate::screen::{Narration, Screen};
+use crate::text::percent;
+use crate::view::{Recent, View};
 
 /// From one look to the next.
 const EVERY: Duration = Duration::from_millis(100);

@@ -1,24 +1,22 @@
 //! Everything that runs during the demo, on free loopback ports and in one temporary folder. It ends when it is
 //! dropped, in the order of the fields.
 
-use std::{mem, net::SocketAddr, path::Path};
+use std::mem;
+use std::net::SocketAddr;
+use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use tempfile::TempDir;
-use tideshift_tests::{
-    artifacts,
-    backend::Backend,
-    controller::{Controller, cli},
-    envoy::{Envoy, Options},
-    load::{Load, Plan, Tally},
-    ports::Port,
-};
+use tideshift_tests::artifacts;
+use tideshift_tests::backend::Backend;
+use tideshift_tests::controller::{Controller, cli};
+use tideshift_tests::envoy::{Envoy, Options};
+use tideshift_tests::load::{Load, Plan, Tally};
+use tideshift_tests::ports::Port;
 
-use crate::{
-    document::{Document, HOST},
-    guard::Guard,
-    status::Status,
-};
+use crate::document::{Document, HOST};
+use crate::guard::Guard;
+use crate::status::Status;
 
 /// The version that serves at first.
 pub(crate) const V1: &str = "v1";

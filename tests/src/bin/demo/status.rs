@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use serde::Deserialize;
-use tideshift_core::report::Counts;
+use tideshift_core::counts::Counts;
 use tideshift_tests::controller::Controller;
 
 use crate::document::SERVICE;

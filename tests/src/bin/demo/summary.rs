@@ -1,17 +1,17 @@
 //! The reckoning: who counted what, and whether it is the same.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use console::{Style, style};
 use tideshift_core::outcome::{Ending, ErrorCodes, Outcome};
-use tideshift_tests::{load::Tally, wait::eventually};
+use tideshift_tests::load::Tally;
+use tideshift_tests::wait::eventually;
 
-use crate::{
-    document::SERVICE,
-    stage::{Stage, V3, VERSIONS},
-    text::thousands,
-};
+use crate::document::SERVICE;
+use crate::fake_controller::{Stage, V3, VERSIONS};
+use crate::text::thousands;
 
 /// How long the last report may take to reach the controller.
 const DEADLINE: Duration = Duration::from_secs(15);

@@ -1,6 +1,7 @@
 //! What there is to see at one moment, put together from the controller's status and the client's own tally.
 
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
+use std::time::Duration;
 
 use tideshift_tests::load::Tally;
 use tokio::time::Instant;

@@ -1,6 +1,8 @@
 //! Who asks, and whether they may.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 

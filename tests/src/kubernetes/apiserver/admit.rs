@@ -1,27 +1,26 @@
 //! What an object must be to be taken, and what is filled in: defaults, types, and the schemas of CRDs.
 
 use jiff::{Timestamp, Unit};
-use k8s_openapi::{
-    ByteString,
-    api::{
-        apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet},
-        autoscaling::v2::HorizontalPodAutoscaler,
-        batch::v1::Job,
-        coordination::v1::Lease,
-        core::v1 as core,
-        discovery::v1::EndpointSlice,
-        events::v1::Event,
-        networking::v1::NetworkPolicy,
-        policy::v1::PodDisruptionBudget,
-        rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
-        storage::v1::StorageClass,
-    },
-    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
-};
-use serde::{Serialize, de::DeserializeOwned};
+use k8s_openapi::ByteString;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{kinds::Kind, refusal::Refusal, schema};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::schema;
 
 /// The time as it stands in objects.
 pub(super) fn now() -> String {

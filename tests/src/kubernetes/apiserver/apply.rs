@@ -5,12 +5,11 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{
-    fields::{self, Fields, Manager, overlap, shown},
-    kinds::Kind,
-    refusal::Refusal,
-    shape::Shape,
-};
+use super::fields;
+use super::fields::{Fields, Manager, overlap, shown};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::shape::Shape;
 
 /// What `live` becomes when `by` applies `wanted`, with its managers. For a new object `live` is bare.
 pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, force: bool) -> Result<Value, Refusal> {

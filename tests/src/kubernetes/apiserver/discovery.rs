@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{kinds::Kind, refusal::Refusal, store::Store};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::store::Store;
 
 /// Answers a path that names no resource.
 pub(super) fn answer(store: &Store, segments: &[String]) -> Result<Value, Refusal> {

@@ -1,6 +1,7 @@
 //! What can go wrong with an API server, as tests order it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// The users that a fault affects.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
-use super::{kinds::Kind, shape::Shape};
+use super::kinds::Kind;
+use super::shape::Shape;
 
 /// Steps in the notation of `managedFields`: `f:NAME`, `k:{"name":"value"}`, `v:"value"`.
 pub(super) type Path = Vec<String>;

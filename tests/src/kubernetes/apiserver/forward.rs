@@ -1,29 +1,27 @@
 //! Port-forwards to pods: WebSockets, as real API servers and kubelets answer them. A pod is where its status says, at
 //! the port that was asked for or the one of its annotation [`PORT`](crate::kubernetes::kubelet::PORT).
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
+use std::sync::Arc;
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use hyper::{
-    Request, Response, StatusCode,
-    body::Incoming,
-    header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, UPGRADE},
-    upgrade,
-};
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, UPGRADE};
+use hyper::{Request, Response, StatusCode, upgrade};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{Message, handshake::derive_accept_key, protocol::Role},
-};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::kubernetes::kubelet::PORT;
 
-use super::{Shared, refusal::Refusal, request::Resource};
+use super::Shared;
+use super::refusal::Refusal;
+use super::request::Resource;
 
 /// Bytes of one channel each, the first byte saying which.
 const PROTOCOL: &str = "v4.channel.k8s.io";

@@ -1,33 +1,32 @@
 //! Requests in, answers out: who asks, whether they may, what stands in the way, and then the store.
 
-use std::{convert::Infallible, sync::Arc, time::Instant};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
-use http_body_util::{BodyExt as _, Full, StreamBody, combinators::UnsyncBoxBody};
-use hyper::{
-    HeaderMap, Request, Response, StatusCode,
-    body::{Frame, Incoming},
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
-    server::conn::http1,
-    service::service_fn,
-};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
-use super::{
-    Attempt, Seen, Shared, discovery, forward,
-    kinds::{Kind, ScalePaths},
-    list, lock,
-    patch::{self, Type},
-    refusal::Refusal,
-    request::{About, Resource},
-    scale,
-    view::{Selection, View},
-    watch::Watch,
-    write::{Deleted, Part, Writer},
-};
+use super::kinds::{Kind, ScalePaths};
+use super::patch::Type;
+use super::refusal::Refusal;
+use super::request::{About, Resource};
+use super::view::{Selection, View};
+use super::watch::Watch;
+use super::write::{Deleted, Part, Writer};
+use super::{Attempt, Seen, Shared, discovery, forward, list, lock, patch, scale};
 
 type Body = UnsyncBoxBody<Bytes, anyhow::Error>;
 

@@ -4,13 +4,11 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{
-    kinds::Kind,
-    refusal::Refusal,
-    request::Query,
-    store::{Name, Store},
-    view::{Selection, View},
-};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::request::Query;
+use super::store::{Name, Store};
+use super::view::{Selection, View};
 
 pub(super) fn list(
     store: &Store,

@@ -31,34 +31,31 @@ mod view;
 mod watch;
 mod write;
 
-use std::{
-    fs,
-    net::SocketAddr,
-    ops::Deref,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::fs;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::{
-    net::TcpListener,
-    sync::{oneshot, watch::Sender},
-    task::JoinHandle,
-};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::sync::watch::Sender;
+use tokio::task::JoinHandle;
 
 use crate::ports::Port;
 
-use self::{access::Access, faults::Faults, store::Store};
-pub use self::{
-    access::{Attempt, Identity},
-    faults::Whom,
-    kinds::rollouts_crd,
-    objects::Objects,
-    refusal::Refusal,
-};
+use self::access::Access;
+pub use self::access::{Attempt, Identity};
+use self::faults::Faults;
+pub use self::faults::Whom;
+pub use self::kinds::rollouts_crd;
+pub use self::objects::Objects;
+pub use self::refusal::Refusal;
+use self::store::Store;
 
 /// A request that has come.
 #[derive(Clone, Debug, PartialEq, Eq)]

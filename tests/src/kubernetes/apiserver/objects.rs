@@ -5,14 +5,12 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use serde_json::Value;
 
-use super::{
-    Shared,
-    kinds::Kind,
-    patch,
-    store::Store,
-    write::{Part, Writer},
-};
-use crate::{setup::DEADLINE, wait::eventually};
+use super::kinds::Kind;
+use super::store::Store;
+use super::write::{Part, Writer};
+use super::{Shared, patch};
+use crate::envoy_fixture::DEADLINE;
+use crate::wait::eventually;
 
 /// A server's objects; clones are of the same server.
 ///

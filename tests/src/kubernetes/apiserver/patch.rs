@@ -2,11 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::{
-    kinds::Kind,
-    refusal::Refusal,
-    shape::{List, Shape},
-};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::shape::{List, Shape};
 
 /// How a patch is to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +105,8 @@ fn strategic_list(live: &mut Value, patch: &[Value], shape: Shape<'_>) {
 mod tests {
     use serde_json::json;
 
-    use super::{super::kinds, *};
+    use super::super::kinds;
+    use super::*;
 
     #[test]
     fn a_strategic_merge_patch_merges_containers_by_name() {

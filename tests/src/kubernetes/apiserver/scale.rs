@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{kinds::ScalePaths, refusal::Refusal, selector::Labels};
+use super::kinds::ScalePaths;
+use super::refusal::Refusal;
+use super::selector::Labels;
 
 /// What an object's scale says.
 pub(super) fn of(object: &Value, paths: &ScalePaths) -> Value {

@@ -1,18 +1,15 @@
 //! The objects and the log of their changes: one resourceVersion for all of them, which only grows. No rules are here:
 //! what may be written is `write`'s to say.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::{
-    kinds::{self, Kind},
-    refusal::Refusal,
-};
+use super::kinds;
+use super::kinds::Kind;
+use super::refusal::Refusal;
 
 /// Namespace (empty for what has none) and name.
 pub(super) type Name = (String, String);

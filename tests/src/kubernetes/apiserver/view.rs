@@ -2,12 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    kinds::Kind,
-    refusal::Refusal,
-    request::Query,
-    selector::{Fields, Labels},
-};
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::request::Query;
+use super::selector::{Fields, Labels};
 
 /// Which objects of a kind a list or watch is about.
 #[derive(Clone, Debug)]

@@ -1,25 +1,23 @@
 //! Watches: what has changed since a resourceVersion, and then what changes.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::bail;
 use bytes::Bytes;
 use futures_util::{Stream, stream};
 use serde_json::{Value, json};
-use tokio::{
-    sync::watch::Receiver,
-    time::{Instant, sleep_until},
-};
+use tokio::sync::watch::Receiver;
+use tokio::time::{Instant, sleep_until};
 
-use super::{
-    Shared,
-    faults::Faults,
-    kinds::Kind,
-    refusal::Refusal,
-    request::Query,
-    store::{Change, Store},
-    view::{Selection, View},
-};
+use super::Shared;
+use super::faults::Faults;
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::request::Query;
+use super::store::{Change, Store};
+use super::view::{Selection, View};
 
 /// How long a watch lasts that does not say so.
 const LONG: Duration = Duration::from_secs(1800);

@@ -5,15 +5,12 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    admit::{admit, now},
-    apply,
-    fields::{self, Manager},
-    kinds::Kind,
-    patch,
-    refusal::Refusal,
-    store::Store,
-};
+use super::admit::{admit, now};
+use super::fields::Manager;
+use super::kinds::Kind;
+use super::refusal::Refusal;
+use super::store::Store;
+use super::{apply, fields, patch};
 
 /// Which part of an object a write is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

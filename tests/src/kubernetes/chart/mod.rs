@@ -6,7 +6,9 @@ mod run;
 mod table;
 mod template;
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use serde_json::{Value, json};

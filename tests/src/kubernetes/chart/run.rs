@@ -5,10 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 
-use super::{
-    functions,
-    template::{Command, Node, Operand, Pipeline},
-};
+use super::functions;
+use super::template::{Command, Node, Operand, Pipeline};
 
 /// What templates may ask for besides their values.
 #[derive(Debug)]

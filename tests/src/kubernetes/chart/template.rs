@@ -1,6 +1,7 @@
 //! Go's templates, parsed: as much of them as the chart needs.
 
-use std::{iter::Peekable, vec::IntoIter};
+use std::iter::Peekable;
+use std::vec::IntoIter;
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;

@@ -2,10 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    super::apiserver::{Objects, selector::Labels},
-    ready, terminating, text,
-};
+use super::super::apiserver::Objects;
+use super::super::apiserver::selector::Labels;
+use super::{ready, terminating, text};
 
 pub(super) fn reconcile(objects: &Objects) {
     let budgets = objects.all("poddisruptionbudgets.policy");

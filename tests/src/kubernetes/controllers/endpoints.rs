@@ -1,17 +1,15 @@
 //! Services' selectors to EndpointSlices, with ready, serving and terminating as Kubernetes means them. An endpoint stays
 //! in the slice that it is in, so that no change of another makes it seem gone.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{
-    super::{
-        apiserver::{Objects, selector::Labels},
-        kubelet::PORT,
-    },
-    owner, owner_of, ready, terminating, text,
-};
+use super::super::apiserver::Objects;
+use super::super::apiserver::selector::Labels;
+use super::super::kubelet::PORT;
+use super::{owner, owner_of, ready, terminating, text};
 
 /// As many endpoints as real slices hold.
 const FULL: usize = 100;

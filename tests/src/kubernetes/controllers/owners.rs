@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{super::apiserver::Objects, owner_of, terminating, text};
+use super::super::apiserver::Objects;
+use super::{owner_of, terminating, text};
 
 /// The kinds that own, and those that are owned.
 const OWNERS: [&str; 4] = ["deployments.apps", "replicasets.apps", "services", "statefulsets.apps"];

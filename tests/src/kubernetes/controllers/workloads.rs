@@ -1,14 +1,13 @@
 //! Deployments, ReplicaSets and StatefulSets: as many pods as they want, and how many there are in their status.
 
-use std::{
-    collections::BTreeSet,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    sync::Arc,
-};
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{super::apiserver::Objects, number, owner, owner_of, ready, terminating, text};
+use super::super::apiserver::Objects;
+use super::{number, owner, owner_of, ready, terminating, text};
 
 const HASH: &str = "pod-template-hash";
 

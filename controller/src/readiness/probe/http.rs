@@ -1,0 +1,57 @@
+//! The `httpGet` probe, as the kubelet does it: one GET on a connection of its own, 200 to 399 is success,
+//! certificates are not verified, and a redirect is followed as long as it stays on the same host.
+
+use crate::net::{direct_client, header_map, status_of};
+use reqwest::header::CONNECTION;
+use reqwest::redirect;
+use tideshift_core::shift::Endpoint;
+use tideshift_core::shift::probe::HttpGet;
+
+/// The most redirects that are followed.
+const MAX_REDIRECTS: usize = 10;
+/// The most bytes that are read of an answer; what is in them does not matter, that they come does.
+const MAX_BODY_BYTES: usize = 10 << 10;
+
+/// What `httpGet` probes are sent with; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client(reqwest::Client);
+
+impl Client {
+    /// A client for any number of probes. Takes no proxy from the environment: probes go straight to their endpoints.
+    ///
+    /// # Errors
+    ///
+    /// If the TLS library cannot be set up.
+    pub fn new() -> Result<Self, reqwest::Error> {
+        let client = direct_client(concat!("tideshift-probe/", env!("CARGO_PKG_VERSION")));
+        client.redirect(redirect::Policy::custom(follow_on_same_host)).pool_max_idle_per_host(0).build().map(Self)
+    }
+
+    /// Whether the endpoint answers `get` with 200 to 399. The caller bounds the time.
+    pub(super) async fn get(&self, endpoint: &Endpoint, get: &HttpGet) -> Result<(), String> {
+        let request = self.0.get(url(endpoint, get)).header(CONNECTION, "close").headers(header_map(&get.headers)?);
+        match status_of(request, MAX_BODY_BYTES).await? {
+            200..400 => Ok(()),
+            status => Err(format!("HTTP status {status}")),
+        }
+    }
+}
+
+/// A redirect to another host says that this one is alive: it ends the probe, successfully.
+fn follow_on_same_host(attempt: redirect::Attempt<'_>) -> redirect::Action {
+    let first = attempt.previous().first().and_then(|url| url.host_str());
+    if first != attempt.url().host_str() {
+        attempt.stop()
+    } else if attempt.previous().len() > MAX_REDIRECTS {
+        attempt.error(format!("more than {MAX_REDIRECTS} redirects"))
+    } else {
+        attempt.follow()
+    }
+}
+
+fn url(endpoint: &Endpoint, get: &HttpGet) -> String {
+    let host = get.host.clone().unwrap_or_else(|| endpoint.host.clone());
+    let authority = Endpoint { host, port: get.port.unwrap_or(endpoint.port) };
+    let scheme = if get.https { "https" } else { "http" };
+    format!("{scheme}://{authority}{}", get.path)
+}

@@ -1,0 +1,141 @@
+//! Asking the gates of one step, one after the other, until each has said yes.
+
+use crate::reconciler::PendingGate;
+use crate::rollout::Phase;
+use crate::status::ServiceStatus;
+use crate::webhooks::Answer;
+use crate::webhooks::client::{GateResponse, WebhookClient, backoff};
+use serde_json::json;
+use std::time::Duration;
+use tideshift_core::shift::{Webhook, WebhookKind};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+
+/// What is asked says how things stood at most so long ago; the shortest period is as long.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Asks for as long as this lives.
+#[derive(Debug)]
+pub(super) struct GateCheck {
+    task: JoinHandle<()>,
+    /// What is asked, with the verdict as it was of late.
+    body: watch::Sender<Vec<u8>>,
+    /// Of which state of the rollout that is, and since when.
+    state: (u64, Instant),
+}
+
+impl Drop for GateCheck {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl GateCheck {
+    pub(super) fn start(
+        namespace: String,
+        (question, number): (PendingGate, u64),
+        services: &[ServiceStatus],
+        gates: Vec<Webhook>,
+        client: WebhookClient,
+        answers: mpsc::Sender<Answer>,
+    ) -> Self {
+        let (body, newest) = watch::channel(body(&question, services));
+        let mut client = client;
+        let task = tokio::spawn(async move {
+            for gate in &gates {
+                until_yes(&namespace, gate, &question, &newest, &mut client, &answers).await;
+            }
+            let _ = answers.send(Answer { question, allowed: true, words: String::new() }).await;
+        });
+        Self { task, body, state: (number, Instant::now()) }
+    }
+
+    /// Whether something of its rollout has changed, and not just now.
+    pub(super) fn is_old(&self, number: u64) -> bool {
+        let (of, since) = self.state;
+        of != number && since.elapsed() >= FRESH
+    }
+
+    /// How the services stand now, for the next time that it is asked.
+    pub(super) fn update(&mut self, question: &PendingGate, number: u64, services: &[ServiceStatus]) {
+        self.state = (number, Instant::now());
+        self.body.send_replace(body(question, services));
+    }
+}
+
+/// The same for the same question, however often it is asked, also by another controller after a restart.
+fn id(question: &PendingGate) -> String {
+    format!("{}/{}/{}", question.name, question.rollout, question.step + 1)
+}
+
+/// Asks one gate until it says yes, and tells the mind what it says until then.
+async fn until_yes(
+    namespace: &str,
+    gate: &Webhook,
+    question: &PendingGate,
+    body: &watch::Receiver<Vec<u8>>,
+    client: &mut WebhookClient,
+    answers: &mpsc::Sender<Answer>,
+) {
+    let WebhookKind::Gate { period, .. } = gate.kind else { return };
+    let (id, mut failures, mut said) = (id(question), 0, String::new());
+    loop {
+        let newest = body.borrow().clone();
+        client.mark_secrets_seen();
+        let (words, wait): (String, Duration) = match client.post(namespace, gate, &id, &newest).await {
+            GateResponse::Yes => {
+                tracing::info!(
+                    rollout = question.name,
+                    gate = gate.name,
+                    step = question.step + 1,
+                    "the gate says yes"
+                );
+                return;
+            }
+            GateResponse::No(why) => {
+                failures = 0;
+                (format!("gate {} says no: {why}", gate.name), period)
+            }
+            GateResponse::None(why) => {
+                let wait = backoff(failures);
+                failures = failures.saturating_add(1);
+                (format!("gate {} has not answered: {why}", gate.name), wait)
+            }
+        };
+        if words != said {
+            tracing::info!(rollout = question.name, step = question.step + 1, "{words}");
+            let answer = Answer { question: question.clone(), allowed: false, words: words.clone() };
+            let _ = answers.send(answer).await;
+            said = words;
+        }
+        // Another secret may be what it was waiting for.
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = client.secrets_changed() => failures = 0,
+        }
+    }
+}
+
+fn body(question: &PendingGate, services: &[ServiceStatus]) -> Vec<u8> {
+    let first = services.first();
+    let steps = first.map_or(&[][..], |service| &service.steps);
+    let names: Vec<_> = services.iter().map(|service| &service.name).collect();
+    let body = json!({
+        "type": "gate",
+        "id": id(question),
+        "name": question.name,
+        "services": names,
+        "rollout": question.rollout,
+        "stable": first.map(|service| &service.stable),
+        "target": first.and_then(|service| service.target.as_ref()),
+        "phase": Phase::Waiting,
+        "step": {
+            "number": question.step + 1,
+            "of": steps.len(),
+            "weight": steps.get(question.step).map(|step| step.weight),
+        },
+        "verdict": first.and_then(|service| service.verdict.as_ref()).map(|verdict| &verdict.message),
+    });
+    body.to_string().into_bytes()
+}

@@ -1,0 +1,3 @@
+//! The web page in Chromium.
+
+mod chromium;
