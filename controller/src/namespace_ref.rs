@@ -1,8 +1,8 @@
 //! A namespace of a cluster: where the objects of a version are.
 
-/// A namespace of a cluster; no cluster is the controller's own.
 use tideshift_core::shift::{ShiftVersion, TrafficShift};
 
+/// A namespace of a cluster; no cluster is the controller's own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NamespaceRef {
     /// The cluster's name, as documents say it.
