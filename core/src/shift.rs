@@ -3,6 +3,7 @@
 
 mod discovery;
 pub mod fields;
+#[cfg(feature = "schema")]
 pub mod json_schema;
 pub mod probe;
 mod strategy;
