@@ -356,6 +356,41 @@ mod tests {
         counted.ledger.take(&run, &report, |_, _| true, 1_000_000 + start);
     }
 
+    /// State that another minor version wrote is read: with fields that a later one added, and without those that an earlier
+    /// one did not have. `UPDATE_GOLDEN=1` writes the files; a new format gives them new names.
+    #[test]
+    fn state_of_another_minor_version_is_read() {
+        let path = |name: &str| format!("{}/src/store/golden/{name}-v{FORMAT}.json", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            let (epoch, services) = ("e".to_owned(), "[]".to_owned());
+            let state = PersistedState { epoch, revision: 7, services, ..PersistedState::default() };
+            fs::write(path("rollouts"), encode(&state)).unwrap();
+            fs::write(path("counts"), encode(&counted(2, 1))).unwrap();
+        }
+        let content = |name: &str| {
+            let bytes = fs::read(path(name)).unwrap();
+            (serde_json::from_slice::<Value>(&bytes).unwrap()["content"].clone(), bytes)
+        };
+        let ((rollouts, state), (counts, counted_then)) = (content("rollouts"), content("counts"));
+        let (state, counted_then): (PersistedState, CountState) =
+            (decode(&state).unwrap(), decode(&counted_then).unwrap());
+        let total = counted_then.ledger.total("service-0", "v1");
+        assert_eq!((state.revision, total, total.ok > 0), (7, counted(2, 1).ledger.total("service-0", "v1"), true));
+        let with = |content: &Value, place: &str| {
+            let mut content = content.clone();
+            content.pointer_mut(place).unwrap()["fromTheFuture"] = serde_json::json!([1]);
+            encode(&content)
+        };
+        assert_eq!(decode::<PersistedState>(&with(&rollouts, "")).unwrap(), state);
+        for place in ["", "/totals/0/1", "/totals/0/1/dealt"] {
+            assert_eq!(decode::<CountState>(&with(&counts, place)).unwrap(), counted_then, "{place}");
+        }
+        // An outcome that the build before did not count is 0.
+        let mut less = counts;
+        less.pointer_mut("/totals/0/1/dealt").unwrap().as_object_mut().unwrap().remove("cancelled").unwrap();
+        assert_eq!(decode::<CountState>(&encode(&less)).unwrap(), counted_then);
+    }
+
     fn packed(written: &WrittenCounts<'_>) -> Vec<u8> {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder.write_all(&encode(written)).unwrap();

@@ -38,7 +38,8 @@ impl ServiceStatus {
         if let Some(step) = &self.step {
             let _ = write!(heading, ", step {} of {} ({} %", step.number, step.of, step.weight);
             let _ = match step.held_seconds {
-                Some(held) => write!(heading, ", held {held} of {} s)", step.hold_seconds),
+                Some(held) if step.hold_seconds > 0 => write!(heading, ", held {held} of {} s)", step.hold_seconds),
+                Some(_) => write!(heading, ")"),
                 None => write!(heading, ", not reached yet)"),
             };
         }
