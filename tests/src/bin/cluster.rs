@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::client::{Connection, Request, get};
 use tideshift_tests::controller::Controller;
-use tideshift_tests::kubernetes::rig::{Cluster, slice};
+use tideshift_tests::kubernetes::test_bed::{Cluster, slice};
 use tideshift_tests::usage::Usage;
 use tideshift_tests::wait::eventually;
 use tokio::time::sleep;

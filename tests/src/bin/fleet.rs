@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tideshift_tests::client::{Connection, Request, get};
-use tideshift_tests::rig::{FOR_EVER, SERVICE, TestBed};
+use tideshift_tests::test_bed::{FOR_EVER, SERVICE, TestBed};
 use tideshift_tests::usage::Usage;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Behaviour, Errors, Mode};
 use tideshift_tests::hostile::{BAD_INPUT, Hostile, Sent, Way};
 use tideshift_tests::load::{Load, Plan};
-use tideshift_tests::rig::{CONNECTIONS, FOR_EVER, HOST, Seen, TestBed, next_answers, until_shares};
+use tideshift_tests::test_bed::{CONNECTIONS, FOR_EVER, HOST, Seen, TestBed, next_answers, until_shares};
 use tokio::time::{Instant, interval};
 
 const WORKERS: usize = 2;

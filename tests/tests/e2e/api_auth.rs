@@ -16,7 +16,7 @@ use tideshift_tests::client::{Connection, Request, get};
 use tideshift_tests::controller::{Controller, cli};
 use tideshift_tests::ports::Port;
 use tideshift_tests::process::Process;
-use tideshift_tests::rig::{DEADLINE, TestBed};
+use tideshift_tests::test_bed::{DEADLINE, TestBed};
 use tideshift_tests::wait::eventually;
 use tideshift_tests::{artifacts, envoy};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tideshift_tests::client::{Connection, Request, Response, get};
 use tideshift_tests::controller::Controller;
 use tideshift_tests::events::Events;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, until};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, until};
 use tideshift_tests::wait::eventually;
 use tokio::time::{Instant, timeout};
 

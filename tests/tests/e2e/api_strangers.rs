@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tideshift_tests::client::{Connection, Request, get};
 use tideshift_tests::controller::Controller;
 use tideshift_tests::ports::Port;
-use tideshift_tests::rig::TestBed;
+use tideshift_tests::test_bed::TestBed;
 use tideshift_tests::wait::eventually;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;

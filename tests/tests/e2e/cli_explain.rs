@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::SERVED_BY;
 use tideshift_tests::client::get;
 use tideshift_tests::controller::{Output, cli, cli_reading};
-use tideshift_tests::rig::{FOR_EVER, HOST, TestBed, until_shares};
+use tideshift_tests::test_bed::{FOR_EVER, HOST, TestBed, until_shares};
 
 fn explain(arguments: &[&str]) -> anyhow::Result<Output> {
     cli(["explain"].iter().chain(arguments))

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::artifacts;
 use tideshift_tests::controller::cli;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, TestBed};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, TestBed};
 use tideshift_tests::wait::eventually;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Errors, SERVED_BY};
 use tideshift_tests::client::get;
 use tideshift_tests::controller::{Controller, Output, cli};
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, HOST, SERVICE, Seen, TestBed, next_answers, until, until_shares};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, HOST, SERVICE, Seen, TestBed, next_answers, until, until_shares};
 use tideshift_tests::wait::eventually;
 use tokio::task::spawn_blocking;
 

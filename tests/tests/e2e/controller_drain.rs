@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::Mode;
 use tideshift_tests::client::get;
 use tideshift_tests::controller::{Controller, Output, cli};
-use tideshift_tests::rig::{DEADLINE, HOST, SERVICE, Seen, TestBed, until, until_shares};
+use tideshift_tests::test_bed::{DEADLINE, HOST, SERVICE, Seen, TestBed, until, until_shares};
 use tideshift_tests::wait::eventually;
 use tideshift_tests::websocket;
 use tokio::task::{JoinHandle, spawn_blocking};

@@ -11,7 +11,7 @@ use tideshift_tests::client::Request;
 use tideshift_tests::controller::Controller;
 use tideshift_tests::envoy::Envoy;
 use tideshift_tests::load::Load;
-use tideshift_tests::rig::{
+use tideshift_tests::test_bed::{
     CONNECTIONS, DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, assert_counts_agree, next_answers, revisions, until,
     until_shares,
 };

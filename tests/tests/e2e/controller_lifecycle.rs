@@ -14,7 +14,7 @@ use tideshift_tests::client::{Connection, Request, Response, get};
 use tideshift_tests::controller::{Controller, Output, cli};
 use tideshift_tests::metrics::Metrics;
 use tideshift_tests::openmetrics;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, answers_polls, until};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, answers_polls, until};
 use tideshift_tests::wait::eventually;
 
 fn shifting() -> Value {

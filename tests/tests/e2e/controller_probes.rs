@@ -12,7 +12,7 @@ use tideshift_tests::backend::{Backend, Mode};
 use tideshift_tests::controller::Controller;
 use tideshift_tests::grpc;
 use tideshift_tests::ports::Port;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, HOST, Seen, TestBed, until, until_shares};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, HOST, Seen, TestBed, until, until_shares};
 use tideshift_tests::wait::eventually;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 

@@ -8,7 +8,7 @@ use serde_json::json;
 use tideshift_tests::backend::Backend;
 use tideshift_tests::client::Request;
 use tideshift_tests::load::Load;
-use tideshift_tests::rig::{
+use tideshift_tests::test_bed::{
     DEADLINE, FOR_EVER, SERVICE, TestBed, assert_counts_agree, assert_shares, next_answers, until, until_shares,
 };
 use tideshift_tests::wait::eventually;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use tideshift_tests::rig::{
+use tideshift_tests::test_bed::{
     DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, assert_counts_agree, assert_shares, counts_of, counts_of_envoy,
     next_answers, revisions, until, until_shares,
 };
@@ -190,7 +190,7 @@ async fn an_envoy_that_starts_without_a_controller_serves_the_stable_version_unt
     let load = rig.load(RATE);
     let alone = next_answers(&load, 500).await?;
     assert_eq!((alone.of("v1"), alone.answered), (alone.answered, alone.answered), "{alone:?}");
-    let get = tideshift_tests::client::get(rig.address(), "/").host(tideshift_tests::rig::HOST);
+    let get = tideshift_tests::client::get(rig.address(), "/").host(tideshift_tests::test_bed::HOST);
     let tester = get.header("x-beta", "1").send().await?;
     assert_eq!(tester.header("x-served-by").as_deref(), Some("v2"), "rules hold without a controller");
 

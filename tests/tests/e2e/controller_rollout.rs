@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::Errors;
 use tideshift_tests::controller::Controller;
 use tideshift_tests::load::{Load, Tally};
-use tideshift_tests::rig::{
+use tideshift_tests::test_bed::{
     DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, assert_counts_agree, assert_shares, next_answers, until, until_shares,
 };
 use tideshift_tests::wait::eventually;

@@ -7,7 +7,7 @@ use tideshift_tests::backend::Errors;
 use tideshift_tests::client::get;
 use tideshift_tests::controller::Controller;
 use tideshift_tests::load::{Load, Plan};
-use tideshift_tests::rig::{CONNECTIONS, DEADLINE, FOR_EVER, TestBed, next_answers};
+use tideshift_tests::test_bed::{CONNECTIONS, DEADLINE, FOR_EVER, TestBed, next_answers};
 use tideshift_tests::wait::eventually;
 
 const SERVICES: [&str; 2] = ["checkout", "search"];

@@ -5,7 +5,9 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 use std::time::Duration;
 use tideshift_tests::backend::Backend;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, Seen, TestBed, assert_counts_agree, next_answers, until, until_shares};
+use tideshift_tests::test_bed::{
+    DEADLINE, FOR_EVER, Seen, TestBed, assert_counts_agree, next_answers, until, until_shares,
+};
 use tideshift_tests::wait::eventually;
 
 const WORKERS: usize = 2;

@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER};
+use tideshift_tests::ecds_file::EcdsFile;
 use tideshift_tests::envoy::Envoy;
+use tideshift_tests::envoy_fixture::{DEADLINE, EnvoyFixture};
 use tideshift_tests::load::Plan;
 use tideshift_tests::policy_server::PolicyServer;
-use tideshift_tests::setup::{DEADLINE, EnvoyFixture};
 use tideshift_tests::wait::eventually;
-use tideshift_tests::watched::EcdsFile;
 
 const HOST: &str = "shop.example.com";
 const WORKERS: usize = 3;

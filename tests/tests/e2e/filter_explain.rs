@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::Mode;
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER, VERSION_HEADER, strip_early};
 use tideshift_tests::client::{Request, Response};
+use tideshift_tests::envoy_fixture::{EachWorker, EnvoyFixture, served_by};
 use tideshift_tests::policy_server::{PolicyServer, held_after};
-use tideshift_tests::setup::{EachWorker, EnvoyFixture, served_by};
 
 const WORKERS: usize = 3;
 const VERSIONS: [&str; 3] = ["v1", "v2", "v3"];

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use tideshift_core::outcome::Outcome;
 use tideshift_tests::backend::Mode;
 use tideshift_tests::bootstrap::{Bootstrap, route};
+use tideshift_tests::envoy_fixture::{DEADLINE, EnvoyFixture, WANT, picked_service};
 use tideshift_tests::grpc::Client;
 use tideshift_tests::grpc::Step::{End, Hang, Say};
 use tideshift_tests::metrics::Metrics;
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EnvoyFixture, WANT, picked_service};
 use tideshift_tests::wait::eventually;
 use tonic::Code;
 

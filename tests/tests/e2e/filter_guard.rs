@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use tideshift_core::guard::Veto;
 use tideshift_tests::backend::Errors;
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, socket_address, type_url};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::load::{Load, NOBODY, Plan, Tally};
 use tideshift_tests::policy_server::{PolicyServer, held_after};
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::wait::eventually;
 use tokio::time::Instant;
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Mode, SERVED_BY};
 use tideshift_tests::bootstrap::{VERSION_HEADER, manager};
 use tideshift_tests::client::{Connection, Request, Response};
-use tideshift_tests::setup::EnvoyFixture;
+use tideshift_tests::envoy_fixture::EnvoyFixture;
 
 const WORKERS: usize = 3;
 const SHOP: &str = "shop.example.com";

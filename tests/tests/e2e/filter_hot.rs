@@ -13,12 +13,12 @@ use tideshift_core::protocol::report::Report;
 use tideshift_tests::backend::{Errors, Mode};
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER};
 use tideshift_tests::client::Connection;
+use tideshift_tests::ecds_file::EcdsFile;
+use tideshift_tests::envoy_fixture::{DEADLINE, EnvoyFixture, WANT};
 use tideshift_tests::load::{Load, Plan, Tally};
 use tideshift_tests::metrics::Metrics;
 use tideshift_tests::policy_server::{PolicyServer, held_after};
-use tideshift_tests::setup::{DEADLINE, EnvoyFixture, WANT};
 use tideshift_tests::wait::eventually;
-use tideshift_tests::watched::EcdsFile;
 
 const HOST: &str = "shop.example.com";
 const WORKERS: usize = 3;

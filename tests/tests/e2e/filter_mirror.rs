@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Behaviour, Errors, Mode};
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, strip_early};
 use tideshift_tests::client::{Connection, Request};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture, served_by};
 use tideshift_tests::policy_server::PolicyServer;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture, served_by};
 use tideshift_tests::wait::eventually;
 
 const WORKERS: usize = 3;

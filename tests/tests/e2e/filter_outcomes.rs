@@ -14,9 +14,9 @@ use tideshift_core::outcome::Outcome;
 use tideshift_core::protocol::report::Report;
 use tideshift_tests::backend::{Behaviour, Errors, Mode};
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::policy_server::PolicyServer;
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::wait::eventually;
 use tokio::net::TcpStream;
 

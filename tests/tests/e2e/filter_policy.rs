@@ -12,9 +12,9 @@ use tideshift_core::protocol::report::Report;
 use tideshift_tests::backend::Errors;
 use tideshift_tests::bootstrap::CONTROLLER_CLUSTER;
 use tideshift_tests::effect;
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::load::{Plan, Tally};
 use tideshift_tests::policy_server::{PolicyServer, ReportAnswer, held_after};
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::wait::eventually;
 
 const HOST: &str = "shop.example.com";

@@ -10,10 +10,10 @@ use tideshift_core::outcome::Outcome;
 use tideshift_tests::backend::{Backend, Errors, Mode, SERVED_BY};
 use tideshift_tests::bootstrap::{Bootstrap, cluster_of, manager, route, type_url};
 use tideshift_tests::client::Response;
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture, WANT, picked_service};
 use tideshift_tests::load::Plan;
 use tideshift_tests::metrics::Metrics;
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture, WANT, picked_service};
 use tideshift_tests::wait::eventually;
 use tokio::task::JoinSet;
 

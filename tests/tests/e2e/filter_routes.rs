@@ -7,10 +7,10 @@ use tideshift_core::outcome::Outcome;
 use tideshift_core::protocol::report::VersionReport;
 use tideshift_tests::backend::Mode;
 use tideshift_tests::bootstrap::{Bootstrap, CONTROLLER_CLUSTER, manager, route, strip_early};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture, WANT, picked_service, served_by};
 use tideshift_tests::metrics::Metrics;
 use tideshift_tests::policy_server::PolicyServer;
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture, WANT, picked_service, served_by};
 use tideshift_tests::wait::eventually;
 
 const HOST: &str = "shop.example.com";

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Mode, SERVED_BY};
 use tideshift_tests::bootstrap::VERSION_HEADER;
 use tideshift_tests::client::{Connection, Request};
-use tideshift_tests::setup::{DEADLINE, EnvoyFixture, served_by};
+use tideshift_tests::envoy_fixture::{DEADLINE, EnvoyFixture, served_by};
 use tideshift_tests::wait::eventually;
 
 const WORKERS: usize = 3;

@@ -6,9 +6,9 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tideshift_tests::bootstrap::{CONTROLLER_CLUSTER, cluster, socket_address, type_url};
 use tideshift_tests::client::{Request, Response, get};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture, served_by};
 use tideshift_tests::policy_server::PolicyServer;
 use tideshift_tests::ports::Port;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture, served_by};
 use tideshift_tests::wait::eventually;
 
 const WORKERS: usize = 3;

@@ -10,7 +10,7 @@ use tideshift_core::outcome::Outcome;
 use tideshift_tests::backend::{Errors, Mode};
 use tideshift_tests::bootstrap::{Bootstrap, manager};
 use tideshift_tests::client::Connection;
-use tideshift_tests::setup::{DEADLINE, EnvoyFixture, WANT, picked_service};
+use tideshift_tests::envoy_fixture::{DEADLINE, EnvoyFixture, WANT, picked_service};
 use tideshift_tests::wait::eventually;
 use tideshift_tests::{grpc, websocket};
 use tokio::task::JoinSet;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
-use tideshift_tests::setup::EnvoyFixture;
+use tideshift_tests::envoy_fixture::EnvoyFixture;
 use tokio::task::JoinSet;
 
 const VERSIONS: [&str; 5] = ["v1", "v2", "v3", "v4", "v5"];

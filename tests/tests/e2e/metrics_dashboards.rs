@@ -11,7 +11,7 @@ use promql::Existing;
 use serde_json::{Value, json};
 use tideshift_tests::artifacts;
 use tideshift_tests::client::get;
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, TestBed, next_answers, until_shares};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, TestBed, next_answers, until_shares};
 use tideshift_tests::wait::eventually;
 
 fn text(path: &str) -> anyhow::Result<String> {

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use tideshift_tests::bootstrap::CONTROLLER_CLUSTER;
 use tideshift_tests::client::{Request, Response, get};
 use tideshift_tests::controller::{Controller, cli};
+use tideshift_tests::envoy_fixture::{DEADLINE, EachWorker, EnvoyFixture};
 use tideshift_tests::policy_server::{PolicyServer, held_after};
-use tideshift_tests::rig::TestBed;
-use tideshift_tests::setup::{DEADLINE, EachWorker, EnvoyFixture};
+use tideshift_tests::test_bed::TestBed;
 use tideshift_tests::wait::eventually;
 use tokio::time::sleep_until;
 

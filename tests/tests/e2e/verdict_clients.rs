@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::{Behaviour, Errors, Mode};
 use tideshift_tests::hostile::{BAD_INPUT, Hostile, Way};
 use tideshift_tests::load::{Load, Plan};
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, HOST, Seen, TestBed, next_answers, until_shares};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, HOST, Seen, TestBed, next_answers, until_shares};
 use tideshift_tests::wait::eventually;
 
 const WORKERS: usize = 2;

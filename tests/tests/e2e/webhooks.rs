@@ -10,7 +10,7 @@ use sha2::Sha256;
 use tideshift_tests::client::{Request, Response};
 use tideshift_tests::controller::Controller;
 use tideshift_tests::hook::{Answer, Got, Receiver};
-use tideshift_tests::rig::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, until};
+use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, SERVICE, Seen, TestBed, until};
 use tideshift_tests::wait::eventually;
 use tokio::time::Instant;
 

@@ -17,9 +17,9 @@ use kube::core::GroupVersionKind;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _, discovery};
 use serde_json::{Value, json};
+use tideshift_tests::envoy_fixture::DEADLINE;
 use tideshift_tests::kubernetes;
 use tideshift_tests::kubernetes::apiserver::{ApiServer, Whom, rollouts_crd};
-use tideshift_tests::setup::DEADLINE;
 use tideshift_tests::wait::eventually;
 use tokio::time::timeout;
 

@@ -2,11 +2,11 @@
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
+use tideshift_tests::envoy_fixture::DEADLINE;
 use tideshift_tests::kubernetes::apiserver::ApiServer;
 use tideshift_tests::kubernetes::client;
 use tideshift_tests::kubernetes::controllers::Controllers;
 use tideshift_tests::kubernetes::kubelet::{ADDRESSES, Kubelet, READY, TERM_DELAY};
-use tideshift_tests::setup::DEADLINE;
 use tideshift_tests::wait::eventually;
 
 struct Cluster {

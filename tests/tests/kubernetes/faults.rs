@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use tideshift_tests::client::{Connection, Request, get};
 use tideshift_tests::controller::Controller;
 use tideshift_tests::kubernetes::apiserver::{ApiServer, Whom};
-use tideshift_tests::kubernetes::rig::{
+use tideshift_tests::kubernetes::test_bed::{
     Cluster, Front, View, hold_at, policy, shift, slice, until_in_force, until_weights, weights_of,
 };
 use tideshift_tests::ports::Port;
-use tideshift_tests::rig::{DEADLINE, next_answers, revisions};
+use tideshift_tests::test_bed::{DEADLINE, next_answers, revisions};
 use tideshift_tests::wait::eventually;
 use tokio::task::JoinHandle;
 

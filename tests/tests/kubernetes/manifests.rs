@@ -11,6 +11,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tideshift_tests::client::{Request, get};
+use tideshift_tests::envoy_fixture::DEADLINE;
 use tideshift_tests::kubernetes::apiserver::{ApiServer, Attempt};
 use tideshift_tests::kubernetes::chart::{Chart, Rendered, ValueRow, readme};
 use tideshift_tests::kubernetes::controllers::Controllers;
@@ -18,7 +19,6 @@ use tideshift_tests::kubernetes::kubelet::Kubelet;
 use tideshift_tests::kubernetes::{client, jwt};
 use tideshift_tests::ports::Port;
 use tideshift_tests::process::Process;
-use tideshift_tests::setup::DEADLINE;
 use tideshift_tests::wait::eventually;
 use tideshift_tests::{artifacts, controller};
 

@@ -10,10 +10,10 @@ use serde_json::json;
 use tempfile::TempDir;
 use tideshift_tests::artifacts;
 use tideshift_tests::client::get;
+use tideshift_tests::envoy_fixture::DEADLINE;
 use tideshift_tests::kubernetes::apiserver::ApiServer;
 use tideshift_tests::ports::Port;
 use tideshift_tests::process::Process;
-use tideshift_tests::setup::DEADLINE;
 
 const TOKEN: &str = "token-to-operate";
 

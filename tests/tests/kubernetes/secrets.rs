@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 use tideshift_tests::controller::Controller;
 use tideshift_tests::hook::{Answer, Got, Receiver};
-use tideshift_tests::kubernetes::rig::{Cluster, hold_at, policy, shift, until_weights};
-use tideshift_tests::rig::DEADLINE;
+use tideshift_tests::kubernetes::test_bed::{Cluster, hold_at, policy, shift, until_weights};
+use tideshift_tests::test_bed::DEADLINE;
 use tideshift_tests::wait::eventually;
 
 /// A Secret with one key, and this label if any.

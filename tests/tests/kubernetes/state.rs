@@ -5,8 +5,8 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 use tideshift_tests::client::Request;
 use tideshift_tests::controller::Controller;
-use tideshift_tests::kubernetes::rig::{Cluster, View, hold_at, shift, until_weights};
-use tideshift_tests::rig::DEADLINE;
+use tideshift_tests::kubernetes::test_bed::{Cluster, View, hold_at, shift, until_weights};
+use tideshift_tests::test_bed::DEADLINE;
 use tideshift_tests::wait::eventually;
 
 /// A report of a start of a proxy, with counts of both versions of each service, as every filter has them.

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::ensure;
 use serde_json::{Value, json};
-use tideshift_tests::kubernetes::rig::{Cluster, hold_at, shift, until_weights};
-use tideshift_tests::rig::DEADLINE;
+use tideshift_tests::kubernetes::test_bed::{Cluster, hold_at, shift, until_weights};
+use tideshift_tests::test_bed::DEADLINE;
 use tideshift_tests::wait::eventually;
 use tokio::net::TcpListener;
 

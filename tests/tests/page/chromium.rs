@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 use tideshift_tests::backend::Errors;
 use tideshift_tests::browser::{Browser, DEADLINE};
 use tideshift_tests::client::{Request, Response, get};
-use tideshift_tests::play::Timeline;
-use tideshift_tests::rig::{FOR_EVER, SERVICE, TestBed, until_shares};
-use tideshift_tests::stage::{Command, FakeController};
+use tideshift_tests::fake_controller::{Command, FakeController};
+use tideshift_tests::test_bed::{FOR_EVER, SERVICE, TestBed, until_shares};
+use tideshift_tests::timeline::Timeline;
 use tideshift_tests::wait::eventually;
-use tideshift_tests::{artifacts, play};
+use tideshift_tests::{artifacts, timeline};
 use tokio::time::{Instant, sleep_until};
 
 /// What typing these keys sends.
@@ -64,7 +64,7 @@ async fn coloured(browser: &Browser, plot: &str) -> anyhow::Result<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shows_how_things_stand_and_how_they_change() -> anyhow::Result<()> {
-    let (stage, browser) = open(play::half_way()).await?;
+    let (stage, browser) = open(timeline::half_way()).await?;
     browser.says("h1", "checkout").await?;
     assert_eq!(browser.text(".title .chip").await?, "Progressing");
     assert!(browser.text(".why").await?.starts_with("step 2: v2 has its 25 %, held for 12 of 60 s Holding · for "));
@@ -133,8 +133,8 @@ async fn shows_how_things_stand_and_how_they_change() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::half_way()).await?;
-    let past = |reason: &str, message: &str| json!({ "time": play::now(), "rollout": 3, "phase": "Progressing", "reason": reason, "message": message, "step": 1 });
+    let stage = FakeController::start(timeline::half_way()).await?;
+    let past = |reason: &str, message: &str| json!({ "time": timeline::now(), "rollout": 3, "phase": "Progressing", "reason": reason, "message": message, "step": 1 });
     stage.tell("checkout", past("Started", "from v1 to v2"));
     let browser = Browser::start().await?;
     browser.goto(&stage.url()).await?;
@@ -165,7 +165,7 @@ async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
         service["verdict"]["outcome"] = "fail".into();
         service["verdict"]["evidence"] = 2300.0.into();
         service["versions"][1]["drain"] =
-            json!({ "state": "Drained", "inFlight": 0, "since": play::now(), "message": "nothing is in flight" });
+            json!({ "state": "Drained", "inFlight": 0, "since": timeline::now(), "message": "nothing is in flight" });
     });
     // Also said to those who do not see.
     browser.says("#live", "checkout: Failed. v2 failed: all traffic is back on v1").await?;
@@ -181,7 +181,7 @@ async fn says_what_happened_and_what_happens() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn buttons_send_their_commands_with_the_token() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::half_way()).await?;
+    let stage = FakeController::start(timeline::half_way()).await?;
     stage.require_tokens("reader", "operator");
     let browser = Browser::start().await?;
     browser.goto(&stage.url()).await?;
@@ -264,7 +264,7 @@ async fn buttons_send_their_commands_with_the_token() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_does_not_fit_says_why() -> anyhow::Result<()> {
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     (status["services"][0]["phase"], status["services"][0]["step"]) = ("Succeeded".into(), Value::Null);
     let (stage, browser) = open(status).await?;
     browser.click("[data-command=promote]").await?;
@@ -295,9 +295,9 @@ async fn a_command_that_does_not_fit_says_why() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_works_by_keyboard() -> anyhow::Result<()> {
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     let services = status["services"].as_array_mut().context("no services")?;
-    services.push(play::service("search", vec![play::version("v1", 100.0, [2, 2], [0; 4])]));
+    services.push(timeline::service("search", vec![timeline::version("v1", 100.0, [2, 2], [0; 4])]));
     let (stage, browser) = open(status).await?;
     let focused = "const one = document.activeElement; return one.dataset.command ?? (one.id || one.innerText)";
 
@@ -367,16 +367,16 @@ async fn a_phone_needs_no_sideways_scrolling() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn numbers_stay_whole_however_narrow_it_is() -> anyhow::Result<()> {
     let name = "release-2026-11-22-with-a-long-name-x86-64-build-4711";
-    let drain = |state: &str| json!({ "state": state, "inFlight": 0, "since": play::now(), "message": "" });
-    let mut status = play::half_way();
+    let drain = |state: &str| json!({ "state": state, "inFlight": 0, "since": timeline::now(), "message": "" });
+    let mut status = timeline::half_way();
     let mut versions = vec![
-        play::version("v1", 75.0, [4, 4], [1_204_113, 13_035, 22_871, 641]),
-        play::version("v2", 25.0, [3, 4], [13_035, 42, 3, 2]),
+        timeline::version("v1", 75.0, [4, 4], [1_204_113, 13_035, 22_871, 641]),
+        timeline::version("v2", 25.0, [3, 4], [13_035, 42, 3, 2]),
     ];
     for (name, ready, state) in
         [("v3", 0, "Drained"), (name, 4, "DeadlineExceeded"), ("v5", 4, "Serving"), ("v6", 4, "Draining")]
     {
-        let mut version = play::version(name, 0.0, [ready, 4], [130_350, 13_035, 1, 1]);
+        let mut version = timeline::version(name, 0.0, [ready, 4], [130_350, 13_035, 1, 1]);
         version["drain"] = drain(state);
         versions.push(version);
     }
@@ -424,11 +424,11 @@ async fn numbers_stay_whole_however_narrow_it_is() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn proxies_of_one_id_are_all_there() -> anyhow::Result<()> {
     let run = |id: &str, start: &str, revision: u64| {
-        let mut proxy = play::proxy(id, revision);
+        let mut proxy = timeline::proxy(id, revision);
         proxy["start"] = start.into();
         proxy
     };
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     status["proxies"] = json!([run("edge-1", "1", 11), run("edge-1", "2", 12), run("edge-2", "1", 12)]);
     let (stage, browser) = open(status).await?;
     assert_eq!(browser.text("#to-proxies").await?, "Proxies 3, 1 behind");
@@ -446,7 +446,7 @@ async fn proxies_of_one_id_are_all_there() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_token_lifts_asks_for_none() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::half_way()).await?;
+    let stage = FakeController::start(timeline::half_way()).await?;
     let browser = Browser::start().await?;
     // By a DNS name, which an attacker could point here, to a controller without tokens.
     browser.goto(&format!("http://tideshift.example:{}/", stage.page().port())).await?;
@@ -484,7 +484,7 @@ fn last_seconds(seconds: u64, share: u64) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_comes_late_sees_what_was_before() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::half_way()).await?;
+    let stage = FakeController::start(timeline::half_way()).await?;
     stage.change(|status| {
         let requests = &mut status["services"][0]["versions"][1]["requests"];
         (requests["ok"], requests["error"]) = (20_100.into(), 2_042.into());
@@ -546,7 +546,7 @@ fn rollout_path(name: &str) -> String {
 
 /// Names, messages and ids that are hostile or too long, wherever there are any.
 fn crowd() -> Value {
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     let service = &mut status["services"][0];
     for field in ["name", "rollout", "message", "reason", "stable"] {
         service[field] = HOSTILE.into();
@@ -559,16 +559,16 @@ fn crowd() -> Value {
     service["versions"][1]["name"] = LONG.into();
     service["versions"][1]["endpoints"]["notReady"] = json!([{ "endpoint": HOSTILE, "reason": HOSTILE }]);
     service["versions"][1]["drain"] = json!({ "state": HOSTILE, "inFlight": 1, "since": HOSTILE, "message": HOSTILE });
-    let plain = play::service(LONG, vec![play::version("v1", 100.0, [1, 1], [0; 4])]);
+    let plain = timeline::service(LONG, vec![timeline::version("v1", 100.0, [1, 1], [0; 4])]);
     status["services"] = json!([status["services"][0], plain]);
     status["documentErrors"] = json!([HOSTILE, LONG]);
-    let mut proxy = play::proxy(HOSTILE, 3);
+    let mut proxy = timeline::proxy(HOSTILE, 3);
     proxy["refused"] = json!({ "revision": 12, "errors": [HOSTILE] });
     proxy["vetoes"] = json!([{
-        "service": HOSTILE, "version": HOSTILE, "until": play::now(),
+        "service": HOSTILE, "version": HOSTILE, "until": timeline::now(),
         "requests": 10, "errors": 9, "othersRequests": 100, "othersErrors": 0,
     }]);
-    status["proxies"] = json!([proxy, play::proxy(LONG, 12)]);
+    status["proxies"] = json!([proxy, timeline::proxy(LONG, 12)]);
     status
 }
 
@@ -618,7 +618,7 @@ async fn names_are_only_ever_text() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_connection_is_said_and_comes_back() -> anyhow::Result<()> {
-    let (stage, browser) = open(play::half_way()).await?;
+    let (stage, browser) = open(timeline::half_way()).await?;
     let greyed = "return getComputedStyle(document.querySelector('main > *')).filter";
     assert_eq!(browser.run(greyed, &[]).await?, "none");
 
@@ -648,7 +648,7 @@ async fn a_lost_connection_is_said_and_comes_back() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn asks_where_there_are_no_events() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::half_way()).await?;
+    let stage = FakeController::start(timeline::half_way()).await?;
     let browser = Browser::start().await?;
     for (status, revision) in [(404, 13), (503, 14)] {
         stage.without_events(status);
@@ -666,16 +666,18 @@ async fn asks_where_there_are_no_events() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_rollouts_can_be_searched() -> anyhow::Result<()> {
     let services = (0..200).map(|number| {
-        let shares =
-            vec![play::version("v1", 90.0, [2, 2], [9, 0, 0, 0]), play::version("v2", 10.0, [2, 2], [1, 0, 0, 0])];
-        let mut service = play::service(&format!("service-{number:03}"), shares);
+        let shares = vec![
+            timeline::version("v1", 90.0, [2, 2], [9, 0, 0, 0]),
+            timeline::version("v2", 10.0, [2, 2], [1, 0, 0, 0]),
+        ];
+        let mut service = timeline::service(&format!("service-{number:03}"), shares);
         if number == 150 {
             (service["phase"], service["target"]) = ("Progressing".into(), "v2".into());
             service["step"] = json!({ "number": 1, "of": 3, "weight": 10, "holdSeconds": 30 });
         }
         service
     });
-    let (stage, browser) = open(play::status(services.collect())).await?;
+    let (stage, browser) = open(timeline::status(services.collect())).await?;
     assert_eq!(browser.text("#to-rollouts").await?, "Rollouts 200");
     let first = browser.text(".rollouts li:first-child").await?;
     assert!(first.starts_with("service-150 Progressing v1 90 % · v2 10 %") && first.contains("step 1 of 3"), "{first}");
@@ -693,7 +695,7 @@ async fn two_hundred_rollouts_can_be_searched() -> anyhow::Result<()> {
     browser.click("#to-proxies").await?;
     browser.says("main", "No proxy has asked for it yet.").await?;
     stage.change(|status| {
-        let mut proxies: Vec<Value> = (0..2000).map(|number| play::proxy(&format!("edge-{number}"), 12)).collect();
+        let mut proxies: Vec<Value> = (0..2000).map(|number| timeline::proxy(&format!("edge-{number}"), 12)).collect();
         proxies[1234]["revision"] = 11.into();
         proxies[777]["refused"] = json!({ "revision": 12, "errors": ["services[0].name: too long"] });
         status["proxies"] = proxies.into();
@@ -703,7 +705,7 @@ async fn two_hundred_rollouts_can_be_searched() -> anyhow::Result<()> {
     browser.says("tbody tr:first-child", "Refused revision 12: services[0].name: too long").await?;
     browser.says("tbody tr:nth-child(2)", "edge-1234 11, behind 4").await?;
     assert_eq!(browser.run("return document.querySelectorAll('tbody tr').length", &[]).await?, 300);
-    stage.show(play::status(Vec::new()));
+    stage.show(timeline::status(Vec::new()));
     browser.click("#to-rollouts").await?;
     browser.says("main", "No rollouts: the controller has no document yet.").await?;
     assert_quiet(&browser).await
@@ -711,7 +713,7 @@ async fn two_hundred_rollouts_can_be_searched() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_rollout_of_several_services() -> anyhow::Result<()> {
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     let mut other = status["services"][0].clone();
     other["name"] = "basket".into();
     other["versions"][1]["endpoints"] = json!({ "ready": 1, "listed": 2 });
@@ -731,7 +733,7 @@ async fn one_rollout_of_several_services() -> anyhow::Result<()> {
 
     // Among others, the worst of its services speaks for it.
     stage.change(|status| {
-        let search = play::service("search", vec![play::version("v1", 100.0, [2, 2], [0; 4])]);
+        let search = timeline::service("search", vec![timeline::version("v1", 100.0, [2, 2], [0; 4])]);
         if let Some(services) = status["services"].as_array_mut() {
             services.push(search);
         }
@@ -758,14 +760,14 @@ async fn one_rollout_of_several_services() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn light_and_dark_and_for_everybody() -> anyhow::Result<()> {
-    let mut status = play::half_way();
+    let mut status = timeline::half_way();
     let services = status["services"].as_array_mut().context("no services")?;
-    services.push(play::service("search", vec![play::version("v1", 100.0, [2, 2], [0; 4])]));
+    services.push(timeline::service("search", vec![timeline::version("v1", 100.0, [2, 2], [0; 4])]));
     status["documentErrors"] = json!(["shift.yaml: spec.target: v9 is none of the versions"]);
     status["proxies"][0]["refused"] = json!({ "revision": 12, "errors": ["services[0].name: too long"] });
     let (stage, browser) = open(status).await?;
     let transition =
-        json!({ "time": play::now(), "rollout": 1, "phase": "Failed", "reason": "Aborted", "message": "by you" });
+        json!({ "time": timeline::now(), "rollout": 1, "phase": "Failed", "reason": "Aborted", "message": "by you" });
     stage.tell("checkout", transition);
     let axe = fs::read_to_string(artifacts::axe()?)?;
     let mut grounds = Vec::new();
@@ -903,7 +905,7 @@ async fn shows_what_a_real_controller_and_envoy_do() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
-    let (_stage, browser) = open(play::half_way()).await?;
+    let (_stage, browser) = open(timeline::half_way()).await?;
     let seen = "
         const { Record, KEEP } = await import('/page/history.js');
         const record = new Record();
@@ -988,7 +990,7 @@ async fn what_was_seen_is_bounded_and_honest() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_come_with_their_types_and_policies() -> anyhow::Result<()> {
-    let stage = FakeController::start(play::status(Vec::new())).await?;
+    let stage = FakeController::start(timeline::status(Vec::new())).await?;
     let folder = artifacts::workspace().join("controller/src/page");
     let mut paths = vec!["/".to_owned()];
     for file in fs::read_dir(&folder)? {
@@ -1059,7 +1061,7 @@ async fn pictures() -> anyhow::Result<()> {
 
 /// A page that has seen so many seconds of the play, and whose clock stands still from then on.
 async fn play_until(second: u64, browser: &Browser) -> anyhow::Result<FakeController> {
-    let stage = FakeController::start(play::status(Vec::new())).await?;
+    let stage = FakeController::start(timeline::status(Vec::new())).await?;
     // The page's clock stands still until it is loaded.
     let (begin, started) = (Timestamp::now(), Instant::now() + TO_LOAD);
     let mut play = Timeline::new(begin);

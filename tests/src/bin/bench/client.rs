@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Context as _, bail, ensure};
-use tideshift_tests::setup::DEADLINE;
+use tideshift_tests::envoy_fixture::DEADLINE;
 
 use crate::server::{BODY_LENGTH, served_by};
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, ensure};
 use fastrand::Rng;
 use tideshift_tests::envoy::Envoy;
-use tideshift_tests::setup::{DEADLINE, VMS_CREATED};
+use tideshift_tests::envoy_fixture::{DEADLINE, VMS_CREATED};
 use tideshift_tests::wait::eventually;
 
 use crate::client::{Client, request};

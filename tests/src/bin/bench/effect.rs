@@ -8,9 +8,9 @@ use tideshift_tests::bootstrap::CONTROLLER_CLUSTER;
 use tideshift_tests::client::Connection;
 use tideshift_tests::effect;
 use tideshift_tests::effect::Effect;
+use tideshift_tests::envoy_fixture::EnvoyFixture;
 use tideshift_tests::load::{Plan, Tally};
 use tideshift_tests::policy_server::{PolicyServer, held_after};
-use tideshift_tests::setup::EnvoyFixture;
 
 use crate::client::HOST;
 use crate::progress;

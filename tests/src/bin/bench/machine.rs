@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail, ensure};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-use tideshift_tests::setup::DEADLINE;
+use tideshift_tests::envoy_fixture::DEADLINE;
 
 /// Which cores there are, and who gets which while CPU time is measured.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use tideshift_tests::client::get;
 use tideshift_tests::envoy::Envoy;
-use tideshift_tests::setup::DEADLINE;
+use tideshift_tests::envoy_fixture::DEADLINE;
 use tokio::time::sleep;
 
 use crate::progress;

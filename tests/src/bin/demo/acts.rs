@@ -6,9 +6,9 @@ use tideshift_tests::artifacts;
 use tideshift_tests::backend::Errors;
 
 use crate::document::HOST;
-use crate::fake_controller::{ENDPOINTS, Stage, V1, V2, V3};
 use crate::screen::{Narration, Screen};
 use crate::show::Show;
+use crate::stage::{ENDPOINTS, Stage, V1, V2, V3};
 use crate::summary;
 
 /// Requests per second.

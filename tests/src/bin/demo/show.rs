@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::bail;
 use tokio::time::{Instant, sleep};
 
-use crate::fake_controller::Stage;
 use crate::screen::{Narration, Screen};
+use crate::stage::Stage;
 use crate::text::percent;
 use crate::view::{Recent, View};
 

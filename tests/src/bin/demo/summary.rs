@@ -10,7 +10,7 @@ use tideshift_tests::load::Tally;
 use tideshift_tests::wait::eventually;
 
 use crate::document::SERVICE;
-use crate::fake_controller::{Stage, V3, VERSIONS};
+use crate::stage::{Stage, V3, VERSIONS};
 use crate::text::thousands;
 
 /// How long the last report may take to reach the controller.
