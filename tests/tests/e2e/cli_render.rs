@@ -9,7 +9,7 @@ use tideshift_tests::client::{Request, get};
 use tideshift_tests::controller::{cli, cli_reading};
 use tideshift_tests::envoy::Envoy;
 use tideshift_tests::ports::Port;
-use tideshift_tests::{artifacts, envoy, rig};
+use tideshift_tests::{artifacts, envoy, test_bed};
 
 fn shift(name: &str, spec: Value) -> Value {
     json!({ "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": { "name": name }, "spec": spec })
@@ -178,7 +178,7 @@ async fn start(endpoints: &[&Backend]) -> anyhow::Result<(Envoy, SocketAddr, Por
     let versions = json!([{ "name": "v1", "endpoints": endpoints }]);
     fs::write(&file, shift("shop", json!({ "versions": versions, "stable": "v1" })).to_string())?;
     let (listen, admin, controller) = (Port::reserve()?, Port::reserve()?, Port::reserve()?);
-    let rendered = rig::render(&file, listen.address(), admin.address(), controller.address())?;
+    let rendered = test_bed::render(&file, listen.address(), admin.address(), controller.address())?;
     let envoy = envoy::Options::new(rendered.stdout, admin.number()).start().await?;
     Ok((envoy, listen.address(), listen))
 }

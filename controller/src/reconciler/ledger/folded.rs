@@ -1,7 +1,7 @@
 //! The runs of proxies that are only in the totals any more: a hash of each of the last ones, and up to when those started
 //! that are not even among them.
 
-use crate::reconciler::ledger::RunKey;
+use super::RunKey;
 use std::collections::{HashSet, VecDeque};
 
 /// So many are remembered.

@@ -1,8 +1,8 @@
 //! The counts of one start of a proxy as bytes: a fifth of what they take as lists of numbers, and there may be millions of
 //! them. Numbers have seven bits in each byte, the lowest first. What is the same has the same bytes.
 
-use crate::reconciler::ledger::MOST_DURATIONS;
-use crate::reconciler::ledger::total::Total;
+use super::MOST_DURATIONS;
+use super::total::Total;
 use tideshift_core::counts::Counts;
 use tideshift_core::protocol::report::{Report, Tally, VersionReport};
 

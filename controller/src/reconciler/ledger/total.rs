@@ -1,6 +1,6 @@
 //! What was counted for one version, of one start of a proxy or of all of them.
 
-use crate::reconciler::ledger::MOST_DURATIONS;
+use super::MOST_DURATIONS;
 use serde::{Deserialize, Serialize};
 use tideshift_core::counts::Counts;
 use tideshift_core::protocol::report::{Tally, VersionReport};

@@ -1,9 +1,7 @@
 //! The ledger as it is written down, in as many bytes as there is room for.
 
-use crate::reconciler::ledger::folded::Folded;
-use crate::reconciler::ledger::{
-    Ledger, NOTED, OfService, OfVersion, Run, RunKey, SILENT, Total, VersionKey, packed, started,
-};
+use super::folded::Folded;
+use super::{Ledger, NOTED, OfService, OfVersion, Run, RunKey, SILENT, Total, VersionKey, packed, started};
 use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
