@@ -132,7 +132,7 @@ impl Rollout {
         behind.or_else(|| Some((Reason::NotRouted, self.not_routed(target, shift, world, now)?)))
     }
 
-    /// Whether the target's requests were misrouted, and at least as many as reached it.
+    /// Whether the target's requests were misrouted in this step, more of them than reached it.
     fn not_routed(
         &self,
         target: &str,
