@@ -197,7 +197,7 @@ impl DrainTracker {
         }
     }
 
-    /// Whether a version is draining and its deadline has not passed.
+    /// Whether any version is draining.
     pub(super) fn is_under_way(&self) -> bool {
         self.0.values().any(|since| since.ended.is_none())
     }

@@ -226,7 +226,7 @@ mod tests {
         };
         let v1 = ("v1".to_owned(), vec![Some(100.0), Some(100.0), Some(95.0), Some(95.0)]);
         assert_eq!(weights(&series), [v1, ("v2".to_owned(), vec![None, None, Some(5.0), Some(5.0)])]);
-        // A version that was removed and added again starts anew.
+        // A version that was removed and added again starts over.
         series.take(8_000, shop(1, 0.0));
         series.take(10_000, shop(1, 6.0));
         assert_eq!(weights(&series)[1].1, [None, None, None, None, None, Some(6.0)]);

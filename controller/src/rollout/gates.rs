@@ -95,7 +95,7 @@ impl Rollout {
         self.closed_gate(weight, shift).map_or(step, |gate| gate.step.min(step))
     }
 
-    /// Whether making the document's stable version stable would give it all traffic past gates.
+    /// Whether the document's `stable` names a version that would get all traffic without passing its gates.
     pub(super) fn is_stable_gated(&self, shift: &TrafficShift) -> bool {
         let stable = &shift.stable;
         if *stable == self.stable || self.has_served(stable) || !shift.has(&self.stable) {

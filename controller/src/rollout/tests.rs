@@ -121,7 +121,7 @@ impl Play {
         self
     }
 
-    /// The shares in percent. Also checks which versions can be reached at all.
+    /// The shares of all versions, in percent.
     fn shares(&self) -> Vec<f64> {
         let shift = read(&self.document);
         let parts = self.rollout.parts(&shift, &shift.services[0], &self.world);

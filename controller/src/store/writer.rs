@@ -20,9 +20,9 @@ use tokio::time::Instant;
 const OFTEN: Duration = Duration::from_secs(2);
 /// The longest interval, if counts change.
 const SELDOM: Duration = Duration::from_secs(60);
-/// The average write rate of counts, and …
+/// The write rate from which the interval between two writes of counts is derived.
 const BYTES_PER_SECOND: usize = 256 << 10;
-/// … the factor for the interval while nothing is being moved.
+/// The factor for this interval while nothing is being moved.
 const AT_REST: u32 = 5;
 
 /// Stores everything but the counts.
@@ -100,12 +100,12 @@ impl CountsStore for CountsSecretStore {
     }
 }
 
-/// Whether decisions are persisted.
+/// Whether the latest decisions may be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WriteStatus {
     /// They may be published.
     Safe,
-    /// Not yet persisted.
+    /// They are not persisted yet and must not be published.
     Pending,
     /// Another replica has taken over.
     LostLeadership,

@@ -42,7 +42,7 @@ fn commands_stop_at_a_closed_gate() {
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
     refused(&mut play, FULL);
     refused(&mut play, weight(50));
-    // It continues to the step of the gate, which is asked.
+    // It continues to the step of the gate and waits there for approval.
     for on in [PROMOTE, Command::Resume] {
         let mut play = Play { rollout: play.rollout.clone(), now: play.now, ..gated() };
         play.command(on).unwrap();
