@@ -107,7 +107,7 @@ impl Drop for Running {
     }
 }
 
-/// How many lines about one endpoint have been logged recently, or left out.
+/// How many lines about one endpoint have been logged in the current time window, or left out.
 #[derive(Debug)]
 pub(crate) struct Logged {
     pub(super) since: Instant,

@@ -1,6 +1,6 @@
-//! Plausibility checks for reports. A proxy, or anything that holds a proxy's token, can speak for itself only: a
-//! sequence number that leaps, a revision that was never published and a veto that no guard can issue are ignored. The
-//! rest of the report is used.
+//! Plausibility checks for reports. A proxy, or anything that holds a proxy's token, can speak for itself only. A
+//! report whose sequence number leaps is ignored. A revision that was never published and a veto that no guard can
+//! issue are ignored, and the rest of the report is used.
 
 use crate::clock::Millis;
 use crate::metrics::Claim;
@@ -40,7 +40,7 @@ pub(super) fn sequence(ledger: &Ledger, run: &RunKey, report: &Report, now: Mill
     }
 }
 
-/// Removes the vetoes from a report that no guard can have issued.
+/// Removes from a report the vetoes that no guard can have issued.
 pub(super) fn vetoes(report: &mut Report, services: &[Service], now: Millis) -> Vec<Ignored> {
     let mut ignored = Vec::new();
     for of in report.services.iter_mut().filter(|of| !of.vetoes.is_empty()) {

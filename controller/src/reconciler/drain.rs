@@ -202,8 +202,8 @@ impl DrainTracker {
         self.0.values().any(|since| since.ended.is_none())
     }
 
-    /// When a version was given no traffic, and when it had drained or its deadline had passed, as reported by live
-    /// proxies. `None` without live proxies, because then traffic cannot be observed to leave.
+    /// When a version was given no traffic, and when it had drained or its deadline had passed, as proxies report it.
+    /// `None` if no proxy reports, because then traffic cannot be observed to leave.
     pub(super) fn left(&self, key: &VersionKey, proxies: &Proxies, services: &[Service]) -> Option<(Millis, Millis)> {
         let since = self.0.get(key)?;
         let ended = since.ended.as_ref()?;

@@ -133,7 +133,7 @@ impl Due {
         self.under_way.contains(&at)
     }
 
-    /// Whether there are documents, and none of them has only known endpoints.
+    /// Whether there are documents, and each of them has endpoints whose readiness is not known.
     pub(super) fn knows_none(&self) -> bool {
         !self.documents.is_empty() && self.unknown.len() == self.documents.len()
     }

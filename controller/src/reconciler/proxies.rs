@@ -304,7 +304,7 @@ impl Proxies {
         said.is_none_or(|said| said.revision.is_none())
     }
 
-    /// Whether any proxy is live.
+    /// Whether any proxy has reported to this controller and is not forgotten.
     pub(super) fn are_there(&self) -> bool {
         self.runs.len() > self.sums.awaited
     }

@@ -154,7 +154,7 @@ impl Reconciler {
             .find_map(|service| service.versions.iter().find_map(|version| self.shared(&service.name, &version.name)))
     }
 
-    /// Whether any proxy is live.
+    /// Whether any proxy reports.
     pub fn has_proxies(&self) -> bool {
         self.proxies.are_there()
     }

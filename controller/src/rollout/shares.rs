@@ -21,9 +21,9 @@ pub struct Claim {
 
 /// Each version's share of the traffic, 0 to 1, summing to 1 unless nothing is ready.
 ///
-/// While the versions together can carry the load, no version gets more than its capacity: each gets its wanted share up to
-/// its capacity, and the rest goes to versions with spare capacity, in their order. If the versions together cannot carry
-/// the load, it is divided by capacity; no traffic is dropped here.
+/// While the versions together can carry the load, no version gets more than its capacity: each gets its wanted share
+/// up to its capacity, and the rest goes to versions with spare capacity, in their order. If the versions together
+/// cannot carry the load, it is divided by capacity; no traffic is dropped here.
 pub fn shares(claims: &[Claim]) -> Vec<f64> {
     let in_use = claims.iter().filter(|claim| claim.capacity > 0.0).map(|claim| claim.reserve).min();
     let claims: Vec<Claim> = claims
