@@ -1,5 +1,5 @@
-//! Which endpoints can take traffic now: a table that probes keep up to date, and whoever wants to know subscribes to.
-//! Turning readiness into weights is somebody else's.
+//! The readiness table: which endpoints can take traffic now. Probes keep it up to date, and other modules subscribe to
+//! it. It does not compute weights from readiness.
 
 pub mod probe;
 mod prober;
@@ -17,55 +17,55 @@ use tideshift_core::shift::Endpoint;
 /// The endpoints' readiness at one moment: service → version → endpoints, in the order of the documents.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Readiness {
-    /// All services, with all versions that their documents have, also those without endpoints.
+    /// All services, with all versions in their documents, including those without endpoints.
     pub services: BTreeMap<String, BTreeMap<String, Vec<EndpointState>>>,
-    /// What a cluster says beyond the endpoints that may be used; nothing outside Kubernetes.
+    /// What a cluster reports in addition to the usable endpoints; empty outside Kubernetes.
     pub outlook: Arc<DiscoveryInfo>,
 }
 
-/// What is known of a cluster beyond the endpoints that it says can take traffic.
+/// What a cluster reports in addition to the endpoints that can take traffic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiscoveryInfo {
-    /// The services of which not all endpoints can be seen, and why: their weights stay as they are.
+    /// The services whose endpoints cannot all be discovered, and why: their weights stay as they are.
     pub unseen: BTreeMap<String, String>,
-    /// The endpoints that are there and cannot take traffic, by service and version.
+    /// The endpoints that exist but cannot take traffic, by service and version.
     pub held_back: BTreeMap<(String, String), Vec<ExcludedEndpoint>>,
-    /// Why a version is not scaled: it has a pod in common with another one; by service and version.
+    /// Why a version is not scaled: it shares a pod with another one; by service and version.
     pub shared: BTreeMap<(String, String), String>,
 }
 
-/// An endpoint that cannot take traffic by what its cluster says.
+/// An endpoint that cannot take traffic according to its cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExcludedEndpoint {
-    /// `host:port`, or the pod's name where it has no address.
+    /// `host:port`, or the pod's name if it has no address.
     pub endpoint: String,
-    /// Why.
+    /// Why it cannot take traffic.
     pub reason: String,
 }
 
-/// One endpoint's readiness.
+/// The readiness of one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointState {
-    /// Where it runs.
+    /// The endpoint's address.
     pub endpoint: Endpoint,
     /// Whether it can take traffic.
     pub ready: bool,
-    /// Whether there are grounds for `ready`: a first result, a remembered state, no probe at all, or that the
-    /// endpoint was added to a service that is being watched already (it is new then, so not ready).
+    /// Whether `ready` has a basis: a first result, a remembered state, no probe at all, or that the endpoint was added
+    /// to a service that is already watched (it is new then, so not ready).
     pub known: bool,
-    /// Whether its first try of warm-up requests is under way.
+    /// Whether its first attempt of warm-up requests is running.
     pub warming: bool,
-    /// Why the latest probe failed, or how far the warm-up is; `None` if it is neither, or if there was no probe yet.
+    /// Why the latest probe failed, or how far the warm-up is; `None` if neither applies, or before the first probe.
     pub reason: Option<String>,
 }
 
-/// The endpoints that were ready, for a controller that starts again: service → version → endpoints (`host:port`).
+/// The endpoints that were ready, for a controller that restarts: service → version → endpoints (`host:port`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RememberedReadiness(pub BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
 
 impl Readiness {
-    /// The endpoints of a version; none if there is no such version.
+    /// The endpoints of a version; empty if there is no such version.
     pub fn endpoints(&self, service: &str, version: &str) -> &[EndpointState] {
         self.services.get(service).and_then(|versions| versions.get(version)).map_or(&[], Vec::as_slice)
     }
@@ -80,19 +80,19 @@ impl Readiness {
         self.endpoints(service, version).len()
     }
 
-    /// The endpoints of a version that cannot take traffic by what their cluster says.
+    /// The endpoints of a version that cannot take traffic according to their cluster.
     pub fn held_back(&self, service: &str, version: &str) -> &[ExcludedEndpoint] {
         let held_back = self.outlook.held_back.get(&(service.to_owned(), version.to_owned()));
         held_back.map_or(&[], Vec::as_slice)
     }
 
-    /// Whether the readiness of all of a service's endpoints is known; `false` for a service that is not there.
+    /// Whether the readiness of all of a service's endpoints is known; `false` for an unknown service.
     pub fn is_known(&self, service: &str) -> bool {
         let versions = self.services.get(service).filter(|_| !self.outlook.unseen.contains_key(service));
         versions.is_some_and(|versions| versions.values().flatten().all(|endpoint| endpoint.known))
     }
 
-    /// The services of which anything is other than before.
+    /// The services that differ from `before`.
     pub fn differs_from(&self, before: &Self) -> BTreeSet<String> {
         let names: BTreeSet<&String> = self.services.keys().chain(before.services.keys()).collect();
         let (own, other) = (&self.outlook.unseen, &before.outlook.unseen);
@@ -104,8 +104,8 @@ impl Readiness {
         names.into_iter().filter(is_other).cloned().collect()
     }
 
-    /// What a controller should remember for its next start, where these services are others than before. Returns whether
-    /// that is anything else.
+    /// Updates what a controller remembers for its next start, for the services that have changed. Returns whether that
+    /// differs from before.
     pub fn remember(&self, remembered: &mut RememberedReadiness, changed: &BTreeSet<String>) -> bool {
         let ready = |endpoints: &Vec<EndpointState>| {
             let ready = endpoints.iter().filter(|endpoint| endpoint.ready);
@@ -122,15 +122,15 @@ impl Readiness {
         is_other
     }
 
-    /// Whether a version other than this one has an endpoint that can take traffic.
+    /// Whether another version has an endpoint that can take traffic.
     fn has_other(&self, service: &str, version: &str) -> bool {
         let versions = self.services.get(service).into_iter().flatten();
         let others = versions.filter(|(name, _)| *name != version);
         others.flat_map(|(_, endpoints)| endpoints).any(|endpoint| endpoint.ready)
     }
 
-    /// Whether an endpoint of a version that is warmed up need not wait for the others: one is ready, or none is in its
-    /// first try.
+    /// Whether an endpoint of a version in its warm-up need not wait for the others: one is ready, or none is in its
+    /// first attempt.
     fn waits_for_none(&self, service: &str, version: &str) -> bool {
         let endpoints = self.endpoints(service, version);
         endpoints.iter().any(|endpoint| endpoint.ready) || !endpoints.iter().any(|endpoint| endpoint.warming)

@@ -1,5 +1,5 @@
-//! The controller's mind: documents, readiness, counts and what people say go in, policies and status come out. No I/O
-//! and no clock; the server feeds it and carries out what it decides.
+//! The reconciler: documents, readiness, counts and commands go in; policies and status come out. It does no I/O and
+//! has no clock. The server's reconcile loop feeds it and carries out what it decides.
 
 mod analysis;
 mod baseline;
@@ -57,120 +57,121 @@ use tideshift_core::protocol::report::Report;
 use tideshift_core::session::Secret;
 use tideshift_core::shift::{OnDelete, ShiftService, TrafficShift};
 
-/// Everything that the controller knows.
+/// The complete state of the controller's reconcile logic.
 #[derive(Debug)]
 pub struct Reconciler {
-    /// What is in force: the files' documents, over them those that came through the API, with the versions that have
-    /// left them and still serve, and the documents that are gone and still serve.
+    /// The documents in force: those from files, overridden by those from the API, with the versions that were removed
+    /// from them and still serve, and the deleted documents that still serve.
     shifts: Vec<TrafficShift>,
-    /// Documents that are gone and still serve, as the cluster shows their endpoints.
+    /// Deleted documents that still serve, with their endpoints as the cluster currently reports them.
     resolved: BTreeMap<String, TrafficShift>,
-    /// The documents of which something that is gone and still serves has not been found in the cluster yet.
+    /// The documents with a removed or deleted part that still serves and that has not been found in the cluster yet.
     unfound: BTreeSet<String>,
-    /// Which version of a new document serves already.
+    /// By new document: the version that already serves.
     starts: BTreeMap<String, String>,
-    /// Documents that are back, and since when they were gone.
+    /// Documents that came back, with the time at which they were deleted.
     returned: Vec<(String, Millis)>,
-    /// How many documents were gone so far, and how many of these have come back.
+    /// How many documents have been deleted so far, and how many of these have come back.
     documents_left: u64,
     documents_returned: u64,
-    /// The same as they are written, where they do not come from a cluster.
+    /// The same documents as written, where they do not come from a cluster.
     held: Vec<Arc<Held>>,
-    /// Why documents are not in force as they are now, by name: they, or what becomes of them, are refused.
+    /// By name, why a document's current text is not in force: the document itself is refused, or its compiled form is.
     refused: BTreeMap<String, Errors>,
     unreadable: BTreeMap<String, Errors>,
-    /// Who made each document what it is, where that is known: a user of the API, a file, a field manager of a cluster.
+    /// Who last edited each document, where known: an API user, a file, or a field manager of a cluster.
     editors: BTreeMap<String, String>,
-    /// What documents refer to by secretRef, and what of that is not known, by document.
+    /// The values that documents refer to by secretRef, and by document the references that are not resolved.
     secrets: Arc<SecretValues>,
     unresolved: BTreeMap<String, Vec<String>>,
-    /// Where each service is in these: the document, and which one of it.
+    /// By service name: the index of its document in `shifts`, and its index in that document.
     places: HashMap<String, (usize, usize)>,
-    /// Which of them are to be looked at, and what came of the last look at each.
+    /// Which documents need reconciling, and the result of each document's last reconcile.
     due: Due,
-    /// Whether something else is to be published than was, as far as that has been looked at.
+    /// Whether the services to publish differ from the published ones, as far as they have been reconciled.
     unpublished: bool,
-    /// The files' documents, as they were read and as they are written.
+    /// The documents from files, parsed and as written.
     files: Vec<(TrafficShift, Value)>,
-    /// Whether what is in force has changed since this was last asked.
+    /// Whether the documents in force have changed since the last call of `changed_shifts`.
     shifts_changed: bool,
     document_errors: Vec<String>,
-    /// Why what is decided cannot be kept, if so.
+    /// Why decisions cannot be persisted; `None` if they can.
     state_error: Option<String>,
-    /// Whether nothing may be published before it can.
+    /// Whether publishing waits until decisions can be persisted.
     waits_for_state: bool,
-    /// Why counts cannot be kept, if so.
+    /// Why counts cannot be persisted; `None` if they can.
     counts_error: Option<String>,
-    /// What proxies were given last; none: nothing by this process.
+    /// The policy that proxies were given last; `None` if this process has published none.
     published: Option<Policy>,
-    /// Where each service is in it.
+    /// By service name: its index in that policy.
     published_at: HashMap<String, usize>,
-    /// The rollouts that have changed since their state was last safe, and the revision that was.
+    /// The rollouts that have changed since state was last persisted, and the last persisted revision.
     unwritten: BTreeSet<String>,
     written: u64,
-    /// The namespaces whose documents cannot be seen, and which thus stay as proxies have them; `None` is all.
+    /// The namespaces whose documents cannot be read; their services stay as proxies have them. `None` stands for all
+    /// namespaces.
     hidden: Vec<Option<String>>,
     readiness: Arc<Readiness>,
-    /// The services whose endpoints are others than when they were last looked at.
+    /// The services whose endpoints have changed since the last reconcile.
     changed_ready: BTreeSet<String>,
     availability: Availability,
-    /// When some of the endpoints that have become ready of late have been for long enough; 0: not known.
+    /// When the next endpoint that recently became ready reaches `minReadySeconds`; 0: not computed yet.
     young_until: Option<Millis>,
-    /// The services that guards kept versions of out when that was last looked at.
+    /// The services with vetoed versions as of the last reconcile.
     vetoed: BTreeSet<String>,
-    /// Whether proxies had said what they counted while no controller was there.
+    /// Whether proxies had reported the counts from the time without a controller, as of the last reconcile.
     was_up_to_date: bool,
     counted: CountState,
-    /// Whether counts have changed since they were last asked for.
+    /// Whether counts have changed since the last call of `changed_counts`.
     counts_changed: bool,
-    /// The services whose counts have since targets were last measured by them, by their places.
+    /// The services, as in `places`, whose counts have changed since the baselines last took them.
     recounted: BTreeSet<(usize, usize)>,
-    /// Whether that may be so of all.
+    /// Whether that may apply to all services.
     all_recounted: bool,
-    /// By document, the services of which the verdict has yet to take what is new.
+    /// By document: the services with counts that the analysis has not taken yet.
     unjudged: BTreeMap<usize, BTreeSet<usize>>,
-    /// When it was last looked for counts that are not needed any longer.
+    /// When obsolete counts were last removed.
     tidied: Millis,
     kept: PersistedState,
-    /// Whether what is kept has changed since it was last looked at.
+    /// Whether the persisted state has changed since the last reconcile.
     dirty: bool,
     news: Vec<(String, Transition)>,
     policy: Option<Policy>,
     pace: Pace,
-    /// Whether there is something to publish that waits for its time.
+    /// Whether a policy waits for the publishing interval.
     is_held_back: bool,
-    /// Since when it is not kept which endpoints are ready, if so.
+    /// Since when a change of the ready endpoints has not been persisted; `None` if there is none.
     stale_since: Option<Millis>,
-    /// The services that proxies have run last, under this controller or the one before.
+    /// The services that proxies ran last, under this controller or its predecessor.
     in_force: Vec<Service>,
-    /// Where each of them is.
+    /// By service name: its index in `in_force`.
     in_force_at: HashMap<String, usize>,
-    /// Those of them whose versions are compared.
+    /// The services in `in_force` whose versions are compared.
     compared: HashSet<String>,
-    /// Until when proxies may still have to say what they counted while no controller was there; `None`: not known
-    /// before everything is looked at for the first time.
+    /// Until when proxies may still report counts from the time without a controller; `None` before the first
+    /// reconcile.
     catching_up: Option<Millis>,
-    /// When everything was looked at last.
+    /// When the last reconcile ran.
     looked: Option<Millis>,
     proxies: Proxies,
-    /// How often proxies have brought the revision forward.
+    /// How often proxies have advanced the revision.
     advances: Advances,
-    /// Single requests that the verdict has yet to take.
+    /// Single requests that the analysis has not taken yet.
     requests: Requests,
-    /// Who of them is there, when that was looked at, and at which revision.
+    /// The live proxies, when that census was taken, and at which revision.
     census: (Census, Millis, u64),
-    /// The revision in which each service changed last.
+    /// By service: the revision that changed it last.
     changed_in: HashMap<String, u64>,
-    /// What was to be seen of proxies when drains were last looked at, and when time alone changes one.
+    /// The proxies' change counter when drains were last checked, and when a drain next changes by time alone.
     drains: (u64, Option<Millis>),
-    /// What the last minutes were like.
+    /// The time series of the last minutes.
     series: Series,
 }
 
-/// What was counted, and what was made of it: all this is kept together, so that nothing is judged twice.
+/// The counts and what was derived from them. They are persisted together, so that no count is judged twice.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct CountState {
-    /// Up to when.
+    /// The time of the newest count.
     #[serde(default)]
     pub time: Millis,
     /// All counts.
@@ -179,25 +180,25 @@ pub struct CountState {
     /// The evidence for and against the targets.
     #[serde(default)]
     pub judges: Analyses,
-    /// What targets are measured by.
+    /// The baselines that targets are compared with.
     #[serde(default)]
     pub recent: Baselines,
 }
 
 impl CountState {
-    /// Nothing is known of what was before: what proxies that run already have counted is the base line for verdicts.
+    /// Starts without history: counts that running proxies already have become the baseline and are not judged.
     pub fn beginning(now: Millis) -> Self {
         Self { ledger: Ledger::beginning(now), ..Self::default() }
     }
 
-    /// What to write down where there is room for so many bytes of single runs of proxies: see [`Ledger::written`].
+    /// The form to persist if `room` bytes are available for the counts of single proxy runs: see [`Ledger::written`].
     pub fn written(&self, room: usize) -> WrittenCounts<'_> {
         let Self { time, ledger, judges, recent } = self;
         WrittenCounts { time: *time, ledger: ledger.written(room), judges, recent }
     }
 }
 
-/// [`CountState`] as it is written.
+/// [`CountState`] in its persisted form.
 #[derive(Debug, serde::Serialize)]
 pub struct WrittenCounts<'a> {
     time: Millis,
@@ -208,45 +209,45 @@ pub struct WrittenCounts<'a> {
 }
 
 impl WrittenCounts<'_> {
-    /// What single runs of proxies take of it.
+    /// How many of its bytes hold the counts of single proxy runs.
     pub fn bytes_of_runs(&self) -> usize {
         self.ledger.bytes_of_runs()
     }
 }
 
-/// What came of looking at everything anew.
+/// The result of one reconcile.
 #[derive(Debug, Default)]
 pub struct ReconcileOutput {
-    /// A policy that must reach the proxies, once what is kept is safe.
+    /// A policy to publish once the state is persisted.
     pub policy: Option<Policy>,
-    /// Whether what is kept has changed.
+    /// Whether the persisted state has changed.
     pub keep: bool,
-    /// What happened: the rollout's name and how it stands since then.
+    /// The transitions, each with the rollout's name.
     pub transitions: Vec<(String, Transition)>,
-    /// Messages for the log: the rollout's name and what is new of it.
+    /// Messages for the log, each with the rollout's name.
     pub messages: Vec<(String, String)>,
 }
 
-/// What came of a look at a document.
+/// The result of reconciling one document.
 #[derive(Debug, Default)]
 struct Looked {
     document: Document,
-    /// Where its rollout stands, if that has changed; what is new of it, and what to say in the log.
+    /// The rollout if it has changed; its transitions; and a message for the log.
     rollout: Option<Rollout>,
     news: Vec<Transition>,
     message: Option<String>,
-    /// Whether that is to be written down.
+    /// Whether the change must be persisted.
     keep: bool,
-    /// Whether it is to be looked at once more.
+    /// Whether the document must be reconciled once more.
     again: bool,
 }
 
-/// What came of a report.
+/// The result of processing a report.
 #[derive(Debug, Default)]
 pub struct Reported {
-    /// Whether anything changed that something may follow from.
+    /// Whether the report changed anything that may lead to a decision.
     pub decides: bool,
-    /// What of it was left out.
+    /// The parts of it that were ignored.
     pub ignored: Vec<Ignored>,
 }
 
@@ -259,20 +260,20 @@ pub struct PendingGate {
     pub rollout: u64,
     /// The index of the step.
     pub step: usize,
-    /// The webhooks that are asked, by name.
+    /// The names of the webhooks that must approve it.
     pub gates: Vec<String>,
 }
 
-/// Why something that somebody wants is not done.
+/// Why a command is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
     /// There is no such rollout or version.
     #[error("{0}")]
     NotFound(String),
-    /// It does not fit the present state.
+    /// The command conflicts with the rollout's current state.
     #[error("{0}")]
     Conflict(String),
-    /// It makes no sense whatever the state is; one line for each error.
+    /// The command is invalid in any state; one line for each error.
     #[error("{0}")]
     Invalid(String),
 }
@@ -286,32 +287,32 @@ impl From<Refused> for CommandError {
     }
 }
 
-/// Proxies report every second: after a restart, by then they have said what they counted meanwhile.
+/// How long to wait after a restart for the counts from the time without a controller. Proxies report every second.
 const CATCH_UP: Millis = 2_000;
-/// From one look at which proxies are there to the next.
+/// The interval between two censuses of the live proxies.
 const CENSUS: Millis = 100;
-/// From one look for counts that are not needed any longer to the next.
+/// The interval between two removals of obsolete counts.
 const TIDY: Millis = 10_000;
-/// So much newer is what is published before it is safe: a replica that goes on from an older state does not come that far before
-/// proxies say what they have.
+/// How far the revision of a policy that is published before it is persisted leaps ahead. A replica that continues from
+/// an older state does not get that far before proxies report their revision.
 const LEAP: u64 = 1_000;
-/// While something is held or waited for, the time is kept this often.
+/// How often the time is persisted while a rollout is held or waits.
 const KEEP_TIME: Millis = 5_000;
-/// How long it may take until it is kept which endpoints are ready, where nothing else has to be kept.
+/// How long a change of the ready endpoints may stay unpersisted if nothing else has to be persisted.
 const KEEP_READY: Millis = 1_000;
-/// No proxy's word brings revisions further than this, which leaves as many again.
+/// A proxy's report advances the revision no further than this, which leaves room for as many again.
 const MAX_REVISION: u64 = u64::MAX / 2;
 
 impl Reconciler {
-    /// Goes on from what was kept.
+    /// Continues from the persisted state.
     pub fn new(files: Vec<(TrafficShift, Value)>, kept: PersistedState, counted: CountState) -> Self {
         let mut reconciler = Self::empty(kept, counted);
         reconciler.set_documents(files);
         reconciler
     }
 
-    /// The same, where the documents of some namespaces cannot be seen (`None` is all): what is in force there stays.
-    /// The second documents are about to be gone.
+    /// The same, for documents of which some namespaces cannot be read (`None` stands for all): services of those stay
+    /// as they are. The second list holds documents that are being deleted.
     pub fn with_hidden(
         (files, deleted): (Vec<(TrafficShift, Value)>, &[(TrafficShift, Value)]),
         hidden: Vec<Option<String>>,
@@ -389,7 +390,7 @@ impl Reconciler {
         reconciler
     }
 
-    /// New files' documents. Each is taken or refused on its own.
+    /// Sets the documents from files. Each is accepted or refused on its own.
     pub fn set_documents(&mut self, files: Vec<(TrafficShift, Value)>) {
         self.files = files;
         self.document_errors.clear();
@@ -397,8 +398,9 @@ impl Reconciler {
         self.take_in(admitted);
     }
 
-    /// The documents of a cluster, which agree, but for those of namespaces that cannot be seen. `gone` are those of
-    /// [`Self::remains`], as the cluster shows their endpoints; `deleted` are documents that are about to be gone.
+    /// Sets the documents of a cluster, already checked against each other, except those of `hidden` namespaces, which
+    /// cannot be read. `gone` holds the documents of [`Self::remains`] with their endpoints as the cluster reports
+    /// them; `deleted` holds documents that are being deleted.
     pub fn set_documents_but(
         &mut self,
         files: Vec<(TrafficShift, Value)>,
@@ -415,12 +417,12 @@ impl Reconciler {
         self.take_leave(declared, written, deleted);
     }
 
-    /// Somebody has made a document what it is from now on.
+    /// Records who last edited a document.
     pub fn edited_by(&mut self, name: &str, by: &str) {
         self.editors.insert(name.to_owned(), by.to_owned());
     }
 
-    /// The same of documents that are about to be set, where they say something new.
+    /// Records the editor of each document that is about to be set and differs from the one in force.
     pub fn edited(&mut self, documents: &[(TrafficShift, Value)], by: impl Fn(&str) -> Option<String>) {
         let before: HashMap<&str, &Value> =
             self.files.iter().map(|(shift, value)| (shift.name.as_str(), value)).collect();
@@ -443,7 +445,8 @@ impl Reconciler {
         self.take_leave(declared, written, &[]);
     }
 
-    /// Other documents are in force: where each service is in them; what is long gone is forgotten.
+    /// Updates the indexes after the documents in force have changed, and drops the state of documents that are long
+    /// gone.
     fn know_documents(&mut self, before: &[TrafficShift]) {
         self.due.set(before, &self.shifts);
         let places = self.shifts.iter().enumerate().flat_map(|(i, shift)| {
@@ -470,7 +473,8 @@ impl Reconciler {
         self.look_for_unresolved();
     }
 
-    /// What the secrets are that documents refer to. A session whose secret is not known goes on with the one before.
+    /// Sets the values of the secrets that documents refer to. A session whose secret is not known keeps its previous
+    /// one.
     pub fn set_secrets(&mut self, secrets: Arc<SecretValues>) {
         if self.secrets == secrets {
             return;
@@ -490,12 +494,12 @@ impl Reconciler {
         }
     }
 
-    /// What a document refers to and cannot be had, one line for each field.
+    /// The references of a document that cannot be resolved, one line for each field.
     pub fn unresolved(&self, name: &str) -> &[String] {
         self.unresolved.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// The document of this name; where namespaces are part of names, its name alone will do if only one has it.
+    /// Finds a document by name. Where names include the namespace, the short name is enough if it is unambiguous.
     fn shift(&self, name: &str) -> Option<&TrafficShift> {
         if let Some(shift) = self.named(name) {
             return Some(shift);
@@ -509,7 +513,7 @@ impl Reconciler {
         short.next().filter(|_| short.next().is_none())
     }
 
-    /// The document of exactly this name.
+    /// Finds a document by its exact name.
     fn named(&self, name: &str) -> Option<&TrafficShift> {
         self.shifts.get(self.due.place(name)?)
     }
@@ -519,17 +523,17 @@ impl Reconciler {
         &self.shifts
     }
 
-    /// The same, if they have changed since this was last asked.
+    /// The documents in force, if they have changed since the last call.
     pub fn changed_shifts(&mut self) -> Option<&[TrafficShift]> {
         std::mem::take(&mut self.shifts_changed).then_some(&self.shifts)
     }
 
-    /// Documents that cannot be read: what they said before stays.
+    /// Sets the errors of documents that cannot be read. Their previous content stays in force.
     pub fn set_document_errors(&mut self, errors: Vec<String>) {
         self.document_errors = errors;
     }
 
-    /// What is wrong with the documents, one line each.
+    /// All errors in documents, one line each.
     pub fn document_errors(&self) -> Vec<String> {
         let refused = self.refused.iter().chain(&self.unreadable);
         let lines = refused.flat_map(|(name, errors)| errors.0.iter().map(move |error| format!("{name}: {error}")));
@@ -538,14 +542,13 @@ impl Reconciler {
         self.document_errors.iter().cloned().chain(lines).chain(unresolved).collect()
     }
 
-    /// Why a document is not in force as it is now, if so.
+    /// Why a document's current text is not in force; `None` if it is.
     pub fn refusal(&self, name: &str) -> Option<String> {
         let mut refused = self.refused.get(name).into_iter().chain(self.unreadable.get(name));
         refused.next().map(Errors::to_string)
     }
 
-    /// Why what is decided cannot be kept; none if it can.
-    /// `waits`: nothing is published before it can.
+    /// Sets why decisions cannot be persisted; `None` if they can. With `waits`, nothing is published until they can.
     pub fn set_state_error(&mut self, error: Option<&str>, waits: bool) {
         if self.state_error.as_deref() != error {
             self.state_error = error.map(str::to_owned);
@@ -553,12 +556,12 @@ impl Reconciler {
         self.waits_for_state = waits && error.is_some();
     }
 
-    /// Why nothing can be published, if so.
+    /// Why nothing can be published; `None` if publishing is possible.
     pub fn held_back(&self) -> Option<&str> {
         self.state_error.as_deref().filter(|_| self.waits_for_state)
     }
 
-    /// Why counts cannot be kept; none if they can. Until they can, rollouts go no further by evidence.
+    /// Sets why counts cannot be persisted; `None` if they can. Until they can, rollouts do not advance by evidence.
     pub fn set_counts_error(&mut self, error: Option<&str>) {
         if self.counts_error.as_deref() != error {
             self.counts_error = error.map(str::to_owned);
@@ -566,15 +569,15 @@ impl Reconciler {
         }
     }
 
-    /// All that was decided is safe.
+    /// Records that all decisions are persisted.
     pub fn was_written(&mut self) {
         self.unwritten.clear();
         self.written = self.kept.revision;
     }
 
-    /// Of what was decided and cannot be kept, what proxies must hear of all the same: versions that can take nothing any
-    /// longer get nothing, and targets give back what they had. No share grows that a restart would take back. None if
-    /// proxies have that already.
+    /// The part of the unpersisted decisions that proxies must receive all the same: versions that can take no traffic
+    /// get none, and targets give back their share. No share grows that a restart would take back. `None` if proxies
+    /// already have this.
     pub fn away(&mut self) -> Option<Policy> {
         let (published, decided) = (self.published.as_ref()?, self.policy.as_ref()?);
         let decided: HashMap<&str, &Service> = decided.services.iter().map(|of| (of.name.as_str(), of)).collect();
@@ -589,7 +592,7 @@ impl Reconciler {
         if services == published.services {
             return None;
         }
-        // Whoever goes on from what is kept gives none of its policies this revision.
+        // A replica that continues from the persisted state publishes no policy with this revision.
         let revision = self.kept.revision.max(published.revision).max(self.written.saturating_add(LEAP)) + 1;
         (self.kept.revision, self.policy, self.dirty) = (revision, None, true);
         self.due.mark_all_moving();
@@ -616,7 +619,7 @@ impl Reconciler {
         if carries { held } else { now.clone() }
     }
 
-    /// Proxies are given this from now on.
+    /// Records the policy that proxies are given from now on.
     pub fn set_published(&mut self, policy: &Policy) {
         self.published = Some(policy.clone());
         self.published_at = places_of(&policy.services);
@@ -632,11 +635,12 @@ impl Reconciler {
         &self.counted
     }
 
-    /// A document from the API takes the place of the file's until that one changes. Returns whether it is a new one.
+    /// Applies a document from the API. It overrides the file's document of the same name until the file changes.
+    /// Returns whether the document is new.
     ///
     /// # Errors
     ///
-    /// If it is wrong, or contradicts another document; what was in force stays.
+    /// If it is invalid or conflicts with another document; the previous one stays in force.
     pub fn put_shift(&mut self, name: &str, document: Value) -> Result<bool, CommandError> {
         overrides::check(name, &document).map_err(CommandError::Invalid)?;
         let over = self.files.iter().find(|(file, _)| file.name == name).map(|(_, value)| value.clone());
@@ -653,12 +657,13 @@ impl Reconciler {
         Ok(is_new)
     }
 
-    /// Takes back a document that came through the API; the file's of the same name, if there is one, is in force again.
-    /// `on_delete` counts in place of the document's own; it also gives up what was kept of a document that is gone.
+    /// Deletes a document that was applied through the API; a file's document of the same name comes back into force.
+    /// `on_delete` replaces the document's own setting; it also gives up the weights that were kept of a deleted
+    /// document.
     ///
     /// # Errors
     ///
-    /// If there is none of this name, or it is a file's.
+    /// If there is no document of this name, or it comes from a file.
     pub fn delete_shift(&mut self, name: &str, on_delete: Option<OnDelete>) -> Result<(), CommandError> {
         let mut all = self.kept.applied.clone();
         if all.remove(name).is_none() {
@@ -687,20 +692,20 @@ impl Reconciler {
         Ok(())
     }
 
-    /// The document in force of this name, as it is written.
+    /// The document in force of this name, as written.
     pub fn document(&self, name: &str) -> Option<Value> {
         let held = self.held.iter().find(|held| held.shift.name == name).map(|held| &held.document);
         let file = self.files.iter().find(|(shift, _)| shift.name == name).map(|(_, value)| value);
         held.or(file).cloned()
     }
 
-    /// What the probes say now.
+    /// Sets the readiness that the probes report.
     pub fn set_readiness(&mut self, readiness: Arc<Readiness>) {
         let before = std::mem::replace(&mut self.readiness, readiness);
         self.changed_ready.extend(self.readiness.differs_from(&before));
     }
 
-    /// A proxy reports. What of it cannot be true is left out.
+    /// Processes a proxy's report. Implausible parts of it are ignored.
     pub fn reported(&mut self, report: &Report, now: Millis) -> Reported {
         let run = (report.proxy.clone(), report.start.clone());
         let mut ignored = Vec::new();
@@ -721,7 +726,7 @@ impl Reconciler {
                 None => ignored.push((Claim::Revision, format!("revision {revision}, where {kept} was the last"))),
             }
             if !advances {
-                // It runs nothing that is known here.
+                // The proxy runs no revision of this controller.
                 report.to_mut().epoch.clear();
             }
         }
@@ -740,11 +745,11 @@ impl Reconciler {
             let compared = &self.compared;
             self.requests.reported(&run, &report, |name| compared.contains(name), now);
         }
-        // What does not move waits for the next look at the clock.
+        // Counts of a rollout that is not under way wait for the next tick.
         let moves = taken == Taken::News && self.note_counts(&report);
         if advances {
-            // This state is an older copy, or what came after it could not be kept: proxies have seen more. They take
-            // nothing before it is newer than that.
+            // The persisted state is an older copy, or later state could not be persisted: proxies have seen a newer
+            // revision. They accept only policies newer than that.
             self.kept.revision = report.revision;
             self.kept.services.clear();
             self.changed_in.clear();
@@ -756,7 +761,7 @@ impl Reconciler {
         Reported { decides: decides || moves, ignored }
     }
 
-    /// Counts of these services have changed. Returns whether a rollout of theirs is under way.
+    /// Marks the services of the report as recounted. Returns whether one of their rollouts is under way.
     fn note_counts(&mut self, report: &Report) -> bool {
         let mut moves = false;
         for service in &report.services {
@@ -771,21 +776,21 @@ impl Reconciler {
         moves
     }
 
-    /// Why what is decided cannot be kept, if so.
+    /// Why decisions cannot be persisted; `None` if they can.
     pub fn state_error(&self) -> Option<&str> {
         self.state_error.as_deref()
     }
 
-    /// Somebody wants something of a rollout. Returns whether it was not so already.
+    /// Applies a command to a rollout. Returns whether it changed anything.
     ///
     /// # Errors
     ///
-    /// If there is no such rollout, or the command does not fit it.
+    /// If there is no such rollout, or the command conflicts with its state.
     pub fn command(&mut self, name: &str, command: &Command, now: Millis) -> Result<bool, CommandError> {
         self.command_by(None, name, command, now)
     }
 
-    /// The same, and who that is.
+    /// The same, and records who gave the command.
     ///
     /// # Errors
     ///
@@ -832,14 +837,14 @@ impl Reconciler {
         Ok(true)
     }
 
-    /// Something of a document has changed.
+    /// Marks a document as due for a reconcile.
     fn mark(&mut self, name: &str) {
         if let Some(at) = self.due.place(name) {
             self.due.mark(at);
         }
     }
 
-    /// The steps that wait for a gate, each with a number that grows when something of its rollout has changed.
+    /// The steps that wait for a gate, each with a number that grows when its rollout changes.
     pub fn questions(&self) -> Vec<(PendingGate, u64)> {
         let question = |at: usize| {
             let shift = self.shifts.get(at)?;
@@ -852,7 +857,7 @@ impl Reconciler {
         self.due.under_way().filter_map(question).collect()
     }
 
-    /// A gate has answered. Answers to questions of the past change nothing.
+    /// Records a gate's answer. Answers to outdated questions change nothing.
     pub fn gate_answered(&mut self, question: &PendingGate, allowed: bool, words: &str) {
         if let Some(rollout) = self.kept.rollouts.get_mut(&question.name)
             && rollout.number == question.rollout
@@ -863,7 +868,7 @@ impl Reconciler {
         }
     }
 
-    /// Looks at everything anew: rollouts go on, weights follow.
+    /// Runs one reconcile: rollouts advance, and weights follow.
     pub fn evaluate(&mut self, now: Millis) -> ReconcileOutput {
         self.attend(now);
         self.look_at_what_left(now);
@@ -911,7 +916,7 @@ impl Reconciler {
         self.publish(&mut outcome, now);
         outcome.keep |= self.look_at_drains(now);
         self.note(now);
-        // What has passed of a hold has passed after a restart, too.
+        // Persist the elapsed part of a hold, so that a restart does not repeat it.
         let passes = self.kept.idle.is_under_way() || self.kept.rollouts.values().any(|of| of.phase.is_under_way());
         outcome.keep |= passes && now.saturating_sub(self.kept.time) >= KEEP_TIME;
         self.counted.time = now;
@@ -923,15 +928,15 @@ impl Reconciler {
         outcome
     }
 
-    /// How a document stands now.
+    /// Reconciles one document.
     fn look(&self, at: usize, now: Millis) -> Option<Looked> {
         let shift = self.shifts.get(at)?;
         let looks = self.due.documents().get(at).map_or(0, |before| before.looks) + 1;
         let world = self.world(shift, now);
         let before = self.kept.rollouts.get(&shift.name);
         let evidence = |rollout: &Rollout| self.counted.judges.evidence(shift, rollout);
-        // A service whose endpoints have not all been probed yet stays as proxies have it: guessing that they
-        // are not ready would take traffic away from those that are.
+        // A service whose endpoints have not all been probed yet stays as proxies have it: assuming that they are not
+        // ready would take traffic away from those that are.
         if !self.is_known(shift) || (before.is_none() && self.has_left(shift)) {
             let stable = self.starts.get(&shift.name).unwrap_or(&shift.stable);
             let services = shift.services.iter().map(|service| {
@@ -947,7 +952,7 @@ impl Reconciler {
         }
         let first = || Rollout::starting_from(self.starts.get(&shift.name).map(String::as_str), shift, &world, now);
         let mut after = before.cloned().unwrap_or_else(first);
-        // What is gone goes no further. Its weights follow readiness as ever.
+        // The rollout of a deleted document does not advance. Its weights still follow readiness.
         if !self.has_left(shift) {
             after = after.advance(shift, &world, now);
         }
@@ -965,17 +970,17 @@ impl Reconciler {
         });
         let document = Document { services, parts, evidence, is_known: true, is_under_way, due, looks };
         let is_same = before == Some(&after);
-        // Counts in words are no reason to write everything down anew.
+        // A change of counts in the message alone does not require a write.
         let keep = !is_same && before.is_none_or(|before| !before.is_but_in_words(&after));
         let is_said = before.is_some_and(|before| before.message == after.message);
         let message = (!is_said).then(|| format!("{}: {}", after.phase.name(), after.message));
-        // One step at a time: what follows from where it is now is for the next look.
+        // One step per reconcile: the next one handles what follows from this state.
         let (rollout, again) = ((!is_same).then_some(after), !is_same);
         Some(Looked { document, rollout, news, keep, message, again })
     }
 
-    /// What a session needs beside what the document says of it. It is signed with what the document says or refers to; while
-    /// that cannot be had, with what it was; else with the controller's own.
+    /// Completes a service's session. It is signed with the secret that the document contains or refers to; while that
+    /// cannot be resolved, with the previous secret; else with the controller's own.
     fn with_session(&self, mut service: Service, rollout: Option<&Rollout>) -> Service {
         if let Some(session) = &mut service.session {
             let place = self.places.get(&service.name);
@@ -992,7 +997,7 @@ impl Reconciler {
         service
     }
 
-    /// Takes note of the services whose endpoints are others than before.
+    /// Marks the services whose endpoints have changed.
     fn look_at_readiness(&mut self, now: Millis) {
         if self.changed_ready.is_empty() {
             return;
@@ -1009,7 +1014,7 @@ impl Reconciler {
         }
     }
 
-    /// Guards keep versions out, or have ceased to, which is for rollouts under way to know.
+    /// Marks rollouts under way whose vetoed versions have changed.
     fn look_at_vetoes(&mut self, now: Millis) {
         let vetoed: BTreeSet<String> = self.proxies.vetoes(now).iter().map(|(name, _)| (*name).to_owned()).collect();
         let before = std::mem::replace(&mut self.vetoed, vetoed);
@@ -1018,8 +1023,8 @@ impl Reconciler {
         }
     }
 
-    /// At the start, and whenever the process stood still, nothing was evaluated: no time has passed for what is held,
-    /// waited for or drained.
+    /// Accounts for time in which the process did not reconcile, at the start and after each stall: that time does not
+    /// count towards holds, waits and drains.
     fn attend(&mut self, now: Millis) {
         let kept = &mut self.kept;
         let (last, restated) = match self.looked {
@@ -1031,7 +1036,7 @@ impl Reconciler {
             }
         };
         let long = now.saturating_sub(last);
-        // A state of an older build does not say when it was kept.
+        // State from an older build does not contain the time at which it was persisted.
         let is_known = last > 0;
         if !is_known || (self.looked.is_some() && long <= CATCH_UP) {
             return;
@@ -1049,7 +1054,7 @@ impl Reconciler {
         (self.young_until, self.drains.1) = (Some(0), Some(0));
     }
 
-    /// At the start, and whenever the process stood still, proxies were not listened to for a while.
+    /// Accounts for time in which reports were not received, at the start and after each stall.
     fn listen(&mut self, now: Millis) {
         let looked = self.looked.replace(now);
         if looked.is_none_or(|looked| now.saturating_sub(looked) > CATCH_UP) {
@@ -1059,7 +1064,7 @@ impl Reconciler {
         }
         self.proxies.forget_silent(now);
         self.tidy(now);
-        // There may be thousands.
+        // There may be thousands of proxies, so the census is limited in rate.
         let (_, counted, revision) = &self.census;
         let is_due = now.saturating_sub(*counted) >= CENSUS || *revision != self.kept.revision;
         if is_due && self.kept.rollouts.values().any(|rollout| rollout.phase.is_under_way()) {
@@ -1075,7 +1080,7 @@ impl Reconciler {
         }
     }
 
-    /// Forgets what was counted of versions and proxies that are long gone.
+    /// Removes the counts of versions and proxies that are long gone.
     fn tidy(&mut self, now: Millis) {
         if now.saturating_sub(self.tidied) < TIDY {
             return;
@@ -1089,8 +1094,8 @@ impl Reconciler {
         self.requests.retain(|name| compared.contains(name), |run| proxies.has(run));
     }
 
-    /// Gathers evidence from what is new in the counts, for the documents that are due and those whose services were
-    /// counted, which become due if anything follows.
+    /// Gathers evidence from new counts, for the documents that are due and for those whose services have new counts.
+    /// The latter become due if their evidence changes.
     fn judge(&mut self, due: &mut BTreeSet<usize>, now: Millis) {
         let (recounted, all) = (std::mem::take(&mut self.recounted), std::mem::take(&mut self.all_recounted));
         let (recent, ledger) = (&mut self.counted.recent, &self.counted.ledger);
@@ -1129,19 +1134,19 @@ impl Reconciler {
         self.counts_changed |= changed;
     }
 
-    /// Whether the readiness of all endpoints of a shift is known.
+    /// Whether the readiness of all endpoints of a document is known.
     fn is_known(&self, shift: &TrafficShift) -> bool {
         !self.unfound.contains(&shift.name)
             && shift.services.iter().all(|service| self.readiness.is_known(&service.name))
     }
 
-    /// Why not all endpoints of a shift can be seen, if so.
+    /// Why not all endpoints of a document can be discovered; `None` if they can.
     fn unseen(&self, shift: &TrafficShift) -> Option<&str> {
         let why = shift.services.iter().find_map(|service| self.readiness.outlook.unseen.get(&service.name));
         why.map(String::as_str)
     }
 
-    /// Whether proxies have said what they counted while no controller was there.
+    /// Whether proxies have reported the counts from the time without a controller.
     fn is_up_to_date(&self, now: Millis) -> bool {
         self.catching_up.is_some_and(|until| now >= until)
     }
@@ -1159,7 +1164,7 @@ impl Reconciler {
 
     fn publish(&mut self, outcome: &mut ReconcileOutput, now: Millis) {
         self.unpublished |= self.kept.rotations.next().is_some_and(|at| now >= at);
-        // Nothing to go on by is no reason to take from proxies what they have begun with.
+        // Without known endpoints, the policy that proxies started with stays.
         if (self.policy.is_some() && !self.unpublished) || self.due.knows_none() {
             return;
         }
@@ -1195,7 +1200,7 @@ impl Reconciler {
             return;
         }
         let json = serde_json::to_string(&services).unwrap_or_default();
-        // After a restart the same policy keeps its revision.
+        // After a restart an unchanged policy keeps its revision.
         if self.kept.services != json || self.kept.revision == 0 {
             self.kept.revision += 1;
             self.kept.services = json;
@@ -1218,7 +1223,7 @@ impl Reconciler {
         outcome.policy = Some(policy);
     }
 
-    /// Lets what sessions were signed with before hold for a while. Returns whether what is kept has changed.
+    /// Keeps previous session secrets valid for a while. Returns whether the persisted state has changed.
     fn put_in_rotations(&mut self, services: &mut [Service], now: Millis) -> bool {
         let mut has_changed = false;
         for service in services {
@@ -1230,8 +1235,8 @@ impl Reconciler {
         has_changed
     }
 
-    /// What becomes of a document is read back as proxies would read it. If they could not, its services stay as they
-    /// are, and no other document is held up by it.
+    /// Checks each compiled document by decoding it as proxies do. If that fails, its services stay as they are, and
+    /// other documents are published all the same.
     fn leave_out_unreadable(&mut self, services: &mut Vec<Service>) {
         let before: BTreeMap<&str, &Service> = self.in_force.iter().map(|of| (of.name.as_str(), of)).collect();
         let names = services.iter().enumerate().map(|(n, service)| (service.name.clone(), n));
@@ -1271,7 +1276,7 @@ impl Reconciler {
     }
 
     fn look_at_drains(&mut self, now: Millis) -> bool {
-        // Before, not everybody can have said what he has.
+        // Before this time, not every proxy has had the chance to report.
         if now.saturating_sub(self.proxies.listening_since()) < CATCH_UP {
             return false;
         }
@@ -1286,7 +1291,7 @@ impl Reconciler {
         changed
     }
 
-    /// A service with the weights that proxies have for it; if they have none, with those that they start with.
+    /// A service with the weights that proxies have for it; if they have none, with its initial weights.
     fn service_in_force(&self, service: &ShiftService, stable: &str) -> Service {
         let Some(in_force) = self.in_force_at.get(&service.name).and_then(|at| self.in_force.get(*at)) else {
             return compile::service_at_rest(service, stable);
@@ -1299,18 +1304,18 @@ impl Reconciler {
         Service { stable, step: in_force.step, ..compiled }
     }
 
-    /// What to keep for the next start.
+    /// The state to persist.
     pub fn kept(&self) -> &PersistedState {
         &self.kept
     }
 
-    /// The counts to keep for the next start, if they have changed since this was last asked.
+    /// The counts to persist, if they have changed since the last call.
     pub fn changed_counts(&mut self) -> Option<CountState> {
         std::mem::take(&mut self.counts_changed).then(|| self.counted.clone())
     }
 }
 
-/// Whether a version is in a document, or given nothing since it is in none.
+/// Whether a version is in a document, or was removed from its document and is draining.
 fn is_known(
     shifts: &[TrafficShift],
     places: &HashMap<String, (usize, usize)>,
@@ -1322,14 +1327,14 @@ fn is_known(
     place.is_some_and(|service| service.version(version).is_some()) || idle.has(service, version)
 }
 
-/// Whether a rollout has come to another place in what it does, rather than endpoints or proxies have come or gone.
+/// Whether the rollout itself has moved, as opposed to a change of endpoints or proxies.
 fn is_elsewhere(before: Option<&Rollout>, after: &Rollout) -> bool {
     let place = |of: &Rollout| (of.number, of.step, of.allowed, of.paused, of.weight_by_hand);
     let versions = |of: &Rollout| (of.stable.clone(), of.target.clone());
     before.is_none_or(|before| place(before) != place(after) || versions(before) != versions(after))
 }
 
-/// A version's share of the requests that no rule takes, 0 to 1.
+/// A version's share of the requests that no rule matches, 0 to 1.
 fn share_of(service: &Service, name: &str) -> f64 {
     let serving = || service.versions.iter().filter(|version| version.serving);
     let all: f64 = serving().map(|version| f64::from(version.weight)).sum();
@@ -1337,7 +1342,7 @@ fn share_of(service: &Service, name: &str) -> f64 {
     if all > 0.0 { own / all } else { 0.0 }
 }
 
-/// How long a service's versions may take to drain.
+/// The drain timeout of a service's versions.
 fn drain_deadline(
     shifts: &[TrafficShift],
     places: &HashMap<String, (usize, usize)>,
@@ -1347,18 +1352,18 @@ fn drain_deadline(
     shifts.get(*shift).map(|shift| shift.drain_timeout)
 }
 
-/// Where each service is.
+/// Indexes services by name.
 fn places_of(services: &[Service]) -> HashMap<String, usize> {
     services.iter().enumerate().map(|(at, service)| (service.name.clone(), at)).collect()
 }
 
-/// Whether something of a cluster belongs to one of these namespaces.
+/// Whether an object of a cluster belongs to one of these namespaces.
 fn is_in(name: &str, namespaces: &[Option<String>]) -> bool {
     let of = |namespace: &String| name.strip_suffix(namespace.as_str()).is_some_and(|rest| rest.ends_with('.'));
     namespaces.iter().any(|namespace| namespace.as_ref().is_none_or(of))
 }
 
-/// What proxies run for a service while its rollout stands like this.
+/// Compiles a service for proxies from the rollout's current state.
 fn service_of(rollout: &Rollout, shift: &TrafficShift, service: &ShiftService, parts: &[Allocation]) -> Service {
     let mut compiled = compile::service(service, |version| {
         let part = parts.iter().find(|part| part.version == version);

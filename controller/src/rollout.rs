@@ -1,6 +1,7 @@
-//! The rollout engine: a pure state machine from what is wanted, what is ready, what was counted, what people say and
-//! the time to the next state and each version's share. It does no I/O and has no clock, so it is tested and simulated
-//! over hours in milliseconds. One rollout may move several services; they go forward together and back together.
+//! The rollout engine: a pure state machine. Its inputs are the document, ready endpoints, counts, commands and the
+//! time; its outputs are the next state and each version's share. It does no I/O and has no clock, so tests and
+//! simulations run through hours in milliseconds. One rollout may move several services; they advance and roll back
+//! together.
 
 mod command;
 mod due;
@@ -25,129 +26,130 @@ use tideshift_core::counts::Counts;
 use tideshift_core::guard::Veto;
 use tideshift_core::shift::{ShiftService, Step, TrafficShift};
 
-/// Where a rollout stands. Kept across restarts of the controller.
+/// The state of a rollout. Persisted across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
-    /// Counts the rollouts of this document, the first is 1; 0 before it.
+    /// The number of the rollout among those of its document, from 1; 0 before the first one.
     pub number: u64,
-    /// The phase, in the words of Flagger's and Argo Rollouts' users.
+    /// The phase, in the terms of Flagger and Argo Rollouts.
     pub phase: Phase,
     /// Why it is in this phase, for programs.
     pub reason: Reason,
     /// Why it is in this phase, for people.
     pub message: String,
-    /// Since when it is in this phase.
+    /// When the phase began.
     pub since: Millis,
-    /// In so much of the time since then no controller was there.
+    /// How much of the time since then passed without a controller.
     #[serde(default)]
     unattended: i64,
     /// When the rollout began.
     pub started: Millis,
-    /// The version that serves what the target does not; the target itself once it has succeeded.
+    /// The version that serves the traffic that the target does not; the target itself once it has succeeded.
     pub stable: String,
-    /// The version to move to, or that was moved to, or that failed.
+    /// The version that the rollout moves to or moved to, or that failed.
     pub target: Option<String>,
-    /// The version that the traffic comes from; shares the load while the stable one cannot carry it all.
+    /// The version that the traffic comes from; it shares the load while the stable version cannot carry it all.
     pub leaving: Option<String>,
-    /// Index of the present step.
+    /// The index of the current step.
     pub step: usize,
-    /// Whether the present step may begin; until then the target has the share of the step before.
+    /// Whether the current step may begin; until then the target keeps the share that it had before.
     pub allowed: bool,
-    /// Since when the target has had the step's share without a break.
+    /// Since when the target has had the step's share without interruption.
     pub held_since: Option<Millis>,
-    /// Whether somebody has paused it.
+    /// Whether a user has paused it.
     pub paused: bool,
-    /// The target's share in percent if somebody has set it.
+    /// The target's share in percent, if a user has set it.
     pub weight_by_hand: Option<u32>,
-    /// Whether it goes back to a version that has served before: at once, and not judged.
+    /// Whether it goes back to a version that has served before: at once, and without analysis.
     pub is_return: bool,
-    /// What the present step's gate said last, if it said no or nothing.
+    /// The last answer of the current step's gate, if the gate refused or did not answer.
     pub gate_says: Option<String>,
-    /// How many endpoints carry the whole load of each service where the document does not say.
+    /// By service: how many endpoints carry the whole load, where the document does not say.
     pub endpoints_for_full_load: BTreeMap<String, u32>,
-    /// The most endpoints of the stable version that have been ready since the rollout began, for each service.
+    /// By service: the most endpoints of the stable version that have been ready since the rollout began.
     #[serde(default)]
     stable_had: BTreeMap<String, u32>,
-    /// How often users were taken back from a target; what they were given before no longer holds.
+    /// How often a target was rolled back. Session assignments from before the last rollback are invalid.
     pub taken_back: u64,
-    /// How many steps have begun, of all rollouts of the document.
+    /// How many steps have begun, over all rollouts of the document.
     #[serde(default)]
     steps_begun: u64,
-    /// Somebody has said that the present step need be neither held nor judged any longer.
+    /// Whether a user has skipped the hold and the analysis of the current step.
     waived: bool,
-    /// When it last got further, moved on by all the time since then in which it waited for no endpoint.
+    /// When it last made progress, moved forward by all later time in which it did not wait for endpoints.
     progressed: Millis,
-    /// Since when it has not waited for endpoints, if it does not.
+    /// Since when it has not been waiting for endpoints; `None` while it waits.
     #[serde(default)]
     content: Option<Millis>,
-    /// Whether the present step has been held once.
+    /// Whether the current step has completed its hold once.
     #[serde(default)]
     held: bool,
-    /// Since when nothing has been measured of the target, if nothing is.
+    /// Since when the target is not measured; `None` while it is.
     #[serde(default)]
     unmeasured_since: Option<Millis>,
-    /// What had been counted when the present step began.
+    /// The counts when the current step began.
     #[serde(default)]
     begun: measured::Stock,
     /// The most endpoints that the target has had in this step.
     most_ready: u32,
     warming: Warming,
-    /// What the target may have while it ramps up, in 1/100,000 as all shares that are kept, and since when.
+    /// The limit of the target's share while it ramps up, in 1/100,000 like all persisted shares, and when it was set.
     level: u32,
     level_since: Millis,
-    /// The share that it was paused at, beyond which it does not grow.
+    /// The share at which it was paused, which is the upper limit.
     #[serde(default)]
     frozen: Option<u32>,
-    /// Whether it stays at that share because an edit of the steps would have moved it ahead.
+    /// Whether it keeps that share because an edit of the steps would have increased it.
     #[serde(default)]
     edited: bool,
-    /// The share that the target had when the present step began.
+    /// The share that the target had when the current step began.
     #[serde(default)]
     before: Option<u32>,
-    /// The most that it has had in this step, as far as that was meant.
+    /// The largest share that the target was to have in this step.
     #[serde(default)]
     reached: u32,
-    /// The target's counts when the rollout started, by service.
+    /// By service: the target's counts when the rollout started.
     counted_before: BTreeMap<String, Counts>,
-    /// What the document said when it was last looked at, so that a change is noticed.
+    /// The document's fields when last observed, to detect changes.
     said: Said,
-    /// The steps when they were last looked at; none: not yet.
+    /// The steps when last observed; empty before that.
     #[serde(default)]
     plan: Vec<Planned>,
     /// The gates of its steps.
     #[serde(default)]
     gates: Gates,
-    /// The stable version before the present one.
+    /// The stable version before the current one.
     #[serde(default)]
     served_before: Option<String>,
-    /// What the document listed of the stable version when nothing was being moved.
+    /// The stable version's endpoints that the document listed when nothing was being moved.
     #[serde(default)]
     listed: Option<Listed>,
-    /// Whether the target gets nothing while anybody else is ready: it failed most requests, or the stable version has
-    /// been able to carry everything since it was taken back.
+    /// Whether the target gets traffic only if no other version is ready: most of its requests failed, or the stable
+    /// version has been able to carry the whole load since the rollback.
     shunned: bool,
-    /// What came of the last rollout, in words.
+    /// The result of the last rollout, for people.
     #[serde(default)]
     outcome: String,
-    /// Who carries what because somebody cannot; `None` before anybody has carried anything.
+    /// The current shortfall: which versions carry less than they should, and which carry more. `None` before any
+    /// version has served.
     #[serde(default)]
     strains: Option<Vec<ShortfallReason>>,
-    /// What has happened and nobody has been told of yet.
+    /// Transitions that have not been taken yet.
     #[serde(skip)]
     news: Vec<Transition>,
 }
 
-/// Copies of requests that reach the target before users do.
+/// The warm-up by mirrored requests, which reach the target before users do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Warming {
-    /// Not yet.
+    /// Not started.
     Due,
-    /// Since then.
+    /// Running since this time.
     Since(Millis),
-    /// For so long, and no longer while the rollout is paused.
+    /// Stopped after this long, because the rollout is paused.
     Stopped(Millis),
-    /// It is warm.
+    /// Complete.
     Over,
 }
 
@@ -185,7 +187,7 @@ impl Phase {
         }
     }
 
-    /// Whether a rollout is on its way.
+    /// Whether a rollout is under way.
     pub fn is_under_way(self) -> bool {
         matches!(self, Self::Waiting | Self::Progressing | Self::Paused)
     }
@@ -234,13 +236,13 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether it follows from an edit of the document, where nobody has given a command.
+    /// Whether it follows from an edit of the document rather than from a command.
     pub fn is_of_document(self) -> bool {
         use Reason::{StableChanged, Started, StepsChanged, Superseded, TargetWithdrawn};
         matches!(self, Started | Superseded | StepsChanged | StableChanged | TargetWithdrawn)
     }
 
-    /// Whether it says no more than that endpoints or proxies have come or gone.
+    /// Whether it only reports that endpoints or proxies have come or gone.
     fn is_to_and_fro(self) -> bool {
         use Reason::{EndpointsBack, EndpointsLost, Holding, NoProxies, ProxiesBehind, Ramping, WaitingForCapacity};
         let of_endpoints = matches!(self, EndpointsLost | EndpointsBack | Holding | Ramping | WaitingForCapacity);
@@ -248,51 +250,51 @@ impl Reason {
     }
 }
 
-/// What the engine may know of the world.
+/// The inputs of the rollout engine.
 pub trait RolloutInputs {
-    /// A version's endpoints that can take traffic now.
+    /// How many endpoints of a version can take traffic now.
     fn ready(&self, service: &str, version: &str) -> u32;
-    /// Those that have been ready for as long as the document asks for.
+    /// How many of them have been ready for as long as the document requires.
     fn available(&self, service: &str, version: &str) -> u32;
-    /// What was counted for a version, over all proxies, since ever.
+    /// A version's counts over all proxies since they began.
     fn counts(&self, service: &str, version: &str) -> Counts;
-    /// What is known of the proxies.
+    /// The state of the proxies.
     fn coverage(&self) -> Coverage;
-    /// Requests of a version that did not reach its own cluster, over all proxies, since ever. None of them is in its
+    /// A version's requests that did not reach its own cluster, over all proxies since they began. They are not in its
     /// counts.
     fn misrouted(&self, service: &str, version: &str) -> u64;
-    /// The vetoes of the guards of proxies that report, on a version: one for each proxy.
+    /// The vetoes on a version by the guards of live proxies: one for each proxy.
     fn vetoes(&self, service: &str, version: &str) -> impl Iterator<Item = &Veto>;
-    /// Whether the proxies have had the time to say what they counted while no controller was there.
+    /// Whether proxies have had time to report the counts from the time without a controller.
     fn is_up_to_date(&self) -> bool;
-    /// Whether counts can be kept: a step that goes forward by evidence which a restart would lose is not safe.
+    /// Whether counts can be persisted: a step that advances on evidence which a restart would lose is not safe.
     fn counts_are_kept(&self) -> bool {
         true
     }
-    /// What the counts say of the target.
+    /// The analysis result for the target.
     fn verdict(&self) -> AnalysisResult;
 }
 
-/// What the counts say of the target.
+/// The analysis result for the target.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AnalysisResult {
-    /// It is worse than it may be.
+    /// It is worse than allowed.
     pub fails: bool,
-    /// It is good enough, or nobody asks.
+    /// It is good enough, or no analysis is configured.
     pub passes: bool,
-    /// Both the target and the stable version fail too often: no reason to blame the target, nor to go on.
+    /// Both the target and the stable version fail too often: the rollout holds, and the target is not blamed.
     pub both_fail: bool,
     /// Requests of the target.
     pub requests: u64,
     /// Those that failed.
     pub errors: u64,
-    /// Where the rollout moves several services, the one that is meant.
+    /// Where the rollout moves several services, the one that the result refers to.
     pub worst: Option<ServiceOpinion>,
-    /// The evidence in words.
+    /// The evidence, for people.
     pub words: String,
 }
 
-/// What was counted of the target at one of its services.
+/// The target's counts at one of its services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ServiceOpinion {
     /// The service.
@@ -304,7 +306,7 @@ pub struct ServiceOpinion {
 }
 
 impl Rollout {
-    /// A document that is seen for the first time: its stable version serves.
+    /// The state for a new document: its stable version serves.
     pub fn new(shift: &TrafficShift, now: Millis) -> Self {
         Self {
             number: 0,
@@ -355,8 +357,8 @@ impl Rollout {
         }
     }
 
-    /// A document that is seen for the first time, where a version of it may serve already. That one is where it starts
-    /// from: nothing is moved back to the document's stable version only to be moved forward again.
+    /// The state for a new document of which a version may serve already. The rollout starts from that version, so that
+    /// traffic is not moved back to the document's stable version only to be moved forward again.
     pub fn starting_from(serving: Option<&str>, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Self {
         let mut rollout = Self::new(shift, now);
         let serving = serving.filter(|version| shift.declares(version)).or_else(|| serves_alone(shift, world));
@@ -366,18 +368,18 @@ impl Rollout {
         rollout
     }
 
-    /// What has happened since this was last asked.
+    /// Takes the transitions since the last call.
     pub fn take_news(&mut self) -> Vec<Transition> {
         std::mem::take(&mut self.news)
     }
 
-    /// The state after time has passed and the world has changed. At most one step forward for each call.
+    /// The state after time has passed and inputs have changed. Advances by one step at most for each call.
     pub fn advance(mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Self {
         let number = self.number;
         self.heed(shift, world, now);
         self.watch_stable(shift, world);
         if self.number != number {
-            // What the counts say is not of this rollout yet.
+            // The counts do not belong to this rollout yet.
             return self;
         }
         if self.phase.is_under_way() {
@@ -389,8 +391,8 @@ impl Rollout {
         self
     }
 
-    /// Time has passed in which no controller was there. Nothing was held, waited for or warmed up in it: what remained of
-    /// that remains. `restated` is by how much the same moment has another number than before.
+    /// Accounts for time in which no controller ran. Holds, waits and warm-ups did not run in it: their remaining time
+    /// is unchanged. `restated` is the difference between the new and the old number of the same moment.
     pub fn was_unattended(&mut self, long: Millis, restated: i64) {
         let later = |time: &mut Millis| *time = time.saturating_add(long);
         self.held_since.iter_mut().for_each(later);
@@ -407,17 +409,17 @@ impl Rollout {
         self.unattended = self.unattended.saturating_add_unsigned(long).saturating_sub(restated);
     }
 
-    /// For so long it has been in its phase, as far as a controller was there.
+    /// The time at which its phase began, moved forward by the time without a controller.
     pub fn attended_since(&self) -> Millis {
         self.since.saturating_add_signed(self.unattended)
     }
 
-    /// Whether another state is the same, whatever is said of it.
+    /// Whether another state differs in its message at most.
     pub fn is_but_in_words(&self, other: &Self) -> bool {
         *self == Self { message: self.message.clone(), ..other.clone() }
     }
 
-    /// A gate has answered for a step. Answers to questions of the past change nothing.
+    /// Records a gate's answer for a step. Answers to outdated questions change nothing.
     pub fn gate_answered(&mut self, step: usize, allowed: bool, words: &str) {
         if self.phase.is_under_way() && !self.allowed && self.step == step {
             self.allowed = allowed;
@@ -433,19 +435,19 @@ impl Rollout {
         (self.phase.is_under_way() && !self.allowed && self.needs_gate(self.step, shift)).then_some(self.step)
     }
 
-    /// The step that the rollout is at; `None` if none is under way.
+    /// The current step; `None` if no rollout is under way.
     pub fn current_step(&self, shift: &TrafficShift) -> Option<Step> {
         self.phase.is_under_way().then(|| self.present(shift))
     }
 
-    /// The present step. One that the document no longer has is not done: until [`Self::advance`] has found the place
-    /// to go on from, it is the last one.
+    /// The current step. If the document has removed it, it does not count as done: until [`Self::advance`] has found
+    /// the step to continue from, it is the last one.
     fn present(&self, shift: &TrafficShift) -> Step {
         let steps = self.steps(shift);
         steps.get(self.step).or(steps.last()).cloned().unwrap_or(Step::all())
     }
 
-    /// The steps of this rollout. The last one is always everything.
+    /// The steps of this rollout. The last one is always 100 %.
     pub fn steps<'a>(&self, shift: &'a TrafficShift) -> &'a [Step] {
         static BACK: [Step; 1] = [Step::all()];
         match self.goes_back(shift) {
@@ -454,15 +456,16 @@ impl Rollout {
         }
     }
 
-    /// Whether it goes back to the version that the document calls stable, or that somebody asked for: at once, and
-    /// nobody is asked.
+    /// Whether it goes back to the document's stable version, or to the version of a rollback command: at once and
+    /// without gates.
     pub fn goes_back(&self, shift: &TrafficShift) -> bool {
         let is_stable = self.target.as_ref() == Some(&shift.stable);
-        // An edited `stable` that gates lie before is a target like any other until it serves.
+        // An edited `stable` with gates before it is a target like any other until it serves.
         self.is_return || (is_stable && self.said.gated.as_ref() != Some(&shift.stable))
     }
 
-    /// When the rollout will be said to be stuck, if it gets no further; `None` while it waits for nothing.
+    /// When the rollout exceeds its progress deadline unless it progresses; `None` while it does not wait for
+    /// endpoints.
     pub fn deadline(&self, shift: &TrafficShift) -> Option<Millis> {
         use Reason::{EndpointsLost, ProgressDeadlineExceeded, WaitingForCapacity};
         let may_wait = matches!(self.reason, WaitingForCapacity | EndpointsLost | ProgressDeadlineExceeded);
@@ -470,36 +473,36 @@ impl Rollout {
             .then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
     }
 
-    /// The number of the present step if its versions are compared, by which proxies tell users who were given their
-    /// version since it began; else 0.
+    /// The number of the current step if its versions are compared, else 0. Proxies use it to distinguish users who
+    /// were assigned their version since the step began.
     pub fn compared_step(&self, shift: &TrafficShift) -> u64 {
         if self.phase.is_under_way() && !self.goes_back(shift) { self.steps_begun } else { 0 }
     }
 
-    /// The services that it moves, as far as it has seen them.
+    /// The services that it moves, as far as it has observed them.
     pub fn services(&self) -> impl Iterator<Item = &String> {
         self.endpoints_for_full_load.keys()
     }
 
-    /// Whether the document said last that its traffic goes to the default route when it is deleted.
+    /// Whether the document, when last observed, sends its traffic to the default route on deletion.
     pub fn drains_on_delete(&self) -> bool {
         self.said.drains
     }
 
-    /// Whether the version that left the document may not go yet, whatever its deadline is: it serves, or is on its way,
-    /// and what is to take its place waits for a gate.
+    /// Whether a removed version must keep serving beyond its deadline: it carries traffic, and its replacement waits
+    /// for a gate.
     pub fn holds_by_gate(&self, version: &str, shift: &TrafficShift) -> bool {
         let is_in_use = self.stable == version || self.leaving.as_deref() == Some(version);
         self.phase.is_under_way() && is_in_use && self.waits_for_gate(shift)
     }
 
-    /// Whether a version may be needed again as things stand: the stable one, or the target of what is under way.
+    /// Whether a version is still in use: it is the stable version, or the target of a rollout under way.
     pub fn uses(&self, version: &str) -> bool {
         self.stable == version || (self.phase.is_under_way() && self.target.as_deref() == Some(version))
     }
 
-    /// How many endpoints carry the whole load of a service: as many as when the rollout began, or as the stable version
-    /// has grown to since then and is still meant to have.
+    /// How many endpoints carry the whole load of a service: as many as when the rollout began, or as many as the
+    /// stable version has grown to since then and should still have.
     pub fn full_load(&self, service: &ShiftService) -> u32 {
         let counted = self.endpoints_for_full_load.get(&service.name).copied();
         let had = self.stable_had.get(&service.name).zip(service.version(&self.stable));
@@ -507,7 +510,7 @@ impl Rollout {
         service.endpoints_for_full_load.or(counted.max(grown)).unwrap_or(1).max(1)
     }
 
-    /// Takes note of how many endpoints the stable version has while a rollout may need to be replaced by as many.
+    /// Records how many endpoints the stable version has while a rollout may have to replace them.
     fn watch_stable(&mut self, shift: &TrafficShift, world: &impl RolloutInputs) {
         if !self.phase.is_under_way() && self.phase != Phase::Failed {
             return self.stable_had.clear();
@@ -520,7 +523,7 @@ impl Rollout {
         }
     }
 
-    /// Nothing is being moved: the stable version serves everything, as far as it can.
+    /// Updates a document with no rollout under way: the stable version serves everything that it can carry.
     fn look_at_rest(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         self.follow_document(shift);
         match self.phase {
@@ -532,12 +535,12 @@ impl Rollout {
         self.enter(self.phase, self.reason, message, shortfall, now);
     }
 
-    /// Says how it is; a transition if that is another phase or reason than before, or if others than before carry
-    /// what somebody cannot.
+    /// Sets phase, reason and message. Records a transition if the phase or the reason changes, or if the shortfall
+    /// does.
     fn enter(&mut self, phase: Phase, reason: Reason, message: String, shortfall: Shortfall, now: Millis) {
         let is_other = (self.phase, self.reason) != (phase, reason);
         let is_strained = !shortfall.strains.is_empty();
-        // What has never served has not been lost.
+        // A version that has never served has not been lost.
         let known = self.strains.is_some();
         let strains = (known || !shortfall.nobody_serves).then_some(shortfall.strains);
         let is_shifted = known && self.strains != strains;
@@ -549,7 +552,7 @@ impl Rollout {
             (true, false) => {
                 let words = format!("{message}; each version can carry its share again");
                 self.record(Reason::EndpointsBack, words, now);
-                // What goes on as before need not be said besides.
+                // A rollout that continues as before needs no transition of its own.
                 if is_other && !matches!(reason, Reason::Holding | Reason::Ramping) {
                     self.record(reason, message, now);
                 }
@@ -559,13 +562,13 @@ impl Rollout {
         }
     }
 
-    /// Something has been decided: a transition, whatever was said before.
+    /// Records a decision: always a transition, even if phase and reason are unchanged.
     fn announce(&mut self, phase: Phase, reason: Reason, message: String, now: Millis) {
         self.turn_to(phase, reason, message, now);
         self.record(reason, self.message.clone(), now);
     }
 
-    /// Something has happened that changes neither phase nor reason.
+    /// Records an event that changes neither phase nor reason.
     pub fn note(&mut self, reason: Reason, message: String, now: Millis) {
         self.record(reason, message, now);
     }
@@ -581,7 +584,7 @@ impl Rollout {
         let (rollout, phase) = (self.number, self.phase);
         let step = phase.is_under_way().then_some(self.step);
         let from = match phase {
-            // The target is the stable version by now.
+            // The target has become the stable version.
             Phase::Succeeded => self.leaving.clone(),
             _ => Some(self.stable.clone()),
         };

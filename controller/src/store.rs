@@ -1,6 +1,6 @@
-//! What survives a restart of the controller: rollouts, the revision, readiness and counts, as two small files in a
-//! directory that one controller at a time has. Files are replaced as a whole, so a kill at any moment leaves the old
-//! or the new one.
+//! The file store for the controller's persisted state: rollouts, the revision, readiness and counts, as two small
+//! files in a directory that one controller at a time owns. Files are replaced as a whole, so a kill at any moment
+//! leaves either the old file or the new one.
 
 pub mod secret;
 pub(crate) mod writer;
@@ -18,10 +18,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, io};
 
-/// The format that this build writes; it reads the four before, too. (4: counts tell how requests were chosen; 5: what
-/// runs of proxies said last is packed; 6: what has left the documents and still serves.)
+/// The format that this build writes; it also reads the four previous ones. (4: counts record how requests were chosen;
+/// 5: the last reports of proxy runs are packed; 6: removed versions and deleted documents that still serve.)
 const FORMAT: u64 = 6;
-/// The most bytes that the file of counts may have.
+/// The largest size of the counts file in bytes.
 pub const MAX_COUNTS: usize = 32 << 20;
 const ROLLOUTS: &str = "rollouts.json";
 const COUNTS: &str = "counts.json";
@@ -32,14 +32,14 @@ const LOCK: &str = "lock";
 pub struct Store {
     dir: PathBuf,
     fit: Fit,
-    /// Held until the process ends, whichever way.
+    /// Held until the process ends in any way.
     lock: Arc<Mutex<File>>,
 }
 
 /// Why the state cannot be used. Nothing is overwritten.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The directory that was asked for is none, and cannot become one.
+    /// The given path is not a directory, and none can be created there.
     #[error(
         "--state-dir {}: {why}; expected a folder that this user may write to, or a path where it may make one, such as \
          /var/lib/tideshift", path.display()
@@ -55,13 +55,13 @@ pub enum StoreError {
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         error: io::Error,
     },
-    /// Another controller has it.
+    /// Another controller uses it.
     #[error("state in {}: in use by another tideshift serve; give this one a --state-dir of its own", .0.display())]
     InUse(PathBuf),
-    /// The file is not one that this build wrote.
+    /// This build did not write the file.
     #[error(
         "state in {}: {why}; it is left as it is. Move it away to start afresh ({lost})", path.display()
     )]
@@ -70,55 +70,56 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         why: String,
-        /// What that costs.
+        /// What is lost without it.
         lost: &'static str,
     },
 }
 
-/// What is around the content.
+/// The envelope of the content.
 #[derive(Deserialize)]
 struct Envelope<'a> {
-    /// SHA-256 of the content as it is written, and of the format.
+    /// SHA-256 of the serialized content and of the format.
     checksum: String,
     #[serde(borrow)]
     content: &'a RawValue,
 }
 
-/// What was written is not something that this build wrote.
+/// The data was not written by this build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Corrupt(pub String);
 
-/// Makes counts fit where they are kept.
+/// Makes counts fit into the store's size limit.
 #[derive(Debug, Clone)]
 pub struct Fit {
     limit: usize,
-    /// What single runs of proxies may take, as far as that is known from the last time.
+    /// How many bytes the counts of single proxy runs may take, as determined last time.
     room: usize,
 }
 
-/// What must be kept does not fit.
+/// The data to persist does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{bytes} bytes do not fit; at most {limit} do")]
 pub struct TooLarge {
-    /// So many there are.
+    /// The size of the data.
     pub bytes: usize,
-    /// So many there may be.
+    /// The limit.
     pub limit: usize,
 }
 
 impl Fit {
-    /// Into so many bytes.
+    /// For a limit in bytes.
     pub fn into(limit: usize) -> Self {
         Self { limit, room: usize::MAX }
     }
 
-    /// The most bytes.
+    /// The limit in bytes.
     pub fn limit(&self) -> usize {
         self.limit
     }
 
-    /// Packs counts. What does not fit is left out, from single runs of proxies that are silent to those that report.
+    /// Packs counts. What does not fit is left out: the counts of single proxy runs, first of silent ones, then of
+    /// those that report.
     ///
     /// # Errors
     ///
@@ -131,7 +132,7 @@ impl Fit {
         let written = counted.written(self.room);
         let whole = pack(&written);
         if whole.len() <= self.limit {
-            // There may be room for more by the next time.
+            // There may be room for more next time.
             self.room = self.room.saturating_add(self.room / 8);
             return Ok(whole);
         }
@@ -139,7 +140,7 @@ impl Fit {
         let Some(left) = self.limit.checked_sub(totals.len()) else {
             return Err(TooLarge { bytes: totals.len(), limit: self.limit });
         };
-        // As much of the runs as fits beside the totals, if all of them pack alike.
+        // The part of the runs that fits next to the totals, if all of them pack equally well.
         let (left, all) = (left as f64, whole.len().saturating_sub(totals.len()).max(1) as f64);
         let mut part = (0.95 * left / all).min(0.95);
         while part > 0.02 {
@@ -155,17 +156,17 @@ impl Fit {
     }
 }
 
-/// State as it is written, wherever that is: `{"format": 6, "checksum": "...", "content": {...}}`.
+/// Serializes state for any store: `{"format": 6, "checksum": "...", "content": {...}}`.
 pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
     let content = serde_json::to_string(content).unwrap_or_default();
     format!(r#"{{"format":{FORMAT},"checksum":"{}","content":{content}}}"#, checksum(FORMAT, &content)).into_bytes()
 }
 
-/// State from what was written.
+/// Parses serialized state.
 ///
 /// # Errors
 ///
-/// If it is not of this build's format or those before, or not what was written.
+/// If it has neither this build's format nor one of the supported older ones, or if it is damaged.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Corrupt> {
     read(bytes).map_err(Corrupt)
 }
@@ -185,14 +186,14 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
             }
             serde_json::from_str(content.get()).map_err(said)
         }
-        // Its fields were beside the format, without a checksum.
+        // Format 2 has the fields beside the format, without a checksum.
         Some(2) => serde_json::from_slice(bytes).map_err(said),
         Some(format) => Err(format!("format {format}, of another version of tideshift (this one has {FORMAT})")),
         None => Err("no format in it".to_owned()),
     }
 }
 
-/// Of the content; since format 5 also of the format, which tells how the content is read.
+/// The checksum of the content; since format 5 also of the format, which determines how the content is read.
 fn checksum(format: u64, content: &str) -> String {
     let mut digest = Sha256::new();
     if format >= 5 {
@@ -213,7 +214,7 @@ fn take_lock(dir: &Path) -> Result<File, StoreError> {
 }
 
 impl Store {
-    /// Whether the directory is still the one that is locked, and what was written is there.
+    /// Whether the directory is still the locked one, and still contains the state.
     pub fn is_intact(&self) -> bool {
         self.is_locked() && Self::is_in(&self.dir)
     }
@@ -226,7 +227,7 @@ impl Store {
         }
     }
 
-    /// A directory that was removed or replaced is made and locked again, unless another controller has done so.
+    /// Creates and locks a removed or replaced directory again, unless another controller has done so.
     fn lock_again(&self) -> Result<(), StoreError> {
         if self.is_locked() {
             return Ok(());
@@ -238,12 +239,12 @@ impl Store {
         Ok(())
     }
 
-    /// Whether there is a state in a directory, readable or not.
+    /// Whether a directory contains a state, readable or not.
     pub fn is_in(dir: &Path) -> bool {
         dir.join(ROLLOUTS).symlink_metadata().is_ok()
     }
 
-    /// Opens the state in a directory, which is made if it is not there.
+    /// Opens the state in a directory, which is created if it does not exist.
     pub fn open(dir: &Path) -> Result<(Self, Option<PersistedState>, Option<CountState>), StoreError> {
         let io = |error| StoreError::Io { path: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(io)?;
@@ -251,7 +252,8 @@ impl Store {
         let store = Self { dir: dir.to_owned(), fit: Fit::into(MAX_COUNTS), lock };
         let (mut kept, mut counted) = (store.read::<PersistedState>(ROLLOUTS)?, store.read::<CountState>(COUNTS)?);
         if let (None, Some(counted)) = (&kept, &mut counted) {
-            // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
+            // Rollouts are counted from 1 again: existing analyses of rollouts with the same numbers do not apply to
+            // them.
             counted.judges = Analyses::default();
         }
         if let Some(kept) = kept.as_mut().filter(|kept| kept.session_secret.is_empty()) {
@@ -260,12 +262,12 @@ impl Store {
         Ok((store, kept, counted))
     }
 
-    /// Replaces everything but the counts. Returns how many bytes that are.
+    /// Replaces everything but the counts. Returns the size in bytes.
     pub fn keep(&mut self, kept: &PersistedState) -> Result<usize, StoreError> {
         self.write(ROLLOUTS, &encode(kept))
     }
 
-    /// Replaces the counts. Returns how many bytes that are.
+    /// Replaces the counts. Returns the size in bytes.
     pub fn keep_counts(&mut self, counted: &CountState) -> Result<usize, StoreError> {
         let packed = self.fit.pack(counted, |written| encode(written));
         let path = self.dir.join(COUNTS);
@@ -292,14 +294,14 @@ impl Store {
         let path = self.dir.join(name);
         let replace = || {
             let new = path.with_extension("new");
-            // Nobody else's business: the policy may hold secrets.
+            // Readable by the owner only: the policy may contain secrets.
             let mut options = File::options();
             options.write(true).create(true).truncate(true).mode(0o600);
             let mut file = options.open(&new)?;
             file.write_all(bytes)?;
             file.sync_data()?;
             fs::rename(&new, &path)?;
-            // The new name must be as safe as what it names.
+            // The new directory entry must be as durable as the file.
             File::open(&self.dir)?.sync_all()
         };
         replace().map_err(|error| StoreError::Io { path: path.clone(), error })?;
@@ -325,7 +327,7 @@ mod tests {
         assert_eq!((found, counts), (Some(kept), Some(CountState::default())));
     }
 
-    /// Counts of so many starts of proxies, each with so many services of two versions.
+    /// Counts of this many proxy runs, each with this many services of two versions.
     fn counted(starts: u64, services: usize) -> CountState {
         let mut counted = CountState::default();
         for start in 0..starts {
@@ -334,7 +336,7 @@ mod tests {
         counted
     }
 
-    /// One of them reports for the nth time.
+    /// One of them sends its nth report.
     fn count(counted: &mut CountState, start: u64, services: usize, sequence: u64) {
         let mut random = fastrand::Rng::with_seed(start);
         let mut version = |name: &str| {
@@ -415,7 +417,7 @@ mod tests {
             let total = |of: &CountState| of.ledger.total("service-0", "v2");
             assert_eq!(total(&found), total(&counted));
             if !whole {
-                // Each reports twice more: what it says first is a base line where it was left out.
+                // Each sends two more reports: the first one is a baseline where the run was left out.
                 (0..starts).for_each(|start| count(&mut found, start, services, 2));
                 let between = total(&found);
                 (0..starts).for_each(|start| count(&mut found, start, services, 3));
@@ -450,7 +452,7 @@ mod tests {
         assert!(!store.is_intact());
         store.keep(&kept).unwrap();
         assert!(store.is_intact() && matches!(Store::open(&dir), Err(StoreError::InUse(_))));
-        // Another one is faster.
+        // Another controller is faster.
         fs::remove_dir_all(&dir).unwrap();
         let (mut other, found, _) = Store::open(&dir).unwrap();
         assert_eq!(found, None);
@@ -496,7 +498,7 @@ mod tests {
         for bit in 0..written.len() * 8 {
             let mut flipped = written.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            // What means the same all the same does no harm: a hex digit in upper case is refused, too.
+            // Changes that keep the meaning are harmless, but are refused as well, such as a hex digit in upper case.
             assert!(decode::<PersistedState>(&flipped).is_err(), "bit {bit}: {}", String::from_utf8_lossy(&flipped));
         }
     }

@@ -1,5 +1,5 @@
-//! One probe of one endpoint: can it take traffic now? Kubernetes' probes with Kubernetes' meaning. When to probe, and
-//! what several results in a row amount to, is [`crate::readiness`]'s and [`threshold`]'s.
+//! One probe of one endpoint: whether it can take traffic now. The probes are Kubernetes' probes with the same
+//! semantics. [`crate::readiness`] decides when to probe; [`threshold`] evaluates consecutive results.
 
 mod exec;
 mod grpc;
@@ -14,18 +14,18 @@ use tokio::net::TcpStream;
 
 pub use http::Client;
 
-/// What is probed: an endpoint, and whose it is.
+/// The endpoint to probe, with its service and version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Subject {
     /// The service's name.
     pub service: String,
     /// The version's name.
     pub version: String,
-    /// Where it runs.
+    /// The endpoint's address.
     pub endpoint: Endpoint,
 }
 
-/// Probes once; takes no longer than the probe's timeout.
+/// Probes once, within the probe's timeout.
 ///
 /// # Errors
 ///
@@ -49,7 +49,7 @@ pub async fn once(client: &Client, subject: &Subject, probe: &Probe) -> Result<(
     timely.unwrap_or_else(|_| Err(format!("no result within {}", shown(probe.timeout))))
 }
 
-/// A TCP connection that opens is success; it is closed at once.
+/// Succeeds if a TCP connection opens, and closes it at once.
 async fn connect(host: &str, port: u16) -> Result<(), String> {
     TcpStream::connect((host, port)).await.map(|_| ()).map_err(|error| io_reason(&error))
 }
@@ -90,7 +90,8 @@ mod tests {
         HttpGet { path: "/health?deep=1".to_owned(), host: None, port: None, https: false, headers: Vec::new() }
     }
 
-    /// A server that answers its connections one after the other with these texts; its port, and what it was sent.
+    /// A server that answers its connections one after the other with these texts. Returns its port and the received
+    /// requests.
     async fn server(answers: Vec<String>) -> (u16, tokio::task::JoinHandle<Vec<String>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -110,7 +111,7 @@ mod tests {
         (port, task)
     }
 
-    /// A listener that was dropped lives on for a moment in a command that another test is about to start.
+    /// A dropped listener stays open for a moment in a command that another test is about to start.
     async fn until_refused(port: u16) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
@@ -261,7 +262,7 @@ mod tests {
     async fn a_command_that_takes_too_long_is_killed_with_what_it_started() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("held-open");
-        // The grandchild holds the pipe open; reading it to its end means that all of them are gone.
+        // The grandchild holds the pipe open; reading it to its end shows that all processes are gone.
         let script = format!("mkfifo {0}; sleep 600 >{0} & wait", pipe.display());
         let probing = tokio::spawn(async move { exec(&["sh", "-c", &script], Duration::from_secs(1)).await });
         let deadline = Instant::now() + Duration::from_secs(20);

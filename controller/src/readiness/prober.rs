@@ -1,5 +1,5 @@
-//! Watches every endpoint of the documents in force, each by a task of its own ([`crate::readiness::worker`]), and keeps the table of
-//! readiness.
+//! The prober: runs one task for each endpoint of the documents in force ([`crate::readiness::worker`]), and keeps the
+//! readiness table.
 
 use super::{DiscoveryInfo, EndpointState, Readiness, RememberedReadiness};
 use crate::limits::Limits;
@@ -12,7 +12,7 @@ use tideshift_core::shift::TrafficShift;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Runs the probes. Ends them when dropped.
+/// Runs the probes. Stops them when dropped.
 #[derive(Debug)]
 pub struct Prober {
     clients: Clients,
@@ -21,8 +21,8 @@ pub struct Prober {
 }
 
 impl Prober {
-    /// A prober without endpoints. The `remembered` ones begin as ready when they appear with their service for the
-    /// first time, until their probes say otherwise.
+    /// A prober without endpoints. The `remembered` endpoints start as ready when they first appear with their service,
+    /// until their probes report otherwise.
     ///
     /// # Errors
     ///
@@ -31,7 +31,7 @@ impl Prober {
         Self::start_within(Limits::of_machine(), remembered)
     }
 
-    /// The same within other limits.
+    /// The same with other limits.
     ///
     /// # Errors
     ///
@@ -41,19 +41,19 @@ impl Prober {
         Ok(Self { clients: Clients::new(limits)?, remembered, table: Arc::new(table) })
     }
 
-    /// The readiness now, and from now on.
+    /// Subscribes to the readiness, starting with the current one.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Readiness>> {
         self.table.readiness.subscribe()
     }
 
-    /// Probes the endpoints of these documents from now on, and no others. An endpoint that was probed before keeps
-    /// its state, and its task too if it is ready on the same terms. Must be called from within a Tokio runtime.
+    /// Sets the documents whose endpoints are probed. An endpoint that was probed before keeps its state, and also its
+    /// task if the conditions for its readiness are unchanged. Must be called from within a Tokio runtime.
     pub fn set(&self, shifts: &[TrafficShift]) {
         let outlook = self.table.readiness.borrow().outlook.clone();
         self.set_with(shifts, outlook);
     }
 
-    /// The same, with what a cluster says beyond them.
+    /// The same, with additional information from a cluster.
     pub fn set_with(&self, shifts: &[TrafficShift], outlook: Arc<DiscoveryInfo>) {
         let mut tasks = self.table.lock();
         let before = Arc::clone(&self.table.readiness.borrow());
@@ -85,12 +85,12 @@ impl Prober {
                 versions.insert(version.name.clone(), endpoints.collect());
             }
         }
-        // What is still in the old map is dropped here, and ends.
+        // Tasks that remain in the old map are dropped here, which stops them.
         tasks.running = running;
         self.table.readiness.send_replace(Arc::new(readiness));
     }
 
-    /// What is known of an endpoint before its first result, and whether it is taken for one that serves already.
+    /// The initial state of an endpoint before its first result, and whether it is assumed to serve already.
     fn state(&self, before: &Readiness, subject: &Subject, terms: &ReadinessSpec) -> (EndpointState, bool) {
         let Subject { service, version, endpoint } = subject;
         let is_watched = before.services.contains_key(service);
@@ -265,14 +265,14 @@ mod tests {
         let prober = Prober::start(RememberedReadiness::default()).unwrap();
         prober.set(&[shift((&[port], tcp(json!({}))), (&[], Value::Null))]);
         until(&prober, |readiness| readiness.ready("checkout", "v1") == 1).await;
-        // An endpoint more: the old one keeps its task, the new one is known to be new.
+        // One more endpoint: the old one keeps its task, the new one is known to be new.
         let never = json!({"tcpSocket": {}, "initialDelaySeconds": 3600});
         prober.set(&[shift((&[port], tcp(json!({}))), (&[other_port], never.clone()))]);
         let readiness = Arc::clone(&prober.subscribe().borrow());
         assert_eq!((readiness.ready("checkout", "v1"), readiness.ready("checkout", "v2")), (1, 0));
         assert!(readiness.is_known("checkout"));
         assert_eq!(numbers(&prober), [1, 2]);
-        // Another probe: another task, which begins with the state that there was.
+        // Another probe starts another task, which continues with the current state.
         prober.set(&[shift((&[port], never), (&[], Value::Null))]);
         assert_eq!(prober.subscribe().borrow().ready("checkout", "v1"), 1);
         assert_eq!(numbers(&prober), [3]);

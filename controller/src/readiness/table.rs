@@ -1,4 +1,4 @@
-//! The readiness of all endpoints, and whose results count towards it.
+//! The table of all endpoints' readiness, and the tasks whose results it accepts.
 
 use crate::readiness::probe::Subject;
 use crate::readiness::{EndpointState, Readiness};
@@ -11,13 +11,13 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-/// On which terms an endpoint is ready.
+/// The conditions under which an endpoint is ready.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ReadinessSpec {
-    /// None: it passes as soon as it is listed.
+    /// `None`: the endpoint passes as soon as it is listed.
     pub(crate) probe: Option<Probe>,
     pub(crate) warm_up: Option<WarmUpRequests>,
-    /// Whether it is of the stable version and its warm-up may thus be cut short.
+    /// Whether it belongs to the stable version, so that its warm-up may be cut short.
     pub(crate) yields: bool,
 }
 
@@ -32,7 +32,7 @@ impl ReadinessSpec {
     }
 }
 
-/// What a task found out.
+/// A result of a task.
 #[derive(Debug, Default)]
 pub(crate) struct Finding {
     pub(crate) ready: bool,
@@ -40,7 +40,7 @@ pub(crate) struct Finding {
     pub(crate) reason: Option<String>,
 }
 
-/// The readiness, and whose results count towards it.
+/// The readiness, and the tasks whose results it accepts.
 #[derive(Debug)]
 pub(crate) struct Table {
     pub(super) tasks: Mutex<Tasks>,
@@ -49,11 +49,11 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Tasks> {
-        // Nothing that holds the lock panics half-way; if it did, the map would still be whole.
+        // No code that holds the lock panics halfway; if it did, the map would still be complete.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what the task `number` found out, unless it has been replaced.
+    /// Stores a result of the task `number`, unless the task has been replaced.
     pub(crate) fn take_in(&self, number: u64, subject: &Subject, finding: Finding) {
         let mut tasks = self.lock();
         let Some(Running { logged, .. }) = tasks.running.get_mut(subject).filter(|of| of.number == number) else {
@@ -91,10 +91,10 @@ pub(crate) struct Tasks {
     pub(super) started: u64,
 }
 
-/// The task that looks after one endpoint.
+/// The task of one endpoint.
 #[derive(Debug)]
 pub(crate) struct Running {
-    /// A task that was stopped may still be about to hand in a result; its number gives it away.
+    /// A stopped task may still deliver a result; it is recognized by its number.
     pub(super) number: u64,
     pub(super) terms: ReadinessSpec,
     pub(super) stop: AbortHandle,
@@ -107,7 +107,7 @@ impl Drop for Running {
     }
 }
 
-/// How many lines have been logged of one endpoint of late, or were left out.
+/// How many lines about one endpoint have been logged in the current time window, or left out.
 #[derive(Debug)]
 pub(crate) struct Logged {
     pub(super) since: Instant,
@@ -115,7 +115,7 @@ pub(crate) struct Logged {
 }
 
 impl Logged {
-    /// One more line: how many were left out before it; `None` if it is left out as well.
+    /// Counts one more line. Returns how many were left out before it; `None` if it is left out as well.
     pub(crate) fn line(&mut self, now: Instant) -> Option<u32> {
         let (most, time) = MAX_LINES;
         let mut left_out = 0;
@@ -128,5 +128,6 @@ impl Logged {
     }
 }
 
-/// The most lines that are logged of one endpoint within so much time: it may come and go many times a second.
+/// The most lines that are logged for one endpoint in a time window, because an endpoint may come and go many times a
+/// second.
 pub(crate) const MAX_LINES: (u32, Duration) = (10, Duration::from_secs(10));

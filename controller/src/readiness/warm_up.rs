@@ -1,5 +1,5 @@
-//! Warm-up requests: what a new endpoint is asked before it counts as ready. Which endpoints are new, and what they are
-//! meanwhile, is [`crate::readiness`]'s.
+//! Warm-up requests, which a new endpoint must answer before it counts as ready. [`crate::readiness`] decides which
+//! endpoints are new, and their state meanwhile.
 
 use crate::limits::Limit;
 use crate::net::{direct_client, header_map, status_of};
@@ -10,34 +10,35 @@ use std::time::Duration;
 use tideshift_core::shift::WarmUpRequests;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
-/// How often it is said how far a try is.
+/// The interval between two progress reports of an attempt.
 const SAY: Duration = Duration::from_millis(500);
-/// From a try that has failed to the next; doubles with each, up to [`LONGEST_PAUSE`].
+/// The pause after a failed attempt; it doubles with each failure, up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How long a connection waits for the next request.
+/// How long a connection stays open for the next request.
 const IDLE: Duration = Duration::from_secs(1);
-/// The most bytes that are read of an answer; what is in them does not matter.
+/// The most bytes of an answer that are read; their content does not matter.
 const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// What warm-up requests are sent with; cheap to clone.
+/// The client for warm-up requests; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
     limit: Limit,
 }
 
-/// How the warm-up of an endpoint goes.
+/// The progress of an endpoint's warm-up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Progress {
-    /// For people: `warming up: 12 of 50 requests`, or why the latest try failed.
+    /// For people: `warming up: 12 of 50 requests`, or why the latest attempt failed.
     pub message: String,
-    /// Whether a try has failed.
+    /// Whether an attempt has failed.
     pub has_failed: bool,
 }
 
 impl Client {
-    /// A client for any number of endpoints. Takes no proxy from the environment, follows no redirect, keeps no cookie.
+    /// A client for any number of endpoints. It uses no proxy from the environment, follows no redirects and keeps no
+    /// cookies.
     ///
     /// # Errors
     ///
@@ -48,8 +49,9 @@ impl Client {
         Ok(Self { http, limit })
     }
 
-    /// Asks the endpoint until enough of `requests` pass in one try: a try that fails is followed by another after a
-    /// pause, for ever. The limits are those of the document's namespace. `say` hears how it goes, from the beginning on.
+    /// Sends warm-up requests until enough of `requests` pass in one attempt. A failed attempt is repeated after a
+    /// pause, without limit. The limits are those of the document's namespace. `say` receives the progress from the
+    /// start.
     pub async fn warm_up(
         &self,
         namespace: &str,
@@ -81,7 +83,8 @@ impl Client {
         tracing::info!(service, version, %endpoint, requests = requests.count, seconds, "warmed up");
     }
 
-    /// Sends the requests, until all are answered or so many have failed that the rest cannot make up for it.
+    /// Sends the requests of one attempt, until all are answered or so many have failed that the attempt cannot
+    /// succeed.
     async fn try_once(
         &self,
         namespace: &str,
@@ -149,20 +152,20 @@ pub(crate) mod tests {
     use tokio::net::TcpListener;
     use tokio::sync::Semaphore;
 
-    /// An endpoint that keeps what it was asked.
+    /// An endpoint that records its requests.
     #[derive(Debug, Clone, Default)]
     pub(crate) struct Upstream(Arc<Mutex<Behaviour>>);
 
     #[derive(Debug, Default)]
     pub(crate) struct Behaviour {
         pub(crate) port: u16,
-        /// Method, path and host of each request, `/health` left out.
+        /// Method, path and host of each request, without those to `/health`.
         pub(crate) asked: Vec<String>,
-        /// The statuses of the next answers; 200 once there are no more.
+        /// The statuses of the next answers; 200 when it is empty.
         pub(crate) statuses: VecDeque<u16>,
-        /// The statuses of the next answers to `/health`; the last of them stays.
+        /// The statuses of the next answers to `/health`; the last one stays.
         pub(crate) health: VecDeque<u16>,
-        /// So many requests are answered; `None` for all.
+        /// How many requests are answered; `None` for all.
         pub(crate) allowed: Option<Arc<Semaphore>>,
         open: usize,
         most_open: usize,
@@ -178,7 +181,7 @@ pub(crate) mod tests {
             upstream
         }
 
-        /// The same with no answer before [`Self::allow`].
+        /// The same, without answers before [`Self::allow`].
         pub(crate) async fn start_held() -> Self {
             let upstream = Self::start().await;
             upstream.with(|own| own.allowed = Some(Arc::new(Semaphore::new(0))));

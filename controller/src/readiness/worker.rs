@@ -1,18 +1,19 @@
-//! One endpoint's way to readiness: its probes, and its warm-up if it is new.
+//! The task of one endpoint: its probes, and its warm-up if it is new.
 //!
-//! Where the document asks for warm-up requests, an endpoint whose probes pass must also answer those before it is ready,
-//! if it is new. It is, unless
+//! If the document configures warm-up requests, a new endpoint whose probes pass must also answer those before it is
+//! ready. An endpoint is new unless one of these applies:
 //!
-//! - it is remembered as ready, or was ready under the document before: it serves;
-//! - its probes have not failed for longer than they take to find out that it is away (`failureThreshold` periods): that
-//!   was a hiccup, and a process that starts anew is cold;
-//! - the service appears for the first time, nothing is remembered of it, and this is the stable version: a controller
-//!   that knows no better takes that for what serves already.
+//! - It is remembered as ready, or was ready under the previous document: it already serves.
+//! - Its probes have failed for no longer than it takes to detect that it is away (`failureThreshold` periods). That is
+//!   a hiccup; after a longer failure the process may have restarted, and a restarted process is cold.
+//! - The service appears for the first time, nothing is remembered of it, and the endpoint belongs to the stable
+//!   version: a controller without other information assumes that the stable version already serves.
 //!
-//! The stable version waits for its warm-up only as long as another version is ready: without one, users are waiting.
-//! Endpoints of a version that has none ready yet wait for each other's first try, because its first weight lets users
-//! reach all of them whose checks pass in the proxies. For the same reason an endpoint that joins a version which serves
-//! already may see users while it is being warmed up; only what the version may carry waits for it then.
+//! The stable version waits for its warm-up only while another version is ready: without one, users are waiting. If a
+//! version has no ready endpoint yet, its endpoints wait for each other's first attempt, because with the version's
+//! first weight, users reach every endpoint that passes the proxies' health checks. For the same reason an endpoint
+//! that joins a serving version may receive user requests during its warm-up; only the capacity of the version waits
+//! for it then.
 
 use crate::limits::{Limit, Limits};
 use crate::readiness::probe::threshold::Threshold;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use tideshift_core::shift::WarmUpRequests;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
 
-/// What endpoints are asked with; cheap to clone.
+/// The clients for probes and warm-up requests; cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Clients {
     probes: Client,
@@ -45,31 +46,31 @@ impl Clients {
     }
 }
 
-/// What a task needs to look after one endpoint.
+/// What a task needs for one endpoint.
 #[derive(Debug)]
 pub(super) struct Watch {
     pub(super) table: Arc<Table>,
     pub(super) clients: Clients,
     pub(super) number: u64,
     pub(super) subject: Subject,
-    /// The document's; limits count by it.
+    /// The document's namespace, to which limits apply.
     pub(super) namespace: String,
     pub(super) terms: ReadinessSpec,
 }
 
 impl Watch {
-    /// Looks after the endpoint for as long as the task is left alone. `ready` is what it is; `serves`, whether it needs
-    /// no warm-up.
+    /// Runs probes and warm-up until the task is stopped. `ready` is the initial state; `serves` says whether the
+    /// endpoint needs no warm-up.
     pub(super) async fn run(&self, mut ready: bool, mut serves: bool) {
         let probe = self.terms.probe.as_ref();
         let mut threshold = probe.map(|probe| Threshold::new(probe, ready));
-        // Proxies check endpoints themselves, and find out about one that has become ready a little later. Weight for it
-        // before they know would send requests to endpoints that are not ready.
+        // Proxies run their own health checks, and detect a ready endpoint a little later. Weight for it before that
+        // would send requests to endpoints that are not ready.
         let until_proxies_know = probe.map_or(Duration::ZERO, |probe| probe.comeback_period().mul_f64(1.5));
-        // How often its probes have said that it is not ready, since it was.
+        // How many probe results have been negative since it was last ready.
         let mut away = 0u32;
-        // On its way from its probes' yes to readiness. Polled by this task alone, so that nothing it says comes after
-        // what ended it.
+        // The transition from passing probes to readiness. Only this task polls it, so it reports nothing after it has
+        // been cancelled.
         let mut settling = probe.is_none().then(|| self.settle(serves, Duration::ZERO).boxed());
         let mut results = pin!(self.results());
         loop {
@@ -96,7 +97,7 @@ impl Watch {
         }
     }
 
-    /// The results of the endpoint's probes; none if it has no probe.
+    /// The results of the endpoint's probes; empty if it has no probe.
     fn results(&self) -> impl Stream<Item = Result<(), String>> {
         let results = stream::unfold(None, move |ticks: Option<Interval>| async move {
             let probe = self.terms.probe.as_ref()?;
@@ -107,8 +108,8 @@ impl Watch {
                 }
                 None => {
                     sleep(probe.initial_delay).await;
-                    // The first at once; the others at a phase of the endpoint's own, so that many do not all come at
-                    // one moment.
+                    // The first probe runs at once; the others have a phase specific to the endpoint, so that many
+                    // endpoints are not probed at the same moment.
                     let start = Instant::now() + probe.period + phase(&self.subject, probe.period);
                     let mut ticks = interval_at(start, probe.period);
                     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -121,7 +122,8 @@ impl Watch {
         results.fuse()
     }
 
-    /// Ends once an endpoint whose probes pass is ready: after its warm-up, if it needs one, and not before `pause`.
+    /// Completes once an endpoint whose probes pass is ready: after its warm-up, if it needs one, and not before
+    /// `pause`.
     async fn settle(&self, serves: bool, pause: Duration) {
         let mut pause = pin!(sleep(pause));
         if let Some(requests) = self.terms.warm_up.as_ref().filter(|_| !serves) {
@@ -129,7 +131,7 @@ impl Watch {
             let alone = self.until(|readiness| self.terms.yields && !readiness.has_other(service, version));
             let warm_up = async {
                 self.warm_up(requests).await;
-                // The others may be a probe behind.
+                // Other endpoints may be one probe behind.
                 pause.as_mut().await;
                 self.until(|readiness| readiness.waits_for_none(service, version)).await;
             };
@@ -153,17 +155,17 @@ impl Watch {
     }
 
     async fn until(&self, holds: impl Fn(&Readiness) -> bool) {
-        // The table is there for as long as this task is.
+        // The table exists for as long as this task does.
         let _ = self.table.readiness.subscribe().wait_for(|readiness| holds(readiness)).await;
     }
 
-    /// Takes in what was found out, unless the task has been replaced.
+    /// Stores a result, unless the task has been replaced.
     fn take_in(&self, finding: Finding) {
         self.table.take_in(self.number, &self.subject, finding);
     }
 }
 
-/// Where in a period an endpoint's probes lie: up to a tenth of it, always the same place; 0 for periods below 1 s.
+/// The phase of an endpoint's probes within a period: up to a tenth of it, and constant; 0 for periods below 1 s.
 fn phase(subject: &Subject, period: Duration) -> Duration {
     if period < Duration::from_secs(1) {
         return Duration::ZERO;
@@ -185,7 +187,7 @@ mod tests {
     const SHOP: &str = "shop";
     const COUNT: usize = 4;
 
-    /// A document of which all endpoints are probed every 10 ms and warmed up by four requests; v1 is the stable version.
+    /// A document whose endpoints are all probed every 10 ms and warmed up by four requests; v1 is the stable version.
     fn document(v1: &[&Upstream], v2: &[&Upstream]) -> Value {
         let version = |name, upstreams: &[&Upstream]| {
             let endpoints: Vec<_> = upstreams.iter().map(|upstream| format!("127.0.0.1:{}", upstream.port())).collect();
@@ -218,7 +220,7 @@ mod tests {
         seen.unwrap_or_else(|_| panic!("{what}; seen last: {:#?}", prober.subscribe().borrow()))
     }
 
-    /// Waits until so many endpoints of v1 and v2 are ready.
+    /// Waits until this many endpoints of v1 and v2 are ready.
     async fn until_ready(prober: &Prober, v1: usize, v2: usize) -> Arc<Readiness> {
         until(prober, &format!("{v1} and {v2} ready"), |now| {
             now.is_known(SHOP) && (now.ready(SHOP, "v1"), now.ready(SHOP, "v2")) == (v1, v2)
@@ -226,7 +228,7 @@ mod tests {
         .await
     }
 
-    /// Waits until the endpoint of this index is not ready for a reason that begins like this.
+    /// Waits until the endpoint of this index is not ready, with a reason that starts like this.
     async fn until_reason(prober: &Prober, version: &str, index: usize, reason: &str) -> Arc<Readiness> {
         until(prober, reason, |now| {
             let state = &now.endpoints(SHOP, version)[index];
@@ -272,7 +274,7 @@ mod tests {
         set(&prober, &document);
         until_reason(&prober, "v2", 1, "warming up: ").await;
         until_ready(&prober, 1, 1).await;
-        // Another probe is another task, for what is ready and what is not.
+        // Another probe starts another task, for ready endpoints and others.
         let mut changed = document;
         changed["spec"]["versions"][1]["readinessProbe"]["periodMillis"] = json!(20);
         set(&prober, &changed);
@@ -286,7 +288,7 @@ mod tests {
         let (v1, v2) = (Upstream::start().await, Upstream::start().await);
         let prober = start(&document(&[&v1], &[&v2]));
         until_ready(&prober, 1, 1).await;
-        // Away from the second failure in a row on, for two periods, which are as many as the threshold.
+        // Away from the second consecutive failure on, for two periods, which is the threshold.
         v2.with(|own| own.health = [500, 500, 500, 200].into());
         until_ready(&prober, 1, 0).await;
         until_ready(&prober, 1, 1).await;
@@ -322,7 +324,7 @@ mod tests {
         v2.allow(COUNT);
         until_ready(&prober, 1, 1).await;
         assert_eq!((v1.asked(), v2.asked()), (0, COUNT));
-        // Ready already, whatever else the document says from now on.
+        // Already ready, so later changes of the document do not matter.
         document["spec"]["strategy"]["warmUp"]["requests"]["count"] = json!(9);
         set(&prober, &document);
         until_ready(&prober, 1, 1).await;
@@ -369,7 +371,7 @@ mod tests {
         assert_eq!(readiness.ready(SHOP, "v2"), 0);
         slow.allow(COUNT);
         until_ready(&prober, 1, 2).await;
-        // From then on each is ready by itself.
+        // From then on, each endpoint becomes ready on its own.
         let (new, never) = (Upstream::start().await, Upstream::start_held().await);
         set(&prober, &document(&[&v1], &[&fast, &slow, &never, &new]));
         until_ready(&prober, 1, 3).await;

@@ -1,5 +1,5 @@
-//! The evidence for and against the targets, gathered from the counts as they come in. What it amounts to is for
-//! [`tideshift_core::verdict`] to say, what follows from it for the rollout engine.
+//! Collects the evidence for and against the targets from the counts as they arrive. [`tideshift_core::verdict`]
+//! evaluates it, and the rollout engine acts on the result.
 
 use crate::clock::Millis;
 use crate::reconciler::ledger::{Ledger, Total};
@@ -15,15 +15,15 @@ use tideshift_core::protocol::report::Tally;
 use tideshift_core::shift::TrafficShift;
 use tideshift_core::verdict::{Analysis, Judgement, Outcome, Sample, Tick, Totals};
 
-/// From one tick to the next at least.
+/// The minimum interval between two ticks.
 const TICK: Millis = 100;
 
-/// By rollout. Kept across restarts of the controller, together with the counts that they were made of.
+/// By rollout. Persisted across restarts of the controller, together with the counts that it derives from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Analyses(BTreeMap<String, RolloutAnalysis>);
 
-/// Who judges one rollout.
+/// The analysis of one rollout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RolloutAnalysis {
@@ -40,7 +40,7 @@ struct RolloutAnalysis {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct OfService {
     analysis: Analysis,
-    /// What has been judged already, of target and stable version.
+    /// The counts of target and stable version that have been judged already.
     target: Cursor,
     stable: Cursor,
 }
@@ -52,7 +52,7 @@ impl OfService {
     }
 }
 
-/// Counts up to which everything has been judged.
+/// The position up to which a version's counts have been judged.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Cursor(Total);
@@ -62,13 +62,13 @@ impl Cursor {
         Self(ledger.judged(service, version))
     }
 
-    /// Whether something is new of a version.
+    /// Whether a version has new counts.
     pub(super) fn is_behind(&self, ledger: &Ledger, service: &str, version: &str) -> bool {
         let session = self.0.session().map_or_else(Default::default, |session| session.ended);
         self.0.dealt.ended + session != ledger.judged_counts(service, version)
     }
 
-    /// What is new of a version, which is taken by that.
+    /// Takes a version's new counts and advances the cursor.
     pub(super) fn take(&mut self, ledger: &Ledger, service: &str, version: &str) -> Total {
         let now = ledger.judged(service, version);
         let new = now.since(&self.0);
@@ -77,7 +77,7 @@ impl Cursor {
     }
 }
 
-/// Counts as the verdict takes them.
+/// Converts counts to a sample for the verdict.
 pub(super) fn sample(tally: Tally) -> Sample {
     let Tally { started, ended, durations, waited } = tally;
     Sample {
@@ -91,22 +91,22 @@ pub(super) fn sample(tally: Tally) -> Sample {
     }
 }
 
-/// What came of a look at a rollout.
+/// The result of processing a rollout.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Looked {
-    /// Whether anything was new of it.
+    /// Whether anything was new.
     pub(super) changed: bool,
-    /// Whether all that was new has been taken; what has come too soon has not.
+    /// Whether everything new was taken; counts that arrive before the next tick are not.
     pub(super) all: bool,
 }
 
 impl Analyses {
-    /// Forgets the rollouts that are gone.
+    /// Removes rollouts that no longer exist.
     pub(super) fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
         self.0.retain(|name, _| is_known(name));
     }
 
-    /// Takes in what is new of a rollout, of those of its services of which something is.
+    /// Takes the new counts of a rollout, from those of its services that have any.
     pub(super) fn look(
         &mut self,
         shift: &TrafficShift,
@@ -132,13 +132,13 @@ impl Analyses {
         judge.look(shift, rollout, parts, (ledger, recent, requests, new), now)
     }
 
-    /// How much speaks against a rollout's target and for it, if it was judged.
+    /// The evidence against a rollout's target and for it; `None` if it has not been judged.
     pub(super) fn evidence(&self, shift: &TrafficShift, rollout: &Rollout) -> Option<[f64; 2]> {
         let (_, judgement) = self.judgement(shift).filter(|(judge, _)| judge.rollout == rollout.number)?;
         Some([judgement.evidence, judgement.pass_evidence])
     }
 
-    /// What the engine may know of it.
+    /// The analysis result that the rollout engine receives.
     pub(super) fn opinion(&self, shift: &TrafficShift) -> AnalysisResult {
         let nobody_asks = AnalysisResult { passes: true, ..AnalysisResult::default() };
         let Some((judge, judgement)) = self.judgement(shift) else { return nobody_asks };
@@ -158,7 +158,7 @@ impl Analyses {
         }
     }
 
-    /// For people: of this rollout, if it was judged.
+    /// The verdict in status form; `None` if this rollout has not been judged.
     pub(super) fn status(&self, shift: &TrafficShift, rollout: &Rollout) -> Option<VerdictStatus> {
         let (judge, judgement) = self.judgement(shift).filter(|(judge, _)| judge.rollout == rollout.number)?;
         let judged = |totals: Totals, version: &str| Judged {
@@ -195,7 +195,7 @@ impl Analyses {
     }
 }
 
-/// Whether nothing ended. (Durations are there all the same, as zeros.)
+/// Whether no request ended. (Durations are present all the same, as zeros.)
 fn is_nothing(sample: &Sample) -> bool {
     *sample == Sample { durations: sample.durations.clone(), waited: sample.waited.clone(), ..Sample::default() }
 }

@@ -1,4 +1,4 @@
-//! What each version did lately, whether it is being rolled out or not: what targets are measured by.
+//! The rolling baseline of each version, whether it is being rolled out or not. Targets are compared with it.
 
 use crate::reconciler::analysis::{Cursor, sample};
 use crate::reconciler::ledger::Ledger;
@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use tideshift_core::shift::ShiftService;
 use tideshift_core::verdict::RollingBaseline;
 
-/// By service and version. Kept across restarts of the controller, together with the counts that it was made of.
+/// By service and version. Persisted across restarts of the controller, together with the counts that it derives from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Baselines(BTreeMap<String, BTreeMap<String, OfVersion>>);
@@ -15,27 +15,27 @@ pub struct Baselines(BTreeMap<String, BTreeMap<String, OfVersion>>);
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct OfVersion {
     lately: RollingBaseline,
-    /// What has been taken in already.
+    /// The counts that have been taken already.
     taken: Cursor,
 }
 
 impl Baselines {
-    /// What a version did lately, as far as that is known.
+    /// A version's rolling baseline; empty if it is not known.
     pub(super) fn of(&self, service: &str, version: &str) -> RollingBaseline {
         let of_version = self.0.get(service).and_then(|versions| versions.get(version));
         of_version.map(|of| of.lately.clone()).unwrap_or_default()
     }
 
-    /// Forgets the services that are gone.
+    /// Removes services that no longer exist.
     pub(super) fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
         self.0.retain(|name, _| is_known(name));
     }
 
-    /// Takes in what is new of all versions of these services, and forgets those that are gone. Returns whether there was
-    /// anything.
+    /// Takes the new counts of all versions of these services, and removes versions that no longer exist. Returns
+    /// whether there were new counts.
     pub(super) fn look<'s>(&mut self, services: impl IntoIterator<Item = &'s ShiftService>, ledger: &Ledger) -> bool {
         let mut changed = false;
-        // Where nothing was kept yet but counts, everything that was ever counted has to do; …
+        // State without baselines starts from all counts ever made; …
         let is_first = self.0.is_empty();
         for service in services {
             let of_service = self.0.entry(service.name.clone()).or_default();
@@ -43,7 +43,7 @@ impl Baselines {
             for version in &service.versions {
                 let of_version = of_service.entry(version.name.clone()).or_insert_with(|| match is_first {
                     true => OfVersion::default(),
-                    // … but what a version that comes back did before it was gone is no measure.
+                    // … but a version that comes back does not inherit its counts from before it was removed.
                     false => {
                         OfVersion { taken: Cursor::now(ledger, &service.name, &version.name), ..Default::default() }
                     }

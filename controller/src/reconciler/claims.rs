@@ -1,5 +1,6 @@
-//! What of a report can be true. One proxy, or one that has a proxy's token, speaks for itself: a number that leaps, a
-//! revision that was never published and a veto that no guard issues are left out, whatever else it says.
+//! Plausibility checks for reports. A proxy, or anything that holds a proxy's token, can speak for itself only. A
+//! report whose sequence number leaps is ignored. A revision that was never published and a veto that no guard can
+//! issue are ignored, and the rest of the report is used.
 
 use crate::clock::Millis;
 use crate::metrics::Claim;
@@ -8,22 +9,22 @@ use tideshift_core::counts::Counts;
 use tideshift_core::protocol::policy::Service;
 use tideshift_core::protocol::report::{Report, ServiceReport};
 
-/// A proxy sends no more than five reports a second; twice that is granted.
+/// A proxy sends at most five reports a second; twice that is allowed.
 const REPORTS_PER_SECOND: u64 = 10;
-/// So many more at once, for clocks and for what is noted late.
+/// The additional burst, for clock differences and for times that are noted late.
 const REPORTS_AT_ONCE: u64 = 100;
-/// A run that was never heard of may have a clock that is ahead by so much.
+/// How far the clock of an unknown run may be ahead.
 const CLOCK: Millis = 3_600_000;
-/// No revision is so far ahead of what is kept that was published meanwhile.
+/// The furthest that a plausible revision is ahead of the persisted one.
 const MAX_AHEAD: u64 = 1 << 32;
-/// So often proxies' word may bring the revision forward at once, and once more after each [`ADVANCE_EVERY`].
+/// How many times in a row reports may advance the revision; one more is allowed after each [`ADVANCE_EVERY`].
 const ADVANCES: u64 = 3;
 const ADVANCE_EVERY: Millis = 60_000;
 
-/// What was left out, and why.
+/// The ignored claim, and why it was ignored.
 pub type Ignored = (Claim, String);
 
-/// Whether a report's number can be: none may be so far ahead that the proxy's own reports seem old.
+/// Checks a report's sequence number: it must not be so far ahead that the proxy's own reports would seem old.
 pub(super) fn sequence(ledger: &Ledger, run: &RunKey, report: &Report, now: Millis) -> Result<(), Ignored> {
     let (last, since) = match ledger.last_report(run) {
         Some((last, at)) => (last, now.saturating_sub(at)),
@@ -39,12 +40,12 @@ pub(super) fn sequence(ledger: &Ledger, run: &RunKey, report: &Report, now: Mill
     }
 }
 
-/// Takes the vetoes out of a report that no guard can have issued.
+/// Removes from a report the vetoes that no guard can have issued.
 pub(super) fn vetoes(report: &mut Report, services: &[Service], now: Millis) -> Vec<Ignored> {
     let mut ignored = Vec::new();
     for of in report.services.iter_mut().filter(|of| !of.vetoes.is_empty()) {
         let Some(service) = services.iter().find(|service| service.name == of.name) else {
-            // It has just left the policy, or just come.
+            // The service has just left the policy or just been added to it.
             of.vetoes.clear();
             continue;
         };
@@ -64,7 +65,7 @@ pub(super) fn vetoes(report: &mut Report, services: &[Service], now: Millis) -> 
     ignored
 }
 
-/// What a proxy has counted of a version, and of the others.
+/// The counts that a proxy reports for a version, and for the other versions.
 fn counted(service: &ServiceReport, version: &str) -> (Counts, Counts) {
     let sum = |own: bool| {
         let versions = service.versions.iter().filter(|of| (of.name == version) == own);
@@ -73,22 +74,22 @@ fn counted(service: &ServiceReport, version: &str) -> (Counts, Counts) {
     (sum(true), sum(false))
 }
 
-/// Whether proxies may bring the revision forward, and how often: only after a start with kept state, which may be an
-/// older copy. Each time everything is published and written again.
+/// Limits how often reports may advance the revision: only after a start from persisted state, which may be an older
+/// copy. Each advance publishes and persists everything again.
 #[derive(Debug, Default)]
 pub(super) struct Advances {
     was_restored: bool,
-    /// When each of the last ones was.
+    /// The times of the latest advances.
     last: Vec<Millis>,
 }
 
 impl Advances {
-    /// `was_restored`: whether there is a kept revision that can be an older copy.
+    /// `was_restored`: whether there is a persisted revision, which may be an older copy.
     pub(super) fn new(was_restored: bool) -> Self {
         Self { was_restored, last: Vec::new() }
     }
 
-    /// A proxy says for the first time which revision it runs, and that is newer than the one that is kept.
+    /// Checks the first revision that a proxy reports, if it is newer than the persisted one.
     pub(super) fn allow(&mut self, kept: u64, revision: u64, now: Millis) -> Result<(), Ignored> {
         self.last.retain(|at| now.saturating_sub(*at) < ADVANCE_EVERY * ADVANCES);
         let why = match () {
@@ -128,9 +129,9 @@ mod tests {
         assert!(!say(&mut ledger, u64::MAX, now), "a leap");
         assert!(!say(&mut ledger, 1 << 40, now), "a leap");
         assert!(say(&mut ledger, 2, now), "the proxy itself goes on");
-        // A number that is granted is one that the proxy reaches soon.
+        // A number that is accepted must be one that the proxy reaches soon.
         assert!(say(&mut ledger, 2 + REPORTS_AT_ONCE, now));
-        // The controller was away for an hour, or nothing came through: five reports a second are sent meanwhile.
+        // After an hour without controller or connection: the proxy meanwhile sends five reports a second.
         now += 3_600_000;
         assert!(say(&mut ledger, 2 + 5 * 3_600, now));
     }

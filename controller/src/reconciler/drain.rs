@@ -1,6 +1,6 @@
-//! When a version has drained: every live proxy has applied a revision that gives it nothing, and reports nothing of it
-//! in flight. The deadline is the fallback; which of the two it was is said. Where no proxy reports, nobody can say that
-//! traffic has left, and there is only the deadline.
+//! Decides when a version has drained: every live proxy has applied a revision that gives it no traffic, and reports no
+//! requests of it in flight. The drain deadline is the fallback; the status says which of the two ended the drain. If
+//! no proxy reports, traffic cannot be observed to leave, and only the deadline applies.
 
 use crate::clock::Millis;
 use crate::reconciler::ledger::VersionKey;
@@ -11,37 +11,37 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 use tideshift_core::protocol::policy::{Policy, Service};
 
-/// How long it is known how the drain of a version ended that is in no document any more.
+/// How long the result of a drain is remembered once the version is in no document.
 const REMEMBERED: Millis = 600_000;
-/// The deadline of a version that nobody knows a document of.
+/// The deadline of a version that no known document contains.
 pub(super) const DEADLINE: Millis = 300_000;
 
-/// The versions that are given nothing. Kept across restarts of the controller.
+/// The versions that are given no traffic. Persisted across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DrainTracker(#[serde(with = "crate::reconciler::ledger::as_list")] BTreeMap<VersionKey, DrainProgress>);
 
-/// Since when a version is given nothing.
+/// The drain of one version, from when it is given no traffic.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct DrainProgress {
-    /// The first revision that gives it nothing.
+    /// The first revision that gives it no traffic.
     revision: u64,
     time: Millis,
-    /// When a proxy was found after it had drained that gives it requests all the same, or has some in flight. The
+    /// When a proxy appeared, after the drain had ended, that still gives it requests or has some in flight. The
     /// deadline counts from then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     again: Option<Millis>,
-    /// In so much of the time since then no controller was there.
+    /// How much of the time since then passed without a controller.
     #[serde(default, skip_serializing_if = "is_zero")]
     unattended: i64,
-    /// The deadline, in milliseconds, by the last document that named the version.
+    /// The deadline in milliseconds, from the last document that contained the version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     deadline: Option<Millis>,
-    /// Whether it is in no document any more.
+    /// Whether no document contains it any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     gone: bool,
-    /// When it had drained, or its deadline had passed.
+    /// When it had drained or its deadline had passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ended: Option<Ended>,
 }
@@ -50,7 +50,7 @@ struct DrainProgress {
 #[serde(rename_all = "camelCase")]
 struct Ended {
     time: Millis,
-    /// In so much of the time since then no controller was there.
+    /// How much of the time since then passed without a controller.
     #[serde(default, skip_serializing_if = "is_zero")]
     unattended: i64,
     state: DrainState,
@@ -63,7 +63,7 @@ fn is_zero(number: &i64) -> bool {
 }
 
 impl Ended {
-    /// For so long that has been so, as far as a controller was there.
+    /// The time at which the drain ended, moved forward by the time without a controller.
     fn attended_since(&self) -> Millis {
         self.time.saturating_add_signed(self.unattended)
     }
@@ -74,19 +74,19 @@ impl DrainProgress {
         Self { revision, time, again: None, unattended: 0, deadline: None, gone: false, ended: None }
     }
 
-    /// Since when it has been draining.
+    /// When the drain began.
     fn begun(&self) -> Millis {
         self.again.unwrap_or(self.time)
     }
 
-    /// For how long a controller has been there to see it drain.
+    /// How long it has been draining, without the time in which no controller ran.
     fn waited(&self, now: Millis) -> Millis {
         now.saturating_sub(self.begun().saturating_add_signed(self.unattended))
     }
 }
 
 impl DrainTracker {
-    /// A policy is published, after one with other services. Returns whether anything has changed.
+    /// Records a published policy that replaces one with the services `before`. Returns whether anything has changed.
     pub(super) fn publish(
         &mut self,
         policy: &Policy,
@@ -102,7 +102,7 @@ impl DrainTracker {
                 versions.insert(key, DrainProgress { gone: false, ..since });
             }
         }
-        // Those that nobody wants any more drain all the same.
+        // Versions that are in no document any more drain as well.
         let by_name: HashMap<&str, &Service> = policy.services.iter().map(|of| (of.name.as_str(), of)).collect();
         let is_in = |(service, version): &VersionKey| {
             by_name.get(service.as_str()).is_some_and(|service| service.versions.iter().any(|of| of.name == *version))
@@ -124,8 +124,8 @@ impl DrainTracker {
         changed
     }
 
-    /// Looks at what the proxies say of the versions that are given nothing, by the services of the last policy. Returns
-    /// whether anything has changed.
+    /// Checks the reports of proxies about draining versions against the services of the last policy. Returns whether
+    /// anything has changed.
     pub(super) fn look(
         &mut self,
         now: Millis,
@@ -167,7 +167,7 @@ impl DrainTracker {
         changed || self.0.len() != before
     }
 
-    /// When time alone ends a drain, or makes one forgotten.
+    /// When time alone next ends a drain or removes its result.
     pub(super) fn next_due(&self, now: Millis, deadline: impl Fn(&str) -> Option<Duration>) -> Option<Millis> {
         let due = |(key, since): (&VersionKey, &DrainProgress)| match &since.ended {
             None => {
@@ -176,11 +176,11 @@ impl DrainTracker {
             }
             Some(ended) => since.gone.then(|| ended.attended_since().saturating_add(REMEMBERED + 1)),
         };
-        // What is overdue is looked at again as soon as anything else is.
+        // What is overdue is checked again at the next change.
         self.0.iter().filter_map(due).filter(|due| *due > now).min()
     }
 
-    /// Time has passed in which no controller was there: as [`crate::rollout::Rollout::was_unattended`].
+    /// Accounts for time in which no controller ran: as [`crate::rollout::Rollout::was_unattended`].
     pub(super) fn was_unattended(&mut self, long: Millis, restated: i64) {
         for since in self.0.values_mut() {
             let other = |time: &mut Millis| *time = time.saturating_add_signed(restated);
@@ -197,13 +197,13 @@ impl DrainTracker {
         }
     }
 
-    /// Whether something drains, and a deadline comes nearer.
+    /// Whether any version is draining.
     pub(super) fn is_under_way(&self) -> bool {
         self.0.values().any(|since| since.ended.is_none())
     }
 
-    /// Since when a version is given nothing, and when it had drained, or its deadline had passed: by the word of proxies
-    /// that are there. Where there are none, nobody can say that traffic has left.
+    /// When a version was given no traffic, and when it had drained or its deadline had passed, as proxies report it.
+    /// `None` if no proxy reports, because then traffic cannot be observed to leave.
     pub(super) fn left(&self, key: &VersionKey, proxies: &Proxies, services: &[Service]) -> Option<(Millis, Millis)> {
         let since = self.0.get(key)?;
         let ended = since.ended.as_ref()?;
@@ -212,12 +212,12 @@ impl DrainTracker {
         (at_rest && proxies.are_there()).then_some((since.time, ended.attended_since()))
     }
 
-    /// Whether a version is known here: in a document or not, it is given nothing.
+    /// Whether a version is tracked here because it is given no traffic, whether a document contains it or not.
     pub(super) fn has(&self, service: &str, version: &str) -> bool {
         self.0.contains_key(&(service.to_owned(), version.to_owned()))
     }
 
-    /// How a version stands.
+    /// The drain status of a version.
     pub(super) fn status(&self, key: &VersionKey, proxies: &Proxies, services: &[Service]) -> DrainStatus {
         let in_flight = proxies.in_flight(key);
         let status = |state, since, message| DrainStatus { state, in_flight, since, message };
@@ -241,7 +241,7 @@ fn millis(duration: Duration) -> Millis {
     duration.as_millis() as Millis
 }
 
-/// Whether a policy gives a version any request.
+/// Whether a policy gives a version any requests.
 fn is_given(service: &Service, name: &str) -> bool {
     let Some(version) = service.versions.iter().find(|version| version.name == name) else { return false };
     let by_rule = service.rules.iter().any(|rule| {

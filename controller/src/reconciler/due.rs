@@ -1,5 +1,5 @@
-//! Which documents are to be looked at: those of which something has changed, and those whose time has come. What becomes
-//! of a document depends on no other one, so that all others are as they were.
+//! Tracks which documents need reconciling: those with changes, and those whose due time has come. The result for a
+//! document depends on no other document, so all others keep theirs.
 
 use crate::clock::Millis;
 use crate::rollout::Allocation;
@@ -7,43 +7,43 @@ use std::collections::{BTreeSet, HashMap};
 use tideshift_core::protocol::policy::Service;
 use tideshift_core::shift::TrafficShift;
 
-/// At the latest after so long a rollout under way is looked at, whatever is expected of it.
+/// The longest interval between two reconciles of a rollout under way.
 const LATEST: Millis = 10_000;
 
-/// All documents in force, by their places.
+/// All documents in force, by index.
 #[derive(Debug, Default)]
 pub(super) struct Due {
     documents: Vec<Document>,
     names: HashMap<String, usize>,
-    /// Something of them has changed.
+    /// Documents that have changed.
     changed: BTreeSet<usize>,
-    /// Those that time alone changes, and when.
+    /// Documents that time alone changes, with the time.
     timed: BTreeSet<(Millis, usize)>,
-    /// Those whose rollouts are on their way.
+    /// Documents whose rollouts are under way.
     under_way: BTreeSet<usize>,
-    /// Those of which not all endpoints are known.
+    /// Documents with endpoints whose readiness is not known.
     unknown: BTreeSet<usize>,
 }
 
-/// What came of the last look at a document.
+/// The result of a document's last reconcile.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Document {
-    /// What proxies are to run of it.
+    /// The compiled services for proxies.
     pub(super) services: Vec<Service>,
-    /// Each version's part, by service.
+    /// The allocation of each version, by service.
     pub(super) parts: Vec<Vec<Allocation>>,
-    /// What speaks against the target, and for it.
+    /// The evidence against the target and for it.
     pub(super) evidence: Option<[f64; 2]>,
     pub(super) is_known: bool,
     pub(super) is_under_way: bool,
-    /// When it is to be looked at again although nothing has changed.
+    /// When to reconcile again even if nothing changes.
     pub(super) due: Option<Millis>,
-    /// How often it was looked at.
+    /// How often it has been reconciled.
     pub(super) looks: u64,
 }
 
 impl Due {
-    /// Other documents are in force. Those that are the same are as they were.
+    /// Sets the documents in force. Unchanged documents keep their results.
     pub(super) fn set(&mut self, before: &[TrafficShift], shifts: &[TrafficShift]) {
         let mut old = std::mem::take(self);
         for (at, shift) in shifts.iter().enumerate() {
@@ -61,39 +61,39 @@ impl Due {
         }
     }
 
-    /// Where a document is.
+    /// The index of a document.
     pub(super) fn place(&self, name: &str) -> Option<usize> {
         self.names.get(name).copied()
     }
 
-    /// Something of a document has changed.
+    /// Marks a document as changed.
     pub(super) fn mark(&mut self, at: usize) {
         self.changed.insert(at);
     }
 
-    /// Something that moves only rollouts under way has changed of a document.
+    /// Marks a document after a change that affects only rollouts under way.
     pub(super) fn mark_moving(&mut self, at: usize) {
         if self.under_way.contains(&at) {
             self.mark(at);
         }
     }
 
-    /// The same of all.
+    /// The same for all documents.
     pub(super) fn mark_all_moving(&mut self) {
         self.changed.extend(&self.under_way);
     }
 
-    /// What proxies have been given has changed, which stays in force where endpoints are not known.
+    /// Marks the documents with unknown endpoints: they keep the services that proxies have, and these have changed.
     pub(super) fn mark_unknown(&mut self) {
         self.changed.extend(&self.unknown);
     }
 
-    /// Something of all documents has changed.
+    /// Marks all documents as changed.
     pub(super) fn mark_all(&mut self) {
         self.changed.extend(0..self.documents.len());
     }
 
-    /// The documents that are to be looked at now, in their order.
+    /// Takes the documents that are due now, in their order.
     pub(super) fn take(&mut self, now: Millis) -> BTreeSet<usize> {
         let mut taken = std::mem::take(&mut self.changed);
         while let Some((_, at)) = self.timed.first().copied().filter(|(due, _)| *due <= now) {
@@ -103,7 +103,7 @@ impl Due {
         taken
     }
 
-    /// What came of a look at a document.
+    /// Stores the result of reconciling a document.
     pub(super) fn put(&mut self, at: usize, document: Document) {
         let Some(before) = self.documents.get_mut(at) else { return };
         before.due.map(|due| self.timed.remove(&(due, at)));
@@ -118,28 +118,28 @@ impl Due {
         *before = document;
     }
 
-    /// All of them, in their order.
+    /// All results, in the documents' order.
     pub(super) fn documents(&self) -> &[Document] {
         &self.documents
     }
 
-    /// The documents whose rollouts are on their way.
+    /// The documents whose rollouts are under way.
     pub(super) fn under_way(&self) -> impl Iterator<Item = usize> {
         self.under_way.iter().copied()
     }
 
-    /// Whether a document's rollout is on its way.
+    /// Whether a document's rollout is under way.
     pub(super) fn is_under_way(&self, at: usize) -> bool {
         self.under_way.contains(&at)
     }
 
-    /// Whether there are documents, and all endpoints are known of none of them.
+    /// Whether there are documents, and each of them has endpoints whose readiness is not known.
     pub(super) fn knows_none(&self) -> bool {
         !self.documents.is_empty() && self.unknown.len() == self.documents.len()
     }
 }
 
-/// When to look again at a rollout under way.
+/// When to reconcile a rollout under way again.
 pub(super) fn at_the_latest(due: impl IntoIterator<Item = Millis>, now: Millis) -> Millis {
     due.into_iter().chain([now + LATEST]).min().unwrap_or(now)
 }

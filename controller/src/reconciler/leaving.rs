@@ -1,6 +1,7 @@
-//! Versions and documents that are gone and still serve. A version that had a share stays in force, as it was described
-//! last, until others carry that, or until its drain deadline. A document stays in force as its `onDelete` says, and its
-//! rollout is remembered for ten minutes, so that one that comes back goes on where it was.
+//! Removed versions and deleted documents that still serve. A version that had a share stays in force, as last
+//! described, until other versions carry its share or its drain deadline passes. A document stays in force as its
+//! `onDelete` says; its rollout is remembered for ten minutes, so that a document that comes back continues where it
+//! was.
 
 use crate::clock::{Millis, timestamp};
 use crate::reconciler::Reconciler;
@@ -12,10 +13,11 @@ use tideshift_core::limits::MAX_VERSIONS;
 use tideshift_core::protocol::policy::Service;
 use tideshift_core::shift::{OnDelete, ShiftVersion, TrafficShift};
 
-/// How long the rollout of a document that is gone is remembered.
+/// How long the rollout of a deleted document is remembered.
 pub(super) const REMEMBERED: Millis = 600_000;
 
-/// What is gone and still serves, or is remembered. Kept across restarts of the controller.
+/// The removed versions and deleted documents that still serve or are remembered. Persisted across restarts of the
+/// controller.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Leaving {
@@ -27,59 +29,61 @@ pub struct Leaving {
     documents: BTreeMap<String, LeftDocument>,
 }
 
-/// A version that its document no longer has.
+/// A version that was removed from its document.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct LeftVersion {
-    /// The last document that had it.
+    /// The last document that contained it.
     document: Value,
-    /// Its drain deadline; 0: it has only just been seen to be gone.
+    /// Its drain deadline; 0: not set yet, because the removal has only just been noticed.
     until: Millis,
 }
 
-/// A document that is gone.
+/// A deleted document.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct LeftDocument {
-    /// As it was last; `None`: it went while no controller was there.
+    /// Its last text; `None` if it was deleted while no controller ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     document: Option<Value>,
     /// Its services.
     services: Vec<String>,
-    /// Since when it is gone; 0: it has only just been seen to be.
+    /// When it was deleted; 0: not set yet, because the deletion has only just been noticed.
     since: Millis,
-    /// Its drain deadline; 0: not known yet.
+    /// Its drain deadline; 0: not set yet.
     until: Millis,
-    /// Whether its weights go at that time.
+    /// Whether its weights are dropped at the deadline.
     drains: bool,
     /// Whether its weights are still in force.
     in_force: bool,
 }
 
-/// How a document that is gone stands.
+/// The state of a deleted document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Departure {
-    /// Since when it is gone; 0: it has only just been seen to be.
+    /// When it was deleted; 0: not set yet, because the deletion has only just been noticed.
     pub since: Millis,
     /// Its drain deadline.
     pub until: Millis,
-    /// Whether its weights go at that time.
+    /// Whether its weights are dropped at the deadline.
     pub drains: bool,
     /// Whether its weights are still in force.
     pub in_force: bool,
 }
 
-/// What must be looked at besides the documents, because it still serves. Endpoints are as the documents list them.
+/// What must be discovered besides the current documents because it still serves. Endpoints are as the documents list
+/// them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Remains {
-    /// By the document that they have left: the last document that had the version, the version, and its drain deadline.
+    /// By document: its removed versions, each with the last document that contained it, its name and its drain
+    /// deadline.
     pub versions: BTreeMap<String, Vec<(TrafficShift, String, Millis)>>,
-    /// Documents that are gone, by name.
+    /// Deleted documents, by name.
     pub documents: BTreeMap<String, TrafficShift>,
 }
 
 impl Remains {
-    /// A document with the versions that have left it and still serve.
+    /// Adds to a document the versions that were removed from it and still serve.
     pub fn add_to(&self, shift: &mut TrafficShift) {
         for (before, version, until) in self.versions.get(&shift.name).into_iter().flatten() {
             add_version(shift, before, version, *until);
@@ -87,7 +91,7 @@ impl Remains {
     }
 }
 
-/// Adds a version that a document no longer has, as another one describes it.
+/// Adds a removed version to a document, as `before` describes it.
 fn add_version(shift: &mut TrafficShift, before: &TrafficShift, name: &str, until: Millis) {
     if shift.has(name) {
         return;
@@ -108,20 +112,20 @@ fn add_version(shift: &mut TrafficShift, before: &TrafficShift, name: &str, unti
     }
 }
 
-/// A document as it was written, called as it was then: in a cluster by its namespace, too.
+/// Parses a document as written, under the name that it had: in a cluster this includes the namespace.
 fn read(name: &str, document: &Value) -> Option<TrafficShift> {
     let shift = TrafficShift::read(document).ok()?;
     Some(if shift.name == name { shift } else { shift.qualified() })
 }
 
-/// Whether a version has a share of a service.
+/// Whether a version has a share of a document's services.
 fn has_share(services: &[Service], shift: &TrafficShift, version: &str) -> bool {
     let of_shift = services.iter().filter(|service| shift.service(&service.name).is_some());
     let mut versions = of_shift.flat_map(|service| &service.versions);
     versions.any(|of| of.name == version && of.weight > 0 && of.serving)
 }
 
-/// What a document's services claim: their names and hosts.
+/// The names and hosts that a document's service claims.
 fn claims<'s>(name: &'s str, hostnames: &'s [String]) -> impl Iterator<Item = (bool, &'s str)> {
     let every = hostnames.is_empty().then_some((true, "*"));
     hostnames.iter().map(|host| (true, host.as_str())).chain(every).chain([(false, name)])
@@ -132,7 +136,7 @@ fn claims_of(shift: &TrafficShift) -> impl Iterator<Item = (bool, &str)> {
 }
 
 impl Leaving {
-    /// Time has passed in which no controller was there.
+    /// Accounts for time in which no controller ran.
     pub(super) fn was_unattended(&mut self, long: Millis) {
         let later = |time: &mut Millis| *time = if *time > 0 { time.saturating_add(long) } else { 0 };
         self.versions.values_mut().flat_map(BTreeMap::values_mut).for_each(|version| later(&mut version.until));
@@ -142,22 +146,22 @@ impl Leaving {
         }
     }
 
-    /// Whether nothing is gone.
+    /// Whether nothing is removed or deleted.
     fn is_empty(&self) -> bool {
         self.versions.is_empty() && self.documents.is_empty()
     }
 
-    /// The documents that are gone and remembered.
+    /// The deleted documents that are remembered.
     pub(super) fn names(&self) -> impl Iterator<Item = &String> {
         self.documents.keys()
     }
 
-    /// Whether the document of this name is gone and remembered.
+    /// Whether the document of this name is deleted and remembered.
     pub(super) fn remembers(&self, name: &str) -> bool {
         self.documents.contains_key(name)
     }
 
-    /// The services that are in force although nothing is known of their document but that it is gone.
+    /// The services that are in force although their deleted document is not known.
     pub(super) fn undescribed(&self) -> impl Iterator<Item = &String> {
         let of = self.documents.values().filter(|document| document.in_force && document.document.is_none());
         of.flat_map(|document| &document.services)
@@ -165,24 +169,25 @@ impl Leaving {
 }
 
 impl Reconciler {
-    /// How a document that is gone stands; none if it is there, or long gone.
+    /// The state of a deleted document; `None` if the document exists or was deleted long ago.
     pub fn departure(&self, name: &str) -> Option<Departure> {
         let LeftDocument { since, until, drains, in_force, .. } = self.kept.leaving.documents.get(name)?;
         Some(Departure { since: *since, until: *until, drains: *drains, in_force: *in_force })
     }
 
-    /// How many documents are gone since this was last asked, and how many of those that were have come back in time.
+    /// How many documents have been deleted since the last call, and how many deleted ones have come back in time.
     pub fn take_departures(&mut self) -> (u64, u64) {
         (std::mem::take(&mut self.documents_left), std::mem::take(&mut self.documents_returned))
     }
 
-    /// How many documents are gone whose weights are in force.
+    /// How many deleted documents still have their weights in force.
     pub fn kept_documents(&self) -> usize {
         self.kept.leaving.documents.values().filter(|left| left.in_force).count()
     }
 
-    /// Whether the deletion of a document's resource is to wait: while its weights are to go to the default route and have
-    /// not, ten minutes at most, and not where no version can take traffic any longer, as in a namespace that is deleted.
+    /// Whether the deletion of a document's resource must wait: until its traffic goes to the default route, if it is
+    /// to go there. It waits ten minutes at most, and not at all if no version can take traffic any more, as in a
+    /// namespace that is being deleted.
     pub fn holds_deletion(&self, name: &str, now: Millis) -> bool {
         let Some(of) = self.departure(name) else { return false };
         let is_late = of.since > 0 && now >= of.since.saturating_add(REMEMBERED);
@@ -198,7 +203,7 @@ impl Reconciler {
         shift.services.iter().all(|service| self.readiness.ready(&service.name, version) > 0)
     }
 
-    /// What must be looked at besides the documents.
+    /// What must be discovered besides the current documents.
     pub fn remains(&self) -> Remains {
         let leaving = &self.kept.leaving;
         let versions = leaving.versions.iter().map(|(name, versions)| {
@@ -212,8 +217,8 @@ impl Reconciler {
         Remains { versions: versions.collect(), documents: documents.collect() }
     }
 
-    /// Other documents are in force: what is gone of those before and still serves stays. `before` says how a document was
-    /// written, `deleted` are those that are about to be gone.
+    /// Sets the documents in force and keeps the removed and deleted parts that still serve. `before` returns a
+    /// document's previous text; `deleted` holds documents that are being deleted.
     pub(super) fn take_leave(
         &mut self,
         declared: Vec<TrafficShift>,
@@ -245,7 +250,7 @@ impl Reconciler {
                 None => self.document_left(shift, Some(document.clone())),
             }
         }
-        // Those that went while no controller was there.
+        // Documents that were deleted while no controller ran.
         let leaving = &mut self.kept.leaving;
         for (name, rollout) in &self.kept.rollouts {
             let is_gone = !there.contains_key(name.as_str()) && !crate::reconciler::is_in(name, &self.hidden);
@@ -280,7 +285,7 @@ impl Reconciler {
         self.dirty = true;
     }
 
-    /// Documents without a rollout start from what serves already, whatever document that is of.
+    /// Finds the version that already serves for documents without a rollout, whichever document it belongs to.
     fn note_what_serves(&mut self, declared: &[TrafficShift]) {
         let new = declared.iter().filter(|shift| !self.kept.rollouts.contains_key(&shift.name));
         let serving = |shift: &TrafficShift| Some((shift.name.clone(), self.serving(shift)?.to_owned()));
@@ -289,7 +294,7 @@ impl Reconciler {
         self.starts.retain(|name, _| declared.iter().any(|shift| shift.name == *name));
     }
 
-    /// The version that has most of the traffic that a document claims, if that is one for all its services.
+    /// The version that has most of the traffic that a document claims, if it is the same for all its services.
     fn serving<'s>(&self, shift: &'s TrafficShift) -> Option<&'s str> {
         let mut common = None;
         for service in &shift.services {
@@ -307,8 +312,8 @@ impl Reconciler {
         common
     }
 
-    /// Puts together what is in force: the documents, with the versions that have left them, and those that are gone.
-    /// `before` is what was in force.
+    /// Assembles the documents in force: the declared ones with their removed versions, and the deleted ones. `before`
+    /// holds the previous documents in force.
     fn put_together(&mut self, declared: Vec<TrafficShift>, before: &[TrafficShift]) {
         self.unfound.clear();
         if self.kept.leaving.is_empty() {
@@ -326,7 +331,7 @@ impl Reconciler {
         for shift in &mut shifts {
             let of = remains.versions.get(&shift.name).map(Vec::as_slice).unwrap_or_default();
             for service in &mut shift.services {
-                // As the cluster shows it now, as far as it is still to serve.
+                // The version as the cluster currently reports it, if it is still to serve.
                 service.versions.retain(|version| {
                     version.leaving_until.is_none() || of.iter().any(|(_, name, _)| *name == version.name)
                 });
@@ -373,12 +378,13 @@ impl Reconciler {
         self.know_documents(before);
     }
 
-    /// Whether a document is gone, and only its weights are in force.
+    /// Whether a document is deleted and only its weights are in force.
     pub(super) fn has_left(&self, shift: &TrafficShift) -> bool {
         self.kept.leaving.remembers(&shift.name)
     }
 
-    /// Time passes for what is gone: deadlines begin, versions go once others carry their share, rollouts are forgotten.
+    /// Advances removed and deleted parts: deadlines begin, versions go once others carry their share, rollouts are
+    /// forgotten.
     pub(super) fn look_at_what_left(&mut self, now: Millis) {
         for (name, since) in std::mem::take(&mut self.returned) {
             let Some(rollout) = self.kept.rollouts.get_mut(&name) else { continue };
@@ -438,7 +444,7 @@ impl Reconciler {
         changed
     }
 
-    /// What has left its document goes once others carry its share, or at its deadline if no gate is in the way.
+    /// Drops removed versions once others carry their share, or at their deadline if no gate prevents it.
     fn let_versions_go(&mut self, now: Millis) -> bool {
         let mut gone = Vec::new();
         for (name, versions) in &self.kept.leaving.versions {
@@ -478,7 +484,8 @@ impl Reconciler {
                 left.in_force = false;
             }
         }
-        // Of what went unseen nothing is known but its weights, which may be given up all the same.
+        // Of a document that was deleted without being seen only the weights are known; they may be dropped all the
+        // same.
         let unseen = self.kept.leaving.documents.values_mut();
         let unseen = unseen.filter(|left| left.document.is_none() && left.drains && left.in_force && now >= left.until);
         let is_unseen = unseen.map(|left| left.in_force = false).count() > 0;
@@ -487,13 +494,14 @@ impl Reconciler {
         !over.is_empty() || is_unseen || before != self.kept.leaving.documents.len()
     }
 
-    /// Whether a document's traffic may go to the default route: what that leads to can take some, or nothing can.
+    /// Whether a document's traffic may go to the default route: the route's version can take traffic, or no version
+    /// can.
     fn may_go(&self, shift: &TrafficShift) -> bool {
         let ready = |version: &str| self.is_ready(shift, version);
         self.is_known(shift) && (ready(&shift.stable) || !shift.versions().any(ready))
     }
 
-    /// What of a gone document is to become of its weights; asked for by who gives up what was kept.
+    /// Sets what happens to the weights of a deleted document, on request of the API.
     pub(super) fn give_up(&mut self, name: &str, on_delete: OnDelete) -> bool {
         let Some(left) = self.kept.leaving.documents.get_mut(name).filter(|left| left.in_force) else { return false };
         let drains = on_delete == OnDelete::Drain;
@@ -505,17 +513,17 @@ impl Reconciler {
         true
     }
 
-    /// What is said of a document that is gone, if it is.
+    /// The message about a deleted document; `None` if it is not deleted.
     pub(super) fn departure_in_words(&self, name: &str) -> Option<String> {
         let left = self.kept.leaving.documents.get(name)?;
         Some(format!("the document is gone; {}", becomes(left)))
     }
 }
 
-/// Where traffic goes that no policy speaks of.
+/// Where traffic without a policy goes.
 const DEFAULT_ROUTE: &str = "its traffic goes to the default route";
 
-/// What becomes of the weights of a document that is gone.
+/// What happens to the weights of a deleted document, for messages.
 fn becomes(left: &LeftDocument) -> String {
     match (left.in_force, left.drains) {
         (false, _) => DEFAULT_ROUTE.to_owned(),

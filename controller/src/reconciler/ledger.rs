@@ -1,10 +1,10 @@
-//! What the proxies have counted, over all of them. Reports are cumulative for each run of a proxy and numbered, so what
-//! is new in one is what it has more than the last one, and one that is older than that is left out: reports that are
-//! lost, repeated or held up on their way neither lose nor double anything.
+//! The ledger: what the proxies have counted, summed over all of them. Reports are cumulative for each run of a proxy
+//! and numbered. The difference from the previous report is new; an older report is ignored. Lost, repeated or delayed
+//! reports therefore neither lose nor double any count.
 //!
-//! Its size is bounded, however many proxies come and go: what a run has said last is kept for those that report, and for
-//! a while after. Then the run is folded: its counts are in the totals, and of itself only a hash is left, so that what it
-//! says when it comes back is a base line and is not counted twice.
+//! The ledger's size is bounded, however many proxies come and go. The last report of a run is kept while the run
+//! reports, and for a while after. Then the run is folded: its counts stay in the totals, and only a hash of the run
+//! remains, so that its next report becomes a baseline and is not counted twice.
 
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -29,44 +29,44 @@ use folded::Folded;
 pub use total::Total;
 pub use written::Written;
 
-/// A service's and a version's name.
+/// The names of a service and of a version.
 pub type VersionKey = (String, String);
 
 /// A run of a proxy: its id and its start. (Two proxies may share an id by mistake.)
 pub type RunKey = (String, String);
 
-/// How exactly it is noted when a run was heard of, in milliseconds.
+/// The resolution at which the time of a run's last report is noted, in milliseconds.
 const NOTED: u64 = 20_000;
-/// A run that is silent for longer may make room for others.
+/// A run that is silent for longer may be folded to make room.
 const SILENT: u64 = 60_000;
 /// A run that is silent for longer is folded.
 const FOLDED_AFTER: u64 = 3_600_000;
-/// What was counted of versions that left the documents is kept for so long: proxies forget them sooner, and count those
-/// that come back from 0.
+/// How long the counts of versions without a document are kept. Proxies forget them sooner, and count versions that
+/// come back from 0.
 const LEFT: u64 = 600_000;
-/// From one look for room to the next at least.
+/// The minimum interval between two searches for room.
 const ROOM: u64 = 1_000;
-/// The most durations that one version's report can have.
+/// The largest number of durations in a version's report.
 const MOST_DURATIONS: usize = DURATION_BOUNDS.len() + 1;
 
-/// All counts. Kept across restarts of the controller.
+/// All counts. Persisted across restarts of the controller.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(from = "Written", into = "Written")]
 pub struct Ledger {
-    /// Since when it has been kept, in milliseconds since 1970; 0: for longer than any proxy runs.
+    /// When the ledger began, in milliseconds since 1970; 0: before any proxy that runs.
     since: u64,
     services: HashMap<String, OfService>,
-    /// The next id. None is given twice.
+    /// The next id. Ids are not reused.
     next: u32,
-    /// What each run of a proxy said last, by proxy and start.
+    /// The last report of each run, by proxy and start.
     runs: HashMap<RunKey, Run>,
-    /// The runs that were folded.
+    /// The folded runs.
     folded: Folded,
-    /// What the runs take.
+    /// The memory that runs take.
     bytes: usize,
-    /// What they may take.
+    /// The limits for runs and for their memory.
     most: (usize, usize),
-    /// When there was last looked for room, and found none.
+    /// When the last search for room failed.
     full: Option<u64>,
 }
 
@@ -93,23 +93,23 @@ impl PartialEq for Ledger {
     }
 }
 
-/// What a report was worth.
+/// The effect of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Its run has said something newer before: nothing of it holds any more.
+    /// Ignored: its run has already sent a newer report.
     Old,
-    /// It counts what was counted already.
+    /// It contains no new counts.
     NoNews,
-    /// There is something new to be kept.
+    /// It contains new counts to persist.
     News,
 }
 
-/// One service, over all proxies, those that are gone too.
+/// One service, over all proxies, including those that no longer exist.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct OfService {
-    /// Of what runs say of its unrouted requests.
+    /// The id of its unrouted requests in the runs' reports.
     id: u32,
-    /// Requests that found nothing in service.
+    /// Requests for which no version was in service.
     unrouted: u64,
     versions: Vec<OfVersion>,
 }
@@ -118,12 +118,12 @@ struct OfService {
 #[derive(Debug, Clone, Default, PartialEq)]
 struct OfVersion {
     name: String,
-    /// Of what runs say of it.
+    /// The version's id in the runs' reports.
     id: u32,
     total: Total,
-    /// What of it no verdict may be made of: proxies had counted it before the ledger began.
+    /// The counts that are not judged, because proxies had made them before the ledger began.
     before: Option<Box<Total>>,
-    /// Since when it is in no document.
+    /// Since when no document contains it.
     left: Option<u64>,
 }
 
@@ -133,61 +133,61 @@ impl OfService {
     }
 }
 
-/// What one run of a proxy said last.
+/// The last report of one run of a proxy.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Run {
-    /// When that was, in milliseconds since 1970, to within [`NOTED`].
+    /// The time of the report, in milliseconds since 1970, at the resolution of [`NOTED`].
     reported_at: u64,
-    /// The number of its last report; 0 if it does not number them.
+    /// The sequence number of the report; 0 if the proxy does not number them.
     sequence: u64,
-    /// By id, [packed]. None: its counts were not kept, so that the next ones are a base line.
+    /// The counts by id, [packed]. `None`: they were not kept, so that the next ones are a baseline.
     counts: Option<Arc<[u8]>>,
 }
 
 impl Run {
-    /// What it takes in memory, about.
+    /// The approximate memory that it takes.
     fn bytes(&self, key: &RunKey) -> usize {
         160 + key.0.len() + key.1.len() + self.counts.as_ref().map_or(0, |counts| counts.len())
     }
 }
 
-/// What a report says of one version, beside what its run said before.
+/// One version in a report, compared with the previous report of the run.
 struct Said<'a> {
     version: &'a VersionReport,
     is_known: bool,
-    /// Where it is in what was packed of the report.
+    /// Its range in the packed report.
     packed: Range<usize>,
-    /// What was said before; none: nothing.
+    /// The previous counts; `None` if there were none.
     last: Option<Total>,
-    /// The same of what is said now, if that is another; none: not worked out yet.
+    /// The current counts if they differ; `None` if not computed yet.
     all: Option<Total>,
     is_same: bool,
-    /// Whether something of it is less than it was.
+    /// Whether a count is lower than before.
     goes_back: bool,
 }
 
 impl Ledger {
-    /// The most runs that are kept. Those that are silent are folded for others; where all report, no more are counted.
+    /// The most runs that are kept. Silent runs are folded to make room; if all report, further runs are not counted.
     const MAX_RUNS: usize = 20_000;
     /// The most bytes that they may take.
     const MAX_BYTES: usize = 96 << 20;
 
-    /// One that begins now, in milliseconds since 1970: what proxies that run already have counted is the base line for
-    /// verdicts.
+    /// A ledger that begins now, in milliseconds since 1970: counts that running proxies already have are the baseline
+    /// and are not judged.
     pub fn beginning(now: u64) -> Self {
         Self { since: now, ..Self::default() }
     }
 
-    /// The number of a run's last report, and when that was, to within [`NOTED`].
+    /// The sequence number of a run's last report, and its time at the resolution of [`NOTED`].
     pub fn last_report(&self, key: &RunKey) -> Option<(u64, u64)> {
         self.runs.get(key).map(|run| (run.sequence, run.reported_at))
     }
 
-    /// Takes a report's counts, for the versions that `is_known` knows.
+    /// Takes a report's counts, for the versions that `is_known` accepts.
     pub fn take(&mut self, key: &RunKey, report: &Report, is_known: impl Fn(&str, &str) -> bool, now: u64) -> Taken {
         let before = self.runs.get(key).cloned();
         let is_first = before.is_none();
-        // What a run had counted that was folded, or whose counts were not kept, is in the totals.
+        // The totals already contain the counts of a run that was folded or whose counts were not kept.
         let is_base =
             before.as_ref().map_or_else(|| self.folded.may_have(key, started(&key.1)), |run| run.counts.is_none());
         let mut run = before.unwrap_or_default();
@@ -219,15 +219,15 @@ impl Ledger {
         }
         let was_reset = goes_back && report.format < Report::FORMAT;
         if was_reset {
-            // Somebody has reset the counters of a proxy that reports Envoy's (`/reset_counters`): what they have since
-            // then is all new.
+            // The counters of a proxy that reports Envoy's were reset (`/reset_counters`): everything counted since
+            // then is new.
             entries.clear();
             for said in &mut said {
                 (said.last, said.is_same, said.goes_back) = (None, false, false);
             }
         }
         run.sequence = run.sequence.max(report.sequence);
-        // In step with all others, so that it is not written down all the time only for that.
+        // Aligned for all runs, so that the time alone rarely causes a write.
         let mut changed = run.reported_at / NOTED != now / NOTED;
         if changed {
             run.reported_at = now;
@@ -245,7 +245,7 @@ impl Ledger {
                 }
                 let of = self.version(&service.name, &said.version.name);
                 new.push((of.id, said.packed.clone()));
-                // A filter that has forgotten a version which was gone for a while counts on from there.
+                // If a filter has forgotten a version that was gone for a while, its count continues from there.
                 if !said.goes_back && !is_base {
                     let all = said.all.unwrap_or_else(|| Total::of(said.version, report.format));
                     let more = match &said.last {
@@ -269,7 +269,7 @@ impl Ledger {
         if changed { Taken::News } else { Taken::NoNews }
     }
 
-    /// Takes what is new of a service's unrouted requests; where what to keep of it is packed, if anything is.
+    /// Takes a service's new unrouted requests. Returns the packed range to keep, if there is any.
     fn take_unrouted(
         &mut self,
         service: &ServiceReport,
@@ -307,21 +307,21 @@ impl Ledger {
         self.folded.add(key, started(&key.1).map_or(run.reported_at, |started| started.min(run.reported_at)));
     }
 
-    /// Whether one more run may be kept; those that are silent make room for it, the longest silent first.
+    /// Whether one more run may be kept; silent runs are folded to make room, the longest silent first.
     fn has_room(&mut self, bytes: usize, now: u64) -> bool {
         let (runs, most) = self.most;
         let is_full = |ledger: &Self| ledger.runs.len() >= runs || ledger.bytes + bytes > most;
         if !is_full(self) {
             return true;
         }
-        // All of them are looked at, which is not for every stranger.
+        // The search visits all runs, so it is limited in rate.
         if self.full.is_some_and(|full| now.saturating_sub(full) < ROOM) {
             return false;
         }
         let silent = self.runs.iter().filter(|(_, run)| now.saturating_sub(run.reported_at) > SILENT + NOTED);
         let mut silent: Vec<_> = silent.map(|(key, run)| (run.reported_at, key.clone())).collect();
         silent.sort_unstable();
-        // Some more than are needed, so that the next ones find room.
+        // Folds some more than needed, so that the next runs find room.
         for (_, key) in silent {
             if self.runs.len() < runs - runs / 16 && self.bytes + bytes < most - most / 16 {
                 break;
@@ -333,7 +333,7 @@ impl Ledger {
         has_room
     }
 
-    /// Folds runs that are silent for long, and forgets the versions that have been unknown for long.
+    /// Folds runs that have been silent for long, and removes versions that have been unknown for long.
     pub fn tidy(&mut self, is_known: impl Fn(&str, &str) -> bool, now: u64) {
         let silent = self.runs.iter().filter(|(_, run)| now.saturating_sub(run.reported_at) > FOLDED_AFTER);
         let silent: Vec<_> = silent.map(|(key, _)| key.clone()).collect();
@@ -353,7 +353,7 @@ impl Ledger {
         }
     }
 
-    /// What runs said of versions that are there no longer.
+    /// Removes from the runs the counts of versions that no longer exist.
     fn forget_what_is_gone(&mut self) {
         let ids = self.services.values().flat_map(|of| of.versions.iter().map(|of| of.id).chain([of.id]));
         let ids: std::collections::HashSet<u32> = ids.collect();
@@ -390,7 +390,7 @@ impl Ledger {
         self.of(service, version).map_or(Counts::default(), |of| of.total.counts())
     }
 
-    /// The same by outcome, without those that rules took.
+    /// The counts by outcome that are judged, without requests that a rule matched.
     pub fn judged_counts(&self, service: &str, version: &str) -> Counts {
         let of = |total: &Total| total.dealt.ended + total.session().map_or(Counts::default(), |session| session.ended);
         self.of(service, version).map_or(Counts::default(), |version| {
@@ -403,28 +403,29 @@ impl Ledger {
         self.of(service, version).map_or(0, |of| of.total.misrouted)
     }
 
-    /// What of a version's counts verdicts may be made of.
+    /// The part of a version's counts that verdicts may use.
     pub fn judged(&self, service: &str, version: &str) -> Total {
         let Some(OfVersion { total, before, .. }) = self.of(service, version) else { return Total::default() };
         before.as_deref().map_or_else(|| total.clone(), |before| total.since(before))
     }
 
-    /// How long a version's exchanges took, over all proxies: as in [`tideshift_core::protocol::report::VersionReport`].
+    /// The durations of a version's exchanges over all proxies: as in
+    /// [`tideshift_core::protocol::report::VersionReport`].
     pub fn durations(&self, service: &str, version: &str) -> Vec<u64> {
         let mut sum = Tally::default();
         self.of(service, version).into_iter().flat_map(|of| of.total.all()).for_each(|tally| sum += tally);
         sum.durations
     }
 
-    /// The runs that were heard of until the last report of all, or shortly before: those of the proxies that were there
-    /// when this was written down, and when each was heard of.
+    /// The runs that reported at the time of the newest report or shortly before it, each with its time: the proxies
+    /// that were live when the ledger was persisted.
     pub fn heard_of_last(&self, shortly: u64) -> impl Iterator<Item = (&RunKey, u64)> {
         let last = self.runs.values().map(|run| run.reported_at).max().unwrap_or_default();
         let were_there = self.runs.iter().filter(move |(_, run)| run.reported_at + NOTED + shortly >= last);
         were_there.map(|(key, run)| (key, run.reported_at))
     }
 
-    /// A service's requests that found nothing in service, over all proxies.
+    /// A service's requests for which no version was in service, over all proxies.
     pub fn unrouted(&self, service: &str) -> u64 {
         self.services.get(service).map_or(0, |of| of.unrouted)
     }
@@ -437,7 +438,7 @@ fn service_of<'a>(services: &'a mut HashMap<String, OfService>, next: &mut u32, 
     })
 }
 
-/// Packs what a report says of a version.
+/// Packs a version's part of a report.
 fn say<'a>(version: &'a VersionReport, is_known: bool, format: u32, packed: &mut Vec<u8>) -> Said<'a> {
     let from = packed.len();
     packed::put_version(packed, version, format);
@@ -446,7 +447,7 @@ fn say<'a>(version: &'a VersionReport, is_known: bool, format: u32, packed: &mut
 }
 
 impl Said<'_> {
-    /// Compares it with what was said before. What is the same is not unpacked.
+    /// Compares it with the previous report. Equal counts are not unpacked.
     fn beside(self, last: Option<&[u8]>, packed: &[u8], format: u32) -> Self {
         let Some(last) = last else { return self };
         if packed.get(self.packed.clone()) == Some(last) {
@@ -458,7 +459,7 @@ impl Said<'_> {
     }
 }
 
-/// What a run said last by an id.
+/// The counts of an id in a run's last report.
 fn entry<'a>(entries: &[(u32, &'a [u8])], id: u32) -> Option<&'a [u8]> {
     let at = entries.binary_search_by_key(&id, |(id, _)| *id).ok()?;
     entries.get(at).map(|(_, counts)| *counts)
@@ -468,9 +469,9 @@ fn number(mut bytes: Option<&[u8]>) -> u64 {
     bytes.as_mut().and_then(packed::take).unwrap_or_default()
 }
 
-/// What a run said before, with what is new in its place.
+/// The previous counts of a run, with the new ones replacing them.
 fn merged(before: &[(u32, &[u8])], new: &mut [(u32, Range<usize>)], packed: &[u8]) -> Arc<[u8]> {
-    // Of a report that says something twice, the last word counts.
+    // If a report contains an id twice, the last entry counts.
     new.sort_by_key(|(id, _)| *id);
     let mut all: Vec<(u32, &[u8])> = Vec::with_capacity(before.len() + new.len());
     let mut before = before.iter().copied().peekable();
@@ -491,12 +492,12 @@ fn merged(before: &[(u32, &[u8])], new: &mut [(u32, Range<usize>)], packed: &[u8
     bytes.into()
 }
 
-/// When a run started, in milliseconds since 1970; `None` if its name does not say.
+/// When a run started, in milliseconds since 1970; `None` if its name does not contain it.
 pub(crate) fn started(start: &str) -> Option<u64> {
     Some(u64::from_str_radix(start, 16).ok()? / 1_000_000)
 }
 
-/// Maps with keys that are not strings, as lists of pairs, since JSON has no other way.
+/// Serializes maps with keys that are not strings as lists of pairs, because JSON has no other form for them.
 pub(crate) mod as_list {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! What the rollout engine may see of the services of one shift.
+//! The inputs of the rollout engine for the services of one document.
 
 use crate::clock::Millis;
 use crate::readiness::{Readiness, RememberedReadiness};
@@ -11,10 +11,10 @@ use tideshift_core::counts::Counts;
 use tideshift_core::guard::Veto;
 use tideshift_core::shift::{Endpoint, TrafficShift};
 
-/// Endpoints that are ready, and those that have been for long enough, by service and version.
+/// How many endpoints are ready, and how many have been for long enough, by service and version.
 pub(super) type Ready<'a> = BTreeMap<(&'a str, &'a str), (u32, u32)>;
 
-/// What the engine may see.
+/// The inputs of the rollout engine.
 #[derive(Debug)]
 pub(super) struct Observations<'a> {
     ledger: &'a Ledger,
@@ -27,7 +27,7 @@ pub(super) struct Observations<'a> {
 }
 
 impl<'a> Observations<'a> {
-    /// Puts together what is known.
+    /// Assembles the inputs.
     pub(super) fn new(
         ledger: &'a Ledger,
         ready: Ready<'a>,
@@ -38,13 +38,13 @@ impl<'a> Observations<'a> {
         Self { ledger, ready, vetoes, opinion, up_to_date, counts_are_kept: true, coverage: Coverage::default() }
     }
 
-    /// With what is known of the proxies that are to run a shift's services as of a revision.
+    /// Adds the state of the proxies that are to run a document's services as of a revision.
     pub(super) fn with_proxies(self, census: &Census, revision: u64, shift: &TrafficShift) -> Self {
         let services = shift.services.iter().map(|service| service.name.as_str());
         Self { coverage: census.coverage(revision, services), ..self }
     }
 
-    /// Where counts can be kept, or cannot.
+    /// Sets whether counts can be persisted.
     pub(super) fn with_counts_kept(self, counts_are_kept: bool) -> Self {
         Self { counts_are_kept, ..self }
     }
@@ -93,7 +93,7 @@ impl RolloutInputs for Observations<'_> {
     }
 }
 
-/// The endpoints that have become ready of late, and when. Kept across restarts of the controller.
+/// The endpoints that became ready recently, and when. Persisted across restarts of the controller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Young(#[serde(with = "crate::reconciler::ledger::as_list")] BTreeMap<(String, String, String), Millis>);
@@ -101,14 +101,15 @@ pub struct Young(#[serde(with = "crate::reconciler::ledger::as_list")] BTreeMap<
 /// Since when endpoints have been ready.
 #[derive(Debug, Default)]
 pub(super) struct Availability {
-    /// By service, and by version and `host:port`.
+    /// By service, then by version and `host:port`.
     since: BTreeMap<String, BTreeMap<(String, String), Millis>>,
-    /// The services that have been looked at before. What is ready when a service is first seen has been for long.
+    /// The services that have been seen before. Endpoints that are ready when a service is first seen count as ready
+    /// for long.
     seen: BTreeSet<String>,
 }
 
 impl Availability {
-    /// What was ready under the controller before has been for long, but for what had not been.
+    /// Endpoints that were ready under the previous controller count as ready for long, except those in `young`.
     pub(super) fn new(remembered: &RememberedReadiness, young: &Young) -> Self {
         let seen = remembered.0.keys().cloned().collect();
         let mut since: BTreeMap<String, BTreeMap<_, _>> = BTreeMap::new();
@@ -124,13 +125,13 @@ impl Availability {
         Self { since, seen }
     }
 
-    /// Time has passed in which no controller was there: what was young is no older for that.
+    /// Accounts for time in which no controller ran: young endpoints do not age in it.
     pub(super) fn was_unattended(&mut self, long: Millis) {
         let young = self.since.values_mut().flat_map(BTreeMap::values_mut).filter(|time| **time > 0);
         young.for_each(|time| *time = time.saturating_add(long));
     }
 
-    /// The endpoints that are ready, and have not been for as long as their shifts ask for; and until when that is so.
+    /// The endpoints that are ready and younger than their documents require, and when that next changes.
     pub(super) fn young(&self, shifts: &[TrafficShift], now: Millis) -> (Young, Option<Millis>) {
         let (mut young, mut until) = (BTreeMap::new(), None::<Millis>);
         for shift in shifts.iter().filter(|shift| !shift.strategy.min_ready.is_zero()) {
@@ -149,7 +150,7 @@ impl Availability {
         (Young(young), until)
     }
 
-    /// When the next endpoint of a shift will have been ready for long enough.
+    /// When the next endpoint of a document will have been ready for long enough.
     pub(super) fn next(&self, shift: &TrafficShift, now: Millis) -> Option<Millis> {
         let long = shift.strategy.min_ready.as_millis() as u64;
         let services = shift.services.iter().filter(|_| long > 0);
@@ -157,7 +158,7 @@ impl Availability {
         times.map(|time| time.saturating_add(long)).filter(|due| *due > now).min()
     }
 
-    /// Takes note of what is ready now of these services.
+    /// Records which endpoints of these services are ready now.
     pub(super) fn look<'s>(
         &mut self,
         services: impl IntoIterator<Item = &'s String>,
@@ -186,7 +187,7 @@ impl Availability {
         }
     }
 
-    /// How many endpoints of each version are ready, and how many have been for as long as the shift asks for.
+    /// How many endpoints of each version are ready, and how many have been for as long as the document requires.
     pub(super) fn of<'a>(&self, shift: &'a TrafficShift, readiness: &Readiness, now: Millis) -> Ready<'a> {
         let long = shift.strategy.min_ready.as_millis() as u64;
         let mut counts = BTreeMap::new();

@@ -1,5 +1,5 @@
-//! The documents in force: those of files, over them those that came through the API until the file's of the same name
-//! changes, and of a document that is refused what it said before.
+//! Determines the documents in force: those from files, overridden by those from the API until the file's document of
+//! the same name changes. For a refused document, the previous one stays in force.
 
 use crate::admission::{Admitted, Held};
 use crate::{admission, documents};
@@ -10,29 +10,29 @@ use std::sync::Arc;
 use tideshift_core::decode::{Errors, FieldError, Problem};
 use tideshift_core::shift::TrafficShift;
 
-/// A document from the API. Kept across restarts of the controller.
+/// A document from the API. Persisted across restarts of the controller.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ApiOverride {
-    /// As it was sent.
+    /// The document as sent.
     pub document: Value,
     /// The file's document of the same name at that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub over: Option<Value>,
 }
 
-/// What came of looking at all documents.
+/// The result of admitting all documents.
 #[derive(Debug, Default)]
 pub(super) struct InForce {
-    /// Those in force, in their order.
+    /// The documents in force, in their order.
     pub(super) held: Vec<Arc<Held>>,
-    /// Why others are not, by name.
+    /// By name, why other documents are refused.
     pub(super) refused: BTreeMap<String, Errors>,
-    /// Those from the API that a file has overtaken.
+    /// The API documents that a change of the file has replaced.
     pub(super) overtaken: Vec<String>,
 }
 
-/// Looks at all documents. Each is taken or not on its own, whatever the others are; of two that claim the same, the one
-/// that has it keeps it. (One from the API is there only because it agreed with the files of then: it is the older one.)
+/// Admits all documents. Each is accepted or refused on its own. If two claim the same host or name, the current owner
+/// keeps it. (An API document was accepted only because it agreed with the files at that time: it is the older one.)
 pub(super) fn admit(
     before: &[Arc<Held>],
     files: &[(TrafficShift, Value)],
@@ -60,7 +60,7 @@ pub(super) fn admit(
     let of_api = current.iter().map(|(name, applied)| document(name, &applied.document, read(applied)));
     let Admitted { mut held, mut refused } = admission::agree(&before, of_api.chain(of_files));
     refused.extend(twice);
-    // As long as what has overtaken it is refused, it stays.
+    // An API document stays as long as the file's document that would replace it is refused.
     let overtaken = overtaken.into_iter().map(|(name, _)| name).filter(|name| !refused.contains_key(*name));
     let overtaken = overtaken.cloned().collect();
     let others = current.iter().map(|(name, _)| name.as_str()).filter(|name| !of_file.contains_key(name));
@@ -69,7 +69,7 @@ pub(super) fn admit(
     InForce { held, refused, overtaken }
 }
 
-/// Of files' documents of one name, the one that is in force, or else the first; and what is wrong with the others.
+/// For file documents with the same name: the one in force, or else the first; and the errors of the others.
 fn each_name_once<'d>(
     before: &[Arc<Held>],
     files: &'d [(TrafficShift, Value)],
@@ -93,11 +93,11 @@ fn each_name_once<'d>(
     (once, twice)
 }
 
-/// Whether a document may come through the API under this name.
+/// Checks whether a document may be applied through the API under this name.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with it, one line each.
+/// All its errors, one line each.
 pub(super) fn check(name: &str, document: &Value) -> Result<(), String> {
     let shift = TrafficShift::read(document).map_err(|errors| errors.to_string())?;
     if shift.name != name {

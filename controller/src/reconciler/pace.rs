@@ -1,12 +1,12 @@
-//! When a policy is published: at once after quiet, then at most once a second, so that one endpoint that comes and goes
-//! does not send policies to all proxies many times a second. What takes traffic away from a version does not wait, and
-//! neither does what a rollout has decided or a user has asked for.
+//! Decides when a policy is published: at once after a quiet time, then at most once a second, so that an endpoint that
+//! comes and goes does not send policies to all proxies many times a second. Changes that take traffic away from a
+//! version do not wait, nor do a rollout's decisions and users' requests.
 
 use crate::clock::Millis;
 use std::collections::BTreeMap;
 use tideshift_core::protocol::policy::{Service, Version};
 
-/// From one publication to the next at least, for what may wait.
+/// The minimum interval between two publications that may wait.
 const PERIOD: Millis = 1_000;
 
 /// What was published last, and when.
@@ -14,17 +14,18 @@ const PERIOD: Millis = 1_000;
 pub(super) struct Pace {
     last: Option<Millis>,
     hurries: bool,
-    /// How many endpoints each version had ready then, by service.
+    /// By service: how many endpoints each version had ready then.
     ready: BTreeMap<String, Vec<usize>>,
 }
 
 impl Pace {
-    /// What is published next does not wait.
+    /// Publishes the next policy without waiting.
     pub(super) fn hurry(&mut self) {
         self.hurries = true;
     }
 
-    /// Whether `after` may be published now in place of `before`. `ready` says how many endpoints of a version are.
+    /// Whether `after` may be published now in place of `before`. `ready` returns how many endpoints of a version are
+    /// ready.
     pub(super) fn lets(
         &mut self,
         (before, after): (&[Service], &[Service]),
@@ -62,7 +63,8 @@ impl Pace {
     }
 }
 
-/// Whether a version is given less than before; of the stable one, what others have become able to take does not count.
+/// Whether a version is given less than before. For the stable version, traffic that other versions have become able to
+/// take does not count.
 fn is_given_less(version: &Version, before: &Service, after: &Service, has_lost: &impl Fn() -> bool) -> bool {
     let Some(now) = after.versions.iter().find(|now| now.name == version.name) else { return true };
     let is_stable = after.stable.as_ref() == Some(&version.name);
@@ -87,7 +89,7 @@ mod tests {
         Policy::read(&json!({"revision": 1, "services": [service]})).unwrap().services
     }
 
-    /// Whether that may be published half a second after this, with so many endpoints of both versions ready.
+    /// Whether `after` may be published half a second after `before`, with these numbers of ready endpoints.
     fn goes_at_once(before: &[Service], after: &[Service], ready: [[usize; 2]; 2]) -> bool {
         let of = |ready: [usize; 2]| move |_: &str, version: &str| if version == "v1" { ready[0] } else { ready[1] };
         let mut pace = Pace::default();
@@ -104,10 +106,10 @@ mod tests {
         assert!(!goes_at_once(&service([75, 25], all, 1), &half, [[4, 2], [4, 4]]));
         // Endpoints of the stable version go: others take over.
         assert!(goes_at_once(&half, &service([25, 75], all, 1), [[4, 4], [1, 4]]));
-        // A version has none left, or some again.
+        // A version loses its last endpoint, or gets one again.
         assert!(goes_at_once(&half, &service([50, 50], [false, true], 1), [[4, 4], [4, 4]]));
         assert!(!goes_at_once(&service([50, 50], [false, true], 1), &half, [[4, 4], [4, 4]]));
-        // A rollout goes on, is taken back, ends.
+        // A rollout advances, is rolled back, ends.
         assert!(goes_at_once(&half, &service([25, 75], all, 2), [[4, 4], [4, 4]]));
         assert!(goes_at_once(&half, &service([100, 0], all, 1), [[4, 4], [4, 4]]));
         assert!(goes_at_once(&half, &service([0, 100], all, 1), [[4, 4], [4, 4]]));

@@ -1,4 +1,4 @@
-//! What the proxies said last: which policy they run, what they have in flight, whom their guards keep out.
+//! The last report of each proxy: which policy it runs, its requests in flight, and its guards' vetoes.
 
 use crate::clock::{Millis, timestamp};
 use crate::reconciler::ledger::{RunKey, VersionKey};
@@ -10,48 +10,48 @@ use tideshift_core::guard::Veto;
 use tideshift_core::protocol::policy::Service;
 use tideshift_core::protocol::report::{Refused, Report};
 
-/// A proxy that is silent for longer is forgotten, and nobody waits for it.
+/// A proxy that is silent for longer is forgotten, and no drain waits for it.
 pub(super) const SILENT: Millis = 60_000;
-/// A proxy that is silent for longer is not known to be there: it reports every second.
+/// A proxy that is silent for longer does not count as live: it reports every second.
 const LIVE: Millis = 5_000;
-/// A run that is silent for longer is over, if a newer one of the same proxy has been heard of.
+/// A run that is silent for longer is over, if a newer run of the same proxy has reported.
 const SUPERSEDED: Millis = 5_000;
-/// The most proxies that are shown.
+/// The most proxies in the status.
 const MAX_PROXIES: usize = 20_000;
-/// The most that is shown of why a policy was refused: so many lines, of so many characters.
+/// The limits for the reason of a refused policy in the status: the number of lines, and the characters in each.
 const MAX_ERRORS: (usize, usize) = (20, 500);
 
-/// All that are there, and those that were there under the controller before.
+/// All proxies that report, and those that reported to the previous controller.
 #[derive(Debug, Default)]
 pub(super) struct Proxies {
     runs: BTreeMap<RunKey, Proxy>,
-    /// Of all runs. Drains are looked at many times a second, and there may be thousands of proxies.
+    /// Sums over all runs. Drains are checked many times a second, and there may be thousands of proxies.
     sums: Sums,
-    /// Those with vetoes.
+    /// The runs with vetoes.
     vetoing: BTreeSet<RunKey>,
-    /// How often anything has changed that drains depend on.
+    /// How many changes have affected drains.
     changes: u64,
-    /// Since when reports have been listened to: nobody is silent who could not have been heard.
+    /// Since when reports have been received: silence counts from then at the earliest.
     listening_since: Millis,
-    /// No run was heard of longer ago.
+    /// No run last reported before this time.
     longest_ago: Millis,
 }
 
-/// What one proxy said last.
+/// The last report of one proxy.
 #[derive(Debug, Default)]
 struct Proxy {
-    /// When it was heard of.
+    /// The time of the report.
     heard: Millis,
-    /// `None`: it has reported to the controller before, and not yet to this one.
+    /// `None`: it reported to the previous controller, and has not reported to this one yet.
     said: Option<Said>,
 }
 
 #[derive(Debug, Default)]
 struct Said {
-    /// What all of its workers run; `None` if that is nothing of this controller's.
+    /// The revision that all of its workers run; `None` if it is not from this controller.
     revision: Option<u64>,
     workers: u32,
-    /// Where there is any. Thousands of proxies have the same names in it.
+    /// Versions with requests in flight. Thousands of proxies share the same names.
     in_flight: Vec<(Arc<VersionKey>, u64)>,
     refused: Option<Refused>,
     /// By service.
@@ -59,27 +59,27 @@ struct Said {
 }
 
 impl Said {
-    /// The services that it has refused of the policy that it runs: it has them as they were before.
+    /// The services of its policy that it refused: it keeps their previous configuration.
     fn refused_services(&self) -> &[String] {
         let of_this = self.refused.as_ref().filter(|refused| refused.revision == self.revision);
         of_this.map_or(&[], |refused| &refused.services)
     }
 }
 
-/// Which proxies are there, and what they run.
+/// Which proxies are live, and which revisions they run.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Census {
-    /// How many of those that report run each revision, and the first of them.
+    /// By revision: how many live proxies run it, and the first of them.
     live: BTreeMap<Option<u64>, (usize, String)>,
     silent: usize,
     first_silent: Option<(String, Millis)>,
-    /// How many of those that report refused each service of what they run, and the first of them with its revision.
+    /// By service: how many live proxies refused it, and the first of them with its revision.
     refusing: BTreeMap<String, (usize, (String, Option<u64>))>,
 }
 
 impl Census {
-    /// As far as those are concerned that are to run these services as of a revision, or a newer one. One that has refused
-    /// such a service does not.
+    /// The coverage for proxies that are to run these services as of a revision or a newer one. A proxy that refused
+    /// such a service counts as behind.
     pub(super) fn coverage<'s>(&self, revision: u64, services: impl Iterator<Item = &'s str>) -> Coverage {
         let behind = || self.live.range(..Some(revision));
         let first = behind().min_by(|(_, (_, a)), (_, (_, b))| a.cmp(b));
@@ -99,12 +99,12 @@ impl Census {
 
 #[derive(Debug, Default, PartialEq)]
 struct Sums {
-    /// How many have yet to say something.
+    /// How many have yet to report.
     awaited: usize,
-    /// How many run each revision.
+    /// By revision: how many run it.
     revisions: BTreeMap<Option<u64>, usize>,
     in_flight: HashMap<Arc<VersionKey>, u64>,
-    /// How many have refused each service of what they run.
+    /// By service: how many refused it.
     refusing: BTreeMap<String, usize>,
 }
 
@@ -131,7 +131,7 @@ impl Sums {
             self.awaited -= 1;
             return;
         };
-        // Nothing is left where nothing is left of it.
+        // Entries that reach zero are removed.
         match self.revisions.get_mut(&said.revision) {
             Some(sum) if *sum > 1 => *sum -= 1,
             _ => drop(self.revisions.remove(&said.revision)),
@@ -152,7 +152,7 @@ impl Sums {
 }
 
 impl Proxy {
-    /// Whether the sums are the same with either.
+    /// Whether both contribute the same to the sums.
     fn adds_the_same(&self, other: &Self) -> bool {
         match (&self.said, &other.said) {
             (Some(own), Some(other)) => {
@@ -166,7 +166,7 @@ impl Proxy {
 }
 
 impl Proxies {
-    /// Nobody has said anything yet; who was heard of by the controller before, and when.
+    /// Starts without reports. `before` holds the runs that reported to the previous controller, and when.
     pub(super) fn awaiting<'a>(before: impl Iterator<Item = (&'a RunKey, Millis)>) -> Self {
         let mut proxies = Self::default();
         for (run, heard) in before {
@@ -175,22 +175,22 @@ impl Proxies {
         proxies
     }
 
-    /// Reports are listened to from now on, and were not before.
+    /// Starts receiving reports after a time in which none were received.
     pub(super) fn listen(&mut self, now: Millis) {
         self.listening_since = now;
     }
 
-    /// How often anything has changed that drains depend on.
+    /// How many changes have affected drains.
     pub(super) fn changes(&self) -> u64 {
         self.changes
     }
 
-    /// Since when that is so.
+    /// Since when reports have been received.
     pub(super) fn listening_since(&self) -> Millis {
         self.listening_since
     }
 
-    /// Forgets those that are silent.
+    /// Forgets proxies that are silent.
     pub(super) fn forget_silent(&mut self, now: Millis) {
         if self.silence(self.longest_ago, now) <= SILENT {
             return;
@@ -205,8 +205,8 @@ impl Proxies {
         now.saturating_sub(heard.max(self.listening_since))
     }
 
-    /// A proxy reports. Returns whether a decision may follow: it is there, there is a new veto, it runs another
-    /// revision, or it has something else in flight.
+    /// Processes a proxy's report. Returns whether a decision may follow: the proxy or a veto is new, or its revision
+    /// or its requests in flight have changed.
     pub(super) fn reported(
         &mut self,
         run: &RunKey,
@@ -241,9 +241,9 @@ impl Proxies {
         decides
     }
 
-    /// The runs of the same proxy that are over.
+    /// Removes the runs of the same proxy that are over.
     fn end_older(&mut self, run: &RunKey, now: Millis) {
-        // Hexadecimal numbers without zeros in front.
+        // Starts are hexadecimal numbers without leading zeros.
         let order = |start: &str| (start.len(), start.to_owned());
         let of_proxy = (run.0.clone(), String::new())..;
         let of_proxy = self.runs.range(of_proxy).take_while(|((id, _), _)| *id == run.0);
@@ -293,23 +293,23 @@ impl Proxies {
         self.runs.iter().filter_map(|(run, proxy)| Some((run, proxy, proxy.said.as_ref()?)))
     }
 
-    /// Whether a run is one of those.
+    /// Whether a run is known.
     pub(super) fn has(&self, run: &RunKey) -> bool {
         self.runs.contains_key(run)
     }
 
-    /// Whether a run has yet to say which revision of this controller's it runs.
+    /// Whether a run has yet to report which revision of this controller it runs.
     pub(super) fn awaits_revision(&self, run: &RunKey) -> bool {
         let said = self.runs.get(run).and_then(|proxy| proxy.said.as_ref());
         said.is_none_or(|said| said.revision.is_none())
     }
 
-    /// Whether there is one.
+    /// Whether any proxy has reported to this controller and is not forgotten.
     pub(super) fn are_there(&self) -> bool {
         self.runs.len() > self.sums.awaited
     }
 
-    /// Who is there. Looks at all of them.
+    /// Takes a census of the live proxies. Visits all of them.
     pub(super) fn census(&self, now: Millis) -> Census {
         let mut census = Census::default();
         for ((id, _), proxy) in &self.runs {
@@ -326,14 +326,14 @@ impl Proxies {
                         census.refusing.entry(service.clone()).or_insert_with(first).0 += 1;
                     }
                 }
-                // It was there before this controller, and may well be.
+                // It reported to the previous controller, and may still be live.
                 None => {}
             }
         }
         census
     }
 
-    /// The vetoes of the guards of proxies that report, each with its service.
+    /// The vetoes of live proxies' guards, each with its service.
     pub(super) fn vetoes(&self, now: Millis) -> Vec<(&str, &Veto)> {
         let is_live = |run: &&RunKey| self.runs.get(*run).is_some_and(|proxy| self.silence(proxy.heard, now) <= LIVE);
         let said = self.vetoing.iter().filter(is_live).filter_map(|run| self.runs.get(run)?.said.as_ref());
@@ -345,12 +345,13 @@ impl Proxies {
         vetoing.map(|((id, _), said)| (id.as_str(), said.vetoes.as_slice()))
     }
 
-    /// The requests of a version under way.
+    /// A version's requests in flight.
     pub(super) fn in_flight(&self, key: &VersionKey) -> u64 {
         self.sums.in_flight.get(key).copied().unwrap_or_default()
     }
 
-    /// What a version waits for that is given nothing since a revision; `services` are those of the last policy.
+    /// What blocks the drain of a version that is given no traffic since a revision; `services` are those of the last
+    /// policy.
     pub(super) fn waiting(&self, key: &VersionKey, revision: u64, services: &[Service]) -> Option<DrainBlocker> {
         let behind: usize = self.sums.revisions.range(..Some(revision)).map(|(_, number)| number).sum();
         let behind = behind + self.sums.refusing.get(&key.0).copied().unwrap_or_default();
@@ -367,8 +368,8 @@ impl Proxies {
         }
     }
 
-    /// The proxies whose guards keep out every version that is given something, so that requests go to this one, which
-    /// is in service and given nothing.
+    /// The proxies whose guards veto every version that is given traffic, so that requests go to this one, which is in
+    /// service with no weight.
     fn who_sends_back(&self, (name, version): &VersionKey, services: &[Service]) -> impl Iterator<Item = &str> {
         let vetoes = || self.vetoing().filter(|(_, vetoes)| vetoes.iter().any(|(service, _)| service == name));
         let service = vetoes().next().and_then(|_| services.iter().find(|service| service.name == *name));
@@ -384,7 +385,7 @@ impl Proxies {
         vetoes().filter(sends_back).map(|(id, _)| id).collect::<Vec<_>>().into_iter()
     }
 
-    /// The same in words.
+    /// The blocker as a message.
     pub(super) fn in_words(
         &self,
         waiting: DrainBlocker,
@@ -416,7 +417,7 @@ impl Proxies {
         }
     }
 
-    /// For people.
+    /// The proxies in status form.
     pub(super) fn status(&self) -> Vec<ProxyStatus> {
         let status = |((id, start), proxy, said): (&RunKey, &Proxy, &Said)| ProxyStatus {
             id: id.clone(),
@@ -437,23 +438,24 @@ fn in_short(refused: &Refused) -> Refused {
     Refused { revision: refused.revision, errors: short(&refused.errors), services: short(&refused.services) }
 }
 
-/// What a version waits for that is given nothing: the first of these that holds.
+/// What blocks the drain of a version: the first of these that applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DrainBlocker {
-    /// So many proxies have yet to apply the revision that gives it nothing.
+    /// The number of proxies that have yet to apply the revision that gives it no traffic.
     Behind(usize),
-    /// So many requests are under way.
+    /// The number of requests in flight.
     InFlight(u64),
-    /// The guards of so many proxies keep out what is given requests, so that these go to whoever else is in service.
+    /// The number of proxies whose guards veto all versions that are given traffic, so that requests go to other
+    /// versions in service.
     SentBack(usize),
-    /// So many proxies were there under the controller before, and have yet to report to this one.
+    /// The number of proxies that reported to the previous controller and have yet to report to this one.
     Unheard(usize),
-    /// There is no proxy that could say anything.
+    /// No proxy reports.
     Nobody,
 }
 
 impl DrainBlocker {
-    /// Whether proxies say so, rather than that they say nothing.
+    /// Whether reports of proxies show this, rather than missing reports.
     pub(crate) fn is_said(self) -> bool {
         !matches!(self, Self::Unheard(_) | Self::Nobody)
     }

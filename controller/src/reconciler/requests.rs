@@ -1,5 +1,5 @@
-//! Single requests that proxies tell while versions are compared, until the verdict takes them; and whether a service has
-//! only a few clients.
+//! Single requests that proxies report while versions are compared, buffered until the analysis takes them. Also tracks
+//! whether a service has only a few clients.
 
 use crate::clock::Millis;
 use crate::reconciler::ledger::RunKey;
@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 use tideshift_core::protocol::report::{Event, MAX_CLIENTS, Report, ServiceReport};
 use tideshift_core::verdict::Request;
 
-/// Clients are remembered for so long, in milliseconds.
+/// How long clients are remembered, in milliseconds.
 const CLIENTS: Millis = 300_000;
 /// The most clients of a service that are remembered, those with the smallest hashes.
 const MOST_CLIENTS: usize = 64;
-/// The most requests of a service that wait for the verdict; the oldest go first.
+/// The most requests of a service that wait for the analysis; the oldest are dropped first.
 const MOST_WAITING: usize = 20_000;
 
-/// By service. Not kept: what was on its way when the controller ended is lost, and no evidence is made of it.
+/// By service. Not persisted: requests that were buffered when the controller ended are lost, and produce no evidence.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     services: BTreeMap<String, OfService>,
@@ -22,27 +22,27 @@ pub(super) struct Requests {
 
 #[derive(Debug, Default)]
 struct OfService {
-    /// Up to where the requests of each run have been taken: the stream, and how many of it.
+    /// The position up to which each run's requests have been taken: the stream, and the number of its requests.
     taken: BTreeMap<RunKey, (String, u64)>,
     /// Each with its version's name.
     waiting: Vec<(String, Event)>,
     clients: BTreeMap<u32, Millis>,
-    /// When a filter reported last that does not tell clients apart. Its requests are judged by their counts, as they were
-    /// then.
+    /// When a filter last reported that does not distinguish clients. Its requests are judged by their counts, as they
+    /// were with such filters.
     untold: Option<Millis>,
 }
 
-/// What is new of two versions.
+/// The new requests of two versions.
 pub(super) struct News {
-    /// Requests of either.
+    /// Requests of either version.
     pub(super) ended: Vec<Request>,
     /// Whether the service has only a few clients.
     pub(super) few_clients: bool,
 }
 
 impl Requests {
-    /// Takes in what a proxy reports of services that are compared. Of a run that is heard of for the first time only
-    /// those that come after: the others may be old.
+    /// Takes the requests that a proxy reports for services that are compared. For a run that reports for the first
+    /// time, only later requests are taken: the others may be old.
     pub(super) fn reported(&mut self, run: &RunKey, report: &Report, is_compared: impl Fn(&str) -> bool, now: Millis) {
         for service in report.services.iter().filter(|service| is_compared(&service.name)) {
             let of = self.services.entry(service.name.clone()).or_default();
@@ -57,13 +57,13 @@ impl Requests {
         }
     }
 
-    /// Forgets the services that are gone, and the runs that are.
+    /// Removes services that are not compared any more, and runs that are gone.
     pub(super) fn retain(&mut self, is_compared: impl Fn(&str) -> bool, is_there: impl Fn(&RunKey) -> bool) {
         self.services.retain(|name, _| is_compared(name));
         self.services.values_mut().for_each(|service| service.taken.retain(|run, _| is_there(run)));
     }
 
-    /// What is new of a service since this was last asked.
+    /// Takes a service's new requests since the last call.
     pub(super) fn take(&mut self, service: &str, target: &str, stable: &str, now: Millis) -> News {
         let Some(of) = self.services.get_mut(service) else { return News { ended: Vec::new(), few_clients: false } };
         of.clients.retain(|_, seen| now.saturating_sub(*seen) <= CLIENTS);

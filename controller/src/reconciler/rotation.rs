@@ -1,20 +1,21 @@
-//! What sessions were signed with before their secret changed: for a while cookies under it still hold, so that users stay on
-//! the version that they have.
+//! Secret rotation for sessions: after a session's secret changes, cookies signed with the previous one stay valid for
+//! a while, so that users keep their version.
 
 use crate::clock::Millis;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tideshift_core::session::{MAX_PREVIOUS_SECRETS, Secret, Session, SessionBy};
 
-/// How long at most: a secret that was changed because others know it must not hold for as long as browsers keep cookies.
+/// The longest time that a previous secret stays valid. A secret that was changed because it leaked must not stay valid
+/// for as long as browsers keep cookies.
 const LONGEST: Millis = 24 * 3_600 * 1_000;
 
-/// The secrets of before, by service.
+/// The previous secrets, by service.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Rotations(BTreeMap<String, Vec<Before>>);
 
-/// One of them, the newest first.
+/// A previous secret; the newest comes first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Before {
     secret: Secret,
@@ -27,18 +28,19 @@ impl Rotations {
         self.0.is_empty()
     }
 
-    /// When the next of them ceases to hold.
+    /// When the next previous secret expires.
     pub(super) fn next(&self) -> Option<Millis> {
         self.0.values().flatten().map(|before| before.until).min()
     }
 
-    /// Forgets the services that are gone.
+    /// Removes services that no longer exist.
     pub fn retain(&mut self, is_known: impl Fn(&String) -> bool) {
         self.0.retain(|service, _| is_known(service));
     }
 
-    /// Puts into a session the secrets of before that still hold; `was` is what proxies have now. A session of another
-    /// generation takes back what users were given, and so nothing of before holds. Returns whether anything has changed.
+    /// Adds to a session the previous secrets that are still valid; `was` is the session that proxies have now. A
+    /// session of another generation invalidates users' assignments, so no previous secret stays valid. Returns whether
+    /// anything has changed.
     pub(super) fn look(&mut self, service: &str, session: &mut Session, was: Option<&Session>, now: Millis) -> bool {
         let before = self.0.get(service).cloned().unwrap_or_default();
         let mut holds = before.clone();
@@ -62,7 +64,7 @@ impl Rotations {
     }
 }
 
-/// The secret that has been replaced, if cookies were signed with it, and for how many seconds browsers keep them.
+/// The replaced secret, if cookies were signed with it, and for how many seconds browsers keep them.
 fn replaced(session: &Session, was: &Session) -> Option<(Secret, u64)> {
     let SessionBy::Cookie { name, .. } = &session.by else { return None };
     let SessionBy::Cookie { name: before, ttl_seconds } = &was.by else { return None };

@@ -1,52 +1,52 @@
-//! The time series of the last minutes: each version's share and counts every two seconds, for users who look after
-//! something has happened. Kept in memory only; it is empty after a restart.
+//! The time series of the last minutes: each version's share and counts every two seconds, for users who investigate
+//! after an incident. Held in memory only; it is empty after a restart.
 
 use crate::clock::{Millis, timestamp};
 use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::{BTreeMap, VecDeque};
 
-/// How far back it reaches.
+/// How long samples are kept.
 const KEEP: Millis = 15 * 60 * 1_000;
-/// From one sample to the next. A version costs some 16 KiB: 32 bytes, 450 times.
+/// The interval between two samples. A version takes about 16 KiB: 32 bytes, 450 times.
 const EVERY: Millis = 2_000;
 
-/// The samples of everything, all taken at the same times.
+/// The samples of all services, all taken at the same times.
 #[derive(Debug, Default)]
 pub struct Series {
     times: VecDeque<Millis>,
     services: BTreeMap<String, Samples>,
 }
 
-/// A service's samples. Each list ends at the newest time; one that is shorter than the times began later.
+/// A service's samples. Each list ends at the newest time; a list that is shorter than the times began later.
 #[derive(Debug, Default)]
 struct Samples {
-    /// For and against the target.
+    /// The evidence against the target and for it.
     evidence: VecDeque<Option<[f64; 2]>>,
     versions: BTreeMap<String, VecDeque<VersionSample>>,
 }
 
-/// How a service stands.
+/// The state of a service at one time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     /// Its name.
     pub service: String,
-    /// How much speaks against the target, and how much for it; none before the first rollout.
+    /// The evidence against the target and for it; `None` before the first rollout.
     pub evidence: Option<[f64; 2]>,
     /// The versions by name.
     pub versions: Vec<(String, VersionSample)>,
 }
 
-/// How a version stands.
+/// The state of a version at one time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct VersionSample {
     /// Its share in percent.
     pub weight: f64,
-    /// Its requests that ended, unless the client ended them, since ever.
+    /// Its total of ended requests, without those that the client cancelled.
     pub requests: u64,
-    /// Those that failed.
+    /// The failed ones among them.
     pub errors: u64,
-    /// Those that the client ended.
+    /// Requests that the client cancelled.
     pub cancelled: u64,
 }
 
@@ -93,15 +93,15 @@ pub struct VersionSeries {
 }
 
 impl Series {
-    /// Whether it is time for the next sample.
+    /// Whether the next sample is due.
     pub fn is_due(&self, now: Millis) -> bool {
         self.times.back().is_none_or(|last| now < *last || now - last >= EVERY)
     }
 
-    /// Takes a sample of everything there is; what is not in it is forgotten.
+    /// Takes a sample of all services; services that are not in it are removed.
     pub fn take(&mut self, now: Millis, samples: impl IntoIterator<Item = Sample>) {
         if self.times.back().is_some_and(|last| now <= *last) {
-            // The clock was set back: what was before cannot be told in order.
+            // The clock was set back: earlier samples cannot be put in order.
             *self = Self::default();
         }
         self.times.push_back(now);
@@ -123,7 +123,7 @@ impl Series {
         }
     }
 
-    /// What there is of these services at the time `now`.
+    /// The series of these services at the time `now`.
     pub fn of<'a>(&self, services: impl IntoIterator<Item = &'a str>, now: Millis) -> RolloutSeries {
         let length = self.times.len();
         let services = services.into_iter().filter_map(|name| Some((name, self.services.get(name)?)));
@@ -157,7 +157,7 @@ fn version(name: &str, samples: &VecDeque<VersionSample>, length: usize) -> Vers
     }
 }
 
-/// A list that ends at the newest time, as long as the times.
+/// A list that ends at the newest time and is as long as the times.
 fn list<S, T>(samples: &VecDeque<S>, length: usize, value: impl Fn(&S) -> Option<T>) -> Vec<Option<T>> {
     let missing = std::iter::repeat_with(|| None).take(length.saturating_sub(samples.len()));
     missing.chain(samples.iter().map(value)).collect()
@@ -176,7 +176,7 @@ mod tests {
         vec![Sample { service: "shop".to_owned(), evidence, versions }]
     }
 
-    /// Looks ten times a second, as the controller does.
+    /// Takes samples ten times a second, as the controller does.
     fn look(series: &mut Series, times: std::ops::Range<Millis>, share: f64) {
         for now in times.step_by(100) {
             if series.is_due(now) {
@@ -200,7 +200,7 @@ mod tests {
         );
         assert_eq!(seen.services[0].evidence, [None; 5]);
 
-        // Hours later it is no more than that.
+        // Hours later it is no larger.
         look(&mut series, 20_000..10_000_000, 5.0);
         let seen = series.of(["shop"], 0);
         assert_eq!(seen.times.len(), 451);
@@ -226,7 +226,7 @@ mod tests {
         };
         let v1 = ("v1".to_owned(), vec![Some(100.0), Some(100.0), Some(95.0), Some(95.0)]);
         assert_eq!(weights(&series), [v1, ("v2".to_owned(), vec![None, None, Some(5.0), Some(5.0)])]);
-        // One that went away and came again is another.
+        // A version that was removed and added again starts over.
         series.take(8_000, shop(1, 0.0));
         series.take(10_000, shop(1, 6.0));
         assert_eq!(weights(&series)[1].1, [None, None, None, None, None, Some(6.0)]);

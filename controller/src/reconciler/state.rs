@@ -1,4 +1,4 @@
-//! What the reconciler decides and must not forget: what a store keeps over a restart.
+//! The reconciler's persisted state: what a store keeps across restarts.
 
 use crate::clock::Millis;
 use crate::readiness::RememberedReadiness;
@@ -10,57 +10,57 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use tideshift_core::protocol::policy::Policy;
 
-/// Everything but the counts, which change all the time and are kept apart.
+/// Everything but the counts, which change all the time and are kept separately.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct PersistedState {
-    /// When this was decided.
+    /// When this state was decided.
     #[serde(default)]
     pub time: Millis,
-    /// What the system's clock said then; 0: not known.
+    /// The system clock at that time; 0: not known.
     #[serde(default)]
     pub wall: Millis,
-    /// Names this state; a new one is made when the state is lost, so that proxies do not compare its revisions.
+    /// The name of this state. A new name is made when the state is lost, so that proxies do not compare its revisions.
     pub epoch: String,
     /// The revision of the last policy.
     pub revision: u64,
-    /// The services of the last policy as JSON, to tell whether they have changed.
+    /// The services of the last policy as JSON, to detect changes.
     pub services: String,
-    /// Where each service's rollout stands.
+    /// The rollout of each document.
     pub rollouts: BTreeMap<String, Rollout>,
-    /// What has happened to each rollout, the newest last.
+    /// The transitions of each rollout, the newest last.
     pub history: BTreeMap<String, VecDeque<Transition>>,
-    /// The documents that came through the API, by name.
+    /// The documents from the API, by name.
     pub applied: BTreeMap<String, ApiOverride>,
-    /// The versions that are given nothing.
+    /// The versions that are given no traffic.
     pub idle: DrainTracker,
-    /// The versions and documents that are gone and still serve.
+    /// The removed versions and deleted documents that still serve.
     #[serde(default)]
     pub leaving: Leaving,
     /// The endpoints that were ready.
     pub ready: RememberedReadiness,
-    /// Those of them that have become so of late.
+    /// The endpoints among them that became ready recently.
     #[serde(default)]
     pub young: Young,
-    /// Signs the cookies of sessions whose document brings no secret of its own.
+    /// Signs session cookies if the document does not set a secret.
     #[serde(default)]
     pub session_secret: String,
-    /// What sessions were signed with before, where that still holds.
+    /// Previous session secrets that are still valid.
     #[serde(default, skip_serializing_if = "Rotations::is_empty")]
     pub rotations: Rotations,
 }
 
 impl PersistedState {
-    /// The last policy, which is safe to give to proxies; `None` before the first.
+    /// The last policy, which may be given to proxies; `None` before the first one.
     pub fn policy(&self) -> Option<Policy> {
         let services: Value = serde_json::from_str(&self.services).ok()?;
         Policy::read(&serde_json::json!({ "revision": self.revision, "services": services })).ok()
     }
 
-    /// A state that begins now; `epoch` names it.
+    /// A fresh state; `epoch` is its name.
     ///
     /// # Errors
     ///
-    /// If the system has no random numbers to give.
+    /// If the system cannot provide random numbers.
     pub fn fresh(epoch: String) -> io::Result<Self> {
         Ok(Self { epoch, session_secret: new_secret()?, ..Self::default() })
     }

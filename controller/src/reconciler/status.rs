@@ -1,4 +1,4 @@
-//! The status, history and drains, for people and tools.
+//! The status, history and drains, for users and tools.
 
 use crate::clock::{Millis, timestamp};
 use crate::reconciler::ledger::VersionKey;
@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use tideshift_core::protocol::policy::Policy;
 use tideshift_core::shift::{ShiftService, ShiftVersion, TrafficShift};
 
-/// What is the same of all services of a document.
+/// The values that all services of a document share.
 struct OfShift<'a> {
     shift: &'a TrafficShift,
     rollout: &'a Rollout,
@@ -24,11 +24,11 @@ struct OfShift<'a> {
 }
 
 impl Reconciler {
-    /// How things stand.
+    /// The current status.
     pub fn status(&self, now: Millis) -> Status {
         Status {
             epoch: self.kept.epoch.clone(),
-            // What is decided is in force once proxies have what is about to be published.
+            // Decisions are in force once proxies have the policy that is about to be published.
             revision: self.policy.as_ref().map_or(0, |policy| policy.revision) + u64::from(self.is_held_back),
             document_errors: self.document_errors(),
             state_error: self.state_error.clone(),
@@ -39,7 +39,7 @@ impl Reconciler {
         }
     }
 
-    /// What proxies have been given, if that is not what was decided.
+    /// The policy that proxies were given, if it differs from the decided one.
     fn unpublished(&self) -> Option<&Policy> {
         let decided = self.policy.as_ref().map_or(self.kept.revision, |policy| policy.revision);
         self.published.as_ref().filter(|published| published.revision != decided || self.is_held_back)
@@ -50,25 +50,25 @@ impl Reconciler {
         Some(percent(crate::reconciler::share_of(published, version)))
     }
 
-    /// How the services of one rollout stand; `None` if there is no such rollout.
+    /// The status of a rollout's services; `None` if there is no such rollout.
     pub fn rollout_status(&self, name: &str, now: Millis) -> Option<Vec<ServiceStatus>> {
         Some(self.shift_status(self.shift(name)?, now))
     }
 
-    /// What has happened to a rollout, the newest last; `None` if there is no such rollout.
+    /// A rollout's transitions, the newest last; `None` if there is no such rollout.
     pub fn history(&self, name: &str) -> Option<Vec<TransitionStatus>> {
         let history = self.kept.history.get(&self.shift(name)?.name).into_iter().flatten();
         Some(history.map(TransitionStatus::from).collect())
     }
 
-    /// What the last minutes of a rollout were like; `None` if there is no such rollout.
+    /// A rollout's time series of the last minutes; `None` if there is no such rollout.
     pub fn series(&self, name: &str, now: Millis) -> Option<RolloutSeries> {
         let services = &self.shift(name)?.services;
         Some(self.series.of(services.iter().map(|service| service.name.as_str()), now))
     }
 
-    /// Notes how things stand, for those who come later. What was counted while no controller was there would look as if
-    /// it had been in the second in which proxies say it.
+    /// Adds a sample to the time series. Counts from the time without a controller would otherwise appear in the second
+    /// in which proxies report them.
     pub(super) fn note(&mut self, now: Millis) {
         if !self.series.is_due(now) || !self.is_up_to_date(now) {
             return;
@@ -94,33 +94,33 @@ impl Reconciler {
         })
     }
 
-    /// How far a version is from being at rest; `None` if there is no such version.
+    /// A version's drain status; `None` if there is no such version.
     pub fn drain(&self, service: &str, version: &str) -> Option<DrainStatus> {
         let known = self.places.get(service);
         let known = known.and_then(|(shift, at)| self.shifts.get(*shift)?.services.get(*at));
-        // A service that is alone in its document has the document's name, and may be called as that may be.
+        // The only service of a document has the document's name, and may be given in the same short form.
         let alone = || self.shift(service).filter(|shift| shift.services.len() == 1)?.services.first();
         let known = known.or_else(alone);
         let key = (known.map_or(service, |service| &service.name).to_owned(), version.to_owned());
-        // Also one that no document names any more, until it has drained.
+        // A version that is in no document any more is known until it has drained.
         let is_known = known.is_some_and(|service| service.version(version).is_some());
         (is_known || self.kept.idle.has(&key.0, &key.1)).then(|| self.drain_status(&key))
     }
 
-    /// A document whose workloads may be scaled, and its rollout; `None` while not everything of it is known, or if it is
-    /// gone: what is gone scales nothing.
+    /// A document whose workloads may be scaled, with its rollout; `None` while some of its endpoints are unknown, and
+    /// for a deleted document, which scales nothing.
     pub fn scalable(&self, name: &str) -> Option<(&TrafficShift, &Rollout)> {
         let shift = self.named(name).filter(|shift| self.is_known(shift) && !self.has_left(shift));
         shift.zip(self.kept.rollouts.get(name))
     }
 
-    /// Since when a version that is given no requests has drained, and when it was given none; `None`: it has not.
+    /// When a drained version was given no traffic, and when it had drained; `None` if it has not drained.
     pub fn drained(&self, service: &str, version: &str) -> Option<(Millis, Millis)> {
         let key = (service.to_owned(), version.to_owned());
         self.kept.idle.left(&key, &self.proxies, &self.in_force)
     }
 
-    /// Whether a version is given requests, or has not drained, or is what a rollout comes from or goes to.
+    /// Whether a version is given requests, has not drained, or is the source or target of a rollout.
     pub fn is_used(&self, shift: &TrafficShift, service: &ShiftService, version: &ShiftVersion) -> bool {
         let name = &version.name;
         let by_rollout = match self.kept.rollouts.get(&shift.name) {
@@ -137,13 +137,13 @@ impl Reconciler {
         by_rollout || (is_published && self.kept.idle.left(&key, &self.proxies, &self.in_force).is_none())
     }
 
-    /// What a version has pods in common with, in words.
+    /// A message about the versions with which a version shares pods.
     pub fn shared(&self, service: &str, version: &str) -> Option<&str> {
         let shared = self.readiness.outlook.shared.get(&(service.to_owned(), version.to_owned()));
         shared.map(String::as_str)
     }
 
-    /// What is wrong with a rollout's versions that have pods in common with others, if they have.
+    /// The error for a rollout whose versions share pods with other versions; `None` if none do.
     pub fn shared_pods(&self, name: &str) -> Option<&str> {
         if self.readiness.outlook.shared.is_empty() {
             return None;
@@ -154,12 +154,12 @@ impl Reconciler {
             .find_map(|service| service.versions.iter().find_map(|version| self.shared(&service.name, &version.name)))
     }
 
-    /// Whether any proxy is there.
+    /// Whether any proxy reports.
     pub fn has_proxies(&self) -> bool {
         self.proxies.are_there()
     }
 
-    /// Whether the readiness of all endpoints of a rollout is known; if not, why, where that can be said.
+    /// Whether the readiness of all endpoints of a rollout is known; if not, the reason, where there is one.
     pub fn sight(&self, name: &str) -> Result<(), Option<&str>> {
         match self.named(name) {
             Some(shift) if self.is_known(shift) => Ok(()),
@@ -248,7 +248,7 @@ impl Reconciler {
         }
     }
 
-    /// Why a rollout is where it is, with what is gone of it and still serves.
+    /// Why a rollout is in its state, including removed or deleted parts that still serve.
     fn message(&self, shift: &TrafficShift, rollout: Option<&Rollout>) -> String {
         if let Some(why) = self.departure_in_words(&shift.name) {
             return why;

@@ -1,4 +1,4 @@
-//! Drains over restarts of the controller, and reports that arrive in another order than they were sent.
+//! Drains across restarts of the controller, and reports that arrive out of order.
 
 mod costs;
 mod isolation;
@@ -16,7 +16,7 @@ use tideshift_core::shift::Endpoint;
 
 const VERSIONS: [&str; 2] = ["v1", "v2"];
 
-/// A controller with one document, and an hour's deadline for drains unless it says otherwise.
+/// A controller with one document, whose drain deadline is one hour unless the document sets another one.
 struct Play {
     reconciler: Reconciler,
     now: Millis,
@@ -57,7 +57,7 @@ impl Play {
         self
     }
 
-    /// Another process, so much later.
+    /// Starts another process after this much time.
     fn restart(&mut self, spec: Value, later: Millis, keeps_state: bool) {
         let (mut kept, counted) = (self.reconciler.kept().clone(), self.reconciler.counted.clone());
         if !keeps_state {
@@ -69,7 +69,7 @@ impl Play {
         *self = Self { reconciler, now, sequence }.ready();
     }
 
-    /// Lets so much time pass; the proxies report each second.
+    /// Lets this much time pass; the proxies report each second.
     fn pass(&mut self, millis: Millis, proxies: &[(&str, u64)]) {
         for passed in (0..millis).step_by(100) {
             if passed % 1_000 == 0 {
@@ -82,7 +82,7 @@ impl Play {
         }
     }
 
-    /// The report of a proxy that runs the newest policy and has so much in flight of v1.
+    /// The report of a proxy that runs the newest policy and has this many requests of v1 in flight.
     fn report(&mut self, proxy: &str, in_flight: u64) -> Report {
         self.sequence += 1;
         let version = VersionReport { name: "v1".to_owned(), in_flight, ..VersionReport::default() };
@@ -210,7 +210,7 @@ impl Play {
         &self.reconciler.kept().rollouts["shop"]
     }
 
-    /// What the status says of the step, or of the whole.
+    /// The status of the step, or of the whole rollout.
     fn status(&self) -> crate::status::ServiceStatus {
         self.reconciler.status(self.now).services.remove(0)
     }
@@ -333,7 +333,7 @@ fn a_rollout_ends_only_where_proxies_report_what_they_run() {
     let mut play = Play::new(steps.clone());
     play.pass(60_000, &[]);
     assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::NoProxies));
-    // One that runs what it was started with.
+    // A proxy that runs its initial policy.
     for _ in 0..10 {
         let report = Report { epoch: String::new(), revision: 1, ..play.report("edge", 0) };
         play.reconciler.reported(&report, play.now);
@@ -343,7 +343,7 @@ fn a_rollout_ends_only_where_proxies_report_what_they_run() {
     let words = "step 1: proxy edge runs no policy of this controller and has not applied 1; tideshift status says what \
                  it refused";
     assert_eq!(play.rollout().message, words);
-    // One that is silent of two is more than a tenth.
+    // One silent proxy of two is more than a tenth.
     play.pass(1_000, &[("edge", 0), ("other", 0)]);
     play.pass(12_000, &[("edge", 0)]);
     assert!(play.rollout().message.starts_with("step 1: proxy other of 2 proxies has been silent for 1"));
@@ -407,7 +407,7 @@ fn a_restart_says_nothing_of_proxies_that_are_there() {
     assert_eq!(reasons, [Started, Holding, StepStarted, Completed]);
 }
 
-/// The endpoints of one version are gone.
+/// Readiness without the endpoints of one version.
 fn readiness_without(version: &str) -> Arc<Readiness> {
     let mut readiness = (*readiness()).clone();
     let endpoints = readiness.services.get_mut("shop").and_then(|versions| versions.get_mut(version));
@@ -430,19 +430,19 @@ fn counts_that_cannot_be_kept_hold_back_steps_by_evidence_and_nothing_else() {
     play.pass(60_000, &EDGE);
     assert_eq!((play.rollout().step, play.rollout().reason), (0, Reason::CatchingUp), "{}", play.rollout().message);
     assert_eq!(play.reconciler.status(play.now).counts_error.as_deref(), Some("no space left on device"));
-    // Readiness, in both directions.
+    // Readiness still applies, in both directions.
     for (now, then) in [(readiness_without("v2"), [100.0, 0.0]), (readiness(), [90.0, 10.0])] {
         play.reconciler.set_readiness(now);
         play.pass(2_000, &EDGE);
         assert_eq!(play.reconciler.policy.as_ref().map(shares), Some(then));
     }
-    // Commands.
+    // Commands still apply.
     play.reconciler.command("shop", &Command::Promote { full: false, override_gates: false }, play.now).unwrap();
     play.pass(1_000, &EDGE);
     assert_eq!(play.rollout().step, 1);
     play.reconciler.command("shop", &Command::Abort, play.now).unwrap();
     assert_eq!(play.reconciler.evaluate(play.now).policy.as_ref().map(shares), Some([100.0, 0.0]));
-    // And it goes on when they can be kept.
+    // The rollout advances once counts can be persisted.
     let mut play = Play::new(serde_json::from_str(TWO_STEPS).unwrap());
     play.reconciler.set_counts_error(Some("no space left on device"));
     play.pass(60_000, &EDGE);
@@ -458,7 +458,7 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     play.reconciler.set_published(&first);
     play.reconciler.was_written();
     assert_eq!(shares(&first), [90.0, 10.0]);
-    // A step forward, of which a restart would know nothing, waits.
+    // A step forward waits, because a restart would lose it.
     play.pass(1_000, &EDGE);
     play.reconciler.was_written();
     play.reconciler.set_state_error(Some("Secret tideshift-state: forbidden"), true);
@@ -470,7 +470,7 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     let weights = status.services[0].versions.iter().map(|version| (version.weight, version.weight_in_force));
     assert_eq!(weights.collect::<Vec<_>>(), [(0.0, Some(90.0)), (100.0, Some(10.0))]);
     assert_eq!(play.reconciler.held_back(), Some("Secret tideshift-state: forbidden"));
-    // A version that is gone does not.
+    // The loss of a version does not wait.
     play.reconciler.set_readiness(readiness_without("v2"));
     play.reconciler.evaluate(play.now);
     let away = play.reconciler.away().unwrap();
@@ -480,14 +480,14 @@ fn of_what_cannot_be_kept_only_what_takes_traffic_away_is_published() {
     let after = play.reconciler.evaluate(play.now);
     assert!(after.keep && after.policy.unwrap().revision > away.revision);
     assert_eq!(play.reconciler.away(), None, "it is said once");
-    // Neither does what is taken back by a command.
+    // A rollback by a command does not wait either.
     play.reconciler.set_readiness(readiness());
     play.reconciler.evaluate(play.now);
     play.reconciler.command("shop", &Command::Abort, play.now).unwrap();
     play.reconciler.evaluate(play.now);
     let away = play.reconciler.away().unwrap();
     assert_eq!(shares(&away), [100.0, 0.0]);
-    // Once it can be kept, everything is published.
+    // Once state can be persisted, everything is published.
     play.reconciler.set_state_error(None, true);
     let all = play.reconciler.evaluate(play.now).policy.unwrap();
     play.reconciler.was_written();

@@ -1,68 +1,68 @@
-//! What people say to a rollout, beside what the document says.
+//! Commands that users give to a rollout, in addition to its document.
 
 use super::{Phase, Reason, Rollout, RolloutInputs, Warming};
 use crate::clock::Millis;
 use serde::{Deserialize, Serialize};
 use tideshift_core::shift::TrafficShift;
 
-/// What somebody wants of a rollout.
+/// A command for a rollout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "camelCase", tag = "command")]
 pub enum Command {
-    /// On to the next step: past a pause, the rest of a hold, or a verdict that is still undecided.
+    /// Advances to the next step: past a pause, the rest of a hold, or an undecided verdict.
     Promote {
-        /// Straight to the last step.
+        /// Advances straight to the last step.
         full: bool,
-        /// Past gates that have not said yes.
+        /// Overrides gates that have not approved.
         #[serde(default)]
         override_gates: bool,
     },
-    /// Stay as it is.
+    /// Keeps the current share.
     Pause,
-    /// Go on.
+    /// Continues after a pause.
     Resume,
-    /// Back to the stable version.
+    /// Goes back to the stable version.
     Abort,
-    /// Back to a version, at once as far as it can carry the load.
+    /// Goes back to a version, at once as far as it can carry the load.
     Rollback {
         /// The version.
         to: String,
-        /// Past gates, where it has not served yet.
+        /// Overrides gates, if the version has not served before.
         #[serde(default)]
         override_gates: bool,
     },
-    /// A rollout to this version, as if the document said so.
+    /// Starts a rollout to this version, as if the document named it.
     SetTarget {
         /// The version.
         target: String,
     },
-    /// Stay at this share of the target.
+    /// Keeps the target at this share.
     SetWeight {
         /// Percent, 0 to 100.
         weight: u32,
-        /// Past gates that have not said yes.
+        /// Overrides gates that have not approved.
         #[serde(default)]
         override_gates: bool,
     },
 }
 
-/// Why a command does not fit, for people.
+/// Why a command is refused, for people.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// It makes no sense whatever the state is.
+    /// The command is invalid in any state.
     #[error("{0}")]
     Invalid(String),
-    /// It does not fit the present state.
+    /// The command conflicts with the current state.
     #[error("{0}")]
     Conflict(String),
 }
 
 impl Rollout {
-    /// The state after somebody has said something. What is so already stays as it is, so that it may be said twice.
+    /// The state after a command. A command that changes nothing is accepted, so it can be repeated.
     ///
     /// # Errors
     ///
-    /// If it does not fit the state that the rollout is in, or names a version that is not there.
+    /// If the command conflicts with the rollout's state, or names a version that does not exist.
     pub fn command(
         mut self,
         command: &Command,
@@ -91,7 +91,7 @@ impl Rollout {
                 if !self.allowed && !override_gates {
                     return Err(self.conflict("the gate of the present step has not said yes"));
                 }
-                // A gate that lies before more than this share stays closed.
+                // A gate before a larger share stays closed.
                 self.allowed |= !besides.is_empty();
                 self.unpause(now);
                 (self.paused, self.weight_by_hand, self.held_since) = (true, Some(*weight), None);
@@ -125,7 +125,7 @@ impl Rollout {
     ) -> Result<(), Refused> {
         let target = self.target_under_way()?;
         let share = self.wanted(shift, world);
-        // It is for them to say; what they do not see, they are told.
+        // The user may promote an unmeasured target, but the message says what is not measured.
         let unmeasured = self.unmeasured(&target, shift, world, now);
         let besides = unmeasured.map(|(_, why)| format!(", although {why}")).unwrap_or_default();
         let last = self.steps(shift).len().saturating_sub(1);
@@ -151,11 +151,11 @@ impl Rollout {
             return self.open_by_hand(&target, override_gates, shift, now);
         }
         let (by_hand, edited) = (self.weight_by_hand, self.edited);
-        // The next step is the present one where it has never had what that gives.
+        // If the current step never had its share, promoting goes to the current step.
         let has_had = self.reached >= self.present(shift).weight * 1_000;
         self.unpause(now);
         match by_hand {
-            // The next step is one above what it has.
+            // The next step is the first one above the current share.
             Some(weight) if self.step < last => {
                 let steps = self.steps(shift);
                 let first = if has_had { self.step + 1 } else { self.step };
@@ -175,7 +175,7 @@ impl Rollout {
         Ok(())
     }
 
-    /// Begins a step although its gate has not said yes.
+    /// Begins a step although its gate has not approved it.
     fn open_by_hand(
         &mut self,
         target: &str,
@@ -217,7 +217,7 @@ impl Rollout {
         let (by_hand, share) = (self.weight_by_hand, self.wanted(shift, world));
         self.unpause(now);
         if let Some(weight) = by_hand {
-            // On from the first step that is no step back.
+            // Continues from the first step that does not reduce the share.
             let next = self.step_up_to(self.step_from(f64::from(weight) / 100.0, shift), shift);
             let is_allowed = self.allowed && next == self.step;
             self.begin_step(next, share, shift, now);

@@ -1,4 +1,4 @@
-//! When a rollout has to be looked at although nothing has changed but the time.
+//! When a rollout is due although nothing but the time has changed.
 
 use super::measured::{Begun, USUAL};
 use super::{Rollout, Warming};
@@ -6,7 +6,7 @@ use crate::clock::Millis;
 use tideshift_core::shift::TrafficShift;
 
 impl Rollout {
-    /// When time alone changes something of a state that [`Self::advance`] has left as it was; none: never.
+    /// When time alone next changes a state that [`Self::advance`] has produced; `None`: never.
     pub fn next_due(&self, shift: &TrafficShift, now: Millis) -> Option<Millis> {
         if !self.phase.is_under_way() {
             return None;
@@ -17,7 +17,7 @@ impl Rollout {
         let stuck = self.content.is_none().then(|| self.progressed.saturating_add(millis(strategy.progress_deadline)));
         let unmeasured = self.unmeasured_since.map(|since| since + USUAL + 1);
         let held = self.held_since.map(|since| since.saturating_add(millis(self.present(shift).hold)));
-        // The seconds that are left are said.
+        // The message counts the remaining seconds.
         let next_second = |since: Millis| since + (now.saturating_sub(since) / 1_000 + 1) * 1_000;
         let copies = match self.warming {
             Warming::Since(since) => Some(since.saturating_add(ramp).min(next_second(since))),

@@ -1,23 +1,24 @@
-//! Which gates lie before a share of the target. Whatever gives the target more asks here: the next step, `promote`,
-//! `set-weight`, `resume`, edited steps, an edited `stable`, `rollback` to a version that has not served.
+//! Gates before a share of the target. Everything that increases the target's share checks them: the next step,
+//! `promote`, `set-weight`, `resume`, edited steps, an edited `stable`, and `rollback` to a version that has not
+//! served.
 
 use super::{Refused, Rollout};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tideshift_core::shift::{Step, TrafficShift, Webhook};
 
-/// The gates of a plan's steps, by their webhooks' names.
+/// The gates of a rollout's steps, by their webhooks' names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Gates {
-    /// Of each step, as the document had them when it was last looked at.
+    /// The gates of each step, as the document listed them when last observed.
     planned: Vec<Vec<String>>,
-    /// Gates that were still closed when the steps were edited, and the share in percent beyond which each of them lies. An
-    /// edit of the steps does not move a gate out of the way.
+    /// Gates that were still closed when the steps were edited, with the share in percent above which each of them
+    /// applies. Editing the steps does not remove a gate.
     kept: BTreeMap<String, u32>,
 }
 
-/// A gate that has not said yes.
+/// A gate that has not approved.
 struct Closed {
     /// The index of its step.
     step: usize,
@@ -26,7 +27,7 @@ struct Closed {
 }
 
 impl Rollout {
-    /// The webhooks that must say yes before the step of this index begins.
+    /// The webhooks that must approve before the step of this index begins.
     pub fn gates_of<'a>(&'a self, step: usize, shift: &'a TrafficShift) -> impl Iterator<Item = &'a Webhook> {
         let is_forward = !self.goes_back(shift);
         self.gates_in(&shift.strategy.steps, step, shift).filter(move |_| is_forward)
@@ -49,21 +50,21 @@ impl Rollout {
         self.gates_of(step, shift).next().is_some()
     }
 
-    /// The first closed gate that the target has to pass before it has this share, in percent.
+    /// The first closed gate that the target must pass to get this share, in percent.
     fn closed_gate(&self, weight: u32, shift: &TrafficShift) -> Option<Closed> {
         if self.goes_back(shift) { None } else { self.closed_gate_ahead(weight, shift) }
     }
 
-    /// Whether a gate lies before everything that has not said yes.
+    /// Whether a closed gate remains before 100 %.
     pub(super) fn waits_for_gate(&self, shift: &TrafficShift) -> bool {
         self.closed_gate(100, shift).is_some()
     }
 
-    /// The same, of a target that is on its way forward.
+    /// The same, for a target on its way forward.
     fn closed_gate_ahead(&self, weight: u32, shift: &TrafficShift) -> Option<Closed> {
         let steps = &shift.strategy.steps;
         let first = if self.allowed { self.step + 1 } else { self.step };
-        // What it has by hand, it was given past the gates before that.
+        // A share that a user has set has already passed the gates below it.
         let had = self.weight_by_hand.unwrap_or(0);
         (first..steps.len()).find_map(|step| {
             let beyond = most(steps, step);
@@ -72,7 +73,8 @@ impl Rollout {
         })
     }
 
-    /// Makes sure that no closed gate lies before a share of the target, in percent. Returns what to add to a message.
+    /// Checks that no closed gate lies before a share of the target, in percent. Returns the text to append to a
+    /// message.
     pub(super) fn pass_gates(&self, weight: u32, is_override: bool, shift: &TrafficShift) -> Result<String, Refused> {
         match self.closed_gate(weight, shift) {
             None => Ok(String::new()),
@@ -87,13 +89,13 @@ impl Rollout {
         }
     }
 
-    /// Where to go on to reach a step: that step, or an earlier one whose gate has to be asked first.
+    /// The step to continue from to reach `step`: that step, or an earlier one whose gate must be asked first.
     pub(super) fn step_up_to(&self, step: usize, shift: &TrafficShift) -> usize {
         let weight = self.steps(shift).get(step).map_or(100, |step| step.weight);
         self.closed_gate(weight, shift).map_or(step, |gate| gate.step.min(step))
     }
 
-    /// Whether the document's stable version would get everything by being called so, although gates lie before that.
+    /// Whether the document's `stable` names a version that would get all traffic without passing its gates.
     pub(super) fn is_stable_gated(&self, shift: &TrafficShift) -> bool {
         let stable = &shift.stable;
         if *stable == self.stable || self.has_served(stable) || !shift.has(&self.stable) {
@@ -108,22 +110,22 @@ impl Rollout {
         }
     }
 
-    /// Whether a version has had everything, by what is remembered.
+    /// Whether a version is remembered to have had all traffic.
     pub(super) fn has_served(&self, version: &str) -> bool {
         self.stable == version || self.said.stable == version || self.served_before.as_deref() == Some(version)
     }
 
-    /// A gate of the present step has said yes.
+    /// Records that a gate of the current step has approved.
     pub(super) fn gate_opened(&mut self, weight: u32) {
         self.gates.kept.retain(|_, beyond| *beyond >= weight);
     }
 
-    /// A rollout starts: all its gates are those of the document.
+    /// Sets the gates for a new rollout: those of the document.
     pub(super) fn reset_gates(&mut self, shift: &TrafficShift) {
         self.gates = Gates { planned: planned(shift), kept: BTreeMap::new() };
     }
 
-    /// The steps have been edited, and were these before, given by their weights.
+    /// Keeps the closed gates of steps that have been edited; `old` are the previous steps' weights.
     pub(super) fn keep_gates(&mut self, old: &[u32], shift: &TrafficShift) {
         let first = if self.allowed { self.step + 1 } else { self.step };
         let before = std::mem::replace(&mut self.gates.planned, planned(shift));
@@ -136,7 +138,7 @@ impl Rollout {
         }
     }
 
-    /// The document's gates, while its steps stay as they are.
+    /// Updates the gates from the document while its steps are unchanged.
     pub(super) fn note_gates(&mut self, shift: &TrafficShift) {
         if !(shift.webhooks.is_empty() && self.gates.planned.is_empty()) {
             self.gates.planned = planned(shift);

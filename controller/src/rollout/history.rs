@@ -1,35 +1,35 @@
-//! What has happened to a rollout, as far as it is kept.
+//! The bounded history of a rollout.
 
 use super::{Phase, Reason};
 use crate::clock::Millis;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
-/// A change of a rollout's state that people want to know of.
+/// A change of a rollout's state that users may want to see.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transition {
-    /// When.
+    /// When it happened.
     pub time: Millis,
     /// The number of the rollout.
     pub rollout: u64,
-    /// What phase it is in since then.
+    /// The phase since then.
     pub phase: Phase,
-    /// Why, in a word.
+    /// Why, in one word.
     pub reason: Reason,
-    /// Why, in words.
+    /// Why, for people.
     pub message: String,
-    /// The index of the present step, if it is under way.
+    /// The index of the current step, if the rollout is under way.
     pub step: Option<usize>,
     /// The version that served before the rollout.
     #[serde(default)]
     pub from: Option<String>,
-    /// The version to move to, or that was moved to, or that failed.
+    /// The version that the rollout moves to or moved to, or that failed.
     #[serde(default)]
     pub target: Option<String>,
-    /// Who asked for it, where that is known: `NAME from ADDRESS`.
+    /// Who gave the command, where known: `NAME from ADDRESS`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<String>,
-    /// How many transitions just before this one are left out, because endpoints came and went again and again.
+    /// How many transitions just before this one are left out, because endpoints came and went repeatedly.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out: u64,
 }
@@ -41,10 +41,10 @@ fn is_zero(number: &u64) -> bool {
 
 /// The most transitions of a rollout that are kept.
 const MOST: usize = 200;
-/// The most of one step that only say that endpoints have come or gone: how it began, and how it went on last.
+/// The most transitions of one step that only report endpoints coming or going: the first and the latest ones.
 const MOST_TO_AND_FRO: usize = 12;
 
-/// Takes down a transition. Endpoints that come and go all day do not push out everything else.
+/// Adds a transition. Endpoints that come and go all day do not push out the other transitions.
 pub fn remember(history: &mut VecDeque<Transition>, transition: Transition) {
     let is_like = |other: &&Transition| {
         other.reason.is_to_and_fro() && (other.rollout, other.step) == (transition.rollout, transition.step)
@@ -54,7 +54,7 @@ pub fn remember(history: &mut VecDeque<Transition>, transition: Transition) {
         false => 0,
     };
     history.push_back(transition);
-    // The second half of those alike goes on, the first stays as it began.
+    // The latest half of similar transitions is replaced continuously; the first half stays.
     let begins = history.len() - 1 - alike + MOST_TO_AND_FRO / 2;
     if alike >= MOST_TO_AND_FRO
         && let Some(gone) = history.remove(begins)

@@ -1,5 +1,6 @@
-//! Only what was measured counts: whether proxies that are there run what was decided and lead requests to the target,
-//! and what came of those. A step that no request can have tried is neither held nor ended by time alone.
+//! Determines whether the target is measured: whether live proxies run the current policy and route requests to the
+//! target, and what became of these requests. A step that no request can have exercised neither completes its hold nor
+//! ends by time alone.
 
 use super::{Reason, Rollout, RolloutInputs, Warming};
 use crate::clock::Millis;
@@ -10,53 +11,54 @@ use std::collections::BTreeMap;
 use tideshift_core::counts::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
-/// A revision is applied and said to be within a fraction of a second; so long, nothing is said of it.
+/// Proxies apply and report a revision within a fraction of a second; nothing is reported as missing for this long.
 pub(super) const USUAL: Millis = 3_000;
 
-/// What is known of the proxies, as far as a rollout's services are concerned.
+/// The state of the proxies with regard to a rollout's services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// Those that have reported within the last seconds.
+    /// Proxies that have reported within the last seconds.
     pub live: usize,
-    /// Those that have been silent for longer, and are not forgotten yet.
+    /// Proxies that have been silent for longer and are not forgotten yet.
     pub silent: usize,
-    /// The first of them by name, and for how long.
+    /// The first silent proxy by name, and for how long it has been silent.
     pub first_silent: Option<(String, Millis)>,
-    /// Those that report and have not applied what was published last for these services.
+    /// Live proxies that have not applied the latest policy for these services.
     pub behind: usize,
-    /// The first of them by name, and the revision that it runs: none of this controller's, if none.
+    /// The first of them by name, and the revision that it runs; `None` if it runs none of this controller's.
     pub first_behind: Option<(String, Option<u64>)>,
     /// The revision that they are to run, or a newer one.
     pub revision: u64,
 }
 
-/// What had been counted of a service when the present step began.
+/// A service's counts when the current step began.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Begun {
     target: Counts,
-    /// The stable version's good answers.
+    /// The stable version's successful answers.
     stable: u64,
     /// Requests of the target that did not reach it.
     misrouted: u64,
-    /// How many there were when one came last, how many had reached the target then, and when that was.
+    /// The state at the last misrouted request: how many there were, how many requests had reached the target, and
+    /// when.
     last: (u64, u64, Millis),
 }
 
 impl Begun {
-    /// When a request went astray last.
+    /// When a request was last misrouted.
     pub(super) fn last_time(&mut self) -> &mut Millis {
         &mut self.last.2
     }
 
-    /// When what went astray since then counts no longer, if all goes well.
+    /// When the misrouted requests so far stop counting, if no more follow.
     pub(super) fn mended(&self) -> Millis {
         self.last.2 + USUAL + 1
     }
 }
 
 impl Rollout {
-    /// Notes what had been counted when the step began, and when a request went astray last.
+    /// Records the counts at the beginning of the step, and when a request was last misrouted.
     pub(super) fn take_stock(&mut self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let stable = self.stable.clone();
         for service in &shift.services {
@@ -67,7 +69,7 @@ impl Rollout {
             let new = || Begun { target: counts, stable: others, misrouted, last };
             let begun = self.begun.entry(service.name.clone()).or_insert_with(new);
             if counts.any_below(&begun.target) || others < begun.stable || misrouted < begun.misrouted {
-                // What was counted is lost.
+                // The counts were lost.
                 *begun = new();
             }
             if misrouted != begun.last.0 {
@@ -76,7 +78,7 @@ impl Rollout {
         }
     }
 
-    /// Time goes on, measured or not.
+    /// Accounts for time, measured or not: unmeasured time does not count towards holds and the warm-up.
     pub(super) fn count_measured(&mut self, is_measured: bool, now: Millis) {
         match (is_measured, self.unmeasured_since) {
             (false, None) => self.unmeasured_since = Some(now),
@@ -94,22 +96,22 @@ impl Rollout {
         }
     }
 
-    /// Whether nothing has been measured for longer than is usual with each new revision.
+    /// Whether the target has been unmeasured for longer than is usual after each new revision.
     pub(super) fn is_unmeasured_for_long(&self, now: Millis) -> bool {
         self.unmeasured_since.is_some_and(|since| now.saturating_sub(since) > USUAL)
     }
 
-    /// Up to when time counts that is held or warmed up in.
+    /// Until when time counts towards the hold and the warm-up.
     pub(super) fn measured_until(&self, now: Millis) -> Millis {
         self.unmeasured_since.filter(|_| self.is_unmeasured_for_long(now)).unwrap_or(now)
     }
 
-    /// For how long the target has had the step's share, as far as that was measured.
+    /// For how long the target has had the step's share while measured.
     pub fn held(&self, now: Millis) -> Option<Millis> {
         self.held_since.map(|since| self.measured_until(now).saturating_sub(since))
     }
 
-    /// Why nothing can be known of the target now, and what to do, if so.
+    /// Why the target is not measured now, and what to do; `None` if it is.
     pub(super) fn unmeasured(
         &self,
         target: &str,
@@ -130,7 +132,7 @@ impl Rollout {
         behind.or_else(|| Some((Reason::NotRouted, self.not_routed(target, shift, world, now)?)))
     }
 
-    /// Whether requests of the target went elsewhere, and no more than those came to it.
+    /// Whether the target's requests were misrouted in this step, more of them than reached it.
     fn not_routed(
         &self,
         target: &str,
@@ -143,7 +145,7 @@ impl Rollout {
             let reached = world.counts(&service.name, target).total();
             let astray = world.misrouted(&service.name, target).saturating_sub(begun.misrouted);
             let (_, reached_then, time) = begun.last;
-            // A route that has been added leads all to it from then on.
+            // Once a route is added, all requests reach the target.
             let is_mended = reached > reached_then && now.saturating_sub(time) > USUAL;
             let is_astray = astray > reached.saturating_sub(begun.target.total()) && !is_mended;
             let of = of_service(shift, service);
@@ -157,7 +159,7 @@ impl Rollout {
         })
     }
 
-    /// Whether the target has given no good answer in this step where the stable version has, in words.
+    /// The message if the target has given no successful answer in this step and the stable version has.
     pub(super) fn no_good_answer(
         &self,
         target: &str,
@@ -168,7 +170,7 @@ impl Rollout {
             let begun = self.begun.get(&service.name)?;
             let got = world.counts(&service.name, target).since(&begun.target);
             let others = world.counts(&service.name, &self.stable).ok.saturating_sub(begun.stable);
-            // With everything at the target, what the stable version still answers was sent before.
+            // If the target has all traffic, the stable version still answers earlier requests.
             let are_late = got.total() == 0 && self.goal(shift) + EPSILON >= 1.0;
             if got.ok > 0 || others == 0 || are_late {
                 return None;
@@ -189,8 +191,8 @@ impl Rollout {
         shift.services.iter().find_map(of)
     }
 
-    /// Whether guards keep the target out on half of the proxies or more, in words. Its users are the others' there,
-    /// whatever share it has on paper, so that the step is not held.
+    /// The message if guards veto the target on half of the proxies or more. Its users are served by other versions
+    /// there, whatever share it nominally has, so the step is not held.
     pub(super) fn kept_out(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs) -> Option<String> {
         let live = world.coverage().live;
         shift.services.iter().find_map(|service| {
@@ -203,7 +205,8 @@ impl Rollout {
 }
 
 impl Rollout {
-    /// The errors and requests that the guards of half of the proxies or more have seen, if most failed there.
+    /// The errors and requests that guards have counted, if guards on half of the proxies or more have counted mostly
+    /// errors.
     pub(super) fn fails_most(
         &self,
         target: &str,
@@ -226,7 +229,7 @@ fn proxies(number: usize) -> String {
     format!("{number} {}", if number == 1 { "proxy" } else { "proxies" })
 }
 
-/// Which proxies do not do what was decided, and what to do.
+/// Which proxies do not run the current policy, and what to do.
 fn behind(coverage: &Coverage) -> Option<String> {
     let more = |number: usize| if number > 1 { format!(" (and {} more)", number - 1) } else { String::new() };
     if let Some((first, revision)) = coverage.first_behind.as_ref().filter(|_| coverage.behind > 0) {

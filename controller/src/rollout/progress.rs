@@ -1,4 +1,4 @@
-//! A rollout under way: what takes the target back, what stands in the way of the next step, and what time does.
+//! A rollout under way: what rolls the target back, what blocks the next step, and what the passing of time does.
 
 use super::{AnalysisResult, Phase, Reason, Rollout, RolloutInputs, Warming};
 use crate::clock::Millis;
@@ -8,7 +8,7 @@ use crate::rollout::shortfall::{Shortfall, of_service, sentences};
 use tideshift_core::counts::Counts;
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
-/// Why a target is taken back, and what it failed.
+/// Why a target is rolled back, and its failed requests.
 struct Failure {
     reason: Reason,
     why: String,
@@ -17,7 +17,7 @@ struct Failure {
 }
 
 impl Rollout {
-    /// `share`: what the target has had until now.
+    /// Begins a step; `share` is the target's share so far.
     pub(super) fn begin_step(&mut self, step: usize, share: f64, shift: &TrafficShift, now: Millis) {
         self.step = step;
         self.steps_begun += 1;
@@ -33,7 +33,7 @@ impl Rollout {
         self.get_further(now);
     }
 
-    /// Time begins to count anew for whoever waits.
+    /// Records progress: the progress deadline starts again.
     pub(super) fn get_further(&mut self, now: Millis) {
         self.progressed = now;
         self.content = self.content.map(|_| now);
@@ -47,7 +47,8 @@ impl Rollout {
             self.get_further(now);
         }
         if let Some(failure) = self.failure(&target, shift, world, now) {
-            // More than half of its requests: anything is better, even a stable version that is too small.
+            // More than half of its requests failed: any other version is better, even a stable version that is too
+            // small.
             self.shunned = failure.errors.saturating_mul(2) > failure.requests;
             return self.take_back(failure.reason, &failure.why, now);
         }
@@ -77,7 +78,7 @@ impl Rollout {
         }
     }
 
-    /// Why the target must be taken back, if it must.
+    /// Why the target must be rolled back; `None` if it need not be.
     fn failure(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Option<Failure> {
         if self.goes_back(shift) {
             return None;
@@ -85,9 +86,10 @@ impl Rollout {
         let verdict = world.verdict();
         if verdict.fails {
             let AnalysisResult { words, errors, requests, worst, .. } = verdict;
-            // How bad it is, is for the service to say that fails: others that are fine make it no better.
+            // The failing service alone decides how bad the failure is: healthy services do not improve the result.
             let (errors, requests) = worst.map_or((errors, requests), |worst| (worst.errors, worst.requests));
-            // What it did well before it began to fail makes it no better either, where guards have seen that.
+            // If guards have counts of the failure itself, earlier successful requests do not improve the result
+            // either.
             let (errors, requests) = self.fails_most(target, shift, world).unwrap_or((errors, requests));
             return Some(Failure { reason: Reason::VerdictFail, why: words, errors, requests });
         }
@@ -103,13 +105,14 @@ impl Rollout {
         Some(Failure { reason: Reason::ProgressDeadlineExceeded, why, errors: 0, requests: 0 })
     }
 
-    /// Whether it has waited for endpoints for longer than it may.
+    /// Whether it has waited for endpoints for longer than the progress deadline.
     fn is_stuck(&self, shift: &TrafficShift, now: Millis) -> bool {
         let longest = shift.strategy.progress_deadline.as_millis() as u64;
         self.content.is_none() && now.saturating_sub(self.progressed) >= longest
     }
 
-    /// The time in which it waits for no endpoint does not count, and the first hold that it comes through is progress.
+    /// Excludes the time without waiting for endpoints from the progress deadline. The first completed hold is
+    /// progress.
     fn count_waiting(&mut self, waits: bool, hold: Millis, now: Millis) {
         let is_held = self.held(now).is_some_and(|held| held >= hold);
         match (waits, self.content) {
@@ -134,7 +137,7 @@ impl Rollout {
         (counts.error, counts.answered())
     }
 
-    /// Gives the stable version its traffic back.
+    /// Rolls back: gives the stable version its traffic back.
     pub(super) fn take_back(&mut self, reason: Reason, why: &str, now: Millis) {
         let back = match self.shunned {
             true => "all at once",
@@ -145,7 +148,8 @@ impl Rollout {
         self.announce(Phase::Failed, reason, self.outcome.clone(), now);
     }
 
-    /// Lets copies of requests, then a growing share of them reach the target. While it is paused, this stands still.
+    /// Warms the target up: first mirrored requests, then a growing share of the requests. A paused rollout does not
+    /// continue its warm-up.
     fn warm_up(&mut self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         if self.frozen.is_some() || self.is_unmeasured_for_long(now) {
             return;
@@ -165,13 +169,13 @@ impl Rollout {
         if passed < 1_000 {
             return;
         }
-        // Nothing has grown while nobody was there to let it grow.
+        // The share does not grow for time in which no controller ran.
         let passed = passed.min(2_000);
         self.level = level_of(self.share(target, shift, world) + passed as f64 / ramp as f64);
         self.level_since = now;
     }
 
-    /// Stays at the present share.
+    /// Keeps the current share.
     pub(super) fn freeze(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         self.freeze_at(level_of(self.wanted(shift, world)), now);
     }
@@ -184,7 +188,7 @@ impl Rollout {
         }
     }
 
-    /// Goes on where it stopped.
+    /// Continues where it was paused.
     pub(super) fn unpause(&mut self, now: Millis) {
         (self.paused, self.weight_by_hand, self.level_since) = (false, None, now);
         (self.frozen, self.edited) = (None, false);
@@ -193,7 +197,7 @@ impl Rollout {
         }
     }
 
-    /// What stands in the way of the next step.
+    /// What blocks the next step.
     fn obstacle(
         &mut self,
         target: &str,
@@ -257,7 +261,7 @@ impl Rollout {
                     progressing(Reason::ProgressDeadlineExceeded, sentences(all.chain([&shortfall.holders])))
                 }
                 (false, false) => {
-                    // What has never served has not been lost.
+                    // A version that has never served has not been lost.
                     let reason = if self.strains.is_some() || !shortfall.nobody_serves {
                         Reason::EndpointsLost
                     } else {
@@ -325,7 +329,7 @@ impl Rollout {
         None
     }
 
-    /// Until proxies have applied a revision, which is soon, nothing is said but what has just been said.
+    /// The reason while proxies apply a revision, which takes a moment: the previous reason stays.
     fn reason_in_between(&self) -> Reason {
         use Reason::{Promoted, Resumed, Started, StepStarted, StepsChanged, Superseded};
         match self.reason {
@@ -338,7 +342,8 @@ impl Rollout {
         }
     }
 
-    /// What endpoints are missing for the next step: of the target, or of it and the stable version together.
+    /// The endpoints that are missing for the next step: of the target, or of the target and the stable version
+    /// together.
     fn shortage(&self, target: &str, shift: &TrafficShift, world: &impl RolloutInputs) -> Option<String> {
         shift.services.iter().find_map(|service| {
             self.missing_of_target(shift, service, world).or_else(|| {

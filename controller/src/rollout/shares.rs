@@ -1,29 +1,29 @@
-//! From what is wanted and what can be carried to each version's share. Pure arithmetic; [`rollout`](crate::rollout)
-//! says what is wanted, readiness what can be carried.
+//! Computes each version's share from the wanted shares and the capacities. Pure arithmetic:
+//! [`rollout`](crate::rollout) provides the wanted shares, readiness the capacities.
 
 use std::collections::BTreeSet;
 
-/// The sum that weights have where whole percents do not say it exactly: thousandths of a percent.
+/// The sum of the weights if whole percents are not exact: thousandths of a percent.
 const FINE_TOTAL: u32 = 100_000;
 
-/// One version's part in the distribution.
+/// One version's claim to a share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Claim {
     /// The share that it should have, 0 to 1.
     pub wanted: f64,
     /// The share of the whole load that its ready endpoints can carry; 0 if it has none.
     pub capacity: f64,
-    /// Versions of a higher number get something only if no version of a lower one has a ready endpoint.
+    /// Versions with a higher number get traffic only if no version with a lower number has a ready endpoint.
     pub reserve: u8,
-    /// What others cannot carry is given first to those of a low number.
+    /// Load that other versions cannot carry goes first to versions with a low number.
     pub turn: u8,
 }
 
 /// Each version's share of the traffic, 0 to 1, summing to 1 unless nothing is ready.
 ///
-/// While the versions together can carry the load, no version gets more than its capacity: each gets its wanted share up to
-/// its capacity, and the rest goes to versions with spare capacity, in their order. If the versions together cannot carry
-/// the load, it is divided by capacity; no traffic is dropped here.
+/// While the versions together can carry the load, no version gets more than its capacity: each gets its wanted share
+/// up to its capacity, and the rest goes to versions with spare capacity, in their order. If the versions together
+/// cannot carry the load, it is divided by capacity; no traffic is dropped here.
 pub fn shares(claims: &[Claim]) -> Vec<f64> {
     let in_use = claims.iter().filter(|claim| claim.capacity > 0.0).map(|claim| claim.reserve).min();
     let claims: Vec<Claim> = claims
@@ -47,7 +47,7 @@ pub fn shares(claims: &[Claim]) -> Vec<f64> {
     shares
 }
 
-/// Gives what is left of the whole to the versions whose turn it is, in proportion to the room that they have.
+/// Distributes the remaining share among the versions with this `turn`, in proportion to their spare capacity.
 fn fill(shares: &mut [f64], claims: &[Claim], turn: u8) {
     let room = |share: f64, claim: &Claim| if claim.turn == turn { (claim.capacity - share).max(0.0) } else { 0.0 };
     let left = 1.0 - shares.iter().sum::<f64>();
@@ -60,14 +60,14 @@ fn fill(shares: &mut [f64], claims: &[Claim], turn: u8) {
     }
 }
 
-/// Shares as weights: percents where whole percents say it exactly, else thousandths of a percent. A share that is
-/// not 0 never becomes a weight of 0, and the weights sum to 100 or 100,000 as far as that allows.
+/// Converts shares to weights: percents if whole percents are exact, else thousandths of a percent. A share above 0
+/// never becomes a weight of 0, and the weights sum to 100 or 100,000 as far as that allows.
 pub fn weights(shares: &[f64]) -> Vec<u32> {
     let percents = shares.iter().all(|share| (share * 100.0 - (share * 100.0).round()).abs() < 1e-9);
     let total = if percents { 100 } else { FINE_TOTAL };
     let exact: Vec<f64> = shares.iter().map(|share| share * f64::from(total)).collect();
     let mut weights: Vec<u32> = exact.iter().map(|x| if *x > 1e-9 { (x.floor() as u32).max(1) } else { 0 }).collect();
-    // Largest remainder: what rounding down left over goes to those that lost most.
+    // Largest remainder: what is left over from rounding down goes to the shares that lost most.
     let mut order: Vec<usize> = (0..shares.len()).filter(|i| exact[*i] > 1e-9).collect();
     order.sort_by(|a, b| exact[*b].fract().total_cmp(&exact[*a].fract()));
     let sum: u32 = weights.iter().sum();
@@ -159,8 +159,8 @@ mod tests {
                 prop_assert!(*share == 0.0 || (claim.capacity > 0.0 && in_use(claim)));
                 prop_assert!(capacity < 1.0 || *share <= claim.capacity + 1e-6, "{:?} {:?}", shares, claims);
             }
-            // No version gets less than it wants while it has spare capacity, and none gets more than it wants while an
-            // earlier one in the order has spare capacity.
+            // No version gets less than it wants while it has spare capacity, and none gets more than it wants while a
+            // version before it in the order has spare capacity.
             let wanted: f64 = claims.iter().filter(|c| in_use(c)).map(|c| c.wanted).sum();
             for (share, claim) in shares.iter().zip(&claims).filter(|(_, c)| in_use(c) && capacity > 1.0) {
                 let should = claim.wanted / wanted.max(1.0);

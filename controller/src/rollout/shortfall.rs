@@ -1,55 +1,56 @@
-//! Who carries what because somebody cannot: whether that has changed, and how it is said.
+//! Shortfalls: versions that cannot carry their share, and the versions that carry it instead. Detects changes and
+//! describes them.
 
 use crate::rollout::allocation::EPSILON;
 use crate::rollout::{Allocation, Phase, Rollout, RolloutInputs, percent};
 use serde::{Deserialize, Serialize};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
-/// A service whose traffic is not where it is meant to be. How much of it is not part of this: endpoints that come and
-/// go one by one are not news each time, a version that is gone is.
+/// A service whose traffic is not distributed as intended. The amounts are not part of it: a change of single endpoints
+/// is not a transition each time, the loss of a version is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ShortfallReason {
     service: String,
-    /// The versions that carry less than they are meant to, but something.
+    /// The versions that carry less than intended, but something.
     short: Vec<String>,
-    /// Those that carry nothing of it.
+    /// The versions that carry nothing of their intended share.
     gone: Vec<String>,
-    /// Those that carry more.
+    /// The versions that carry more than intended.
     helping: Vec<String>,
 }
 
-/// What strains there are, in words.
+/// The current shortfalls and their description.
 #[derive(Debug, Default)]
 pub(super) struct Shortfall {
-    /// Whether traffic is elsewhere than it is meant to be.
+    /// The services whose traffic is not distributed as intended.
     pub strains: Vec<ShortfallReason>,
-    /// Which endpoints are missing.
+    /// The missing endpoints, for people.
     pub missing: Vec<String>,
-    /// Who has the traffic instead.
+    /// The versions that have the traffic instead, for people.
     pub holders: String,
-    /// Whether no version of any service has any.
+    /// Whether no version of any service has traffic.
     pub nobody_serves: bool,
 }
 
 impl Shortfall {
-    /// What is missing and who has the traffic instead, if somebody has.
+    /// The missing endpoints and the versions that have the traffic instead; `None` if nothing is missing.
     pub(super) fn words(&self) -> Option<String> {
         (!self.strains.is_empty()).then(|| sentences(self.missing.iter().chain([&self.holders])))
     }
 
-    /// Something, and who has the traffic if that is not who should.
+    /// Appends to `words` the versions that have the traffic, if it is not distributed as intended.
     pub(super) fn beside(&self, words: String) -> String {
         self.words().map_or(words.clone(), |shortfall| format!("{words}; {shortfall}"))
     }
 }
 
-/// Parts of a message.
+/// Joins the parts of a message.
 pub(super) fn sentences<'a>(parts: impl IntoIterator<Item = &'a String>) -> String {
     parts.into_iter().map(String::as_str).collect::<Vec<_>>().join("; ")
 }
 
 impl Rollout {
-    /// Who carries what because somebody cannot.
+    /// The current shortfall.
     pub(super) fn shortfall(&self, shift: &TrafficShift, world: &impl RolloutInputs) -> Shortfall {
         let target = self.target.as_ref().filter(|_| self.phase.is_under_way());
         let meant = self.meant(shift, world);
@@ -88,7 +89,7 @@ impl Rollout {
         Shortfall { strains, missing, holders, nobody_serves }
     }
 
-    /// The versions that have something, and how much.
+    /// The versions that have traffic, and how much.
     fn holders(&self, parts: &[Allocation]) -> String {
         let holders: Vec<&Allocation> = parts.iter().filter(|part| part.share > 0.0).collect();
         let mut words = Vec::new();
@@ -104,7 +105,7 @@ impl Rollout {
         }
     }
 
-    /// What endpoints of the target are missing in a service, for what the present step wants of it.
+    /// The target's endpoints that are missing in a service for the share of the current step.
     pub(super) fn missing_of_target(
         &self,
         shift: &TrafficShift,
@@ -117,7 +118,7 @@ impl Rollout {
         let is_steps = self.allowed && self.weight_by_hand.is_none() && !self.goes_back(shift);
         let testers = is_steps && self.current_step(shift).is_some_and(|step| !step.matches.is_empty());
         let (needed, by) = match () {
-            // Before anything moves, everything must be there.
+            // Before any traffic moves, all endpoints must be ready.
             () if is_steps && shift.strategy.whole_steps && for_users < full => (full, "the load needs".to_owned()),
             () if testers && for_users == 0 => (1, "testers need".to_owned()),
             () => (for_users, format!("{} % of the load need", percent(goal))),
@@ -125,7 +126,7 @@ impl Rollout {
         self.missing(shift, service, target, needed, &by, world)
     }
 
-    /// What endpoints of the stable version are missing in a service for this share.
+    /// The stable version's endpoints that are missing in a service for this share.
     fn missing_of_stable(
         &self,
         shift: &TrafficShift,
@@ -158,8 +159,8 @@ impl Rollout {
         (counted < needed).then(|| format!("{version}{of} has {counted} of {needed} endpoints ready{long} that {by}"))
     }
 
-    /// How it is while nothing is being moved: what came of the last rollout, and who serves if the stable version
-    /// cannot.
+    /// The message while nothing is being moved: the result of the last rollout, and the versions that serve if the
+    /// stable version cannot.
     pub(super) fn at_rest(&self, shortfall: &Shortfall) -> String {
         let stable = &self.stable;
         let came_of_it = match (self.outcome.as_str(), self.phase) {
@@ -169,7 +170,7 @@ impl Rollout {
         };
         let missing = (!shortfall.missing.is_empty()).then(|| sentences(&shortfall.missing));
         match shortfall.words().or(missing) {
-            // What the target did stays to be read.
+            // The target's failure stays in the message.
             Some(words) if self.phase == Phase::Failed => format!("{came_of_it}; {words}"),
             Some(words) => words,
             None => came_of_it,
@@ -177,9 +178,9 @@ impl Rollout {
     }
 }
 
-/// What is said where nobody has anything.
+/// The message if no version has traffic.
 const NOBODY: &str = "no version has a ready endpoint";
-/// Less than a thousandth of a percent is nobody's loss.
+/// Differences below a thousandth of a percent do not count as a loss.
 const ROUNDING: f64 = 1e-5 + EPSILON;
 
 impl ShortfallReason {
@@ -188,12 +189,12 @@ impl ShortfallReason {
     }
 }
 
-/// Which service is meant, where there are several.
+/// Names the service, if there are several.
 pub(super) fn of_service(shift: &TrafficShift, service: &ShiftService) -> String {
     if shift.services.len() > 1 { format!(" of {}", service.name) } else { String::new() }
 }
 
-/// How many of the endpoints that carry the whole load a share of it needs.
+/// How many endpoints a share needs, of those for the whole load.
 fn needed(full: u32, share: f64) -> u32 {
     (f64::from(full) * share - 1e-6).ceil().max(0.0) as u32
 }

@@ -1,4 +1,4 @@
-//! What follows from a change of the document: rollouts start and end, and one under way finds its place again.
+//! Reacts to changes of the document: starts and ends rollouts, and finds the step from which one under way continues.
 
 use crate::clock::Millis;
 use crate::rollout::allocation::{level_of, percent, share_of};
@@ -7,18 +7,18 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use tideshift_core::shift::{OnDelete, ShiftService, ShiftVersion, Step, TrafficShift};
 
-/// What of a document starts or ends rollouts.
+/// The parts of a document that start or end rollouts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Said {
     pub stable: String,
     pub target: Option<String>,
-    /// The stable version as edited, where gates lie before it: it becomes the target.
+    /// The edited stable version, if gates lie before it: it becomes the target.
     #[serde(default)]
     pub gated: Option<String>,
-    /// The versions that had left it and went on serving.
+    /// The versions that were removed from it and continued to serve.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left: BTreeSet<String>,
-    /// Whether its traffic goes to the default route when it is deleted.
+    /// Whether its traffic goes to the default route on deletion.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub drains: bool,
 }
@@ -30,7 +30,8 @@ impl Said {
     }
 }
 
-/// What of a step makes it another one when it changes. Its hold and its testers are heeded as they are.
+/// The parts of a step that make it a different step when they change. Changes of its hold and its testers apply
+/// directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Planned {
     weight: u32,
@@ -56,7 +57,7 @@ impl Rollout {
     /// Starts and ends rollouts where the document has changed.
     pub(super) fn heed(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         if self.phase == Phase::Failed && self.outcome.is_empty() {
-            // A state of an older build.
+            // State from an older build.
             self.outcome.clone_from(&self.message);
         }
         self.know_services(shift, world);
@@ -67,7 +68,7 @@ impl Rollout {
         let left: BTreeSet<String> = shift.leaving().map(str::to_owned).collect();
         let leaves = left.contains(&self.stable);
         let is_news_of_stable = leaves && !self.said.left.contains(&self.stable);
-        // What serves and has left is moved away from as from any other version, by a rollout.
+        // A rollout moves traffic away from a removed version that serves, as from any other version.
         let is_stranded = leaves && !is_gated && !self.phase.is_under_way();
         let is_edited = self.said.stable != shift.stable && !is_stranded;
         if !is_gated && !serves_by_now && (is_edited || !shift.has(&self.stable)) {
@@ -87,7 +88,7 @@ impl Rollout {
         } else {
             self.said.target != shift.target || is_gone || is_stranded
         };
-        // What ended before it begins is not its own, and proxies may still have to say that.
+        // Counts from before the rollout begins do not belong to it, and proxies may still have to report them.
         let is_early = is_news && target.is_some() && !is_gone && !world.is_up_to_date();
         if !is_early {
             self.said.gated = is_gated.then(|| shift.stable.clone());
@@ -107,7 +108,7 @@ impl Rollout {
         self.heed_steps(shift, world, now);
     }
 
-    /// Says which versions have left the document and go on serving.
+    /// Records a transition for each version that was removed from the document and continues to serve.
     fn heed_left(&mut self, left: BTreeSet<String>, shift: &TrafficShift, now: Millis) {
         let before = std::mem::replace(&mut self.said.left, left.clone());
         for version in left.difference(&before) {
@@ -115,7 +116,7 @@ impl Rollout {
         }
     }
 
-    /// What is said of a version that has left the document and goes on serving.
+    /// The message about a version that was removed from the document and continues to serve.
     pub fn leaving_in_words(&self, version: &str, shift: &TrafficShift) -> String {
         let target = self.target.as_ref().filter(|target| self.phase.is_under_way() && *target != version);
         let next = target.or(Some(&self.stable)).filter(|next| *next != version).unwrap_or(&shift.stable);
@@ -127,7 +128,7 @@ impl Rollout {
         format!("{version} left the document; it keeps serving until {next} is ready, {until}")
     }
 
-    /// Something serves already: it is the stable version, until what the document wants has taken its place.
+    /// Makes a version that already serves the stable version, until the document's version has replaced it.
     pub(super) fn goes_on_from(
         &mut self,
         serving: &str,
@@ -145,7 +146,7 @@ impl Rollout {
                 self.said = Said { target: Some(target.clone()), ..Said::new(shift) };
             }
             Some(target) if *target != shift.stable => self.said.stable.clone_from(&shift.stable),
-            // Gates lie before a version that was never seen to serve.
+            // Gates lie before a version that is not known to have served.
             _ if self.is_stable_gated(shift) => {}
             _ => {
                 self.said = Said { target: shift.target.clone(), ..Said::new(shift) };
@@ -154,11 +155,11 @@ impl Rollout {
         }
     }
 
-    /// The user says anew what is stable, or what was is gone.
+    /// Follows an edited `stable`, or the removal of the stable version.
     fn heed_stable(&mut self, shift: &TrafficShift, now: Millis) {
         let is_gone = !shift.has(&self.stable);
         if is_gone {
-            // What the document says is heeded again: somebody had set another target by hand.
+            // The document's target applies again, after a user had set another one.
             self.said.target = None;
         }
         let old = (self.stable != shift.stable).then(|| std::mem::replace(&mut self.stable, shift.stable.clone()));
@@ -172,7 +173,7 @@ impl Rollout {
                 self.rest(shift, Reason::StableChanged, format!("{stable} serves instead of {old}, {why}"), now)
             }
             Some(old) => {
-                // What was counted of the old one measures nothing any longer.
+                // Counts of the previous stable version do not apply to the new one.
                 self.begun.clear();
                 self.stable_had.clear();
                 let message = format!("step {}: {stable} is the stable version instead of {old}, {why}", self.step + 1);
@@ -183,7 +184,7 @@ impl Rollout {
         }
     }
 
-    /// A service that is new to the document needs what the stable version is meant to have of it, and has no past.
+    /// A new service of the document needs the endpoints that the stable version should have of it, and has no counts.
     fn know_services(&mut self, shift: &TrafficShift, world: &impl RolloutInputs) {
         for service in &shift.services {
             if self.endpoints_for_full_load.contains_key(&service.name) {
@@ -224,8 +225,8 @@ impl Rollout {
         self.announce(Phase::Progressing, reason, message, now);
     }
 
-    /// How many endpoints carry the load when a rollout begins: as many as the stable version is meant to have, and never
-    /// fewer than are ready.
+    /// How many endpoints carry the load when a rollout begins: as many as the stable version should have, and at least
+    /// as many as are ready.
     fn load(&self, shift: &TrafficShift, world: &impl RolloutInputs) -> BTreeMap<String, u32> {
         let of = |service: &ShiftService| {
             let listed = service.version(&self.stable).map_or(0, |version| version.endpoints.len() as u32);
@@ -235,8 +236,8 @@ impl Rollout {
         shift.services.iter().map(of).collect()
     }
 
-    /// Who carries what the stable version cannot, once the present target is not the target any longer: whoever of
-    /// it and the version that has done so until now has more of the traffic.
+    /// The version that carries what the stable version cannot once the current target is replaced: the current target
+    /// or the previous such version, whichever has more traffic.
     fn helper(&self, next: Option<&String>, shift: &TrafficShift, world: &impl RolloutInputs) -> Option<String> {
         let parts: Vec<_> = self.all_parts(shift, world).into_iter().flatten().collect();
         let share = |version: &String| -> f64 {
@@ -248,7 +249,7 @@ impl Rollout {
         fit.max_by(|a, b| share(a).total_cmp(&share(b))).cloned()
     }
 
-    /// Ends a rollout that nobody wants any longer.
+    /// Ends a rollout that is no longer wanted.
     pub(super) fn withdraw(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let stable = self.stable.clone();
         let Some(target) = self.target.clone().filter(|_| self.phase.is_under_way()) else {
@@ -274,10 +275,10 @@ impl Rollout {
         }
     }
 
-    /// A rollout under way whose steps have changed goes on from the last one that is no step ahead, and asks, holds
-    /// and judges there as ever. What has changed only later than the present step does not touch it yet. Where it would
-    /// get more for the edit alone, and where a pause is gone from under it, it stays as it is until it is promoted or
-    /// resumed.
+    /// Follows edited steps in a rollout under way. It continues from the last step that does not increase its share,
+    /// and applies that step's gates, hold and analysis. Edits that affect only steps after the current one leave the
+    /// current step unchanged. If the edit alone would increase the share, or if it removes the current pause, the
+    /// rollout keeps its share until it is promoted or resumed.
     fn heed_steps(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let plan = self.planned(shift);
         if plan == self.plan && (!self.phase.is_under_way() || self.step < plan.len()) {
@@ -301,13 +302,13 @@ impl Rollout {
         };
         let goal = goal.min(self.frozen.map_or(1.0, share_of));
         let share = self.wanted_of(goal, shift, world);
-        // Nothing that it has not had is given to it for an edit.
+        // An edit does not give the target more than it has had.
         let has_had = |step: &Step| step.weight * 1_000 <= level_of(share);
         let steps = self.steps(shift);
         let step = steps.iter().rposition(has_had).unwrap_or(0);
         let was_pause = self.allowed && !self.waived && old.get(self.step).is_some_and(|step| step.pause);
         let is_pause = steps.get(step).is_some_and(|step| step.pause);
-        // What it was to have anyway, as soon as there are endpoints for it or it is warm, is nothing new either.
+        // A share that it was to get anyway, once it has endpoints or is warm, does not count as an increase.
         let was_whole = old.get(self.step).is_some_and(|step| step.whole);
         let promised = if was_whole { share } else { share.max(goal) };
         let is_ahead = goes_ahead(steps.get(step..).unwrap_or_default(), promised);
@@ -326,8 +327,8 @@ impl Rollout {
         self.announce(self.phase, Reason::StepsChanged, message, now);
     }
 
-    /// The first step that is no step back for a target that has this share; where a share moves as a whole or not at
-    /// all, the last one that it has already.
+    /// The first step that does not reduce this share of the target; if the share moves as a whole or not at all, the
+    /// last step whose share it already has.
     pub(super) fn step_from(&self, share: f64, shift: &TrafficShift) -> usize {
         let steps = self.steps(shift);
         let has = |weight: u32| level_of(share) >= weight * 1_000;
@@ -345,7 +346,7 @@ impl Rollout {
         self.steps(shift).iter().map(|step| Planned { weight: step.weight, pause: step.pause, whole }).collect()
     }
 
-    /// What scales the stable version while nothing is being moved knows what the load needs.
+    /// While nothing is being moved, the stable version's replica count defines how many endpoints carry the load.
     pub(super) fn follow_workload(&mut self, shift: &TrafficShift) {
         for service in &shift.services {
             let replicas = service.version(&self.stable).and_then(|version| version.replicas).filter(|n| *n > 0);
@@ -353,8 +354,8 @@ impl Rollout {
         }
     }
 
-    /// The same of who lists the stable version's endpoints: another number of them, while nothing is being moved, is
-    /// what the load needs from then on. Those that are found in a cluster are not listed: they come and go.
+    /// The same for listed endpoints: if their number changes while nothing is being moved, it defines how many
+    /// endpoints carry the load. Endpoints that are discovered in a cluster do not count as listed: they come and go.
     pub(super) fn follow_document(&mut self, shift: &TrafficShift) {
         let of = |service: &ShiftService| {
             let is_listed = |version: &&ShiftVersion| version.discovery.is_none() && version.workload.is_none();
@@ -376,7 +377,7 @@ impl Rollout {
     }
 }
 
-/// Whether these steps give more than a share before anything is held or paused.
+/// Whether these steps exceed a share before a hold or a pause.
 fn goes_ahead(steps: &[Step], share: f64) -> bool {
     for step in steps {
         if step.weight * 1_000 > level_of(share) {
@@ -389,13 +390,13 @@ fn goes_ahead(steps: &[Step], share: f64) -> bool {
     false
 }
 
-/// How many endpoints each service is meant to have of a version.
+/// By service: how many endpoints a version should have.
 pub(super) fn desired(shift: &TrafficShift, version: &str) -> BTreeMap<String, u32> {
     shift.services.iter().map(|service| (service.name.clone(), desired_of(service, version))).collect()
 }
 
-/// The version that serves alone as far as a cluster shows it: the stable one is meant to have no pod, and this one, the
-/// target or the only other one, has ready ones in every service.
+/// The only version that serves, according to the cluster: the stable version should have no pods, and this version,
+/// the target or the only other one, has ready endpoints in every service.
 pub(super) fn serves_alone<'s>(shift: &'s TrafficShift, world: &impl RolloutInputs) -> Option<&'s str> {
     let is_empty = |service: &ShiftService| {
         let stable = service.version(&shift.stable);

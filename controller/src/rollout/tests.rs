@@ -1,4 +1,4 @@
-//! Rollouts played through, in no time at all.
+//! Rollouts in simulated time.
 
 mod edits;
 mod endpoints;
@@ -12,13 +12,13 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use tideshift_core::guard::GuardPolicy;
 
-/// A world that tests set.
+/// Inputs that tests set.
 #[derive(Default)]
 struct World {
     ready: BTreeMap<String, u32>,
-    /// Where it is not what is ready: by service and version.
+    /// The available endpoints where they differ from the ready ones: by service and version.
     available: BTreeMap<(String, String), u32>,
-    /// Versions of a service of which nothing is ready.
+    /// Versions of a service without ready endpoints.
     unready: std::collections::BTreeSet<(String, String)>,
     opinion: AnalysisResult,
     counts: BTreeMap<String, Counts>,
@@ -63,7 +63,7 @@ impl RolloutInputs for World {
     }
 }
 
-/// A service with four endpoints for each of v1, v2 and v3, in a world where all are ready.
+/// A service with four endpoints for each of v1, v2 and v3, all of which are ready.
 struct Play {
     document: serde_json::Value,
     world: World,
@@ -111,7 +111,7 @@ impl Play {
         *self.world.counts.entry(version.to_owned()).or_default() += Counts { ok, error, ..Counts::default() };
     }
 
-    /// Lets time pass, a tenth of a second for each look.
+    /// Lets time pass, with an update every tenth of a second.
     fn pass(&mut self, seconds: u64) -> &mut Self {
         let shift = read(&self.document);
         for _ in 0..seconds * 10 {
@@ -121,7 +121,7 @@ impl Play {
         self
     }
 
-    /// The shares in percent, and which versions can be reached at all.
+    /// The shares of all versions, in percent.
     fn shares(&self) -> Vec<f64> {
         let shift = read(&self.document);
         let parts = self.rollout.parts(&shift, &shift.services[0], &self.world);
@@ -201,7 +201,7 @@ fn a_version_that_never_becomes_ready_stalls_and_says_so() {
     assert_eq!(play.pass(3_600).shares(), [100.0, 0.0, 0.0]);
     assert_eq!(play.rollout.message, format!("{message}; no progress for 600 s"));
     assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::ProgressDeadlineExceeded));
-    // It is only said: as soon as there are endpoints it goes on.
+    // Only the status changes: as soon as there are endpoints, the rollout continues.
     play.ready("v2", 4);
     assert_eq!(play.pass(3).rollout.phase, Phase::Succeeded);
 }
@@ -256,7 +256,7 @@ fn a_target_that_fails_most_requests_loses_all_at_once() {
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0], "and a bad answer better than none");
 }
 
-/// A guard's veto on v2 that began at a time, in milliseconds.
+/// A guard's veto on v2 that began at this time, in milliseconds.
 fn veto(at: u64, strikes: u32) -> Veto {
     let until = at * 1_000_000 + GuardPolicy::default().cool_down_for(strikes);
     Veto { version: "v2".to_owned(), until, strikes, requests: 9, errors: 9, others_requests: 81, others_errors: 0 }
@@ -267,20 +267,20 @@ fn a_guards_veto_is_no_verdict() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
     play.world.coverage.live = 3;
     play.pass(30).world.vetoes = vec![veto(play.now, 2)];
-    // One proxy of three does not stop it.
+    // One proxy of three does not block the rollout.
     assert_eq!(play.pass(20).stands(), (Phase::Progressing, Reason::Holding));
-    // On most of them its share is on paper only, and nothing is held.
+    // On most proxies the share is nominal only, and the step is not held.
     play.world.vetoes.push(veto(play.now, 1));
     assert_eq!(play.pass(300).stands(), (Phase::Progressing, Reason::GuardVeto));
     assert_eq!(play.rollout.message, "step 1: the guards of 2 of 3 proxies keep v2 out");
     assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
     play.world.vetoes.pop();
     assert_eq!((play.pass(59).rollout.reason, play.pass(2).rollout.phase), (Reason::Holding, Phase::Succeeded));
-    // A half is too many, too.
+    // Half of the proxies are too many as well.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 60}]));
     play.pass(1).world.vetoes = vec![veto(play.now, 1)];
     assert_eq!(play.pass(1).rollout.message, "step 1: the guards of 1 of 2 proxies keep v2 out");
-    // The verdict's fail is another matter, and what guards have seen says how bad it is now.
+    // A failing verdict still rolls back, and the guards' counts show how bad the failure is now.
     play.world.opinion = AnalysisResult { fails: true, requests: 53, errors: 21, ..AnalysisResult::default() };
     play.ready("v1", 1);
     assert_eq!(play.pass(1).stands(), (Phase::Failed, Reason::VerdictFail));
@@ -304,7 +304,7 @@ fn the_next_rollout_starts_from_the_last_ones_target() {
     assert_eq!(play.pass(1).shares(), [0.0, 75.0, 25.0]);
     play.count("v3", 0, 20);
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
-    // The document catches up with what is so: nothing moves.
+    // The document catches up with the actual state: nothing moves.
     play.set("stable", json!("v2"));
     play.set("target", json!(null));
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
@@ -333,7 +333,7 @@ fn back_to_stable_asks_nobody() {
     play.set("target", json!("v1"));
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     assert_eq!((play.stands(), play.rollout.stable.as_str()), ((Phase::Succeeded, Reason::Completed), "v1"));
-    // Forward is another matter.
+    // On the way forward, gates and analysis apply.
     play.world.opinion = AnalysisResult { passes: true, ..AnalysisResult::default() };
     play.set("target", json!("v3"));
     assert_eq!(play.pass(60).stands(), (Phase::Waiting, Reason::GateClosed));
@@ -401,7 +401,7 @@ fn a_changed_capacity_counts_at_once_and_is_forgotten_when_it_is_taken_back() {
 }
 
 impl Play {
-    /// What has happened since this was last asked: phase, reason and step's number.
+    /// The transitions since the last call: phase, reason and step's number.
     fn news(&mut self) -> Vec<(Phase, Reason, Option<usize>)> {
         let news = self.rollout.take_news();
         news.into_iter().map(|news| (news.phase, news.reason, news.step.map(|step| step + 1))).collect()
@@ -433,7 +433,7 @@ fn a_pause_waits_for_somebody() {
     assert_eq!(play.pass(5).shares(), [50.0, 50.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Progressing, Reason::Holding));
     assert_eq!(play.pass(10).stands(), (Phase::Paused, Reason::PauseStep));
-    // Resuming a pause of the document is promoting.
+    // Resuming a pause step is the same as promoting.
     play.command(Command::Resume).unwrap();
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Succeeded, Reason::Completed));
@@ -466,7 +466,7 @@ fn somebody_can_pause_and_resume_at_any_time() {
     let paused = play.rollout.clone();
     play.command(Command::Pause).unwrap();
     assert_eq!(play.rollout, paused, "it is so already");
-    // Paused or not, a target that fails is taken back.
+    // Paused or not, a failing target is rolled back.
     let mut failing = Play {
         document: play.document.clone(),
         rollout: play.rollout.clone(),
@@ -506,7 +506,7 @@ fn a_weight_by_hand_stays_until_the_rollout_is_resumed() {
     ));
     assert_eq!(play.pass(3_600).shares(), [70.0, 30.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::WeightSet));
-    // On from the first step that is no step back.
+    // Continues from the first step that does not reduce the share.
     play.command(Command::Resume).unwrap();
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
     assert_eq!(play.pass(6).stands(), (Phase::Succeeded, Reason::Completed));
@@ -542,7 +542,7 @@ fn back_to_any_version_at_once_as_far_as_it_can_carry_the_load() {
     play.ready("v1", 4);
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
     assert_eq!((play.stands(), play.rollout.stable.as_str()), ((Phase::Succeeded, Reason::Completed), "v1"));
-    // What the document said before all that starts nothing anew.
+    // The unchanged document does not start another rollout.
     assert_eq!(play.pass(60).shares(), [100.0, 0.0, 0.0]);
 }
 
@@ -579,7 +579,7 @@ fn a_rollout_that_is_stuck_can_be_aborted_by_itself() {
     play.set("strategy", json!({"progressDeadlineSeconds": 60, "progressDeadlineAbort": true}));
     play.ready("v2", 1);
     assert_eq!(play.pass(50).shares(), [75.0, 25.0, 0.0]);
-    // An endpoint more is progress.
+    // One more endpoint is progress.
     play.ready("v2", 2);
     assert_eq!(play.pass(59).stands(), (Phase::Progressing, Reason::WaitingForCapacity));
     assert_eq!(play.pass(2).shares(), [100.0, 0.0, 0.0]);
@@ -636,13 +636,13 @@ fn a_target_warms_up_by_copies_and_then_by_a_growing_share() {
     assert_eq!(play.rollout.reason, Reason::WarmingUp);
     let mut shares: Vec<f64> = (0..2).map(|_| play.pass(2).shares()[1]).collect();
     assert_eq!(mirrored(&play), None);
-    // While no controller is there, nothing grows, and afterwards nothing is made up for.
+    // While no controller runs, the share does not grow, and afterwards it does not catch up.
     play.now += 15_000;
     shares.extend((0..2).map(|_| play.pass(1).shares()[1]));
     assert!(shares.windows(2).all(|pair| pair[0] < pair[1] && pair[1] - pair[0] <= 10.1), "{shares:?}");
     assert!(shares[3] < 50.0 && play.rollout.reason == Reason::Ramping, "{shares:?}");
     assert_eq!((play.pass(6).shares()[1], play.rollout.reason), (50.0, Reason::Holding));
-    // Back goes without a ramp, and so does what the stable version loses.
+    // A rollback does not ramp, and neither does taking over lost endpoints of the stable version.
     play.command(Command::Abort).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
 }
@@ -652,7 +652,7 @@ fn endpoints_that_have_been_ready_for_a_moment_only_carry_nothing_yet() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
     play.world.available.insert(("checkout".to_owned(), "v2".to_owned()), 1);
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
-    // Unless there is nothing better.
+    // Unless no better version is available.
     play.ready("v1", 0);
     play.ready("v3", 0);
     play.world.available.insert(("checkout".to_owned(), "v2".to_owned()), 0);
@@ -769,7 +769,7 @@ fn services_of_one_shift_move_together_and_go_back_together() {
     };
     let half = vec![50.0, 50.0];
     assert_eq!(both(play.pass(1)), [half.clone(), half.clone()]);
-    // What one service lacks holds the other back too.
+    // Missing endpoints of one service hold back the other one too.
     play.world.available.insert(("search".to_owned(), "v2".to_owned()), 0);
     let back = vec![100.0, 0.0];
     assert_eq!(both(play.pass(1)), [back.clone(), back.clone()]);
@@ -788,7 +788,7 @@ mod properties {
     use super::*;
     use proptest::prelude::*;
 
-    /// What can happen to a rollout.
+    /// The events of a rollout.
     #[derive(Debug, Clone)]
     enum Happening {
         Ready(usize, u32),
@@ -883,7 +883,7 @@ mod properties {
                 let shift = read(&play.document);
                 play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now);
                 let (rollout, steps) = (&play.rollout, play.rollout.steps(&shift));
-                // An edit of the steps alone moves no user ahead.
+                // An edit of the steps alone does not increase the share.
                 let is_edited = rollout.news.last().is_some_and(|news| news.reason == Reason::StepsChanged);
                 if let Some(promised) = promised.filter(|_| is_edited && rollout.number == before.number) {
                     prop_assert!(rollout.wanted(&shift, &play.world) <= promised + 1e-9, "{:?}", rollout);
@@ -893,10 +893,10 @@ mod properties {
                     prop_assert!(rollout.step == before.step || rollout.step == before.step + 1, "{:?}", rollout);
                 }
                 prop_assert!(!rollout.phase.is_under_way() || rollout.step < steps.len());
-                // Nothing is over but by the last step.
+                // Only the last step completes a rollout.
                 let is_over = rollout.phase == Phase::Succeeded && before.phase != Phase::Succeeded;
                 prop_assert!(!is_over || (!before.paused && before.phase.is_under_way()) || said, "{:?}", before);
-                // What is left to somebody grows no further while it is paused.
+                // A paused rollout does not grow beyond the share at which it was paused.
                 if rollout.frozen.is_some() && before.frozen == rollout.frozen && rollout.number == before.number {
                     prop_assert!(rollout.wanted(&shift, &play.world) <= allocation::share_of(before.frozen.unwrap()) + 1e-9);
                 }
@@ -926,7 +926,7 @@ fn a_rollout_is_not_judged_by_what_the_counts_said_of_the_one_before() {
     play.world.opinion = AnalysisResult { fails: true, requests: 20, errors: 20, ..AnalysisResult::default() };
     assert_eq!(play.pass(1).rollout.phase, Phase::Failed);
     play.document["spec"]["target"] = json!("v3");
-    // The first look begins it, and only then somebody judges v3.
+    // The first update starts the rollout, and only then is v3 judged.
     let shift = read(&play.document);
     play.rollout = play.rollout.clone().advance(&shift, &play.world, play.now + 100);
     assert_eq!((play.rollout.phase, play.rollout.reason), (Phase::Progressing, Reason::Started));
@@ -944,7 +944,7 @@ fn after_a_restart_a_rollout_begins_once_it_is_known_what_ended_before() {
     play.world.behind = true;
     play.document["spec"]["target"] = json!("v3");
     assert_eq!((play.pass(1).rollout.number, play.rollout.target.as_deref()), (1, Some("v2")));
-    // Back is not a matter for later.
+    // Going back does not wait.
     play.document["spec"]["target"] = json!("v1");
     assert_eq!(play.pass(1).rollout.phase, Phase::Initialized);
 }

@@ -1,6 +1,7 @@
-//! What survives a replica's end, in two Secrets of the controller's namespace: Secrets, because policies hold what
-//! signs sessions. Each write names the version that it replaces, so that a replica which another one has followed
-//! without knowing it (it was held up, or its clock stood still) cannot write any more: it finds out by that.
+//! The Secret store: state that survives the end of a replica, in two Secrets of the controller's namespace. It uses
+//! Secrets because policies contain session secrets. Each write names the version that it replaces. A replica that has
+//! been superseded without noticing (it was stalled, or its clock stood still) therefore cannot write any more, and
+//! finds out by the failed write.
 
 use crate::kubernetes::reason;
 use crate::reconciler::state::PersistedState;
@@ -21,24 +22,24 @@ use tokio::time::timeout;
 
 /// The key of the data.
 const KEY: &str = "state.json.gz";
-/// Who wrote last.
+/// The annotation with the last writer.
 const WRITER: &str = "tideshift.dev/writer";
-/// The most bytes of state that a Secret may hold: the API server's limit is 1 MiB for all of its data.
+/// The largest size of the state in a Secret: the API server's limit is 1 MiB for all of its data.
 pub const MAX_BYTES: usize = 1_000_000;
-/// The most bytes that one may unpack to.
+/// The largest unpacked size in bytes.
 const MAX_UNPACKED: u64 = 256 << 20;
-/// The transitions that are kept of each rollout, as far as there is room.
+/// The numbers of transitions to keep of each rollout, tried in this order until they fit.
 const HISTORIES: [usize; 4] = [200, 50, 10, 0];
-/// How long a write may take.
+/// The timeout of a write.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The Secret of everything but the counts, as this replica wrote it last.
+/// The Secret for everything but the counts, as this replica last wrote it.
 #[derive(Debug)]
 pub struct SecretStore {
     state: SecretSlot,
 }
 
-/// The Secret of the counts.
+/// The Secret for the counts.
 #[derive(Debug)]
 pub struct CountsSecretStore {
     counts: SecretSlot,
@@ -55,24 +56,24 @@ struct SecretSlot {
     version: Option<String>,
 }
 
-/// Why something cannot be written or read.
+/// Why state cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretStoreError {
     /// Another replica has written since.
     #[error("another replica has taken over")]
     LostLeadership,
-    /// It is not this build's.
+    /// The content was not written by this build.
     #[error(
         "Secret {0}: {1}; it is left as it is. Delete it to start afresh (traffic then starts at the stable versions)"
     )]
     Corrupt(String, Corrupt),
-    /// The API server refuses it.
+    /// The API server refuses the request.
     #[error("Secret {0}: {1}")]
     Refused(String, String),
-    /// The API server does not answer, or something has come in between.
+    /// The API server does not answer, or the Secret has changed meanwhile.
     #[error("Secret {0}: {1}")]
     Unknown(String, String),
-    /// It is more than a Secret may hold.
+    /// The content is too large for a Secret.
     #[error("Secret {0}: {1}")]
     TooLarge(String, TooLarge),
 }
@@ -83,7 +84,7 @@ pub fn state_name(prefix: &str) -> String {
 }
 
 impl SecretStore {
-    /// Takes over from whoever wrote last: after this, nobody else can write.
+    /// Takes over from the last writer: after this, no other replica can write.
     ///
     /// # Errors
     ///
@@ -101,11 +102,12 @@ impl SecretStore {
             version: None,
         };
         let (mut state, mut counts) = (slot(state_name(prefix)), slot(format!("{prefix}-counts")));
-        // What was decided goes last: whoever has it has the counts as well.
+        // The state is taken last: a replica that has it has the counts as well.
         let counted: Option<CountState> = counts.take().await?;
         let kept: Option<PersistedState> = state.take().await?;
         let counted = match (&kept, counted) {
-            // Rollouts are counted from 1 anew: what was found out about others of the same number is not theirs.
+            // Rollouts are counted from 1 again: existing analyses of rollouts with the same numbers do not apply to
+            // them.
             (None, Some(counted)) => Some(CountState { judges: Analyses::default(), ..counted }),
             (_, counted) => counted,
         };
@@ -113,11 +115,11 @@ impl SecretStore {
         Ok(((Self { state }, counts), kept, counted))
     }
 
-    /// Replaces everything but the counts. Returns how many bytes that are.
+    /// Replaces everything but the counts. Returns the size in bytes.
     ///
     /// # Errors
     ///
-    /// If it is not known to be written.
+    /// If it is not certain that the state was written.
     pub async fn keep(&mut self, kept: &PersistedState) -> Result<usize, SecretStoreError> {
         let packed = pack_state(kept).map_err(|error| SecretStoreError::TooLarge(self.state.name.clone(), error))?;
         let bytes = packed.len();
@@ -127,11 +129,11 @@ impl SecretStore {
 }
 
 impl CountsSecretStore {
-    /// Replaces the counts, as far as they fit. Returns how many bytes that are.
+    /// Replaces the counts, as far as they fit. Returns the size in bytes.
     ///
     /// # Errors
     ///
-    /// If they are not known to be written.
+    /// If it is not certain that the counts were written.
     pub async fn keep(&mut self, counted: &CountState) -> Result<usize, SecretStoreError> {
         let packed = self.fit.pack(counted, |written| pack(written));
         let packed = packed.map_err(|error| SecretStoreError::TooLarge(self.counts.name.clone(), error))?;
@@ -142,7 +144,7 @@ impl CountsSecretStore {
 }
 
 impl SecretSlot {
-    /// Reads what is there, and writes it once more in this replica's name.
+    /// Reads the content and writes it again in this replica's name.
     async fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, SecretStoreError> {
         let secret = self.within(self.api.get_opt(&self.name)).await?;
         let content =
@@ -176,7 +178,7 @@ impl SecretSlot {
                 Ok(())
             }
             Err(Refusal::Conflict) => {
-                // Perhaps this replica's own write, of which it never heard.
+                // This may be the replica's own write, whose response was lost.
                 let now = self.within(self.api.get_opt(&self.name)).await?;
                 let writer = now.as_ref().and_then(|secret| secret.annotations().get(WRITER));
                 if now.is_some() && writer != Some(&self.writer) {
@@ -186,7 +188,7 @@ impl SecretSlot {
                 Err(SecretStoreError::Unknown(self.name.clone(), "it has changed meanwhile".to_owned()))
             }
             Err(Refusal::Gone) => {
-                // Somebody has deleted it. It is made anew by the next write, unless another replica is faster.
+                // The Secret was deleted. The next write creates it again, unless another replica is faster.
                 self.version = None;
                 Err(SecretStoreError::Unknown(self.name.clone(), "it is gone, and will be written again".to_owned()))
             }
@@ -210,7 +212,7 @@ impl SecretSlot {
     }
 }
 
-/// Why a call came to nothing.
+/// Why an API call failed.
 enum Refusal {
     Conflict,
     Gone,
@@ -228,7 +230,7 @@ impl From<Refusal> for SecretStoreError {
     }
 }
 
-/// Everything but the counts, with as much of the history as there is room for.
+/// Packs everything but the counts, with as much of the history as fits.
 fn pack_state(kept: &PersistedState) -> Result<Vec<u8>, TooLarge> {
     let mut bytes = 0;
     for histories in HISTORIES {
@@ -253,7 +255,7 @@ fn pack<T: Serialize>(content: &T) -> Vec<u8> {
     encoder.finish().unwrap_or_default()
 }
 
-/// What a Secret holds; `None` if that is nothing yet.
+/// The content of a Secret; `None` if it has none yet.
 pub fn unpack<T: DeserializeOwned>(secret: &Secret) -> Result<Option<T>, Corrupt> {
     let packed =
         secret.data.as_ref().and_then(|data| data.get(KEY)).map(|bytes| bytes.0.as_slice()).unwrap_or_default();

@@ -1,9 +1,10 @@
-//! Makes safe what must survive a kill at any moment. Counts go before what was decided from them: a kill between the
-//! two leaves an undecided rollout with all its evidence, which decides again; never a step whose evidence was counted
-//! for the step before, or for an earlier rollout.
+//! Persists the state that must survive a kill at any moment. Counts are written before the decisions that they led to.
+//! A kill between the two writes leaves an undecided rollout with all its evidence, which decides again; it never
+//! leaves a step whose evidence was counted for the step before, or for an earlier rollout.
 //!
-//! Counts between decisions are written aside, and less often the more there are. Where they cannot be written, what was
-//! decided is written and published all the same, and rollouts go no further by evidence until they can.
+//! Counts between decisions are written in the background, less often the more there are. If they cannot be written,
+//! decisions are still persisted and published, but rollouts do not advance by evidence until counts can be written
+//! again.
 
 use crate::metrics::ControllerMetrics;
 use crate::reconciler::state::PersistedState;
@@ -15,39 +16,39 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 
-/// How often counts are made safe at most; what is lost of them, proxies say again.
+/// The shortest interval between two writes of counts; proxies report lost counts again.
 const OFTEN: Duration = Duration::from_secs(2);
-/// How often at least, if they change.
+/// The longest interval, if counts change.
 const SELDOM: Duration = Duration::from_secs(60);
-/// So many bytes are written a second, and …
+/// The write rate from which the interval between two writes of counts is derived.
 const BYTES_PER_SECOND: usize = 256 << 10;
-/// … while nothing is being moved, so much more seldom.
+/// The factor for this interval while nothing is being moved.
 const AT_REST: u32 = 5;
 
-/// What keeps everything but the counts.
+/// Stores everything but the counts.
 pub(crate) trait StateStore {
-    /// Whether another process may have taken over without this one knowing: then nothing may be published before it is
-    /// safe, for that is when this one finds out.
+    /// Whether another process may have taken over without this one noticing. Then nothing may be published before it
+    /// is persisted, because the write reveals the takeover.
     const IS_CONTENDED: bool;
-    /// The most bytes that there is room for, if that is known.
+    /// The size limit in bytes, if it is known.
     const LIMIT: Option<usize>;
-    /// Replaces it. Returns how many bytes that are.
+    /// Replaces the state. Returns the size in bytes.
     async fn keep(&mut self, kept: &PersistedState) -> Result<usize, KeepError>;
-    /// Whether what was written is still there.
+    /// Whether the written state still exists.
     fn is_intact(&self) -> bool {
         true
     }
 }
 
-/// What keeps the counts.
+/// Stores the counts.
 pub(crate) trait CountsStore {
-    /// The most bytes that there is room for.
+    /// The size limit in bytes.
     fn limit(&self) -> Option<usize>;
-    /// Replaces them, as far as there is room. Returns how many bytes that are.
+    /// Replaces the counts, as far as they fit. Returns the size in bytes.
     async fn keep_counts(&mut self, counted: &CountState) -> Result<usize, KeepError>;
 }
 
-/// Why something could not be kept.
+/// Why state could not be persisted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KeepError {
     #[error(transparent)]
@@ -56,7 +57,7 @@ pub(crate) enum KeepError {
     Secrets(#[from] SecretStoreError),
 }
 
-/// Where a process is the only one.
+/// For a process without replicas.
 impl StateStore for Option<Store> {
     const IS_CONTENDED: bool = false;
     const LIMIT: Option<usize> = None;
@@ -99,35 +100,35 @@ impl CountsStore for CountsSecretStore {
     }
 }
 
-/// How safe what was decided is.
+/// Whether the latest decisions may be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WriteStatus {
-    /// It may be published.
+    /// They may be published.
     Safe,
-    /// Not yet.
+    /// They are not persisted yet and must not be published.
     Pending,
-    /// Somebody else decides now.
+    /// Another replica has taken over.
     LostLeadership,
 }
 
-/// Counts that are being written aside: what keeps them, they, and what came of it.
+/// A background write of counts: the store, the counts and the result.
 type Aside<C> = JoinHandle<(C, CountState, Result<usize, KeepError>)>;
 
-/// What is not safe yet, and where to keep it. What cannot be kept (a full disk, no API server) is tried again.
+/// State that is not persisted yet, and the stores for it. Failed writes (a full disk, no API server) are retried.
 #[derive(Debug)]
 pub(crate) struct StateWriter<D, C> {
     disk: D,
-    /// None while they are written aside.
+    /// `None` during a background write.
     counts: Option<C>,
     aside: Option<Aside<C>>,
     done: ControllerMetrics,
     kept: Option<PersistedState>,
     counted: Option<CountState>,
-    /// When counts were last written, or could not be, and how many bytes they were.
+    /// When counts were last written or failed to be written, and their size in bytes.
     wrote_counts: Option<(Instant, usize)>,
-    /// Why the last write failed, if it did.
+    /// Why the last write failed; `None` if it did not.
     trouble: Option<String>,
-    /// Whether that was the answer of what keeps state, which thus is there and has heard of nothing newer.
+    /// Whether the store itself refused the write, which shows that it is reachable and contains nothing newer.
     is_refused: bool,
     counts_trouble: Option<String>,
 }
@@ -154,7 +155,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         }
     }
 
-    /// Takes what came of looking at everything anew.
+    /// Takes the result of a reconcile.
     pub(crate) fn take(&mut self, reconciler: &mut Reconciler, outcome: &ReconcileOutput) {
         if outcome.keep {
             self.kept = Some(reconciler.kept().clone());
@@ -169,7 +170,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         self.counted = reconciler.changed_counts().or(self.counted.take());
     }
 
-    /// Takes everything, if what was written is there no longer.
+    /// Takes everything if the written state no longer exists.
     pub(crate) fn take_what_is_lost(&mut self, reconciler: &Reconciler) -> bool {
         let is_lost = !self.disk.is_intact();
         if is_lost {
@@ -179,7 +180,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         is_lost
     }
 
-    /// Writes what was taken, and what could not be written before. Counts that cannot be kept hold up nothing.
+    /// Writes the state that was taken, and retries failed writes. Counts that cannot be written block nothing else.
     pub(crate) async fn write(&mut self) -> WriteStatus {
         if self.counted.is_some() && self.counts_trouble.is_none() {
             if self.finish_aside().await == WriteStatus::LostLeadership {
@@ -203,7 +204,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
             }
             Err(KeepError::Secrets(SecretStoreError::LostLeadership)) => WriteStatus::LostLeadership,
             Err(error) => {
-                // Said once, not at each try.
+                // Logged once, not at each retry.
                 if self.trouble.is_none() {
                     tracing::error!("{error}");
                 }
@@ -215,7 +216,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         }
     }
 
-    /// Whether counts are to be written by themselves now.
+    /// Whether counts are due for a write of their own.
     pub(crate) fn counts_are_due(&self, is_at_rest: bool) -> bool {
         let Some((last, bytes)) = self.wrote_counts else { return self.aside.is_none() };
         let long = OFTEN + Duration::from_secs((bytes / BYTES_PER_SECOND) as u64);
@@ -223,7 +224,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         self.aside.is_none() && last.elapsed() >= long.min(SELDOM)
     }
 
-    /// What came of counts that are written aside, once that is known.
+    /// The result of a background write, once it has finished.
     pub(crate) async fn look_aside(&mut self) -> WriteStatus {
         match &self.aside {
             Some(aside) if aside.is_finished() => self.finish_aside().await,
@@ -231,7 +232,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         }
     }
 
-    /// Waits for counts that are written aside.
+    /// Waits for a background write to finish.
     pub(crate) async fn finish_aside(&mut self) -> WriteStatus {
         let Some(aside) = self.aside.take() else { return WriteStatus::Safe };
         match aside.await {
@@ -246,22 +247,22 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
         }
     }
 
-    /// Whether something that was decided is not safe yet.
+    /// Whether a decision is not persisted yet.
     pub(crate) fn has_pending(&self) -> bool {
         self.kept.is_some()
     }
 
-    /// Why what was decided last is not kept, if so.
+    /// Why the last decision is not persisted; `None` if it is.
     pub(crate) fn trouble(&self) -> Option<&str> {
         self.trouble.as_deref()
     }
 
-    /// Whether what was decided last was refused, and the refusal says that no other replica decides.
+    /// Whether the last decision was refused, and the refusal shows that no other replica has taken over.
     pub(crate) fn is_refused(&self) -> bool {
         self.trouble.is_some() && self.is_refused
     }
 
-    /// Why counts are not kept, if so.
+    /// Why counts are not persisted; `None` if they are.
     pub(crate) fn counts_trouble(&self) -> Option<&str> {
         self.counts_trouble.as_deref()
     }
@@ -282,7 +283,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
                     tracing::error!("{error}; rollouts go no further by evidence until counts can be kept");
                 }
                 self.counts_trouble = Some(error.to_string());
-                // Newer ones may have been taken meanwhile.
+                // Newer counts may have been taken meanwhile.
                 self.counted.get_or_insert(counted);
                 WriteStatus::Pending
             }
@@ -291,7 +292,7 @@ impl<D: StateStore, C: CountsStore> StateWriter<D, C> {
 }
 
 impl<D: StateStore, C: CountsStore + Send + 'static> StateWriter<D, C> {
-    /// Writes counts while everything else goes on.
+    /// Starts a background write of the counts.
     pub(crate) fn write_aside(&mut self) {
         if self.counted.is_none() || self.counts.is_none() {
             return;

@@ -1,4 +1,4 @@
-//! The `exec` probe: a command that the controller runs; ending with 0 is success.
+//! The `exec` probe: a command that the controller runs; exit code 0 is success.
 
 use crate::net::io_reason;
 use crate::readiness::probe::Subject;
@@ -6,8 +6,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use std::process::Stdio;
 use tokio::process::{Child, Command};
 
-/// Runs the command in a process group of its own. The caller bounds the time: when the future is dropped before the
-/// command has ended, the whole group is killed.
+/// Runs the command in its own process group. The caller limits the time: if the future is dropped before the command
+/// has ended, the whole group is killed.
 pub(super) async fn run(command: &[String], subject: &Subject) -> Result<(), String> {
     let (program, arguments) = command.split_first().ok_or("no command")?;
     let child = Command::new(program)
@@ -29,14 +29,15 @@ pub(super) async fn run(command: &[String], subject: &Subject) -> Result<(), Str
     }
 }
 
-/// A command and all processes that it started. Until the first process is reaped, no other process can have its id.
+/// A command and all processes that it has started. Until the first process is reaped, no other process can have its
+/// id.
 struct Group(Child);
 
 impl Drop for Group {
     fn drop(&mut self) {
         let id = self.0.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         if let Some(leader) = id {
-            // It may have ended by itself just now, which is as well.
+            // It may have just ended on its own, which is fine.
             let _ = kill_process_group(leader, Signal::KILL);
         }
     }

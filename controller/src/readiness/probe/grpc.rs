@@ -1,5 +1,5 @@
-//! The `grpc` probe, as the kubelet does it: one call of `grpc.health.v1.Health/Check` on a connection of its own,
-//! without TLS; `SERVING` is success.
+//! The `grpc` probe, as the kubelet does it: one call of `grpc.health.v1.Health/Check` on its own connection, without
+//! TLS; `SERVING` is success.
 
 use crate::net::cause;
 use std::error::Error;
@@ -9,7 +9,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// Whether the server at `endpoint` says that `service` is serving. The caller bounds the time.
+/// Whether the server at `endpoint` reports that `service` is serving. The caller limits the time.
 pub(super) async fn check(endpoint: &Endpoint, service: &str) -> Result<(), String> {
     let server = transport::Endpoint::from_shared(format!("http://{endpoint}"))
         .and_then(|endpoint| endpoint.user_agent(concat!("tideshift-probe/", env!("CARGO_PKG_VERSION"))))

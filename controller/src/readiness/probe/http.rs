@@ -1,5 +1,5 @@
-//! The `httpGet` probe, as the kubelet does it: one GET on a connection of its own, 200 to 399 is success,
-//! certificates are not verified, and a redirect is followed as long as it stays on the same host.
+//! The `httpGet` probe, as the kubelet does it: one GET on its own connection; 200 to 399 is success. Certificates are
+//! not verified, and redirects are followed while they stay on the same host.
 
 use crate::net::{direct_client, header_map, status_of};
 use reqwest::header::CONNECTION;
@@ -9,15 +9,15 @@ use tideshift_core::shift::probe::HttpGet;
 
 /// The most redirects that are followed.
 const MAX_REDIRECTS: usize = 10;
-/// The most bytes that are read of an answer; what is in them does not matter, that they come does.
+/// The most bytes of an answer that are read. Their content does not matter, but they must arrive.
 const MAX_BODY_BYTES: usize = 10 << 10;
 
-/// What `httpGet` probes are sent with; cheap to clone.
+/// The client for `httpGet` probes; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Client(reqwest::Client);
 
 impl Client {
-    /// A client for any number of probes. Takes no proxy from the environment: probes go straight to their endpoints.
+    /// A client for any number of probes. It uses no proxy from the environment: probes go directly to their endpoints.
     ///
     /// # Errors
     ///
@@ -27,7 +27,7 @@ impl Client {
         client.redirect(redirect::Policy::custom(follow_on_same_host)).pool_max_idle_per_host(0).build().map(Self)
     }
 
-    /// Whether the endpoint answers `get` with 200 to 399. The caller bounds the time.
+    /// Whether the endpoint answers `get` with 200 to 399. The caller limits the time.
     pub(super) async fn get(&self, endpoint: &Endpoint, get: &HttpGet) -> Result<(), String> {
         let request = self.0.get(url(endpoint, get)).header(CONNECTION, "close").headers(header_map(&get.headers)?);
         match status_of(request, MAX_BODY_BYTES).await? {
@@ -37,7 +37,7 @@ impl Client {
     }
 }
 
-/// A redirect to another host says that this one is alive: it ends the probe, successfully.
+/// A redirect to another host shows that this one is alive: it ends the probe successfully.
 fn follow_on_same_host(attempt: redirect::Attempt<'_>) -> redirect::Action {
     let first = attempt.previous().first().and_then(|url| url.host_str());
     if first != attempt.url().host_str() {

@@ -9,17 +9,17 @@ pub struct Threshold {
     success: u32,
     failure: u32,
     ready: bool,
-    /// The latest result, and how many like it there were in a row.
+    /// The latest result, and how many equal results came in a row.
     run: (bool, u32),
 }
 
 impl Threshold {
-    /// Before the first result; `ready` is what was known before, `false` if nothing was.
+    /// The state before the first result; `ready` is the previously known readiness, `false` if there is none.
     pub fn new(probe: &Probe, ready: bool) -> Self {
         Self { success: probe.success_threshold, failure: probe.failure_threshold, ready, run: (ready, 0) }
     }
 
-    /// Takes in the next result; the readiness after it.
+    /// Adds the next result. Returns the readiness after it.
     pub fn observe(&mut self, success: bool) -> bool {
         let before = if self.run.0 == success { self.run.1 } else { 0 };
         self.run = (success, before.saturating_add(1));
@@ -69,8 +69,8 @@ mod tests {
     }
 
     proptest! {
-        /// The definition itself, on the whole history: readiness changes at a result exactly when the last
-        /// `threshold` results are all like it.
+        /// The definition itself, on the whole history: readiness changes at a result exactly when the last `threshold`
+        /// results are all equal to it.
         #[test]
         fn readiness_follows_the_last_results(
             (success, failure) in (1u32..6, 1u32..6),

@@ -18,7 +18,7 @@ fn v1() -> VersionKey {
     ("shop".to_owned(), "v1".to_owned())
 }
 
-/// A policy in force, and the proxies that have it or not.
+/// A policy in force, and proxies with or without it.
 #[derive(Default)]
 struct Play {
     idle: DrainTracker,
@@ -34,7 +34,7 @@ impl Play {
         self
     }
 
-    /// A proxy says which revision it runs, if one of ours, what it has in flight of v1, and whom its guard keeps out.
+    /// A proxy reports its revision (`None`: not one of ours), its requests of v1 in flight, and its guard's vetoes.
     fn says(&mut self, proxy: &str, revision: Option<u64>, in_flight: u64, vetoed: &[&str]) -> &mut Self {
         let (id, start) = proxy.split_once('/').unwrap_or((proxy, "1"));
         let veto = |version: &&str| {
@@ -103,7 +103,7 @@ fn a_version_has_drained_when_every_proxy_knows_and_nothing_is_in_flight() {
     assert_eq!(play.look(), DrainState::Drained);
     assert!(play.status().message.contains("after 20.3 s"));
     assert_eq!(play.left(), Some((1_000, 21_300)));
-    // It stays so with the next policies, until it is given something.
+    // It stays drained with later policies, until it is given traffic.
     play.publish(&policy(8, 0, 1));
     assert_eq!(play.look(), DrainState::Drained);
     play.publish(&policy(9, 1, 1));
@@ -118,7 +118,7 @@ fn the_deadline_is_the_fallback_and_says_what_was_missing() {
     play.at(300_000);
     assert_eq!(play.look(), DrainState::DeadlineExceeded);
     assert_eq!(play.status().message, "after 300.0 s still 2 in flight");
-    // Whoever comes to rest later is at rest.
+    // A drain that completes after the deadline counts as drained.
     play.at(310_000).says("edge", Some(7), 0, &[]);
     assert_eq!(play.look(), DrainState::Drained);
 }
@@ -144,12 +144,12 @@ fn a_proxy_that_gives_it_requests_after_all_takes_it_back() {
         play.says("late", revision, in_flight, &[]);
         assert_eq!(play.left(), None, "at once");
         assert_eq!(play.look(), DrainState::Draining);
-        // The deadline has not passed long ago.
+        // The deadline starts again, so it has not passed.
         play.at(came + 50_000).says("edge", Some(7), 0, &[]).says("late", revision, in_flight, &[]);
         assert_eq!(play.look(), DrainState::Draining);
         assert_eq!(play.status().since, Some(crate::reconciler::timestamp(came)));
     }
-    // A proxy that is only silent does not.
+    // A proxy that is only silent does not restart the drain.
     play.says("late", Some(7), 0, &[]).look();
     play.at(900_000);
     assert_eq!((play.look(), play.left()), (DrainState::Drained, None));
@@ -165,7 +165,7 @@ fn who_gets_what_guards_keep_from_all_others_has_not_drained() {
     assert_eq!(play.look(), DrainState::Drained);
     play.says("edge", Some(7), 0, &["v2"]);
     assert_eq!(play.look(), DrainState::Draining);
-    // Out of service it gets nothing, whatever is kept from others.
+    // Out of service it gets no traffic, whatever the guards veto.
     let mut out = document(8, 0, 1);
     out["services"][0]["versions"][0]["serving"] = json!(false);
     play.publish(&Policy::read(&out).unwrap());
@@ -223,7 +223,7 @@ fn who_leaves_the_document_drains_all_the_same() {
             assert_eq!((play.look(), play.status().message.as_str()), (DrainState::Draining, "1 in flight"));
             play.at(20_000).says("edge", Some(9), 0, &[]);
             assert_eq!(play.look(), DrainState::Drained);
-            // Who waits for it is told so; then it is forgotten.
+            // The status reports the result; then it is forgotten.
             play.at(620_000).look();
             assert!(play.idle.has("shop", "v1"));
             play.at(620_001).look();

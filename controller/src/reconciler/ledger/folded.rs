@@ -1,31 +1,31 @@
-//! The runs of proxies that are only in the totals any more: a hash of each of the last ones, and up to when those started
-//! that are not even among them.
+//! The folded runs of proxies, whose counts are only in the totals: a hash of each of the latest ones, and the time up
+//! to which the forgotten ones had started.
 
 use super::RunKey;
 use std::collections::{HashSet, VecDeque};
 
-/// So many are remembered.
+/// The number of runs that are remembered.
 const MOST: usize = 8_192;
 
-/// Runs that have been counted, and that nothing else is known of.
+/// Runs whose counts are in the totals and of which nothing else is known.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Folded {
-    /// Each with a time up to which it had started, the newest last.
+    /// Each with a time by which it had started, the newest last.
     order: VecDeque<(u64, u64)>,
     hashes: HashSet<u64>,
-    /// Whoever started up to then may be one that is not remembered.
+    /// A run that started by this time may be one that is not remembered.
     horizon: u64,
 }
 
 impl Folded {
-    /// Goes on from what was written down.
+    /// Restores the persisted state.
     pub(super) fn new(order: impl Iterator<Item = (u64, u64)>, horizon: u64) -> Self {
         let mut folded = Self { horizon, ..Self::default() };
         order.for_each(|(hash, started)| folded.add_hash(hash, started));
         folded
     }
 
-    /// One more, which had started by that time.
+    /// Adds a run that had started by this time.
     pub(super) fn add(&mut self, key: &RunKey, started: u64) {
         self.add_hash(hash(key), started);
     }
@@ -46,25 +46,25 @@ impl Folded {
         }
     }
 
-    /// Remembers none of them by itself.
+    /// Forgets all runs; only the horizon remains.
     pub(super) fn forget_all(&mut self) {
         while !self.order.is_empty() {
             self.forget_oldest();
         }
     }
 
-    /// Whether a run may be one of them, by its name and when it started.
+    /// Whether a run may be among them, by its name and its start.
     pub(super) fn may_have(&self, key: &RunKey, started: Option<u64>) -> bool {
         started.is_some_and(|started| started <= self.horizon && self.horizon > 0) || self.hashes.contains(&hash(key))
     }
 
-    /// What to write down: of each its hash and a time by which it had started; and the horizon.
+    /// The state to persist: the hash of each run with a time by which it had started, and the horizon.
     pub(super) fn parts(&self) -> (impl Iterator<Item = (u64, u64)>, u64) {
         (self.order.iter().copied(), self.horizon)
     }
 }
 
-/// FNV-1a with a mix at the end: the same in every build, as it is written down.
+/// FNV-1a with a final mix: the same in every build, because it is persisted.
 fn hash((proxy, start): &RunKey) -> u64 {
     let bytes = proxy.bytes().chain([0]).chain(start.bytes());
     let hash =

@@ -1,12 +1,12 @@
-//! The counts of one start of a proxy as bytes: a fifth of what they take as lists of numbers, and there may be millions of
-//! them. Numbers have seven bits in each byte, the lowest first. What is the same has the same bytes.
+//! The packed counts of one run of a proxy: a fifth of their size as lists of numbers, and there may be millions of
+//! them. Numbers use seven bits of each byte, the lowest first. Equal counts have equal bytes.
 
 use super::MOST_DURATIONS;
 use super::total::Total;
 use tideshift_core::counts::Counts;
 use tideshift_core::protocol::report::{Report, Tally, VersionReport};
 
-/// Bits of a version's first byte: what it has beside requests that were dealt by weight.
+/// Bits of a version's first byte: the parts that it has besides requests assigned by weight.
 const OF_SESSIONS: u8 = 1;
 const OF_RULES: u8 = 2;
 
@@ -47,7 +47,7 @@ pub(super) fn take_bytes<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(taken)
 }
 
-/// Appends what a report says of a version.
+/// Appends a version's part of a report.
 pub(super) fn put_version(bytes: &mut Vec<u8>, version: &VersionReport, format: u32) {
     if format >= Report::FORMAT {
         put_parts(bytes, [&version.dealt, &version.session, &version.rule], version.misrouted);
@@ -56,7 +56,7 @@ pub(super) fn put_version(bytes: &mut Vec<u8>, version: &VersionReport, format: 
     }
 }
 
-/// Appends what was counted for a version.
+/// Appends a version's counts.
 pub(super) fn put_total(bytes: &mut Vec<u8>, total: &Total) {
     let nothing = Tally::default();
     let of = |tally: Option<&Tally>| tally.unwrap_or(&nothing).clone();
@@ -79,7 +79,7 @@ fn put_parts(bytes: &mut Vec<u8>, [dealt, session, rule]: [&Tally; 3], misrouted
 
 fn put_tally(bytes: &mut Vec<u8>, tally: &Tally) {
     let Tally { started, ended, durations, waited } = tally;
-    // All of them: what is added here is a new format of what is stored.
+    // All fields: a new field requires a new format of the persisted state.
     let Counts { ok, error, client_error, cancelled } = *ended;
     for number in [*started, ok, error, client_error, cancelled] {
         put(bytes, number);
@@ -92,7 +92,7 @@ fn put_tally(bytes: &mut Vec<u8>, tally: &Tally) {
     }
 }
 
-/// What was counted for a version; nothing of what cannot be read.
+/// A version's counts; parts that cannot be read are 0.
 pub(super) fn total(mut bytes: &[u8]) -> Total {
     read_total(&mut bytes).unwrap_or_default()
 }
@@ -121,12 +121,12 @@ fn take_tally(bytes: &mut &[u8]) -> Option<Tally> {
     Some(tally)
 }
 
-/// Whether nothing was counted for a version.
+/// Whether a version has no counts.
 pub(super) fn is_nothing(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| *byte == 0)
 }
 
-/// Appends what was counted by id, which must be in order.
+/// Appends counts by id, which must be in order.
 pub(super) fn put_entries<'a>(bytes: &mut Vec<u8>, entries: impl IntoIterator<Item = (u32, &'a [u8])>) {
     let mut before = 0;
     for (id, counts) in entries {
@@ -136,7 +136,7 @@ pub(super) fn put_entries<'a>(bytes: &mut Vec<u8>, entries: impl IntoIterator<It
     }
 }
 
-/// What was counted, by id and in its order, as far as it can be read.
+/// The counts by id, in their order, as far as they can be read.
 pub(super) fn entries(mut bytes: &[u8]) -> Vec<(u32, &[u8])> {
     let mut entries: Vec<(u32, &[u8])> = Vec::new();
     let mut id = 0_u32;

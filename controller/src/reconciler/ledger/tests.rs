@@ -1,4 +1,4 @@
-//! What reports add up to, whatever is lost, repeated, folded or written down.
+//! The totals of reports that are lost, repeated, folded or persisted.
 
 use super::*;
 use proptest::prelude::*;
@@ -49,7 +49,7 @@ fn a_report_without_a_number_that_says_less_is_an_old_one() {
     let taken = [10, 4, 10, 12].map(|ok| take(&mut ledger, &report("a", ok)));
     assert_eq!(taken, [Taken::News, Taken::Old, Taken::NoNews, Taken::News]);
     assert_eq!(ledger.total("checkout", "v1").ok, 12);
-    // The filter was replaced by one that numbers its reports, and that by the older one again.
+    // A filter that numbers its reports replaces the filter, and the older one replaces it again.
     let numbered = Report { sequence: 1, ..report("a", 14) };
     assert_eq!([take(&mut ledger, &numbered), take(&mut ledger, &numbered)], [Taken::News, Taken::Old]);
     assert_eq!(take(&mut ledger, &report("a", 15)), Taken::News);
@@ -63,7 +63,8 @@ fn what_no_document_names_is_not_kept() {
     assert_eq!(ledger.total("checkout", "v1"), Counts::default());
 }
 
-/// As filters report that count for themselves; `session`: of what was dealt before the last, so many.
+/// A report of a filter that counts by how versions were chosen: `dealt` requests by weight, `session` requests by a
+/// session.
 fn by_choice(sequence: u64, dealt: u64, session: u64) -> Report {
     let tally = |ok| Tally { started: ok, ended: Counts { ok, ..Counts::default() }, ..Tally::default() };
     let mut report = Report { sequence, format: Report::FORMAT, ..report("a", dealt + session) };
@@ -108,7 +109,7 @@ fn a_ledger_of_before_is_converted() {
     assert_eq!(ledger.total("checkout", "v1").total(), 10);
     assert_eq!(ledger.durations("checkout", "v1"), [5, 3]);
     assert_eq!(ledger.judged("checkout", "v1").dealt.ended.error, 1);
-    // The same proxy goes on, with the filter of before.
+    // The same proxy continues with its previous filter.
     take(&mut ledger, &Report { sequence: 4, ..report("a", 9) });
     assert_eq!(ledger.total("checkout", "v1").ok, 16, "what goes back in the old format was reset");
     let again: Ledger = serde_json::from_str(&serde_json::to_string(&ledger).unwrap()).unwrap();
@@ -116,8 +117,8 @@ fn a_ledger_of_before_is_converted() {
 }
 
 proptest! {
-    /// Each step: so many more requests, how many of the reports so far may yet arrive and which of them does how
-    /// often, whether the counts are written down, and whether the controller is killed then.
+    /// Each step: the number of new requests, how far back late reports go and how many arrive, whether the counts are
+    /// persisted, and whether the controller is then killed.
     #[test]
     fn reports_lost_repeated_in_any_order_or_after_a_crash_lose_and_double_nothing(
         numbered in any::<bool>(),
@@ -154,7 +155,7 @@ proptest! {
     }
 }
 
-/// A start of a proxy that began at a time, in milliseconds.
+/// A run of a proxy that started at this time, in milliseconds.
 fn began(at: u64, ok: u64) -> Report {
     let sequence = ok + 1;
     Report { sequence, ..report(&format!("{:x}", at * 1_000_000), ok) }
@@ -182,13 +183,13 @@ fn a_run_that_is_silent_for_long_is_folded_and_counts_on_when_it_is_back() {
     assert_eq!(ledger.written(usize::MAX).bytes_of_runs(), before, "it may be back soon");
     ledger.tidy(known, HOUR + 2_000);
     assert_eq!((ledger.written(usize::MAX).bytes_of_runs(), ledger.total("checkout", "v1").ok), (0, 1_000));
-    // What it had counted is not counted again, before and after a restart; what is new then is.
+    // Its previous counts are not counted again, before and after a restart; new ones are.
     let mut ledger = again(&ledger, usize::MAX);
     take_at(&mut ledger, &began(7, 25), HOUR + 3_000);
     assert_eq!(ledger.total("checkout", "v1").ok, 1_000, "a base line");
     take_at(&mut ledger, &began(7, 30), HOUR + 4_000);
     assert_eq!(ledger.total("checkout", "v1").ok, 1_005);
-    // A start that was never there counts from nothing, also one that is older than the folded ones.
+    // An unknown run counts from 0, even if it is older than the folded ones.
     take_at(&mut ledger, &began(1_000_000, 3), HOUR + 5_000);
     assert_eq!(ledger.total("checkout", "v1").ok, 1_008);
 }
@@ -206,7 +207,7 @@ fn starts_by_the_hundred_thousand_take_no_more_than_they_may() {
     assert_eq!(ledger.total("checkout", "v1").ok, 1_000_000);
     let written = serde_json::to_vec(&ledger.written(usize::MAX)).unwrap().len();
     assert!(written < 500_000, "{written} bytes");
-    // One of the first is in no memory any more: it started before others that are not.
+    // One of the first runs is not remembered any more: it started before other forgotten runs.
     take_at(&mut ledger, &began(first + 500, 99), now);
     assert_eq!(ledger.total("checkout", "v1").ok, 1_000_000, "a base line");
     take_at(&mut ledger, &began(first + 500, 100), now);
@@ -222,7 +223,7 @@ fn where_all_report_those_that_there_is_no_room_for_are_not_counted_and_the_othe
         }
     }
     assert_eq!(ledger.total("checkout", "v1").ok, 10 * 50);
-    // The others fall silent, and make room.
+    // The other runs fall silent and make room.
     for seconds in 6..=200 {
         take_at(&mut ledger, &began(12, seconds * 10), seconds * 1_000);
     }
@@ -278,7 +279,7 @@ fn what_leaves_the_documents_leaves_the_ledger_and_comes_back_as_new() {
     assert_eq!(ledger.total("checkout", "v1").ok, 10, "it was back in between");
     ledger.tidy(nothing, 1_400_000);
     assert_eq!((ledger.total("checkout", "v1").ok, ledger.services.len()), (0, 0));
-    // The proxy has forgotten it as well by now.
+    // By now the proxy has forgotten the version as well.
     take_at(&mut ledger, &Report { sequence: 50, ..began(1, 4) }, 1_500_000);
     assert_eq!(ledger.total("checkout", "v1").ok, 4);
 }

@@ -1,23 +1,23 @@
-//! What was counted for one version, of one start of a proxy or of all of them.
+//! The counts of one version, from one run of a proxy or from all of them.
 
 use super::MOST_DURATIONS;
 use serde::{Deserialize, Serialize};
 use tideshift_core::counts::Counts;
 use tideshift_core::protocol::report::{Tally, VersionReport};
 
-/// What was counted for one version.
+/// The counts of one version.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(from = "KeptTotal", into = "KeptTotal")]
 pub struct Total {
-    /// Requests whose version was dealt by weight.
+    /// Requests that were assigned by weight.
     pub dealt: Tally,
-    /// Requests whose version was the user's by a session, and those that a rule took; few versions have any.
+    /// Requests that were assigned by a session, and those that a rule matched; few versions have any.
     others: Option<Box<[Tally; 2]>>,
     /// Requests that did not reach the version.
     pub misrouted: u64,
 }
 
-/// [`Total`] as it is written. Before format 4 there were only sums.
+/// [`Total`] in its persisted form. Before format 4 there were only sums.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct KeptTotal {
@@ -38,7 +38,7 @@ struct KeptTotal {
 impl From<KeptTotal> for Total {
     fn from(kept: KeptTotal) -> Self {
         let KeptTotal { counts, durations, dealt, session, rule, misrouted } = kept;
-        // How requests were chosen was not told; they count as dealt.
+        // Without information on how requests were chosen, they count as assigned by weight.
         let dealt = dealt.unwrap_or_else(|| {
             let ended = counts.unwrap_or_default();
             Tally { started: ended.total(), ended, durations, waited: Vec::new() }
@@ -60,12 +60,12 @@ fn pair(session: Tally, rule: Tally) -> Option<Box<[Tally; 2]>> {
 }
 
 impl Total {
-    /// Of requests by how their version was chosen.
+    /// From requests by how their version was chosen.
     pub(super) fn new(dealt: Tally, session: Tally, rule: Tally, misrouted: u64) -> Self {
         Self { dealt, others: pair(session, rule), misrouted }
     }
 
-    /// What a report says of a version.
+    /// From a version's part of a report.
     pub(super) fn of(version: &VersionReport, format: u32) -> Self {
         let by_choice = version.by_choice(format).map(|mut tally| {
             tally.durations.truncate(MOST_DURATIONS);
@@ -76,17 +76,17 @@ impl Total {
         Self::new(dealt, session, rule, version.misrouted)
     }
 
-    /// Requests whose version was the user's by a session.
+    /// Requests that were assigned by a session.
     pub fn session(&self) -> Option<&Tally> {
         self.others.as_deref().map(|[session, _]| session)
     }
 
-    /// Requests that a rule took.
+    /// Requests that a rule matched.
     pub(super) fn rule(&self) -> Option<&Tally> {
         self.others.as_deref().map(|[_, rule]| rule)
     }
 
-    /// By how their version was chosen.
+    /// All tallies, by how the version was chosen.
     pub(super) fn all(&self) -> impl Iterator<Item = &Tally> {
         std::iter::once(&self.dealt).chain(self.others.iter().flat_map(|others| others.iter()))
     }
@@ -96,14 +96,14 @@ impl Total {
         self.all().fold(Counts::default(), |sum, tally| sum + tally.ended)
     }
 
-    /// Requests that no rule took.
+    /// Requests that no rule matched.
     pub fn without_rules(&self) -> Tally {
         let mut sum = self.dealt.clone();
         self.session().into_iter().for_each(|session| sum += session);
         sum
     }
 
-    /// What was added since `before`.
+    /// The difference from `before`.
     pub fn since(&self, before: &Self) -> Self {
         let nothing = [Tally::default(), Tally::default()];
         let [session, rule] = self.others.as_deref().unwrap_or(&nothing);
@@ -115,7 +115,7 @@ impl Total {
         }
     }
 
-    /// Adds what was counted elsewhere.
+    /// Adds other counts.
     pub(super) fn add(&mut self, more: &Self) {
         self.dealt += &more.dealt;
         if let Some(more) = &more.others {
@@ -125,7 +125,7 @@ impl Total {
         self.misrouted = self.misrouted.saturating_add(more.misrouted);
     }
 
-    /// Whether there is less of anything that ended than there was.
+    /// Whether any count of ended requests is lower than in `before`.
     pub(super) fn any_below(&self, before: &Self) -> bool {
         let nothing = [Tally::default(), Tally::default()];
         let (own, other) = (self.others.as_deref().unwrap_or(&nothing), before.others.as_deref().unwrap_or(&nothing));

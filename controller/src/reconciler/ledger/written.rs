@@ -1,4 +1,4 @@
-//! The ledger as it is written down, in as many bytes as there is room for.
+//! The persisted form of the ledger, within a size limit.
 
 use super::folded::Folded;
 use super::{Ledger, NOTED, OfService, OfVersion, Run, RunKey, SILENT, Total, VersionKey, packed, started};
@@ -6,18 +6,18 @@ use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
-/// What the names of runs may take whose counts there is no room for.
+/// How many bytes the names of runs may take whose counts do not fit.
 const NAMES: usize = 64 << 10;
 
 /// A service's name and id, and those of its versions.
 type Named = (String, u32, Vec<(String, u32)>);
 
-/// [`Ledger`] as it is written.
+/// [`Ledger`] in its persisted form.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Written {
     #[serde(default)]
     since: u64,
-    /// The names that runs have ids of: of the service with that of its unrouted requests, of its versions.
+    /// The names of the ids in runs: of each service, for its unrouted requests, and of its versions.
     #[serde(default)]
     names: Vec<Named>,
     #[serde(default)]
@@ -26,21 +26,21 @@ pub struct Written {
     #[serde(default)]
     before: Vec<(VersionKey, Total)>,
     unrouted: BTreeMap<String, u64>,
-    /// What runs said last.
+    /// The last report of each run.
     #[serde(default)]
     starts: Hex,
-    /// The runs that are folded.
+    /// The folded runs.
     #[serde(default)]
     folded: Hex,
     #[serde(default)]
     horizon: u64,
-    /// The runs, as they were written before format 5.
+    /// The runs in the form before format 5.
     #[serde(default, skip_serializing)]
     runs: Vec<(RunKey, OldRun)>,
 }
 
 impl Written {
-    /// What single runs take of it.
+    /// How many bytes single runs take.
     pub fn bytes_of_runs(&self) -> usize {
         self.starts.0.len()
     }
@@ -56,7 +56,7 @@ struct OldRun {
     unrouted: BTreeMap<String, u64>,
 }
 
-/// Bytes as JSON has them.
+/// Bytes as JSON stores them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 struct Hex(Vec<u8>);
@@ -84,8 +84,8 @@ impl TryFrom<String> for Hex {
 }
 
 impl Ledger {
-    /// What to write down where there is room for so many bytes of single runs. What there is no room for becomes a base
-    /// line: of runs that are silent first, then of those that report. Totals are always there.
+    /// The form to persist if `room` bytes are available for single runs. Counts that do not fit become a baseline:
+    /// first those of silent runs, then those of runs that report. The totals are always included.
     pub fn written(&self, room: usize) -> Written {
         let mut runs: Vec<_> = self.runs.iter().collect();
         runs.sort_unstable_by_key(|(key, run)| (Reverse(run.reported_at), *key));
@@ -100,7 +100,7 @@ impl Ledger {
                 continue;
             }
             starts.truncate(from);
-            // Drains wait for those that were there.
+            // Drains wait for the runs that were live.
             let name = Run { counts: None, ..*run };
             put_run(&mut starts, key, &name);
             let was_there = run.reported_at + NOTED + SILENT >= last;

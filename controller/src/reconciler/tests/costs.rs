@@ -1,4 +1,5 @@
-//! A look at what has changed comes to the same as a look at everything, whatever happens; and costs follow what changed.
+//! Reconciling only what has changed gives the same result as reconciling everything, for any sequence of events; and
+//! the cost depends only on what has changed.
 
 use super::*;
 use crate::metrics::Claim;
@@ -11,30 +12,30 @@ const DOCUMENTS: [&[&str]; 3] = [&["a"], &["b"], &["c1", "c2"]];
 const SERVICES: [&str; 4] = ["a", "b", "c1", "c2"];
 const PROXIES: [&str; 2] = ["edge", "other"];
 
-/// What may happen.
+/// The events.
 #[derive(Debug, Clone)]
 enum Event {
-    /// Time passes, in steps of so many milliseconds; proxies report after each of them.
+    /// Time passes, in this many steps of this many milliseconds; proxies report after each of them.
     Passes { steps: u8, millis: u64, reports: bool },
-    /// The controller stands still.
+    /// The controller stalls.
     StandsStill(u64),
     /// A document is edited.
     Edited { document: usize, kind: u8 },
-    /// A document leaves, or comes back.
+    /// A document is removed or comes back.
     Listed { document: usize, is_listed: bool },
-    /// So many endpoints of a version are ready; or it is not known.
+    /// This many endpoints of a version are ready; or the readiness is not known.
     Ready { service: usize, version: usize, ready: u8, known: bool },
-    /// A proxy reports so much more of a service.
+    /// A proxy reports these counts of a service.
     Reports { proxy: usize, service: usize, said: Said },
-    /// Somebody wants something.
+    /// A user gives a command.
     Wants { document: usize, what: u8 },
     /// A gate answers.
     Answers(bool),
-    /// Counts can be kept, or cannot.
+    /// Counts can be persisted, or cannot.
     Keeps(bool),
 }
 
-/// What a proxy says of a service.
+/// A proxy's report of a service.
 #[derive(Debug, Clone, Copy, Default)]
 struct Said {
     ok: u64,
@@ -72,7 +73,7 @@ fn events() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// Two controllers to which the same happens. One of them looks at everything each time.
+/// Two controllers that receive the same events. One of them reconciles everything each time.
 struct Both {
     changed: Reconciler,
     full: Reconciler,
@@ -317,7 +318,7 @@ fn time_alone_is_enough_to_look() {
         for n in 0..200 {
             both.now += 100;
             if n % 10 == 0 && n < 2 * reports {
-                // They go on to report, and count nothing.
+                // The proxies continue to report, without new counts.
                 let said = Said { ok: if n < reports { 20 } else { 0 }, ..Said::default() };
                 (0..SERVICES.len()).for_each(|service| both.report(0, service, said));
             }
@@ -329,7 +330,7 @@ fn time_alone_is_enough_to_look() {
     }
 }
 
-/// So many documents at rest, all of them looked at.
+/// This many documents without a rollout under way, all of them reconciled.
 fn at_rest(number: usize) -> Reconciler {
     let names: Vec<String> = (0..number).map(|n| format!("s{n}")).collect();
     let one = crate::reconciler::tests::readiness().services["shop"].clone();
@@ -357,7 +358,7 @@ fn documents_at_rest_are_not_looked_at() {
         reconciler.evaluate(1_000_000 + 100 * n);
     }
     assert_eq!(looks(&reconciler), before);
-    // A report, an endpoint and a command are looked at where they belong.
+    // A report, an endpoint and a command cause a reconcile of their own document only.
     let mut readiness = (*reconciler.readiness).clone();
     readiness.services.get_mut("s3").unwrap().get_mut("v2").unwrap()[0].ready = false;
     reconciler.set_readiness(Arc::new(readiness));

@@ -1,4 +1,4 @@
-//! What one document does stops no other, whatever it comes from.
+//! Problems of one document do not affect other documents, whatever their cause.
 
 use super::*;
 
@@ -48,7 +48,7 @@ fn a_later_file_does_not_take_the_host_of_an_applied_document() {
     let kept = reconciler.kept().clone();
     let mut reconciler = Reconciler::new(files(&[taking.clone(), file]), kept, CountState::default());
     assert_eq!((hosts(&reconciler).len(), reconciler.document_errors()), (2, vec![why.to_owned()]));
-    // Once the document is gone, the host is free.
+    // Once the document is deleted, the host is free.
     reconciler.delete_shift("b", None).unwrap();
     assert_eq!(hosts(&reconciler), ["c b.example.com", "a a.example.com"]);
     assert_eq!(reconciler.document_errors(), [""; 0]);
@@ -92,7 +92,7 @@ fn a_document_that_proxies_could_not_read_keeps_its_services_and_the_others_go_o
     reconciler.evaluate(1_000_000);
     let revision = reconciler.kept().revision;
     let share = |reconciler: &Reconciler, service: usize| reconciler.in_force[service].versions[1].weight;
-    // Not as documents are read: as a mistake of the compiler would be.
+    // Simulates a bug of the compiler, which parsing the documents cannot cause.
     for (shift, _) in &mut reconciler.files {
         shift.target = Some("v2".to_owned());
     }
@@ -124,7 +124,7 @@ fn an_edit_leaves_who_made_it_in_the_history() {
         reconciler.set_documents(documents);
         reconciler.set_readiness(ready(&["a"]));
     };
-    // It says the same as before: whoever touched the file has changed nothing.
+    // The content is unchanged, so touching the file does not change the editor.
     edit(&mut reconciler, &old, "mallory");
     let mut new = document("a", "a.example.com", "v2");
     new["spec"]["strategy"] = json!({"steps": [{"weight": 1, "pause": true}, {"weight": 100}]});
@@ -135,7 +135,7 @@ fn an_edit_leaves_who_made_it_in_the_history() {
     let told = by(&reconciler);
     assert_eq!(told[0], "Started kubectl-edit at 2026-12-01T03:02:00Z", "{told:?}");
     assert!(told.len() > 1 && told[1..].iter().all(|line| line.ends_with(" -")), "what follows of itself: {told:?}");
-    // A document of the API is its user's.
+    // An API document belongs to its user.
     reconciler.put_shift("a", document("a", "a.example.com", "v1")).unwrap();
     reconciler.edited_by("a", "alice from 10.0.0.1");
     reconciler.evaluate(6_000);

@@ -1,4 +1,4 @@
-//! What serves and leaves its document, and documents that leave.
+//! Removed versions that still serve, and deleted documents.
 
 use super::*;
 use crate::rollout::{Phase, Reason};
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 const STEPS: [(u32, u64); 2] = [(10, 20), (100, 0)];
 
-/// A document of these versions, each with four endpoints.
+/// A document with these versions, each with four endpoints.
 fn document(name: &str, versions: &[&str], stable: &str, target: Option<&str>) -> Value {
     let endpoints: Vec<String> = (1..5).map(|port| format!("127.0.0.1:{port}")).collect();
     let version = |name: &&str| json!({"name": name, "endpoints": endpoints});
@@ -24,7 +24,7 @@ fn files(documents: &[Value]) -> Vec<(TrafficShift, Value)> {
     documents.iter().map(|document| (TrafficShift::read(document).unwrap(), document.clone())).collect()
 }
 
-/// So many endpoints of four are ready of each version of a service.
+/// This many of four endpoints are ready of each version of a service.
 fn ready(service: &str, versions: &[(&str, usize)]) -> Readiness {
     let endpoint = |port: usize| Endpoint { host: "127.0.0.1".to_owned(), port: port as u16 + 1 };
     let state =
@@ -39,7 +39,7 @@ struct Town {
 }
 
 impl Town {
-    /// v1, and v2 which has succeeded it.
+    /// v1, and v2, which has succeeded it.
     fn new() -> Self {
         let documents = [document("shop", &["v1", "v2"], "v1", Some("v2"))];
         let reconciler =
@@ -74,7 +74,7 @@ impl Town {
         self
     }
 
-    /// A version's share in what proxies run, in percent.
+    /// A version's share in the policy of the proxies, in percent.
     fn share(&self, version: &str) -> f64 {
         let service = self.play.reconciler.in_force.iter().find(|service| service.name == "shop");
         service.map_or(0.0, |service| 100.0 * share_of(service, version))
@@ -101,11 +101,11 @@ fn a_version_renamed_in_place_serves_until_the_new_one_can() {
         "{message}"
     );
     assert!(town.reasons().contains(&Reason::VersionLeft));
-    // Also after a restart, of which the proxies notice nothing.
+    // Also after a restart, which the proxies do not notice.
     let now = [document("shop", &["v1", "v3"], "v1", Some("v3"))];
     town.restart(&now, 5_000).ready(&[("v1", 0), ("v2", 4), ("v3", 0)]).pass(10);
     assert_eq!((town.share("v2"), town.share("v3")), (100.0, 0.0));
-    // It is moved as always, with steps.
+    // Its traffic moves in steps, as usual.
     town.ready(&[("v1", 0), ("v2", 4), ("v3", 4)]).pass(10);
     assert_eq!((town.share("v2"), town.share("v3")), (90.0, 10.0));
     town.pass(30);
@@ -134,7 +134,7 @@ fn what_left_its_document_goes_at_its_drain_deadline() {
     town.pass(15);
     assert_eq!((town.share("v1"), town.share("v2")), (100.0, 0.0));
     assert_eq!(town.play.reconciler.kept().leaving, Leaving::default());
-    // A target that leaves is carried on with as far as the stable version cannot carry the load.
+    // A removed target continues to serve as far as the stable version cannot carry the load.
     let mut town = Town::new();
     town.ready(&[("v1", 4), ("v2", 4)]);
     town.play.reconciler.command("shop", &Command::SetTarget { target: "v1".to_owned() }, town.play.now).unwrap();
@@ -165,7 +165,7 @@ fn a_document_that_comes_back_goes_on_where_it_was() {
             town.restart(&[], 60_000).ready(&[("v1", 0), ("v2", 4), ("v3", 4)]).pass(2);
             assert_eq!((town.share("v2"), town.share("v3")), (90.0, 10.0));
         }
-        // Nothing goes on meanwhile, and commands are for what is there.
+        // Meanwhile the rollout does not advance, and commands apply to existing documents only.
         town.pass(60);
         assert_eq!(town.share("v3"), 10.0);
         let refused = town.play.reconciler.command("shop", &Command::Pause, town.play.now);
@@ -187,7 +187,7 @@ fn what_is_kept_goes_once_another_document_claims_it_and_that_one_starts_from_wh
     let mut town = Town::new();
     town.set(&[]).pass(3_600);
     assert_eq!(town.share("v2"), 100.0, "as long as nobody claims it");
-    // Under another name, as Git has it.
+    // Under another name, as in Git.
     town.set(&[document("checkout", &["v1", "v2"], "v1", Some("v2"))]);
     let all = [("v1", 0), ("v2", 4)];
     let mut both = ready("shop", &all);
@@ -198,7 +198,7 @@ fn what_is_kept_goes_once_another_document_claims_it_and_that_one_starts_from_wh
     assert_eq!((first.services[0].name.as_str(), share_of(&first.services[0], "v2")), ("checkout", 1.0));
     let status = town.play.reconciler.rollout_status("checkout", town.play.now).unwrap().remove(0);
     assert_eq!((status.stable.as_str(), status.phase, status.number), ("v2", Phase::Initialized, 0));
-    // The first is forgotten after ten minutes.
+    // The first document is forgotten after ten minutes.
     town.pass(601);
     assert_eq!(town.play.reconciler.rollout_status("shop", town.play.now), None);
     assert_eq!(town.play.reconciler.kept().rollouts.len(), 1);
@@ -215,16 +215,16 @@ fn what_is_to_drain_goes_to_the_default_route_once_that_leads_to_something_ready
     town.set(&[draining()]).pass(1).set(&[]).ready(&[("v1", 0), ("v2", 4)]).pass(290);
     assert!(town.play.reconciler.holds_deletion("shop", town.play.now));
     assert_eq!(town.share("v2"), 100.0);
-    // The default route leads to v1, which has nothing.
+    // The default route leads to v1, which has no ready endpoint.
     town.pass(60);
     assert_eq!(town.share("v2"), 100.0);
     assert!(!town.play.reconciler.holds_deletion("shop", town.play.now), "no deletion waits longer than its deadline");
     town.ready(&[("v1", 1), ("v2", 4)]).pass(1);
     assert_eq!(town.play.reconciler.in_force, []);
-    // Its rollout is remembered for ten minutes from when it went.
+    // Its rollout is remembered for ten minutes after the deletion.
     town.set(&[draining()]).ready(&[("v1", 1), ("v2", 4)]).pass(1);
     assert_eq!((town.share("v2"), town.play.rollout().stable.as_str()), (100.0, "v2"));
-    // Where nothing can take traffic, there is nothing to wait for.
+    // If no version can take traffic, there is nothing to wait for.
     town.set(&[]).ready(&[("v1", 0), ("v2", 0)]).pass(1);
     assert!(!town.play.reconciler.holds_deletion("shop", town.play.now));
 }
@@ -263,7 +263,7 @@ fn a_document_that_went_while_no_controller_was_there_is_kept_as_it_is() {
 fn a_new_document_starts_from_the_only_version_with_pods() {
     let now = document("shop", &["v1", "v2"], "v1", Some("v2"));
     let mut documents = files(std::slice::from_ref(&now));
-    // As a cluster shows it: the workload of v1 is scaled to 0.
+    // As a cluster reports it: the workload of v1 is scaled to 0.
     documents[0].0.services[0].versions[0].replicas = Some(0);
     documents[0].0.services[0].versions[0].endpoints.clear();
     let fresh = || PersistedState::fresh("e".to_owned()).unwrap();
@@ -273,7 +273,7 @@ fn a_new_document_starts_from_the_only_version_with_pods() {
     assert_eq!(shares(&policy), [0.0, 100.0]);
     let rollout = &reconciler.kept().rollouts["shop"];
     assert_eq!((rollout.stable.as_str(), rollout.full_load(&documents[0].0.services[0])), ("v2", 4));
-    // Where the document wants v1, it is moved back as far as v1 can carry what v2 does.
+    // If the document wants v1, traffic moves back as far as v1 can carry the load of v2.
     documents[0].0.target = None;
     let mut reconciler = Reconciler::new(documents, fresh(), CountState::default());
     reconciler.set_readiness(Arc::new(ready("shop", &[("v1", 0), ("v2", 4)])));
@@ -290,14 +290,14 @@ fn neither_renaming_nor_deleting_goes_past_a_gate() {
         document
     };
     let renamed = gated(document("shop", &["v3"], "v3", None));
-    // The old stable version is deleted while another one is named.
+    // The old stable version is removed while another one is named.
     let mut town = Town::new();
     town.set(&[gated(document("shop", &["v1", "v2"], "v1", Some("v2")))]).pass(5);
     town.set(std::slice::from_ref(&renamed)).ready(&[("v2", 4), ("v3", 4)]).pass(1_000);
     assert_eq!((town.share("v2"), town.share("v3")), (100.0, 0.0), "no deadline opens a gate");
     assert_eq!((town.play.rollout().phase, town.play.rollout().reason), (Phase::Waiting, Reason::GateClosed));
     assert!(town.message().contains("as long as a gate is closed"), "{}", town.message());
-    // The document is deleted and made again.
+    // The document is deleted and created again.
     let mut town = Town::new();
     town.set(&[]).pass(1_000).set(std::slice::from_ref(&renamed)).ready(&[("v2", 4), ("v3", 4)]).pass(1_000);
     assert_eq!((town.share("v2"), town.share("v3")), (100.0, 0.0));
@@ -312,7 +312,7 @@ fn neither_renaming_nor_deleting_goes_past_a_gate() {
     assert_eq!((town.share("v3"), town.play.rollout().stable.as_str()), (100.0, "v3"));
 }
 
-/// An edit of the document, or of what is ready.
+/// An edit of the document, or of the ready endpoints.
 #[derive(Debug, Clone)]
 enum Edit {
     Document { versions: Vec<usize>, stable: usize, target: Option<usize> },
@@ -339,8 +339,8 @@ fn edit() -> impl Strategy<Value = Edit> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    /// Whatever is edited: no share of a ready version is taken before its deadline by more than others can carry, and
-    /// something serves as long as anything in force is ready.
+    /// For all edits: before its deadline, a ready version loses no more of its share than other versions can carry,
+    /// and some version serves as long as any version in force is ready.
     #[test]
     fn nothing_that_serves_is_dropped_by_edits(edits in prop::collection::vec(edit(), 1..16)) {
         let mut town = Town::new();
@@ -372,7 +372,8 @@ proptest! {
             let can = service.versions.iter().any(|version| count(&version.name) > 0);
             prop_assert_eq!(of_all > 0.0, can, "{:?}: {:?}", edit, service);
             prop_assert!(could == 0 || of_all > 0.0, "{:?}: what served is ready and nothing serves", edit);
-            // What is given more than before can carry it, or all together cannot.
+            // A larger share than before can be carried by its version, unless all versions together cannot carry the
+            // load.
             let carries: usize = service.versions.iter().map(|version| count(&version.name)).sum();
             for version in service.versions.iter().filter(|version| carries > 4 && version.weight > 0) {
                 let share = share_of(&service, &version.name);
@@ -384,7 +385,7 @@ proptest! {
     }
 }
 
-/// How many endpoints of all versions that are in use are ready.
+/// How many endpoints of all versions in use are ready.
 fn helpers(service: &Service, count: &impl Fn(&str) -> usize) -> usize {
     service.versions.iter().filter(|version| version.weight > 0).map(|version| count(&version.name)).sum()
 }

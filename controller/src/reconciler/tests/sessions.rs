@@ -1,4 +1,4 @@
-//! What sessions are signed with: what documents refer to, while that is known and while it is not.
+//! The signing secrets of sessions: the ones that documents refer to, resolved or not.
 
 use super::*;
 use crate::secret_values::SecretUse;
@@ -7,7 +7,7 @@ fn spec() -> Value {
     json!({"session": {"type": "Cookie", "name": "c", "ttlSeconds": 600, "secretRef": {"name": "shop", "key": "session"}}})
 }
 
-/// What the secrets are, where it is this one.
+/// Resolves all references to this secret.
 fn secrets(secret: Option<&str>) -> Arc<SecretValues> {
     let shifts: Vec<_> = documents(&spec()).into_iter().map(|(shift, _)| shift).collect();
     let look_up =
@@ -16,7 +16,7 @@ fn secrets(secret: Option<&str>) -> Arc<SecretValues> {
 }
 
 impl Play {
-    /// The secret of the session as proxies have it, and those of before.
+    /// The secret of the session as proxies have it, and the previous ones.
     fn session(&self) -> (String, Vec<String>) {
         let session = self.reconciler.in_force[0].session.clone().unwrap();
         let text = |secret: &Secret| secret.expose().to_owned();
@@ -54,7 +54,7 @@ fn what_cannot_be_had_stays_what_it_was_and_is_said() {
     let line = "spec.session.secretRef: gone";
     assert_eq!(play.reconciler.unresolved("shop"), [line]);
     assert_eq!(play.reconciler.document_errors(), [format!("shop: {line}")]);
-    // Before anything is known after a restart, and when it still cannot be had.
+    // Before secrets are known after a restart, and if they still cannot be resolved.
     play.restart(spec(), 1_000, true);
     play.pass(1_000, &[("edge-1", 0)]);
     assert_eq!(play.session(), ("one".to_owned(), vec![]));
@@ -86,7 +86,7 @@ fn no_status_holds_a_secret() {
         format!("{:?}", play.reconciler),
     ];
     for shown in shown {
-        // (What is kept holds the policy as JSON.)
+        // (The persisted state contains the policy as JSON.)
         let shown = shown.replace(&play.reconciler.kept().services.replace('"', "\\\""), "");
         assert!(!shown.contains("hush") && !shown.contains("psst"), "{shown}");
     }

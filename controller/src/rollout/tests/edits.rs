@@ -1,8 +1,8 @@
-//! Documents that are edited while a rollout is under way, and after it.
+//! Documents that are edited during a rollout and after it.
 
 use super::*;
 
-/// At 25 % of six steps, where it is held for an hour.
+/// At 25 % of six steps, with a hold of one hour.
 fn at_a_quarter() -> Play {
     let hour = |weight| json!({"weight": weight, "holdSeconds": 3600});
     let steps = json!([{"weight": 1}, {"weight": 5}, {"weight": 10}, hour(25), hour(50), {"weight": 100}]);
@@ -17,7 +17,7 @@ fn steps_that_are_gone_are_not_done() {
     let mut play = at_a_quarter();
     let hour = |weight| json!({"weight": weight, "holdSeconds": 3600});
     play.set("strategy", json!({"steps": [hour(30), hour(60), hour(100)]}));
-    // Each gives more than it has: that takes a command, not an edit.
+    // Each step gives more than the current share: that requires a command, not an edit.
     assert_eq!(play.pass(300).shares(), [75.0, 25.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged));
     let words = "step 1: the document's steps have changed; paused until it is promoted or resumed; v2 has 25 %";
@@ -26,7 +26,7 @@ fn steps_that_are_gone_are_not_done() {
     let changed = "step 1: the document's steps have changed; v2 stays at 25 % until it is promoted or resumed";
     assert_eq!((news[0].reason, news[0].message.as_str()), (Reason::StepsChanged, changed));
     assert_eq!(news.len(), 1, "{news:?}");
-    // The step that it goes on from is held from its beginning.
+    // The hold of the step from which it continues starts again.
     play.command(PROMOTE).unwrap();
     assert_eq!(play.pass(3_590).shares(), [70.0, 30.0, 0.0]);
     assert_eq!(play.pass(20).rollout.step, 1);
@@ -39,7 +39,7 @@ fn an_edit_moves_nobody_ahead_at_a_pause() {
         (json!([pause(50), {"weight": 100}]), 50.0),
         (json!([{"weight": 50, "holdSeconds": 60}]), 50.0),
         (json!([{"weight": 100}]), 100.0),
-        // The pause itself is gone.
+        // The pause itself is removed.
         (json!([{"weight": 10, "holdSeconds": 60}, pause(40)]), 40.0),
         (json!([{"weight": 5}, {"weight": 10}, {"weight": 60, "holdSeconds": 60}]), 60.0),
     ] {
@@ -49,7 +49,7 @@ fn an_edit_moves_nobody_ahead_at_a_pause() {
             play.set("strategy", json!({"steps": steps}));
             assert_eq!(play.pass(90).shares(), [90.0, 10.0, 0.0], "{steps}");
             assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged), "{steps}");
-            // A second edit says no more than the first, and neither does a restart.
+            // A second edit or a restart changes nothing.
             play.set("strategy", json!({"steps": [pause(10), pause(40)]}));
             play.pass(1).set("strategy", json!({"steps": steps}));
             let text = serde_json::to_string(&play.rollout).unwrap();
@@ -62,7 +62,7 @@ fn an_edit_moves_nobody_ahead_at_a_pause() {
             assert_eq!(seen[0], next, "{steps} {by:?}");
         }
     }
-    // A pause that is still there is one as ever.
+    // A pause that still exists works as usual.
     let mut play = Play::new("v1", Some("v2"), json!([pause(10), pause(40)]));
     play.pass(5).set("strategy", json!({"steps": [pause(5), pause(10), pause(40)]}));
     assert_eq!(play.pass(5).stands(), (Phase::Paused, Reason::PauseStep));
@@ -101,10 +101,10 @@ fn an_edit_moves_nobody_ahead_on_a_ramp_or_while_endpoints_are_missing() {
     play.command(Command::Resume).unwrap();
     let after = play.pass(10).shares()[1];
     assert!(after > before && after < before + 15.0, "the ramp goes on: {before} {after}");
-    // What it was on its way to, or less, is nothing new.
+    // The share that it was moving to, or a smaller one, is not an increase.
     play.set("strategy", strategy(&[hour(55)]));
     assert_eq!(play.pass(60).shares()[1], 55.0);
-    // Nor is it where endpoints are missing; more is.
+    // The same holds if endpoints are missing; a larger share is an increase.
     for (weight, shares) in [(20, [80.0, 20.0, 0.0]), (60, [100.0, 0.0, 0.0])] {
         let mut play = Play::new("v1", Some("v2"), json!([hour(25)]));
         play.ready("v2", 0);
@@ -128,7 +128,7 @@ fn an_edit_moves_nobody_ahead_of_a_weight_by_hand() {
         play.rollout.gate_answered(0, true, "");
         assert_eq!(play.pass(1).shares()[1], next);
     }
-    // A gate that has not answered is not passed by that.
+    // The edit does not pass a gate that has not answered.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}]));
     play.pass(1).command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();
     play.set("webhooks", json!([{"name": "gate", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": [1]}]));
@@ -151,14 +151,14 @@ fn an_edit_moves_nobody_ahead_of_a_preview() {
         assert_eq!(play.pass(700).shares(), [100.0, 0.0, 0.0], "{strategy}");
         assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged), "{strategy}");
     }
-    // Steps that become a switch as a whole, at once.
+    // Steps that become a blue/green switch at once.
     let mut play = at_a_quarter();
     play.set("strategy", json!({"blueGreen": {}}));
     assert_eq!(play.pass(60).shares(), [75.0, 25.0, 0.0]);
     assert_eq!(play.stands(), (Phase::Paused, Reason::StepsChanged));
     play.command(PROMOTE).unwrap();
     assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
-    // One that waits for endpoints to switch as a whole gets no part of it.
+    // A blue/green switch that waits for endpoints gets no partial share.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 100}]));
     play.set("strategy", json!({"blueGreen": {"holdSeconds": 60}}));
     play.pass(1).ready("v2", 3);
@@ -187,11 +187,11 @@ fn steps_that_change_within_their_number_are_heeded_and_told() {
     assert_eq!(play.pass(30).shares(), [10.0, 90.0, 0.0], "held anew");
     assert_eq!(play.pass(40).shares(), [5.0, 95.0, 0.0]);
     play.news();
-    // No step ahead: what it has not had yet it gets for what it does, not for an edit.
+    // No increase: it gets a share that it has not had by completing steps, not by an edit.
     play.set("strategy", json!({"steps": [{"weight": 5}, {"weight": 10}, held(50)]}));
     assert_eq!(play.pass(30).shares(), [50.0, 50.0, 0.0]);
     assert_eq!(play.news()[0], (Phase::Progressing, Reason::StepsChanged, Some(3)));
-    // The present step lowered, and nothing else.
+    // Only the current step is lowered.
     play.set("strategy", json!({"steps": [{"weight": 5}, {"weight": 10}, held(20)]}));
     assert_eq!(play.pass(50).shares(), [80.0, 20.0, 0.0], "held anew");
 }
@@ -238,7 +238,7 @@ fn steps_edited_while_no_controller_was_there_are_as_those_edited_while_one_was(
     assert_eq!(play.news()[0], (Phase::Paused, Reason::StepsChanged, Some(1)));
 }
 
-/// A rollout at its second step as builds kept it that knew nothing of what has been added since.
+/// A rollout at its second step as persisted by builds without the later fields.
 const OF_AN_OLDER_BUILD: &str = r#"{"number": 1, "phase": "Progressing", "reason": "Holding",
     "message": "step 2: v2 has 25 %", "since": 1000, "started": 1000, "stable": "v1", "target": "v2", "leaving": null,
     "step": 1, "allowed": true, "heldSince": 2000, "paused": false, "weightByHand": null, "isReturn": false,
@@ -257,7 +257,7 @@ fn a_state_of_an_older_build_goes_on_where_it_was() {
     assert_eq!(play.pass(59).shares(), [75.0, 25.0, 0.0]);
     assert_eq!(play.news(), []);
     assert_eq!(play.pass(2).shares(), [50.0, 50.0, 0.0]);
-    // Waiting for a gate it keeps what it has.
+    // While it waits for a gate, it keeps its share.
     let waits = OF_AN_OLDER_BUILD.replace("\"allowed\": true", "\"allowed\": false");
     play.rollout = serde_json::from_str(&waits).unwrap();
     assert_eq!(play.shares(), [90.0, 10.0, 0.0]);
@@ -305,10 +305,10 @@ fn fewer_endpoints_listed_at_rest_are_what_the_load_needs() {
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
     assert_eq!(play.rollout.message, "v2 serves everything");
     assert_eq!(play.news(), []);
-    // One that is listed and not ready is missing as ever.
+    // An endpoint that is listed and not ready counts as missing, as usual.
     play.ready("v2", 1);
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0]);
-    // Where a workload brings them, pods that come and go say nothing of what the load needs.
+    // If a workload provides the endpoints, the number of pods does not define how many carry the load.
     play.document["spec"]["versions"][1]["workloadRef"] = json!({"name": "checkout-v2"});
     play.pass(1);
     play.document["spec"]["versions"][1]["endpoints"] = json!(["127.0.0.1:1"]);

@@ -1,9 +1,9 @@
-//! Endpoints that are lost: who takes over, and how that is told.
+//! Lost endpoints: which versions take over, and how that is reported.
 
 use super::*;
 
 impl Play {
-    /// The last transition, and that there was one since this was last asked.
+    /// The last transition; fails if there has been none since the last call.
     fn last_news(&mut self) -> (Phase, Reason, String) {
         let last = self.rollout.take_news().pop().expect("a transition");
         (last.phase, last.reason, last.message)
@@ -152,7 +152,7 @@ fn a_superseded_version_goes_on_carrying_what_the_stable_one_cannot() {
         play.command(said).unwrap();
         assert_eq!(play.pass(1).shares(), shares);
     }
-    // Nor does a version that nobody has tried get it when that one is withdrawn.
+    // The untried v3 does not take over either when it is withdrawn.
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
     play.pass(1).command(Command::SetTarget { target: "v1".to_owned() }).unwrap();
     assert_eq!(play.pass(1).shares(), [25.0, 75.0, 0.0]);
@@ -176,7 +176,7 @@ fn back_is_at_once_and_whole_however_young_the_stable_versions_endpoints_are() {
     assert_eq!(play.pass(1).shares(), [50.0, 50.0, 0.0], "what is ready serves");
     play.count("v2", 0, 40);
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
-    // Back to any version is at once, too.
+    // A rollback to any version is immediate, too.
     play.command(Command::SetTarget { target: "v3".to_owned() }).unwrap();
     play.pass(1).command(Command::Promote { full: true, override_gates: false }).unwrap();
     assert_eq!(play.pass(2).rollout.stable, "v3");

@@ -1,4 +1,4 @@
-//! No way to a larger share goes around a gate.
+//! No increase of the share bypasses a gate.
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn gate(steps: serde_json::Value) -> serde_json::Value {
     json!([{"name": "approval", "type": "Gate", "url": "http://127.0.0.1:1/", "steps": steps}])
 }
 
-/// 10 %, 25 %, 50 % and all, each held for an hour; the gate is before 50 %.
+/// 10 %, 25 %, 50 % and 100 %, each held for an hour; the gate is before 50 %.
 fn gated() -> Play {
     let held = |weight| json!({"weight": weight, "holdSeconds": 3600});
     let mut play = Play::new("v1", None, json!([held(10), held(25), held(50), {"weight": 100}]));
@@ -42,7 +42,7 @@ fn commands_stop_at_a_closed_gate() {
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
     refused(&mut play, FULL);
     refused(&mut play, weight(50));
-    // On from there: to the step that the gate is of, which is asked.
+    // It continues to the step of the gate and waits there for approval.
     for on in [PROMOTE, Command::Resume] {
         let mut play = Play { rollout: play.rollout.clone(), now: play.now, ..gated() };
         play.command(on).unwrap();
@@ -77,7 +77,7 @@ fn a_gate_is_overridden_by_saying_so() {
     play.command(Command::Promote { full: true, override_gates: true }).unwrap();
     let told = play.rollout.take_news();
     assert!(told.iter().any(|news| news.message.contains("overriding the gate approval of step 3")), "{told:?}");
-    // At the gate itself, the step begins and is held as ever.
+    // At the gate itself, the step begins and is held as usual.
     let mut play = gated();
     play.command(PROMOTE).unwrap();
     play.pass(1).command(PROMOTE).unwrap();
@@ -107,7 +107,7 @@ fn an_override_opens_no_gate_that_lies_beyond_it() {
 
 #[test]
 fn edited_steps_move_no_gate_out_of_the_way() {
-    // The gate's number is that of no step any longer, or of one further on.
+    // The gate's number belongs to no step any more, or to a later one.
     for steps in
         [json!([{"weight": 100}]), json!([{"weight": 5}, {"weight": 100}]), json!([{"weight": 10}, {"weight": 100}])]
     {
@@ -146,12 +146,12 @@ fn an_edited_stable_is_a_rollout_where_there_are_gates() {
         play.command(Command::Promote { full: true, override_gates: true }).unwrap();
         assert_eq!(play.pass(5).rollout.stable, version);
         assert_eq!(play.stands(), (Phase::Succeeded, Reason::Completed));
-        // Back to what served before is no way forward.
+        // Going back to the version that served before needs no gate.
         play.set("stable", json!("v1"));
         play.set("target", json!(null));
         assert_eq!(play.pass(5).shares(), [100.0, 0.0, 0.0]);
     }
-    // Without gates it is what serves, as it was.
+    // Without gates, an edited `stable` serves at once.
     let mut play = Play::new("v1", None, json!([{"weight": 10, "holdSeconds": 60}]));
     play.pass(1).set("stable", json!("v2"));
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
@@ -159,7 +159,7 @@ fn an_edited_stable_is_a_rollout_where_there_are_gates() {
 
 #[test]
 fn a_superseded_target_has_not_served() {
-    // It still helps out, but has never had everything: its gate lies before that as before.
+    // It still helps to carry the load, but has never had all traffic: its gate still applies.
     let superseded = || {
         let mut play = gated();
         play.ready("v1", 3);

@@ -1,4 +1,4 @@
-//! Proxies that are not there, that are behind or that lead requests elsewhere, and targets that give no good answer.
+//! Proxies that are missing, behind or misrouting requests, and targets without successful answers.
 
 use super::*;
 
@@ -49,7 +49,7 @@ fn only_time_counts_in_which_proxies_do_what_was_decided() {
         let mut play = held();
         play.pass(20).news();
         play.world.coverage = gone;
-        // As long as after each new revision, nothing is said.
+        // For as long as after each new revision, the reason does not change.
         assert_eq!(play.pass(2).stands(), (Phase::Progressing, Reason::Holding));
         play.pass(598);
         assert_eq!(play.rollout.held(play.now).unwrap() / 1_000, 19);
@@ -57,7 +57,7 @@ fn only_time_counts_in_which_proxies_do_what_was_decided() {
         assert_eq!((play.pass(39).rollout.step, play.rollout.reason), (0, Reason::Holding));
         assert_eq!(play.pass(2).rollout.step, 1);
     }
-    // A moment is none.
+    // A moment does not count.
     let mut play = held();
     play.pass(20).world.coverage = live(0);
     play.pass(2).world.coverage = live(20);
@@ -96,7 +96,7 @@ fn which_proxy_is_behind_and_what_to_do_is_said() {
         assert_eq!(play.pass(100).stands(), (Phase::Progressing, Reason::ProxiesBehind));
         assert_eq!(play.rollout.message, format!("step 1: {words}"));
     }
-    // A tenth of them may be silent.
+    // A tenth of the proxies may be silent.
     let mut play = held();
     play.world.coverage = silent(2);
     assert_eq!(play.pass(62).rollout.step, 1);
@@ -111,17 +111,17 @@ fn requests_that_go_elsewhere_are_no_test() {
     let words = "step 1: 12 requests of v2 went elsewhere; add a route that matches x-tideshift-version: v2 (tideshift \
                  render prints it)";
     assert_eq!(play.rollout.message, words);
-    // Fewer reach it than go astray, and some still do.
+    // Fewer requests reach it than are misrouted, and some still are.
     play.count("v2", 11, 0);
     play.world.misrouted = 13;
     assert_eq!(play.pass(2).stands(), (Phase::Progressing, Reason::NotRouted));
-    // With a route all reach it, and the hold goes on where it was.
+    // With a route all reach it, and the hold continues where it was.
     play.pass(2).count("v2", 1, 0);
     assert_eq!(play.pass(45).stands(), (Phase::Progressing, Reason::Holding));
     assert_eq!(play.pass(8).rollout.step, 1);
-    // The next step starts with no counts of its own.
+    // The next step starts without counts of its own.
     assert_eq!(play.pass(5).stands(), (Phase::Progressing, Reason::Holding));
-    // Most of them reach it from the beginning.
+    // Most requests reach it from the beginning.
     let mut play = held();
     play.pass(10).world.misrouted = 12;
     play.count("v2", 12, 0);
@@ -145,7 +145,7 @@ fn without_a_good_answer_where_others_give_some_no_step_ends() {
         "{}",
         play.rollout.message
     );
-    // Promoted it goes on, and the next step is another.
+    // If promoted it continues, and the next step needs its own answer.
     let (mut promoted, shift) = (play.rollout.clone(), read(&play.document));
     promoted = promoted.command(&PROMOTE, &shift, &play.world, play.now).unwrap();
     assert_eq!(promoted.advance(&shift, &play.world, play.now).step, 1);
@@ -155,7 +155,7 @@ fn without_a_good_answer_where_others_give_some_no_step_ends() {
     assert_eq!(play.pass(5).stands(), (Phase::Progressing, Reason::NoGoodAnswer));
     let words = "step 2: v2 has given no good answer in this step, v1 1; none of its requests has ended";
     assert_eq!(play.rollout.message, words);
-    // What was counted before a restart is not of another step.
+    // Counts from before a restart still belong to the same step.
     let text = serde_json::to_string(&play.rollout).unwrap();
     play.rollout = serde_json::from_str(&text).unwrap();
     play.count("v2", 1, 0);
@@ -166,7 +166,7 @@ fn without_a_good_answer_where_others_give_some_no_step_ends() {
 fn nobody_has_to_answer_where_nobody_asks_or_users_are_not_there_yet() {
     let mut play = held();
     assert_eq!(play.pass(125).stands(), (Phase::Succeeded, Reason::Completed));
-    // Testers come when they come.
+    // Testers may not send requests during the step.
     let mut play =
         Play::new("v1", Some("v2"), json!([{"weight": 0, "holdSeconds": 10}, {"weight": 50, "holdSeconds": 9}]));
     play.pass(5).count("v1", 100, 0);
@@ -192,11 +192,11 @@ fn whoever_is_asked_for_is_moved_to_without_proxies_and_it_is_said() {
     assert_eq!((play.pass(60).rollout.step, play.rollout.reason), (1, Reason::NoProxies));
     play.command(Command::Promote { full: true, override_gates: false }).unwrap();
     assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
-    // Nothing of it hinders the way back.
+    // None of this blocks the way back.
     play.set("target", json!("v1"));
     assert_eq!(play.pass(1).stands(), (Phase::Succeeded, Reason::Completed));
     assert_eq!(play.shares(), [100.0, 0.0, 0.0]);
-    // A pause is one all the same, and says what is missing.
+    // A pause step still pauses, and the message says what is missing.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "pause": true}]));
     play.pass(5).world.coverage = live(0);
     assert_eq!(play.pass(5).stands(), (Phase::Paused, Reason::PauseStep));

@@ -1,4 +1,4 @@
-//! What people say: pausing and what stands still then, weights by hand, and what of it is told.
+//! Commands: pausing and what stops then, shares set by users, and how they are reported.
 
 use super::*;
 
@@ -36,7 +36,7 @@ fn a_paused_rollout_does_not_grow_with_its_endpoints() {
     assert_eq!(play.pass(1).shares(), [75.0, 25.0, 0.0]);
     play.command(Command::Resume).unwrap();
     assert_eq!(play.pass(1).shares(), [0.0, 100.0, 0.0]);
-    // What is set by hand while it is paused is given.
+    // A share that a user sets during a pause applies.
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 10, "holdSeconds": 600}]));
     play.pass(1).command(Command::Pause).unwrap();
     play.command(Command::SetWeight { weight: 30, override_gates: false }).unwrap();

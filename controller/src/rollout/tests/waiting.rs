@@ -73,7 +73,7 @@ fn testers_are_waited_for_until_somebody_can_answer_them() {
     play.ready("v2", 2);
     assert_eq!(play.pass(9).stands(), (Phase::Progressing, Reason::Holding));
     assert_eq!(play.pass(2).rollout.step, 1);
-    // Nobody to answer them for too long is the end, if that is asked for.
+    // If testers have no endpoint for too long, the rollout fails, if the document says so.
     let mut play = Play::new("v1", Some("v2"), steps.clone());
     play.set("strategy", json!({"steps": steps, "progressDeadlineSeconds": 30, "progressDeadlineAbort": true}));
     play.ready("v2", 0);
@@ -112,7 +112,7 @@ fn what_remains_of_a_warm_up_remains_while_no_controller_is_there() {
     assert!(after > before && after < before + 11.0, "{before} {after}");
     play.pass(30).rollout.since = 7_000_000;
     let (held, attended) = (play.rollout.held_since.unwrap(), play.rollout.attended_since());
-    // The same moments have other numbers after the system's clock was set, which is no time that has passed.
+    // Setting the system clock renumbers the same moments; no time has passed.
     play.rollout.was_unattended(5_000, 3_000);
     assert_eq!((play.rollout.held_since, play.rollout.since), (Some(held + 5_000), 7_003_000));
     assert_eq!(play.rollout.attended_since(), attended + 5_000);

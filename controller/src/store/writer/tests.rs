@@ -1,4 +1,4 @@
-//! A controller that is killed at each of its writes in turn, with a proxy that counts on: in no time at all.
+//! A controller that is killed at each of its writes in turn, with a proxy that continues to count. Time is simulated.
 
 use super::*;
 use crate::clock::Millis;
@@ -23,7 +23,7 @@ type File = RefCell<Option<String>>;
 struct Files {
     kept: File,
     counted: File,
-    /// How many writes are left to the process, and whether the last one is done; none: all of them.
+    /// How many writes the process has left, and whether the last one is completed; `None`: no limit.
     left: Cell<Option<(usize, bool)>>,
     writes: Cell<usize>,
 }
@@ -96,11 +96,11 @@ fn readiness() -> Arc<Readiness> {
     Arc::new(Readiness { services, ..Readiness::default() })
 }
 
-/// A proxy: it has requests, and takes newer policies only.
+/// A proxy: it has requests, and accepts newer policies only.
 #[derive(Default)]
 struct Proxy {
     policy: Option<Policy>,
-    /// The policies that there have been, by revision.
+    /// All policies so far, by revision.
     seen: BTreeMap<u64, String>,
     due: BTreeMap<String, f64>,
     counts: BTreeMap<String, Counts>,
@@ -117,7 +117,7 @@ impl Proxy {
         self.policy = Some(policy);
     }
 
-    /// So many requests end.
+    /// This many requests end.
     fn serve(&mut self, requests: u32) {
         let Some(policy) = &self.policy else { return };
         let versions = &policy.services[0].versions;
@@ -157,7 +157,7 @@ impl Proxy {
     }
 }
 
-/// Files of memory are written at once.
+/// In-memory files are written at once.
 fn write(writer: &mut StateWriter<&Files, &Files>) {
     assert_eq!(writer.write().now_or_never(), Some(WriteStatus::Safe));
 }
@@ -182,13 +182,14 @@ impl<'a> Process<'a> {
     }
 }
 
-/// Plays the failure of v2, then its success, while the process is killed by `kill`: it says how many writes the process
-/// has, and whether the last one is done.
+/// Plays the failure of v2, then its success, while `kill` kills the process: it returns how many writes the process
+/// has, and whether the last one is completed.
 fn play(mut kill: impl FnMut(usize) -> Option<(usize, bool)>) -> usize {
     const LIMIT: Millis = 600_000;
     let files = Files::default();
     let mut proxy = Proxy { fails: Some("v2".to_owned()), ..Proxy::default() };
-    // Target and whether it has failed; what v2 had served when it was made the target for the second time.
+    // The target and whether it has failed; and the requests v2 had served when it became the target for the second
+    // time.
     let (mut target, mut had) = (Some("v2"), None);
     let (mut starts, mut again, mut told) = (0, 0, 0);
     let mut process: Option<Process<'_>> = None;
@@ -229,7 +230,7 @@ fn play(mut kill: impl FnMut(usize) -> Option<(usize, bool)>) -> usize {
                 assert_eq!(begun, [(1, 1), (2, 1), (2, 2), (2, 3), (2, 4)], "each step once: {history:#?}");
                 return files.writes.get();
             }
-            // At once, so that hardly anything of the failure is older than two seconds.
+            // At once, so that hardly any count of the failure is older than two seconds.
             (Phase::Failed, Some(_), None) => {
                 assert_eq!(service.reason, Reason::VerdictFail);
                 report(alive);
@@ -277,7 +278,7 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
     let mut process = Process::start(&files, None, 0);
     let mut proxy = Proxy::default();
     process.reconciler.evaluate(0).policy.into_iter().for_each(|policy| proxy.take(policy));
-    // No proxy can be ahead of what began here and now.
+    // No proxy can be ahead of a state that has just begun.
     let mut forged = proxy.report(&process.reconciler.kept().epoch);
     forged.revision = 41;
     process.reconciler.reported(&forged, 50);
@@ -290,7 +291,7 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
     assert!(process.reconciler.reported(&ahead, 100).decides);
     let outcome = process.reconciler.evaluate(100);
     assert_eq!((outcome.policy.map(|policy| policy.revision), outcome.keep), (Some(42), true));
-    // Nobody else's, and nothing that leaves no room for more.
+    // No other controller's revision, and none that leaves no room for more.
     for (epoch, revision) in [("other", 50), ("e", u64::MAX), ("e", 42)] {
         let report = Report { epoch: epoch.to_owned(), revision, ..ahead.clone() };
         process.reconciler.reported(&report, 200);
@@ -298,7 +299,7 @@ fn an_older_copy_of_the_state_gives_proxies_newer_revisions_all_the_same() {
     }
 }
 
-/// Another process may have taken over: what it has to say about a write, in order.
+/// A store that another process may have taken over: the results of its writes, in order.
 #[derive(Debug)]
 struct Contended(Vec<Result<usize, SecretStoreError>>);
 
