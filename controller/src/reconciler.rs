@@ -992,7 +992,7 @@ impl Reconciler {
                 session.secret = self.secrets.of_session(shift, of).or_else(was).cloned();
             }
             session.secret.get_or_insert_with(|| Secret::new(self.kept.session_secret.clone()));
-            session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.taken_back));
+            session.generation = session.generation.saturating_add(rollout.map_or(0, |rollout| rollout.rollback_count));
         }
         service
     }

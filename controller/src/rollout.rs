@@ -71,17 +71,19 @@ pub struct Rollout {
     #[serde(default)]
     stable_had: BTreeMap<String, u32>,
     /// How often a target was rolled back. Session assignments from before the last rollback are invalid.
-    pub taken_back: u64,
+    #[serde(rename = "takenBack")]
+    pub rollback_count: u64,
     /// How many steps have begun, over all rollouts of the document.
     #[serde(default)]
     steps_begun: u64,
     /// Whether a user has skipped the hold and the analysis of the current step.
-    waived: bool,
+    #[serde(rename = "waived")]
+    skip_hold: bool,
     /// When it last made progress, moved forward by all later time in which it did not wait for endpoints.
     progressed: Millis,
     /// Since when it has not been waiting for endpoints; `None` while it waits.
-    #[serde(default)]
-    content: Option<Millis>,
+    #[serde(default, rename = "content")]
+    unblocked_since: Option<Millis>,
     /// Whether the current step has completed its hold once.
     #[serde(default)]
     held: bool,
@@ -127,7 +129,8 @@ pub struct Rollout {
     listed: Option<Listed>,
     /// Whether the target gets traffic only if no other version is ready: most of its requests failed, or the stable
     /// version has been able to carry the whole load since the rollback.
-    shunned: bool,
+    #[serde(rename = "shunned")]
+    quarantined: bool,
     /// The result of the last rollout, for people.
     #[serde(default)]
     outcome: String,
@@ -328,11 +331,11 @@ impl Rollout {
             gate_says: None,
             endpoints_for_full_load: desired(shift, &shift.stable),
             stable_had: BTreeMap::new(),
-            taken_back: 0,
+            rollback_count: 0,
             steps_begun: 0,
-            waived: false,
+            skip_hold: false,
             progressed: now,
-            content: None,
+            unblocked_since: None,
             held: false,
             unmeasured_since: None,
             begun: BTreeMap::new(),
@@ -350,7 +353,7 @@ impl Rollout {
             plan: Vec::new(),
             gates: Gates::default(),
             listed: None,
-            shunned: false,
+            quarantined: false,
             outcome: String::new(),
             strains: None,
             news: Vec::new(),
@@ -376,7 +379,7 @@ impl Rollout {
     /// The state after time has passed and inputs have changed. Advances by one step at most for each call.
     pub fn advance(mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) -> Self {
         let number = self.number;
-        self.heed(shift, world, now);
+        self.observe_spec(shift, world, now);
         self.watch_stable(shift, world);
         if self.number != number {
             // The counts do not belong to this rollout yet.
@@ -396,7 +399,7 @@ impl Rollout {
     pub fn was_unattended(&mut self, long: Millis, restated: i64) {
         let later = |time: &mut Millis| *time = time.saturating_add(long);
         self.held_since.iter_mut().for_each(later);
-        self.content.iter_mut().for_each(later);
+        self.unblocked_since.iter_mut().for_each(later);
         self.unmeasured_since.iter_mut().for_each(later);
         self.begun.values_mut().for_each(|begun| later(begun.last_time()));
         if let Warming::Since(since) = &mut self.warming {
@@ -469,7 +472,7 @@ impl Rollout {
     pub fn deadline(&self, shift: &TrafficShift) -> Option<Millis> {
         use Reason::{EndpointsLost, ProgressDeadlineExceeded, WaitingForCapacity};
         let may_wait = matches!(self.reason, WaitingForCapacity | EndpointsLost | ProgressDeadlineExceeded);
-        (may_wait && self.content.is_none())
+        (may_wait && self.unblocked_since.is_none())
             .then(|| self.progressed + shift.strategy.progress_deadline.as_millis() as u64)
     }
 
@@ -527,7 +530,7 @@ impl Rollout {
     fn look_at_rest(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         self.follow_document(shift);
         match self.phase {
-            Phase::Failed => self.shunned |= self.capacity(&self.stable, shift, world) + allocation::EPSILON >= 1.0,
+            Phase::Failed => self.quarantined |= self.capacity(&self.stable, shift, world) + allocation::EPSILON >= 1.0,
             _ => self.follow_workload(shift),
         }
         let shortfall = self.shortfall(shift, world);

@@ -49,7 +49,7 @@ impl Rollout {
             let (is_target, is_stable) = (name == self.target.as_ref(), version.name == self.stable);
             let ready = if none { world.ready(&service.name, &version.name) } else { counted(&version.name) };
             let (reserve, turn) = match () {
-                () if self.shunned && is_target => (2, 0),
+                () if self.quarantined && is_target => (2, 0),
                 () if is_stable => (0, 0),
                 () if name == self.leaving.as_ref() && !is_target => (0, 1),
                 // A removed version carries what other versions cannot carry yet.

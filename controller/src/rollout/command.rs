@@ -138,7 +138,7 @@ impl Rollout {
                 self.allowed |= was_allowed;
             }
             self.allowed |= override_gates;
-            self.waived = true;
+            self.skip_hold = true;
             self.announce(
                 Phase::Progressing,
                 Reason::Promoted,
@@ -163,7 +163,7 @@ impl Rollout {
                 let next = self.step_up_to(above.next().unwrap_or(last), shift);
                 self.begin_step(next, share, shift, now);
             }
-            _ => self.waived = has_had || !edited,
+            _ => self.skip_hold = has_had || !edited,
         }
         self.get_further(now);
         self.announce(
@@ -260,7 +260,7 @@ impl Rollout {
         self.start(to.to_owned(), shift, world, now);
         (self.is_return, self.allowed, self.warming) = (true, true, Warming::Over);
         self.plan = self.planned(shift);
-        self.taken_back += 1;
+        self.rollback_count += 1;
         let message = format!("rolling back from {from} to {to} by hand");
         self.announce(Phase::Progressing, Reason::RolledBack, message, now);
         Ok(())

@@ -14,7 +14,8 @@ impl Rollout {
         let millis = |duration: std::time::Duration| duration.as_millis() as Millis;
         let strategy = &shift.strategy;
         let ramp = millis(strategy.warm_up.seconds);
-        let stuck = self.content.is_none().then(|| self.progressed.saturating_add(millis(strategy.progress_deadline)));
+        let stuck =
+            self.unblocked_since.is_none().then(|| self.progressed.saturating_add(millis(strategy.progress_deadline)));
         let unmeasured = self.unmeasured_since.map(|since| since + USUAL + 1);
         let held = self.held_since.map(|since| since.saturating_add(millis(self.present(shift).hold)));
         // The message counts the remaining seconds.

@@ -26,7 +26,7 @@ impl Rollout {
         self.held_since = None;
         self.held = false;
         self.begun.clear();
-        self.waived = false;
+        self.skip_hold = false;
         self.before = Some(level_of(share));
         self.reached = level_of(share);
         self.most_ready = 0;
@@ -36,7 +36,7 @@ impl Rollout {
     /// Records progress: the progress deadline starts again.
     pub(super) fn get_further(&mut self, now: Millis) {
         self.progressed = now;
-        self.content = self.content.map(|_| now);
+        self.unblocked_since = self.unblocked_since.map(|_| now);
     }
 
     pub(super) fn progress(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
@@ -49,7 +49,7 @@ impl Rollout {
         if let Some(failure) = self.failure(&target, shift, world, now) {
             // More than half of its requests failed: any other version is better, even a stable version that is too
             // small.
-            self.shunned = failure.errors.saturating_mul(2) > failure.requests;
+            self.quarantined = failure.errors.saturating_mul(2) > failure.requests;
             return self.take_back(failure.reason, &failure.why, now);
         }
         if !self.allowed && !self.needs_gate(self.step, shift) {
@@ -108,21 +108,21 @@ impl Rollout {
     /// Whether it has waited for endpoints for longer than the progress deadline.
     fn is_stuck(&self, shift: &TrafficShift, now: Millis) -> bool {
         let longest = shift.strategy.progress_deadline.as_millis() as u64;
-        self.content.is_none() && now.saturating_sub(self.progressed) >= longest
+        self.unblocked_since.is_none() && now.saturating_sub(self.progressed) >= longest
     }
 
     /// Excludes the time without waiting for endpoints from the progress deadline. The first completed hold is
     /// progress.
     fn count_waiting(&mut self, waits: bool, hold: Millis, now: Millis) {
         let is_held = self.held(now).is_some_and(|held| held >= hold);
-        match (waits, self.content) {
+        match (waits, self.unblocked_since) {
             (true, Some(since)) => {
                 let is_progress = is_held && !self.held;
                 self.held |= is_held;
                 self.progressed = if is_progress { now } else { self.progressed + now.saturating_sub(since) };
-                self.content = None;
+                self.unblocked_since = None;
             }
-            (false, None) => self.content = Some(now),
+            (false, None) => self.unblocked_since = Some(now),
             _ => {}
         }
     }
@@ -139,11 +139,11 @@ impl Rollout {
 
     /// Rolls back: gives the stable version its traffic back.
     pub(super) fn take_back(&mut self, reason: Reason, why: &str, now: Millis) {
-        let back = match self.shunned {
+        let back = match self.quarantined {
             true => "all at once",
             false => "as far as it can carry the load",
         };
-        self.taken_back += 1;
+        self.rollback_count += 1;
         self.outcome = format!("{why}; back to {} {back}", self.stable);
         self.announce(Phase::Failed, reason, self.outcome.clone(), now);
     }
@@ -285,7 +285,7 @@ impl Rollout {
             return progressing(Reason::GuardVeto, shortfall.beside(why));
         }
         self.held_since.get_or_insert(now);
-        if self.waived {
+        if self.skip_hold {
             return None;
         }
         if self.held(now).unwrap_or_default() < hold {

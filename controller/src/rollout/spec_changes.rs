@@ -55,7 +55,7 @@ pub(super) struct Listed {
 
 impl Rollout {
     /// Starts and ends rollouts where the document has changed.
-    pub(super) fn heed(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
+    pub(super) fn observe_spec(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         if self.phase == Phase::Failed && self.outcome.is_empty() {
             // State from an older build.
             self.outcome.clone_from(&self.message);
@@ -72,7 +72,7 @@ impl Rollout {
         let is_stranded = leaves && !is_gated && !self.phase.is_under_way();
         let is_edited = self.said.stable != shift.stable && !is_stranded;
         if !is_gated && !serves_by_now && (is_edited || !shift.has(&self.stable)) {
-            self.heed_stable(shift, now);
+            self.observe_stable(shift, now);
         }
         let is_gone = self.target.as_ref().is_some_and(|target| !shift.declares(target));
         let has_failed = self.phase == Phase::Failed && self.target == shift.target && !is_news_of_stable;
@@ -103,13 +103,13 @@ impl Rollout {
         }
         if !is_early {
             self.said.target.clone_from(&shift.target);
-            self.heed_left(left, shift, now);
+            self.observe_left(left, shift, now);
         }
-        self.heed_steps(shift, world, now);
+        self.observe_steps(shift, world, now);
     }
 
     /// Records a transition for each version that was removed from the document and continues to serve.
-    fn heed_left(&mut self, left: BTreeSet<String>, shift: &TrafficShift, now: Millis) {
+    fn observe_left(&mut self, left: BTreeSet<String>, shift: &TrafficShift, now: Millis) {
         let before = std::mem::replace(&mut self.said.left, left.clone());
         for version in left.difference(&before) {
             self.record(Reason::VersionLeft, self.leaving_in_words(version, shift), now);
@@ -156,7 +156,7 @@ impl Rollout {
     }
 
     /// Follows an edited `stable`, or the removal of the stable version.
-    fn heed_stable(&mut self, shift: &TrafficShift, now: Millis) {
+    fn observe_stable(&mut self, shift: &TrafficShift, now: Millis) {
         let is_gone = !shift.has(&self.stable);
         if is_gone {
             // The document's target applies again, after a user had set another one.
@@ -208,7 +208,7 @@ impl Rollout {
         self.started = now;
         self.is_return = false;
         (self.level, self.level_since) = (0, now);
-        self.shunned = false;
+        self.quarantined = false;
         let (reason, instead) = match superseded {
             Some(old) => (Reason::Superseded, format!(" instead of {old}")),
             None => (Reason::Started, String::new()),
@@ -243,7 +243,7 @@ impl Rollout {
         let share = |version: &String| -> f64 {
             parts.iter().filter(|part| part.version == *version).map(|part| part.share).sum()
         };
-        let target = self.target.as_ref().filter(|_| !self.shunned);
+        let target = self.target.as_ref().filter(|_| !self.quarantined);
         let candidates = [self.leaving.as_ref(), target].into_iter().flatten();
         let fit = candidates.filter(|version| **version != self.stable && Some(*version) != next);
         fit.max_by(|a, b| share(a).total_cmp(&share(b))).cloned()
@@ -255,7 +255,7 @@ impl Rollout {
         let Some(target) = self.target.clone().filter(|_| self.phase.is_under_way()) else {
             return self.rest(shift, Reason::Serving, format!("{stable} serves"), now);
         };
-        self.taken_back += 1;
+        self.rollback_count += 1;
         self.leaving = self.helper(None, shift, world);
         let why = if shift.has(&target) { "is no longer the target" } else { "is gone from the document" };
         self.rest(shift, Reason::TargetWithdrawn, format!("{target} {why}; {stable} serves"), now);
@@ -263,7 +263,7 @@ impl Rollout {
 
     fn rest(&mut self, shift: &TrafficShift, reason: Reason, outcome: String, now: Millis) {
         self.target = None;
-        self.shunned = false;
+        self.quarantined = false;
         self.unpause(now);
         self.begin_step(0, 0.0, shift, now);
         self.endpoints_for_full_load = desired(shift, &self.stable);
@@ -279,7 +279,7 @@ impl Rollout {
     /// and applies that step's gates, hold and analysis. Edits that affect only steps after the current one leave the
     /// current step unchanged. If the edit alone would increase the share, or if it removes the current pause, the
     /// rollout keeps its share until it is promoted or resumed.
-    fn heed_steps(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
+    fn observe_steps(&mut self, shift: &TrafficShift, world: &impl RolloutInputs, now: Millis) {
         let plan = self.planned(shift);
         if plan == self.plan && (!self.phase.is_under_way() || self.step < plan.len()) {
             return self.note_gates(shift);
@@ -306,7 +306,7 @@ impl Rollout {
         let has_had = |step: &Step| step.weight * 1_000 <= level_of(share);
         let steps = self.steps(shift);
         let step = steps.iter().rposition(has_had).unwrap_or(0);
-        let was_pause = self.allowed && !self.waived && old.get(self.step).is_some_and(|step| step.pause);
+        let was_pause = self.allowed && !self.skip_hold && old.get(self.step).is_some_and(|step| step.pause);
         let is_pause = steps.get(step).is_some_and(|step| step.pause);
         // A share that it was to get anyway, once it has endpoints or is warm, does not count as an increase.
         let was_whole = old.get(self.step).is_some_and(|step| step.whole);

@@ -517,7 +517,7 @@ fn aborting_gives_everything_back_and_revokes_sessions() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
     play.pass(1).command(Command::Abort).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
-    assert_eq!((play.stands(), play.rollout.taken_back), ((Phase::Failed, Reason::Aborted), 1));
+    assert_eq!((play.stands(), play.rollout.rollback_count), ((Phase::Failed, Reason::Aborted), 1));
     assert!(play.command(Command::Abort).is_err());
     // The same target again is another rollout.
     play.command(Command::SetTarget { target: "v2".to_owned() }).unwrap();
@@ -551,7 +551,7 @@ fn rolling_back_to_the_stable_version_ends_what_is_under_way() {
     let mut play = Play::new("v1", Some("v2"), json!([{"weight": 50, "holdSeconds": 600}]));
     play.pass(1).command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).unwrap();
     assert_eq!(play.pass(1).shares(), [100.0, 0.0, 0.0]);
-    assert_eq!((play.stands(), play.rollout.taken_back), ((Phase::Failed, Reason::RolledBack), 1));
+    assert_eq!((play.stands(), play.rollout.rollback_count), ((Phase::Failed, Reason::RolledBack), 1));
     assert!(play.command(Command::Rollback { to: "v1".to_owned(), override_gates: false }).is_err());
 }
 
