@@ -45,27 +45,27 @@ From a document to moving traffic:
   tideshift serve -f shift.yaml                    Run the controller, which moves the weights
   tideshift status --watch                         Show the current state
   tideshift explain -f shift.yaml --host shop.example.com --path /cart -H 'x-beta: 1'
-                                                   Show which version this request would get, and why
+                                                   Show which version this request gets, and why
   tideshift simulate -f shift.yaml --scenario scenario.yaml --svg simulation.svg
                                                    Predict what the strategy does in this scenario
 
 While it runs:
-  tideshift set-target v2 --wait                   Start a rollout; exit 0 if it succeeds, 6 if it fails
+  tideshift set-target v2 --wait                   Start a rollout; exit 0 or, if it fails, 6
   tideshift promote | pause | resume | abort | rollback --to v1 | set-weight 25
-  tideshift apply -f shift.yaml | delete checkout  Add a document to the running controller, or remove it
+  tideshift apply -f shift.yaml | delete checkout  Add a document, or remove it
   tideshift watch                                  Print each transition as it happens
   tideshift wait-drained checkout v1               Wait until v1 has no request in flight
 
 In Kubernetes:
   tideshift crd | kubectl apply --server-side -f -
                                                    Install the CustomResourceDefinition
-  tideshift serve --kubernetes                     Run the controller; run several replicas if you want
+  tideshift serve --kubernetes                     Run the controller, as one replica or several
   tideshift render istio -f shift.yaml | kubectl apply -f -
-                                                   Install the filter and the routes; also envoy-gateway, httproute
+                                                   Install the filter and the routes
 
-Exit codes: 0 success; 1 any other error; 2 invalid document or command line; 3 timed out waiting; 4 conflicts with the
-rollout's current state; 5 authentication failed; 6 the rollout failed or was superseded; 7 applied, but the controller could not
-persist it.";
+Exit codes: 0 success; 1 any other error; 2 invalid document or command line; 3 timed out waiting;
+4 conflicts with the rollout's current state; 5 authentication failed; 6 the rollout failed or was
+superseded; 7 applied, but the controller could not persist it.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

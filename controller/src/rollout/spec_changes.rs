@@ -120,10 +120,12 @@ impl Rollout {
     pub fn leaving_in_words(&self, version: &str, shift: &TrafficShift) -> String {
         let target = self.target.as_ref().filter(|target| self.phase.is_under_way() && *target != version);
         let next = target.or(Some(&self.stable)).filter(|next| *next != version).unwrap_or(&shift.stable);
-        let until = crate::clock::timestamp(shift.leaving_until(version).unwrap_or_default());
-        let until = match self.holds_by_gate(version, shift) {
-            true => "and as long as a gate is closed".to_owned(),
-            false => format!("at the latest at {until:.0}"),
+        // The deadline is known from the next reconcile on.
+        let deadline = shift.leaving_until(version).filter(|until| *until > 0).map(crate::clock::timestamp);
+        let until = match (self.holds_by_gate(version, shift), deadline) {
+            (true, _) => "and as long as a gate is closed".to_owned(),
+            (false, Some(deadline)) => format!("at the latest at {deadline:.0}"),
+            (false, None) => format!("at the latest for {} s", shift.drain_timeout.as_secs()),
         };
         format!("{version} left the document; it keeps serving until {next} is ready, {until}")
     }

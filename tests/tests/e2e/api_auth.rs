@@ -177,7 +177,7 @@ async fn the_command_line_is_let_in_by_a_file_or_the_environment() -> anyhow::Re
     assert_eq!(run("status", None, Some(OPERATE))?, (Some(0), String::new()));
     let none = "a token is needed here: `authorization: Bearer TOKEN`; see --token-file\n";
     assert_eq!(run("status", None, None)?, (Some(5), format!("error: {server}/v1/status: {none}")));
-    let path = "/v1/policy?after=0&epoch=";
+    let path = "/v1/policy?after=0&epoch=&delta=true";
     let wrong = "a token for proxy or operate is needed here; this one is for read; see --token-file\n";
     assert_eq!(run("explain", Some("read"), None)?, (Some(5), format!("error: {server}{path}: {wrong}")));
     assert_eq!(run("explain", Some("operate"), None)?.0, Some(0));

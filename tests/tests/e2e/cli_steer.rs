@@ -111,7 +111,7 @@ async fn waiting_ends_as_the_rollout_does() -> anyhow::Result<()> {
     until_shares(&controller, "taken back", &[100.0, 0.0]).await?;
     let failed = run(&controller, &["set-target", "v2", "--wait"]).await?;
     assert_eq!(failed.code, Some(6), "{failed:?}");
-    assert!(failed.stdout.starts_with("shop: Failed - v2: "), "{failed:?}");
+    assert!(failed.stdout.starts_with("shop: Failed - v2 is worse than v1: "), "{failed:?}");
     Ok(())
 }
 
@@ -213,7 +213,10 @@ async fn nobody_waits_for_a_proxy_that_is_gone() -> anyhow::Result<()> {
     let lines: Vec<_> = back.stderr.lines().collect();
     let [waiting, left_out] = lines[..] else { anyhow::bail!("{back:?}") };
     assert!(waiting.starts_with(&format!("waiting for proxy {id} (runs ")), "{waiting}");
-    assert!(left_out.starts_with("not waited for") && left_out.ends_with(&id), "{left_out}");
+    assert!(
+        left_out.starts_with("ignoring proxies that have not reported for ") && left_out.ends_with(&id),
+        "{left_out}"
+    );
     Ok(())
 }
 

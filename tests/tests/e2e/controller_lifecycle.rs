@@ -151,7 +151,7 @@ async fn state_that_cannot_be_read_is_refused_and_left_alone() -> anyhow::Result
             assert!(output.stderr.contains("it is left as it is. Move it away to start afresh"), "{}", output.stderr);
             anyhow::Ok(())
         };
-        let newer = String::from_utf8(good.clone())?.replacen("\"format\":5", "\"format\":7", 1);
+        let newer = String::from_utf8(good.clone())?.replacen("\"format\":6", "\"format\":7", 1);
         let mut flipped = good.clone();
         *flipped.last_mut().context("nothing")? ^= 1;
         let mut elsewhere = good.clone();
