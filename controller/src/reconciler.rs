@@ -57,6 +57,9 @@ use tideshift_core::protocol::report::Report;
 use tideshift_core::session::Secret;
 use tideshift_core::shift::{OnDelete, ShiftService, TrafficShift};
 
+/// A document, and how it is written.
+type ReadDocument = (TrafficShift, Value);
+
 /// The complete state of the controller's reconcile logic.
 #[derive(Debug)]
 pub struct Reconciler {
@@ -314,7 +317,7 @@ impl Reconciler {
     /// The same, for documents of which some namespaces cannot be read (`None` stands for all): services of those stay
     /// as they are. The second list holds documents that are being deleted.
     pub fn with_hidden(
-        (files, deleted): (Vec<(TrafficShift, Value)>, &[(TrafficShift, Value)]),
+        (files, deleted): (Vec<ReadDocument>, &[ReadDocument]),
         hidden: Vec<Option<String>>,
         kept: PersistedState,
         counted: CountState,

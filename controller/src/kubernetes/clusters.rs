@@ -184,7 +184,11 @@ impl Clusters {
         let before = {
             let mut remote = self.lock();
             let namespaces = secrets.values().map(|secret| (secret.cluster.clone(), secret.namespaces.clone()));
-            (remote.namespaces, remote.lost) = (namespaces.collect(), lost);
+            let namespaces = namespaces.collect();
+            // Who may use a cluster changes what can be seen, as its kubeconfig does.
+            let opened = changed_keys(&remote.namespaces, &namespaces);
+            remote.changed.extend(opened);
+            (remote.namespaces, remote.lost) = (namespaces, lost);
             std::mem::replace(&mut remote.secrets, secrets.clone())
         };
         let by_cluster = |secrets: &BTreeMap<String, ClusterSecret>| {
@@ -229,6 +233,12 @@ impl ClusterSecret {
             kubeconfig: secret.data.as_ref().and_then(|data| data.get(KUBECONFIG)).map(|bytes| bytes.0.clone()),
         }
     }
+}
+
+/// The keys whose values differ.
+fn changed_keys<T: PartialEq>(before: &BTreeMap<String, T>, now: &BTreeMap<String, T>) -> Vec<String> {
+    let keys: BTreeSet<_> = before.keys().chain(now.keys()).collect();
+    keys.into_iter().filter(|key| before.get(*key) != now.get(*key)).cloned().collect()
 }
 
 /// Whether documents of a namespace may use a cluster that is open to these.

@@ -221,6 +221,9 @@ impl Drop for Running {
 /// A cluster, and what is watched there; nothing: the cluster itself.
 type Watched = (Option<String>, Option<(NamespaceRef, ResourceKind)>);
 
+/// A resource, and the document in it.
+type ReadObject = (Arc<TrafficShiftObject>, Result<Arc<Held>, Errors>);
+
 /// The watches that documents need, and what follows from what they see.
 struct WatchManager {
     clusters: Clusters,
@@ -230,7 +233,7 @@ struct WatchManager {
     remains: Arc<Remains>,
     running: BTreeMap<Watched, Running>,
     /// The resources as they were read last, by rollout.
-    read: BTreeMap<String, (Arc<TrafficShiftObject>, Result<Arc<Held>, Errors>)>,
+    read: BTreeMap<String, ReadObject>,
     /// The documents that were right last, by rollout, and their generations.
     good: BTreeMap<String, Arc<Held>>,
     generations: BTreeMap<String, i64>,
@@ -810,11 +813,14 @@ impl Page for OneSecret {
     }
 }
 
+/// Notes what an object was and is.
+type NoteChange<T> = fn(&mut Changes, Option<&Arc<T>>, Option<&Arc<T>>);
+
 /// Objects that are known by their names alone.
 struct InView<T> {
     place: NamespaceRef,
     table: fn(&mut NamespaceCache) -> &mut Store<T>,
-    note: fn(&mut Changes, Option<&Arc<T>>, Option<&Arc<T>>),
+    note: NoteChange<T>,
 }
 
 impl<T: Clone + PartialEq + Send + Sync> Page for InView<T> {

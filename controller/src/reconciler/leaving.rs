@@ -263,8 +263,14 @@ impl Reconciler {
             versions.retain(|version, _| now.is_none_or(|now| !now.declares(version)));
         }
         leaving.versions.retain(|_, versions| !versions.is_empty());
-        let back = leaving.documents.extract_if(.., |name, _| there.contains_key(name.as_str()));
-        self.returned.extend(back.map(|(name, left)| (name, left.since)));
+        let returned = &mut self.returned;
+        leaving.documents.retain(|name, left| {
+            let is_back = there.contains_key(name.as_str());
+            if is_back {
+                returned.push((name.clone(), left.since));
+            }
+            !is_back
+        });
         self.note_what_serves(&declared);
         self.put_together(declared, &shifts);
     }

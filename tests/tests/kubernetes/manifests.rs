@@ -408,7 +408,7 @@ async fn goes_through_a_rollout(values: Value) -> anyhow::Result<()> {
     server.create(json!({
         "apiVersion": "tideshift.dev/v1alpha1", "kind": "TrafficShift", "metadata": {"name": "payment", "namespace": "shop"},
         "spec": {
-            "versions": [version("v1"), version("v2")], "stable": "v1", "target": "v2",
+            "versions": [version("v1"), version("v2")], "stable": "v1", "target": "v2", "onDelete": "Drain",
             "session": {"type": "Cookie", "name": "c", "secretRef": {"name": "payment-session", "key": "key"}},
             "strategy": {"steps": [{"pause": true}, {"weight": 100}], "scaleDownDelaySeconds": 0},
         },

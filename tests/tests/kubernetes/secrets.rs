@@ -88,7 +88,7 @@ async fn webhooks_and_sessions_follow_the_secrets_that_documents_refer_to() -> a
     let session = json!({ "type": "Cookie", "name": "c", "secretRef": key_of("users") });
     apply(&cluster, "shop", json!({ "session": session, "webhooks": [gate] })).await?;
     secret(&cluster, "users", Some("session"), "hush-one").await?;
-    let controller = cluster.replica("a", &["--webhook-allow", "loopback"]).await?;
+    let controller = cluster.replica("a", &["--webhook-allow", "127.0.0.1"]).await?;
     let (shop, payment) = (cluster.full_name("shop"), cluster.full_name("payment"));
 
     // What is missing holds up its own gate, and nothing else.
@@ -164,7 +164,7 @@ async fn authors_get_at_no_secret_that_is_not_meant_for_it() -> anyhow::Result<(
     // A literal is refused, with what to write instead.
     let gate = json!({ "name": "gate", "type": "Gate", "url": receiver.url(), "secret": "psst-psst" });
     apply(&cluster, "literal", json!({ "webhooks": [gate] })).await?;
-    let controller = cluster.replica("a", &["--webhook-allow", "loopback"]).await?;
+    let controller = cluster.replica("a", &["--webhook-allow", "127.0.0.1"]).await?;
 
     for name in ["vault", "state", "users"] {
         until_condition(&cluster, name, "ResolvedRefs", "False", "spec.session.secretRef: there is no Secret").await?;
