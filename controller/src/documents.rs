@@ -276,10 +276,10 @@ fn read_bytes(reader: impl Read) -> io::Result<Vec<u8>> {
     reader.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map(|_| bytes)
 }
 
-/// The same of a pipe, which blocks until another process has written to it and closed it.
+/// The same for a pipe, which blocks until another process has written to it and closed it.
 fn read_pipe(file: PathBuf) -> io::Result<Vec<u8>> {
     let (bytes, read) = mpsc::channel();
-    // Where it blocks for good, the thread ends with the process.
+    // If it blocks forever, the thread ends with the process.
     thread::spawn(move || bytes.send(File::open(file).and_then(read_bytes)));
     read.recv_timeout(PIPE_PATIENCE).unwrap_or_else(|_| {
         let seconds = PIPE_PATIENCE.as_secs();
@@ -288,22 +288,22 @@ fn read_pipe(file: PathBuf) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Whether a path is standard input, a pipe or a device: what has been read of it cannot be read again.
+/// Whether a path is standard input, a pipe or a device, which can be read only once.
 pub(crate) fn is_static(file: &Path) -> bool {
     file.as_os_str() == STDIN || fs::metadata(file).is_ok_and(|data| !data.is_file() && !data.is_dir())
 }
 
-/// The documents of a YAML text (JSON is YAML), empty ones left out.
+/// The documents of a YAML text (JSON is YAML), without empty ones.
 fn values(text: &str) -> Result<Vec<Value>, String> {
     let options = serde_saphyr::options! {
-        // What YAML 1.2 calls a boolean: `on` and `yes` are texts.
+        // Booleans as in YAML 1.2: `on` and `yes` are texts.
         strict_booleans: true,
-        // `007` and `1_000` are what they look like in a header's value: texts.
+        // `007` and `1_000` are texts, as they look in the value of a header.
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
         duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
         with_snippet: false,
-        // Aliases of aliases of aliases: a short file must not fill the memory.
+        // Nested aliases: a short file must not exhaust the memory.
         budget: serde_saphyr::budget! { max_total_scalar_bytes: MAX_EXPANDED_BYTES },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
     };
@@ -377,7 +377,7 @@ metadata: {name: checkout}
 spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
 ";
 
-    /// Files of these names and texts, and what `load_any` says of them, the folder's name left out.
+    /// Files with these names and texts, and the result of `load_any` without the name of the directory.
     fn load_texts(texts: &[(&str, &str)]) -> Result<Vec<(Source, Document)>, String> {
         let folder = tempfile::tempdir().unwrap();
         let mut files: Vec<PathBuf> = Vec::new();
