@@ -102,9 +102,9 @@ pub struct Cluster {
     pub namespace: Option<String>,
     /// The address at which other replicas reach this one; `None`: the listen address.
     pub advertise: Option<String>,
-    /// The Lease's name, and what the names of the state's Secrets begin with.
+    /// The name of the Lease, and the name prefix of the Secrets that hold the state.
     pub lease: String,
-    /// If set, proxies may authenticate with tokens that a TokenReview accepts for this audience.
+    /// Proxies may authenticate with tokens that a TokenReview accepts for this audience.
     pub proxy_token_audience: Option<String>,
 }
 

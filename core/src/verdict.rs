@@ -1,8 +1,8 @@
 //! The verdict on a rollout, from the counts of all proxies: `pass`, `fail` or `undecided` for the target version.
 //!
-//! Sequential tests, valid however often one looks. What they promise and what they cannot see: `docs/verdict.md`; what
-//! they ask, the proof and the tables: `docs/verdict-proof.md`. What follows from a verdict is for the rollout engine to say, which counts
-//! the target's errors against `maxErrors` too.
+//! Sequential tests, valid however often they are evaluated. Guarantees and limits: `docs/verdict.md`; assumptions,
+//! proof and tables: `docs/verdict-proof.md`. The rollout engine decides what follows from a verdict; it also counts
+//! the target's errors against `maxErrors`.
 
 mod absolute;
 mod baseline;
@@ -26,44 +26,45 @@ use serde::{Deserialize, Serialize};
 use slowness::Slowness;
 use std::time::Duration;
 
-/// So many bad requests that come together because of one cause are as one.
+/// This many bad requests with a common cause count as one.
 const CLUMP: f64 = 10.0;
-/// After so many requests of a step, the target's share of them is believed.
+/// After this many requests in a step, the target's observed share is trusted.
 const ENOUGH_FOR_SHARE: u64 = 1_000;
-/// How many times the odds of `maxErrorRate`: what the test for `pass` bets on.
+/// The multiples of the odds of `maxErrorRate` that the test for `pass` bets on.
 const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
-/// What is more makes no difference, and JSON has no infinity.
+/// Evidence is capped here: more makes no difference, and JSON has no infinity.
 const MOST_EVIDENCE: f64 = 1e15;
-/// Errors have this part of α, the other kinds share the rest.
+/// The fraction of α for errors; the other kinds share the rest.
 const ERRORS_PART: f64 = 0.5;
 /// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
 /// are the fewest that a target fails on.
 const CLIENTS_PER_FAIL: f64 = 2.0;
-/// The target does not pass while this part of its requests is rejected or abandoned, …
+/// The target does not pass while this fraction of its requests is rejected or abandoned, …
 const MOST_REFUSED: f64 = 0.2;
-/// … and so many times as many as of the stable version's, …
+/// … and it is this many times the stable version's fraction, …
 const REFUSED_TIMES: f64 = 3.0;
-/// … once there are so many.
+/// … once there are this many.
 const ENOUGH_FOR_REFUSED: u64 = 10;
-/// For so many milliseconds after the target's share was lowered, what ends may have been dealt before.
+/// For this many milliseconds after the target's share was lowered, requests that end may have been dealt at the old
+/// share.
 const SHARE_MILLIS: u64 = 600_000;
 
-/// What was counted of one version in some time, at all proxies. Of the requests whose version was dealt by weight, but
-/// for [`RollingBaseline`], which is of all that no rule took.
+/// The counts of one version over some time, at all proxies. They cover requests whose version was dealt by weight,
+/// except in [`RollingBaseline`], which covers all requests that no rule matched.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sample {
     /// Requests that were answered.
     pub requests: u64,
-    /// Those of them that failed.
+    /// Those that failed.
     pub errors: u64,
-    /// Those of them that were refused because of what the client asked.
+    /// Those that the version rejected because of the client's request.
     #[serde(default)]
     pub client_errors: u64,
-    /// Requests beside those above that the client gave up.
+    /// Requests that the client cancelled, in addition to those above.
     #[serde(default)]
     pub cancelled: u64,
-    /// Requests that began in that time; 0 if that is not known.
+    /// Requests that began in that time; 0 if unknown.
     #[serde(default)]
     pub started: u64,
     /// How many took how long, as in [`crate::protocol::report::VersionReport::durations`].

@@ -60,7 +60,8 @@ impl Scope {
     }
 }
 
-/// The files that hold the tokens: one on a line, with the name of its user before it or not, any of which will do, so that they can be changed one after the other.
+/// Files of bearer tokens: one per line, optionally preceded by the name of its owner. Every token in a file is valid,
+/// so that tokens can be rotated one after the other.
 #[derive(Debug, Clone, Default)]
 pub struct TokenFiles {
     /// Read-only tokens.

@@ -623,7 +623,7 @@ mod tests {
         assert!(
             of_two[&("rival.store".to_owned(), "v1".to_owned())].contains("of version v1 of the TrafficShift rival")
         );
-        // One that is not ready is nobody's yet.
+        // A pod that is not ready has no owner yet.
         let not_ready = [slice("all", &[endpoint(2, "")]), slice("new", &[endpoint(2, "")])];
         assert_eq!(shared(vec![within], &not_ready), BTreeMap::new());
     }
