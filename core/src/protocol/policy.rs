@@ -16,34 +16,34 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// Everything that a proxy needs to choose. Valid by construction: made by [`Policy::read`], or by code that keeps
-/// the same promises (the controller compiles it from valid documents).
+/// The complete configuration for routing decisions of a proxy. Valid by construction: created by [`Policy::read`], or
+/// by code with the same guarantees (the controller compiles it from valid documents).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
-    /// Who sends newer policies and takes reports; `None`: this policy is all there is. Only the plugin
-    /// configuration's counts: a policy that was delivered cannot send the proxy elsewhere.
+    /// The controller that sends newer policies and receives reports; `None`: this policy is static. Only the one in
+    /// the plugin configuration has effect: a delivered policy cannot redirect the proxy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controller: Option<ControllerRef>,
     /// The token that permits requests for explanations; `None`: explanations are disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explain: Option<Explain>,
-    /// Whether the filter removes every `x-tideshift-*` header that a client sends; `true` where left out. `false`
-    /// where Envoy does that before the filter (`early_header_mutation`), which is cheaper: it spares the filter reading
-    /// headers that nothing refers to. Only the plugin configuration's counts.
+    /// Whether the filter removes every `x-tideshift-*` header that a client sends; default `true`. Set `false` if
+    /// Envoy does that before the filter (`early_header_mutation`), which is cheaper: the filter need not read headers
+    /// that nothing refers to. Only the one in the plugin configuration has effect.
     #[serde(skip_serializing_if = "is_true")]
     pub strip_client_headers: bool,
-    /// Only grows, for one controller state (epoch).
+    /// Increases monotonically within one controller state (epoch).
     pub revision: u64,
-    /// The services, no hostname twice.
+    /// The services, with unique hostnames.
     pub services: Vec<Service>,
 }
 
-/// Where the controller is, seen from Envoy.
+/// The controller as Envoy reaches it.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ControllerRef {
-    /// The Envoy cluster to call.
+    /// The Envoy cluster of the controller.
     pub cluster: String,
     /// The `:authority` of the calls.
     pub authority: String,
@@ -63,62 +63,62 @@ impl fmt::Debug for ControllerRef {
     }
 }
 
-/// Who may ask why a request went where it did: those who know the token, by sending it in a header. The answer comes
-/// in a header of the same name.
+/// Who may request an explanation of routing decisions: clients that send the token in a header. The explanation is
+/// returned in a header with the same name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Explain {
     /// The header's name, in lower case; default `x-tideshift-explain`.
     pub header: String,
-    /// What it must hold.
+    /// The required token.
     pub token: Secret,
 }
 
-/// What clients call, and the versions that may answer.
+/// A service and its versions.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Service {
-    /// Names the service in metrics, reports and messages.
+    /// The name of the service in metrics, reports and messages.
     pub name: String,
-    /// Exact, or `*.suffix`; none: every host. In lower case.
+    /// Exact, or `*.suffix`; empty: every host. In lower case.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hostnames: Vec<String>,
-    /// The version that the others are measured by, and that the guard never takes out of service; `None`: the document
-    /// does not say, and any version may be.
+    /// The stable version, which is the baseline for the others and which the guard never ejects; `None`: the document
+    /// does not name one, and the guard may eject any version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stable: Option<String>,
-    /// Numbers the steps of the service's rollouts: while it is not 0, versions are compared, and of the users with a
-    /// cookie those who were given their version at this step.
+    /// The number of the current step of the service's rollouts: while it is not 0, versions are compared, and with
+    /// sticky sessions only users who were assigned at this step.
     #[serde(skip_serializing_if = "is_zero")]
     pub step: u64,
     /// At least one.
     pub versions: Vec<Version>,
-    /// In the order in which they are tried.
+    /// In order of evaluation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<Rule>,
-    /// How users stay on one version; `None`: each request is on its own.
+    /// Sticky sessions; `None`: each request is independent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<Session>,
-    /// What is the versions' fault.
+    /// Which results count as errors of the version.
     pub errors: ErrorCodes,
-    /// Which of the requests that no rule takes are also sent to another version.
+    /// Mirroring of requests that no rule matches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
-    /// The proxy's own quick veto on a failing version.
+    /// The guard, which ejects a failing version in the proxy.
     #[serde(skip_serializing_if = "GuardPolicy::is_default")]
     pub guard: GuardPolicy,
 }
 
-/// One backend of a service, and its share of the requests that no rule takes.
+/// A backend of a service, and its share of the requests that no rule matches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Version {
     /// The value of `x-tideshift-version` that Envoy's routes map to a cluster.
     pub name: String,
-    /// 0 to [`MAX_WEIGHT`], relative to the sum; 1 where left out, as in Gateway API.
+    /// 0 to [`MAX_WEIGHT`], relative to the sum; default 1, as in Gateway API.
     pub weight: u32,
-    /// Whether it may get requests at all, from rules too.
+    /// Whether it may receive requests at all, including from rules.
     pub serving: bool,
-    /// Its Envoy cluster, where mirroring must name it; `None`: `SERVICE_VERSION`, as `tideshift render envoy` has it.
+    /// Its Envoy cluster, if mirroring must name it; `None`: `SERVICE_VERSION`, as in `tideshift render envoy`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,
 }
@@ -188,7 +188,7 @@ impl Policy {
         }
     }
 
-    /// Reads a policy from a JSON value; every error at once.
+    /// Parses a policy from a JSON value; reports all errors at once.
     pub fn read(value: &Value) -> Result<Self, Errors> {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
