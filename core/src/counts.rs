@@ -91,8 +91,8 @@ impl AddAssign for Counts {
     }
 }
 
-/// The bounds of a report's durations in milliseconds: at the fast end, where most exchanges are, three for each factor
-/// of 2.5, and coarser above 10 s.
+/// The bounds of a report's durations in milliseconds: six per decade from 10 ms to 1 s, where most exchanges are, and
+/// coarser above.
 pub const DURATION_BOUNDS: [u64; 22] =
     [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1_000, 2_000, 5_000, 10_000, 30_000];
 

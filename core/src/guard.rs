@@ -308,8 +308,8 @@ impl Guard {
         Self { policy, ..Self::default() }
     }
 
-    /// Takes in single requests that ended since the last look, each with its version; [`Request::is_target`] does not
-    /// count. `few_clients`: whether there are so few clients at all that they cannot be told from one that means harm.
+    /// Adds single requests that ended since the last look, each with its version; ignores [`Request::is_target`].
+    /// `few_clients`: whether there are so few clients that a malicious one cannot be told from the others.
     pub fn hear(&mut self, now: u64, few_clients: bool, requests: &[(&str, Request)]) {
         self.many_clients = !few_clients;
         let cap = -libm::log(self.policy.false_veto_rate) / CLIENTS_PER_VETO;

@@ -36,8 +36,8 @@ const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
 const MOST_EVIDENCE: f64 = 1e15;
 /// The fraction of α for errors; the other kinds share the rest.
 const ERRORS_PART: f64 = 0.5;
-/// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
-/// are the fewest that a target fails on.
+/// A client contributes at most the logarithm of the bound divided by this, and the largest contribution does not
+/// count: a target fails on no fewer than four clients.
 const CLIENTS_PER_FAIL: f64 = 2.0;
 /// The target does not pass while this fraction of its requests is rejected or abandoned, …
 const MOST_REFUSED: f64 = 0.2;
@@ -67,10 +67,10 @@ pub struct Sample {
     /// Requests that began in that time; 0 if unknown.
     #[serde(default)]
     pub started: u64,
-    /// How many took how long, as in [`crate::protocol::report::VersionReport::durations`].
+    /// The number of requests by duration, as in [`crate::protocol::report::VersionReport::durations`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub durations: Vec<u64>,
-    /// How long clients had waited that gave up, in the same way.
+    /// How long clients waited before they cancelled, in the same form.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waited: Vec<u64>,
 }
@@ -80,7 +80,7 @@ impl Sample {
         Totals { requests: self.requests, errors: self.errors.min(self.requests) }
     }
 
-    /// Of one kind: those that were bad, and those that say something about that.
+    /// The bad requests of one kind, and all requests that are evidence about that kind.
     fn of_kind(&self, kind: Kind) -> Totals {
         let (requests, bad) = match kind {
             Kind::Errors => (self.requests, self.errors),
@@ -90,7 +90,7 @@ impl Sample {
         Totals { requests, errors: bad.min(requests) }
     }
 
-    /// Those that were refused or given up.
+    /// The requests that were rejected or cancelled.
     fn refused(&self) -> Totals {
         let requests = self.requests.saturating_add(self.cancelled);
         Totals { requests, errors: self.client_errors.saturating_add(self.cancelled).min(requests) }

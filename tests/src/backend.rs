@@ -1,8 +1,8 @@
-//! One version's backend: an HTTP server on a loopback port whose behaviour a test switches while it runs.
+//! The backend of one version: an HTTP server on a loopback port whose behaviour a test changes while it runs.
 //!
-//! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC's trailers), answers `GET /health` by its own `ready`
-//! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered. It serves gRPC
-//! and WebSocket if it is told to.
+//! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC trailers), answers `GET /health` by its own `ready`
+//! flag, and names itself in the response header [`SERVED_BY`] so that a client can count responses by backend. It
+//! serves gRPC and WebSocket if enabled.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
@@ -91,7 +91,7 @@ impl Errors {
     }
 }
 
-/// How a backend treats what it is asked; a new one is ready and answers 200 at once.
+/// The behaviour of a backend; by default it is ready and answers 200 at once.
 #[derive(Clone, Debug)]
 pub struct Behaviour {
     /// What happens to a request.
@@ -130,14 +130,14 @@ impl Default for Behaviour {
     }
 }
 
-/// What a backend was asked so far; it goes on over [`Backend::stop`] and [`Backend::start_again`].
+/// The requests that a backend has received; kept across [`Backend::stop`] and [`Backend::start_again`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Requests that arrived whole, without those of [`health`](Self::health).
     pub requests: u64,
     /// Those of them that were answered with a status of 500 or above.
     pub errors: u64,
-    /// `GET /health`, or what `grpc.health.v1` was asked.
+    /// `GET /health`, or requests to `grpc.health.v1`.
     pub health: u64,
 }
 
@@ -277,7 +277,7 @@ impl Backend {
         self.counts().requests - self.versions().values().sum::<u64>()
     }
 
-    /// What it was asked so far.
+    /// The requests that it has received.
     pub fn counts(&self) -> Counts {
         Counts {
             requests: self.state.requests.load(Ordering::Relaxed),

@@ -1,7 +1,7 @@
-//! A real Chromium without a window, driven by its WebDriver; dropping it ends both.
+//! A real headless Chromium, driven by its WebDriver; dropping it ends both.
 //!
-//! It is started by itself instead of by the driver, so that it cannot outlive the test. What its console says is kept: a
-//! page that works says nothing there.
+//! The test starts it instead of the driver, so that it cannot outlive the test. Its console output is recorded: a page
+//! that works writes nothing there.
 
 use std::process::Command;
 use std::time::Duration;
@@ -174,7 +174,7 @@ impl Browser {
         self.devtools("Emulation.setEmulatedMedia", json!({ "features": features })).await.map(drop)
     }
 
-    /// A picture of what is seen, as PNG.
+    /// A screenshot, as PNG.
     pub async fn picture(&self) -> anyhow::Result<Vec<u8>> {
         Ok(self.client.screenshot().await?)
     }

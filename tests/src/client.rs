@@ -1,5 +1,5 @@
-//! One request at a time, byte for byte as the test wrote it: repeated headers, bytes that are not UTF-8, a client that
-//! goes away. For many fast requests use [`load`](crate::load).
+//! Sends one request at a time, byte for byte as the test specifies it: repeated headers, bytes that are not UTF-8, a
+//! client that disconnects. For many fast requests use [`load`](crate::load).
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::{io, str};

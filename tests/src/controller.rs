@@ -1,4 +1,4 @@
-//! The real `tideshift` binary: a controller that serves, and its command line.
+//! The real `tideshift` binary: the controller and the command line.
 
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -49,7 +49,7 @@ impl Controller {
         Self::start_on(Port::reserve()?, documents, further).await
     }
 
-    /// The same on a port that was reserved before, so that an Envoy can be told of it first.
+    /// The same on a port that was reserved earlier, so that an Envoy can be configured with it first.
     pub async fn start_on(port: Port, documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
         Self::start_program(artifacts::tideshift()?, port, documents, further).await
     }

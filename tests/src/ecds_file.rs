@@ -1,4 +1,4 @@
-//! The filter's configuration in a file of its own, which Envoy watches (ECDS): how it is changed while Envoy runs.
+//! The filter's configuration in a file of its own, which Envoy watches (ECDS) and the test changes while Envoy runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! An Envoy with the filter and one backend for each version: what most tests of the filter start with.
+//! An Envoy with the filter and one backend per version: the fixture of most filter tests.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

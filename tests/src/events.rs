@@ -1,4 +1,4 @@
-//! One who listens to the controller's events, `GET /v1/events`.
+//! A client of the controller's event stream, `GET /v1/events`.
 
 use std::net::SocketAddr;
 use std::str;

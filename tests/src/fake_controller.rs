@@ -1,5 +1,5 @@
-//! A controller whose API plays what the test says: the web page is the real one, of a real `tideshift serve` behind it,
-//! and everything under `/v1/` is the test's. It keeps the commands that it was sent.
+//! A controller whose API is scripted by the test: the web page is the real one, from a real `tideshift serve` behind
+//! it, and the test provides everything under `/v1/`. It records the commands that it receives.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -30,7 +30,7 @@ use crate::controller::Controller;
 use crate::ports::Port;
 use crate::{client, timeline};
 
-/// Something is said at least so often, as by the real one.
+/// The maximum interval between events, as in the real controller.
 const BEAT: Duration = Duration::from_secs(1);
 
 /// A command as it arrived.

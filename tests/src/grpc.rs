@@ -1,7 +1,7 @@
-//! gRPC by tonic, both ends of it: a client, and what a [`Backend`](crate::backend::Backend) does with its calls.
+//! gRPC with tonic, both sides: a client, and the server side in a [`Backend`](crate::backend::Backend).
 //!
-//! A call says what is to happen to it, so that one upstream serves every test. The messages are JSON instead of
-//! protocol buffers: nothing is generated, and proxies do not look into them.
+//! Each call describes what happens to it, so that one upstream serves every test. The messages are JSON instead of
+//! protocol buffers: no generated code is needed, and proxies do not inspect them.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Where a unary call goes.
 pub(crate) const UNARY: &str = "/tests.Scripts/Unary";
 const STREAM: &str = "/tests.Scripts/Stream";
-/// Where a gRPC server is asked for its health.
+/// The path of the gRPC health check.
 pub(crate) const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 /// A script without steps: a call that ends well at once.

@@ -1,7 +1,7 @@
-//! One client that fails its requests on purpose, to have a version taken back: it asks an endpoint for what every
-//! version answers with 500, and sees to it that one version gets those requests.
+//! A malicious client that fails its requests on purpose to cause a rollback: it requests an endpoint that every
+//! version answers with 500, and makes sure that one version receives those requests.
 //!
-//! It has one address and one connection, thus one worker of Envoy.
+//! It has one address and one connection, thus one Envoy worker.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -1,8 +1,8 @@
-//! Many requests over connections that are kept alive, and an exact tally of who answered what.
+//! Sends many requests over keep-alive connections, with an exact count of responses by backend.
 //!
-//! Every request that went out is in the tally once: answered, failed or still in flight. A connection that the server
-//! closed between two requests is opened again and is no failure; a request that got no whole answer is one, and so is
-//! one whose client gave up.
+//! Every request that was sent is counted once: answered, failed or still in flight. A connection that the server
+//! closed between two requests is reopened and is no failure; a request without a complete response is one, and so is
+//! one that its client cancelled.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -137,7 +137,7 @@ pub struct Tally {
     pub failed: u64,
     /// Those of them whose client gave up.
     pub gave_up: u64,
-    /// The answers by version ([`NOBODY`] where none was named) and status.
+    /// Responses by version ([`NOBODY`] if none was named) and status.
     pub by: BTreeMap<(String, u16), u64>,
     /// When the versions were called and when they failed.
     pub times: BTreeMap<String, Times>,

@@ -1,5 +1,5 @@
-//! A controller that says what the test wants: it answers the filter's long polls with the policy of the test, or with
-//! whatever bytes, and keeps what the filter asked and reported.
+//! A controller scripted by the test: it answers the filter's long polls with the policy of the test or with arbitrary
+//! bytes, and records the polls and reports of the filter.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

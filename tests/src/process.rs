@@ -1,4 +1,4 @@
-//! A child process with its log in a file, which ends with its handle.
+//! A child process with its log in a file; it ends with its handle.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

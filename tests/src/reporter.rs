@@ -1,5 +1,5 @@
-//! A proxy that is connected and applies policies, but serves no traffic: it polls the policy and reports every second what it
-//! runs, as the filter does. For tests of rollouts that need no traffic; a rollout goes nowhere without a live proxy.
+//! A connected proxy that applies policies but serves no traffic: it polls the policy and reports every second what it
+//! runs, like the filter. For tests of rollouts that need no traffic; a rollout does not progress without a live proxy.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,4 @@
-//! A whole Tideshift from a document, as a user has it: backends, the controller, and an Envoy that runs exactly what
+//! A complete Tideshift for a document, as users run it: backends, the controller, and an Envoy that runs exactly what
 //! `tideshift render envoy` prints for the same file.
 
 use std::collections::BTreeMap;

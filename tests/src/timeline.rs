@@ -1,5 +1,6 @@
-//! Statuses for the web page: one with fixed numbers, and a play of some minutes in which a version fails, is taken back,
-//! and the next one does better. The engine is not in it: what happens when is written here.
+//! Statuses for the web page: one with fixed numbers, and a scripted sequence of some minutes in which a version fails,
+//! is rolled back, and the next one does better. It does not use the rollout engine: the script defines what happens
+//! when.
 
 use std::time::Duration;
 

@@ -199,7 +199,7 @@ impl Policy {
         })
     }
 
-    /// Reads everything but the services.
+    /// Parses everything but the services.
     pub(crate) fn read_head(d: &mut Decoder, f: &mut Fields<'_>) -> Option<Self> {
         let controller = f.optional(d, "controller", ControllerRef::read);
         let explain = f.optional(d, "explain", Explain::read);
@@ -256,7 +256,7 @@ impl ControllerRef {
         let cluster = f.required(d, "cluster", "the name of an Envoy cluster", Decoder::filled_text);
         let authority = f.optional(d, "authority", Decoder::filled_text);
         let token = f.optional(d, "token", |d, v| {
-            // Not shown in the message, whatever is wrong with it.
+            // The message never shows the value.
             let allowed = "a bearer token of visible ASCII characters";
             let fine = |token: &str| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
             let hidden = Value::String("…".to_owned());
@@ -323,17 +323,17 @@ impl Version {
     }
 }
 
-/// The name of an Envoy cluster, which can stand in a header.
+/// Parses the name of an Envoy cluster, which must be valid in a header.
 fn cluster(d: &mut Decoder, value: &Value) -> Option<String> {
     let fine = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic());
     d.text_where(value, "the name of an Envoy cluster, of visible ASCII characters", fine)
 }
 
 impl Mirror {
-    /// The methods that only read (RFC 9110, 9.2.1).
+    /// The safe methods (RFC 9110, 9.2.1).
     const SAFE: [&str; 4] = ["GET", "HEAD", "OPTIONS", "TRACE"];
 
-    /// So many percent of the requests that only read.
+    /// Mirrors this percentage of the requests with safe methods.
     pub fn of(version: String, percent: u32) -> Self {
         Self { version, percent, methods: Self::SAFE.map(str::to_owned).to_vec() }
     }
@@ -354,13 +354,13 @@ fn weight(f: &mut Fields<'_>, d: &mut Decoder) -> u32 {
     f.optional(d, "weight", |d, v| d.integer(v, 0, MAX_WEIGHT.into())).map_or(1, |weight| weight as u32)
 }
 
-/// Hostnames, each once.
+/// Parses hostnames, which must be unique.
 pub(crate) fn hostnames(d: &mut Decoder, value: &Value) -> Option<Vec<String>> {
     let read = d.list(value, hostname::read)?;
     Some(read.into_iter().map(|(_, hostname)| hostname).collect())
 }
 
-/// What holds for every list of versions: not empty, not too long, no name twice.
+/// The rules for every list of versions: not empty, not too long, unique names.
 pub(crate) fn check_versions<'a>(d: &mut Decoder, list: &Value, versions: impl Iterator<Item = (usize, &'a str)>) {
     let length = list.as_array().map_or(0, Vec::len);
     if length == 0 || length > MAX_VERSIONS {
@@ -372,25 +372,25 @@ pub(crate) fn check_versions<'a>(d: &mut Decoder, list: &Value, versions: impl I
     }
 }
 
-/// The names of the versions that a document lists, taken from the document itself, so that a version with an error
-/// of its own is still known to the rules.
+/// The names of the versions in a document, taken from the document itself, so that rules can refer to a version that
+/// has an error of its own.
 pub(crate) struct VersionNames<'v>(Vec<&'v str>);
 
 impl<'v> VersionNames<'v> {
-    /// Of the list `versions` of this object.
+    /// From the list `versions` of this object.
     pub(crate) fn of(object: &'v Value) -> Self {
         let versions = object.get("versions").and_then(Value::as_array).into_iter().flatten();
         Self(versions.filter_map(|version| version.get("name")?.as_str()).collect())
     }
 
-    /// A name of this list.
+    /// Parses a name from this list.
     pub(crate) fn read(&self, d: &mut Decoder, value: &Value) -> Option<String> {
         let allowed = format!("one of the versions {}", self.0.join(", "));
         d.text_where(value, &allowed, |name| self.0.contains(&name))
     }
 }
 
-/// Rules, in order.
+/// Parses rules, in order.
 pub(crate) fn rules(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Vec<Rule>> {
     let rules = d.list(value, |d, value| Rule::read(d, value, known))?;
     let mut names = Unique::new("a rule name that no other rule here has");
@@ -424,13 +424,13 @@ impl Rule {
         Some(Self { name, matches, versions: versions?, mirror })
     }
 
-    /// Whether the rule is for the request.
+    /// Whether the rule matches the request.
     pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
         self.matches.is_empty() || self.matches.iter().any(|m| m.holds(request))
     }
 }
 
-/// Names that may be there only once.
+/// Names that must be unique.
 pub(crate) struct Unique {
     allowed: &'static str,
     seen: BTreeSet<String>,
@@ -455,7 +455,7 @@ impl Unique {
         }
     }
 
-    /// Whether a name has not been there yet; an error if it has.
+    /// Whether a name is new; records an error if it is not.
     pub(crate) fn is_free(&self, d: &mut Decoder, name: &str) -> bool {
         let is_free = !self.seen.contains(name);
         if !is_free {

@@ -1,11 +1,11 @@
-//! What a proxy tells the controller: which policy it runs, and how each version does.
+//! Reports of proxies to the controller: the policy that the proxy runs, and the counts of each version.
 //!
-//! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing. So
-//! is the number of the requests that are told one by one, of which a report holds the last.
+//! Counts are cumulative since the start of the proxy, so that a lost or repeated report neither loses nor doubles
+//! anything. The same is true for the number of single requests, of which a report contains the last ones.
 //!
-//! Proxies may be older or newer than the controller: what it does not know is ignored, and what is missing is 0 or empty,
-//! except what names the proxy, the policy, a service or a version. The schema says what senders write: all of it.
-//! `tests/skew.rs` holds this to reports of today.
+//! Proxies may be older or newer than the controller: it ignores unknown fields, and missing fields count as 0 or
+//! empty, except the names of the proxy, policy, service and version. The schema describes what senders write: all
+//! fields. `tests/skew.rs` checks this with current reports.
 
 use crate::counts::{Counts, MAX_COUNT, within};
 use crate::evidence::clients::Request;

@@ -1,5 +1,5 @@
-//! What one controller costs in a cluster with many TrafficShifts and pods, and how fast it is there, on the tests' own API
-//! server. `make bench-controller` runs it; `ONLY=pods` says which figures.
+//! Measures the cost and speed of one controller in a cluster with many TrafficShifts and pods, on the tests' own API
+//! server. `make bench-controller` runs it; `ONLY=pods` selects figures.
 
 use std::env;
 use std::time::{Duration, Instant};

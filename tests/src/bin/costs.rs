@@ -1,6 +1,7 @@
-//! What one controller costs with many documents, services and proxies: its CPU time and memory as the system counts them,
-//! over real HTTP. `make bench-controller` runs it; `BASE=FILE` measures another `tideshift` binary beside it, in turns;
-//! `ROUNDS=3` says how often, `ONLY=report` which figures, `STARTS=100000` how many starts of proxies.
+//! Measures the cost of one controller with many documents, services and proxies: its CPU time and memory as the system
+//! counts them, over real HTTP. `make bench-controller` runs it; `BASE=FILE` measures another `tideshift` binary beside
+//! it, alternately; `ROUNDS=3` sets the number of rounds, `ONLY=report` selects figures, `STARTS=100000` sets the
+//! number of proxy starts.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,7 +30,7 @@ const REPORTS: Duration = Duration::from_secs(2);
 const PROXIES: u64 = 100;
 /// No more of each, for the same reason.
 const MOST_REPORTS: u64 = 90 * PROXIES;
-/// How often the status is asked for.
+/// The interval between status requests.
 const STATUSES: usize = 50;
 /// Documents at rest.
 const DOCUMENTS: usize = 1_000;
@@ -281,7 +282,7 @@ impl Bench<'_> {
     }
 }
 
-/// The median of how long an answer takes that needs the mind, in milliseconds.
+/// The median latency of a response that needs the reconciler, in milliseconds.
 async fn wait_of(address: SocketAddr, times: usize) -> anyhow::Result<f64> {
     let (mut connection, mut waits) = (Connection::open(address).await?, Vec::new());
     for _ in 0..times {

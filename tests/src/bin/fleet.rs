@@ -1,6 +1,6 @@
-//! How one controller does with thousands of proxies, each with its poll and its report every second, as Envoys have
-//! them: how long a new policy takes to reach the last one, and what CPU time and memory that needs.
-//! `make bench-fleet` runs it; `PROXIES=10000` says how many, `CHANGES=20` how often the policy changes.
+//! Measures one controller with thousands of proxies, each with a poll and a report every second, like Envoys: how long
+//! a new policy takes to reach the last proxy, and the CPU time and memory. `make bench-fleet` runs it; `PROXIES=10000`
+//! sets their number, `CHANGES=20` the number of policy changes.
 
 use std::env;
 use std::net::SocketAddr;

@@ -1,6 +1,7 @@
-//! How long a broken target keeps its share and how many requests that costs, and whether one client can have a healthy
-//! version taken back: on a real Envoy, with 100 requests a second. `make bench-safety` runs it; `RUNS=20` says how
-//! often each target breaks, `SECONDS=60` how long a hostile client goes on, `CASES=hangs` takes the rows with that word.
+//! Measures how long a broken target keeps its share and how many requests that costs, and whether one client can cause
+//! the rollback of a healthy version: on a real Envoy, with 100 requests a second. `make bench-safety` runs it;
+//! `RUNS=20` sets the number of runs of each target, `SECONDS=60` the duration of the attack, `CASES=hangs` selects the
+//! rows with that word.
 
 use std::env;
 use std::str::FromStr;

@@ -1,5 +1,5 @@
-//! Stands in for scheduler and kubelet: pods are bound to its one node, run, become ready and end, as annotations say.
-//! Nothing runs, of course; but to everybody who asks the API server it looks so.
+//! Stands in for the scheduler and the kubelet: pods are bound to its one node, run, become ready and end, controlled
+//! by annotations. Nothing actually runs, but to clients of the API server it looks that way.
 //!
 //! A pod's annotations, which may change while it runs:
 //!
@@ -11,8 +11,8 @@
 //! | [`ADDRESSES`] | `IP` or `IP:PORT`, several with commas between: it gets the first that no other pod has |
 //! | [`PORT`] | where its process listens, whatever the Service says; set here for an address with a port |
 //!
-//! Without [`ADDRESSES`] pods get addresses of the documentation range, to which nothing must ever be sent. A real
-//! control plane refuses loopback addresses and knows nothing of [`PORT`].
+//! Without [`ADDRESSES`] pods get addresses of the documentation range, to which no traffic must ever be sent. A real
+//! control plane refuses loopback addresses and does not know [`PORT`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};

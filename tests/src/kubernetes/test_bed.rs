@@ -1,8 +1,8 @@
-//! What end-to-end tests in a cluster share: a namespace with versions in it, the controller's replicas, and a proxy.
+//! The fixture of end-to-end tests in a cluster: a namespace with versions, the controller's replicas, and a proxy.
 //!
-//! The cluster is the tests' own [`ApiServer`] with its stand-ins, or a real one, whose kubeconfig file
-//! [`KUBECONFIG`] names. Pods have addresses to which nothing must be sent; the proxy sends its requests to backends of
-//! the versions' names on loopback, by weights that come from the pods.
+//! The cluster is the tests' own [`ApiServer`] with its stand-ins, or a real one, whose kubeconfig file is in
+//! [`KUBECONFIG`]. Pods have addresses to which no traffic must be sent; the proxy sends its requests to backends with
+//! the versions' names on loopback, by weights that follow from the pods.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! The ABI's numbers and encodings: statuses, map and buffer types, how header maps and property paths are laid out.
+//! The numbers and encodings of the ABI: statuses, map and buffer types, the layout of header maps and property paths.
 
 /// A header or trailer.
 pub type Header = (Vec<u8>, Vec<u8>);

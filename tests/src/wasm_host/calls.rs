@@ -1,4 +1,4 @@
-//! The host calls of ABI 0.2.1, with Envoy's statuses. Each is counted, and fails when the test wants it to.
+//! The host calls of ABI 0.2.1, with Envoy's statuses. Each is counted, and fails if the test says so.
 
 #![allow(clippy::too_many_arguments, reason = "the ABI has that many")]
 

@@ -67,7 +67,7 @@ impl Guest<'_> {
         }
     }
 
-    /// Hands bytes over in memory that the module allocates; no bytes are a null pointer.
+    /// Passes bytes in memory that the module allocates; empty bytes are a null pointer.
     pub(super) fn give(&mut self, bytes: &[u8], address: u32, size: u32) -> Called {
         let (mut words, mut other) = ((Word::Right, Word::Right), None);
         match &self.state().fault {

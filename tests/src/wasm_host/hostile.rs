@@ -1,4 +1,4 @@
-//! A host that lies: what a host call does in place of its work, or makes of its results.
+//! A misbehaving host: replaces host calls or corrupts their results.
 
 use super::shared::Random;
 
@@ -7,9 +7,9 @@ use super::shared::Random;
 pub enum Fault {
     /// It does nothing and returns this status, which need not be one that the ABI knows; 0 claims success.
     Status(u32),
-    /// It hands over these bytes in place of the true ones.
+    /// It returns these bytes instead of the real ones.
     Bytes(Vec<u8>),
-    /// It hands over the true bytes with some changed, cut off or added, in a way that the seed decides.
+    /// It returns the real bytes with some changed, truncated or added, as the seed determines.
     Spoilt(u64),
     /// It hands over the true bytes, but says so of where they are and how many.
     Handed {
@@ -56,7 +56,7 @@ impl Fault {
         [0, 1, 2, 3, 4, 6, 7, 8, 10, 12, 13, 77, 256, u32::MAX].into_iter().map(Self::Status)
     }
 
-    /// Results that are not where they are said to be, or not as large.
+    /// Results at an invalid address or with an invalid length.
     pub fn places() -> impl Iterator<Item = Self> {
         use Word::{Is, Plus, Right, Unwritten};
         let both = |address, size| Self::Handed { address, size };

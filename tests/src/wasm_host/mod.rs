@@ -1,8 +1,8 @@
-//! A small proxy-wasm host on wasmi: the real module without an Envoy around it.
+//! A small proxy-wasm host on wasmi: runs the real module without an Envoy.
 //!
-//! For what no Envoy can be made to do on demand: a clock that the test sets, callouts that the test answers, host calls
-//! that fail, the exact sequence of callbacks. What a user would see is tested on a real Envoy; where the two could
-//! differ, this host follows what was measured on Envoy 1.40:
+//! It covers what no Envoy can be made to do on demand: a clock that the test sets, callouts that the test answers,
+//! host calls that fail, an exact sequence of callbacks. Behaviour visible to users is tested on a real Envoy; where
+//! the two could differ, this host follows what was measured on Envoy 1.40:
 //!
 //! * a configuration is tried by a canary VM on the main thread first, which is thrown away, then given to the main
 //!   thread's VM ([`MAIN`]) and to each worker's; a new one gets a new root context in the same VMs;
@@ -555,7 +555,7 @@ impl Answer {
         Self { headers, body: body.into(), ..Self::default() }
     }
 
-    /// An answer that broke off: the module is told of no headers at all, and asking for one is an error.
+    /// A response that broke off: the module receives no headers at all, and reading one is an error.
     pub fn broken() -> Self {
         Self { failed: true, ..Self::default() }
     }

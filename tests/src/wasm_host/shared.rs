@@ -1,5 +1,5 @@
-//! What all VMs of a proxy have in common: the clock, shared data, queues, metrics, callouts, the log, and what the test
-//! wants to go wrong.
+//! State shared by all VMs of a proxy: the clock, shared data, queues, metrics, callouts, the log, and the faults that
+//! the test injects.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;

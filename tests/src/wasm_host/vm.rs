@@ -1,4 +1,4 @@
-//! One VM: the module's instance, its contexts, and the callbacks as Envoy makes them.
+//! One VM: the instance of the module, its contexts, and the callbacks in Envoy's order.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,4 @@
-//! The few functions of WASI that a module without files, arguments and environment still imports.
+//! The few WASI functions that a module without files, arguments and environment still imports.
 
 use wasmi::{Caller, Error, Linker};
 

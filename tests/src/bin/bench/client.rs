@@ -1,5 +1,5 @@
-//! A client that costs next to nothing: a few connections that are kept alive, one request at a time on each, and two
-//! system calls for a request. Every answer is checked.
+//! A client with minimal cost: a few keep-alive connections, one request at a time on each, and two system calls per
+//! request. It checks every response.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};

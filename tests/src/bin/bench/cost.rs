@@ -1,5 +1,5 @@
-//! What each variant costs in CPU time of Envoy's worker: batches to all listeners in random order, round after round,
-//! and the median over the rounds of what a variant costs against another one in the same round.
+//! Measures the CPU time of Envoy's worker for each variant: batches to all listeners in random order, in many rounds,
+//! and the median over the rounds of the difference between two variants in the same round.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! How soon a published policy is in force on every worker, under load.
+//! Measures how soon a published policy is in force on every worker, under load.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What of the machine the numbers depend on: which core runs what, and how much CPU time a thread has used.
+//! The machine properties that the numbers depend on: the assignment of cores, and the CPU time of a thread.
 
 use std::fs;
 use std::time::Instant;

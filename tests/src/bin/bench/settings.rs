@@ -1,4 +1,4 @@
-//! What people may change on the command line: `make bench ROUNDS=100 ONLY='weights|Lua' SECTIONS=cost`.
+//! Settings from the command line: `make bench ROUNDS=100 ONLY='weights|Lua' SECTIONS=cost`.
 
 use std::env;
 use std::fmt::Display;

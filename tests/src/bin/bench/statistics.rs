@@ -1,4 +1,4 @@
-//! Medians of what was measured again and again, and how sure they are.
+//! Medians of repeated measurements, and their confidence.
 
 /// What many measurements of one thing say.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,4 +1,4 @@
-//! What was measured, as Markdown.
+//! Formats the results as Markdown.
 
 use std::fmt::Write as _;
 use std::fs;

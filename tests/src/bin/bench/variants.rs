@@ -1,4 +1,4 @@
-//! What is compared: a listener each, all in one Envoy, with the routes that `tideshift render envoy` prints.
+//! The compared variants: one listener each, all in one Envoy, with the routes that `tideshift render envoy` prints.
 
 use std::path::PathBuf;
 

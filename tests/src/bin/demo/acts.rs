@@ -1,4 +1,4 @@
-//! What is shown, act by act.
+//! The acts of the demo.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The TrafficShift document, as a user would write it and change it.
+//! The TrafficShift document, as a user would write and change it.
 
 use std::fs;
 use std::net::SocketAddr;

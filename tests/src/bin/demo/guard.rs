@@ -1,5 +1,5 @@
-//! Cleans up if the demo is killed with SIGKILL, when nothing of its own can: a small shell process that waits for the
-//! end of a pipe which ends with the demo, then kills the demo's programs and removes its folder.
+//! Cleans up if the demo is killed with SIGKILL and cannot clean up itself: a small shell process waits for the end of
+//! a pipe, which closes with the demo, then kills the demo's programs and removes its directory.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

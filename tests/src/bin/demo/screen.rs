@@ -1,4 +1,4 @@
-//! Drawing: on a terminal lines that stay, and below them a picture that is redrawn; elsewhere a line each second.
+//! Output: on a terminal, lines that stay, with a chart below them that is redrawn; otherwise one line per second.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::text::{bar, clock, percent, thousands, wrap};
 use crate::view::{Row, View};
 
-/// The widest that the picture becomes, and the width of all of a row but its bar.
+/// The maximum width of the chart, and the width of a row without its bar.
 const WIDEST: usize = 110;
 const WITHOUT_BAR: usize = 54;
 /// Where there is no terminal: from one line to the next.
@@ -27,7 +27,7 @@ pub(crate) struct Screen {
     term: Term,
     is_live: bool,
     begun: Instant,
-    /// The picture that stands there, to be redrawn.
+    /// The current chart, to be redrawn.
     drawn: Vec<String>,
     /// How wide the terminal was then.
     width: usize,
@@ -46,7 +46,7 @@ impl Screen {
         self.begun.elapsed()
     }
 
-    /// A line that stays, above the picture.
+    /// A line that stays, above the chart.
     pub(crate) fn say(&mut self, line: &str) -> anyhow::Result<()> {
         let picture = self.drawn.clone();
         self.put(&[line.to_owned()], picture)
@@ -71,12 +71,12 @@ impl Screen {
         self.note(&plain(view))
     }
 
-    /// Leaves the picture standing as it is; what comes now comes below it.
+    /// Leaves the chart as it is; later output follows below it.
     pub(crate) fn leave(&mut self) {
         self.drawn.clear();
     }
 
-    /// In one write, so that nothing flickers: back to the picture's start, the new lines, the new picture.
+    /// In one write to prevent flicker: back to the start of the chart, the new lines, the new chart.
     fn put(&mut self, lines: &[String], picture: Vec<String>) -> anyhow::Result<()> {
         let (height, width) = self.term.size_checked().map_or((24, 80), |(h, w)| (usize::from(h), usize::from(w)));
         let mut out = String::new();

@@ -1,4 +1,4 @@
-//! The loop of looking and drawing, and the means by which the acts wait for what they want to show.
+//! The loop that polls and draws, and how acts wait for what they show.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ impl Show {
         Self { stage, screen, narration, recent: Recent::default(), noted: String::new(), phase: String::new() }
     }
 
-    /// From now on something else is told.
+    /// Changes the displayed text.
     pub(crate) fn tell(&mut self, narration: Narration) -> anyhow::Result<()> {
         self.narration = narration;
         self.screen.note(&console::style(narration.title).bold().to_string())

@@ -1,5 +1,5 @@
-//! Everything that runs during the demo, on free loopback ports and in one temporary folder. It ends when it is
-//! dropped, in the order of the fields.
+//! Everything that runs during the demo, on free loopback ports and in one temporary directory. Dropping it ends
+//! everything, in the order of the fields.
 
 use std::mem;
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! What the demo shows of the controller's `GET /v1/status`.
+//! The parts of the controller's `GET /v1/status` that the demo shows.
 
 use anyhow::Context as _;
 use serde::Deserialize;

@@ -1,4 +1,4 @@
-//! The reckoning: who counted what, and whether it is the same.
+//! The summary: the counts of each side, and whether they are equal.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,7 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(15);
 type Key = (String, Outcome);
 type Counts = BTreeMap<Key, u64>;
 
-/// All that is told at the end.
+/// The final output.
 pub(crate) struct Summary {
     /// By version and outcome: the statuses that clients saw.
     statuses: BTreeMap<Key, Vec<String>>,

@@ -1,4 +1,4 @@
-//! What there is to see at one moment, put together from the controller's status and the client's own tally.
+//! The displayed state at one moment, from the controller's status and the client's own counts.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Who asks, and whether they may.
+//! Authentication and authorization.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What an object must be to be taken, and what is filled in: defaults, types, and the schemas of CRDs.
+//! Validation and defaulting of objects: defaults, types, and the schemas of CRDs.
 
 use jiff::{Timestamp, Unit};
 use k8s_openapi::ByteString;

@@ -1,5 +1,5 @@
-//! Server-side apply: a manager sends all fields that it wants; it gets them unless another manager owns them with other
-//! values. Fields that it no longer sends are removed unless another manager still owns them.
+//! Server-side apply: a manager sends all fields that it wants; it becomes their owner unless another manager owns them
+//! with other values. Fields that it no longer sends are removed unless another manager still owns them.
 
 use std::collections::BTreeSet;
 

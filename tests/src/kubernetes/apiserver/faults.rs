@@ -1,4 +1,4 @@
-//! What can go wrong with an API server, as tests order it.
+//! Faults of an API server that tests can inject.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

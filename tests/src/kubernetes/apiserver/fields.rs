@@ -1,7 +1,7 @@
-//! Who owns which field: sets of paths, as they stand in `metadata.managedFields`.
+//! Field ownership: sets of paths, as in `metadata.managedFields`.
 //!
-//! A path leads to a leaf: a scalar, an atomic list or map, an empty map. An item of a list with keys has a path of its
-//! own besides those of its fields.
+//! A path leads to a leaf: a scalar, an atomic list or map, or an empty map. An item of a list with keys has a path of
+//! its own in addition to those of its fields.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! What kinds of objects there are: some of Kubernetes' own, and those of the CRDs that are installed.
+//! The kinds of objects: some of Kubernetes' own, and those of installed CRDs.
 
 use serde_json::{Value, json};
 

@@ -1,12 +1,12 @@
-//! A Kubernetes API server of the tests' own: as much of a real one as controllers and kubectl rely on, in this process,
-//! over plain HTTP on loopback, and with faults that real ones do not have on order.
+//! A Kubernetes API server for tests: the part of a real one that controllers and kubectl rely on, in this process,
+//! over plain HTTP on loopback, with faults that tests can inject.
 //!
-//! What it honours: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
-//! JSON, strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and pods'
-//! `binding`; lists in pages, watches with bookmarks, initial events and 410 Gone; selectors; metadata alone; CRDs with
-//! their defaults and plain rules; tokens and 403; port-forwards. What it leaves out: CEL rules, quotas, garbage
-//! collection, webhooks, tables, more than one version of a kind. What real servers leave to other programs is in
-//! [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
+//! It supports: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
+//! JSON and strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and
+//! pods' `binding`; paginated lists, watches with bookmarks, initial events and 410 Gone; selectors; metadata-only
+//! requests; CRDs with their defaults and plain rules; tokens and 403; port-forwards. It does not support: CEL rules,
+//! quotas, garbage collection, webhooks, tables, more than one version of a kind. What real servers leave to other
+//! programs is in [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
 
 mod access;
 mod admit;

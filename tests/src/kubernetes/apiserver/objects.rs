@@ -1,4 +1,5 @@
-//! The objects, past HTTP, permissions and faults: for tests, and for what runs in the test's own process.
+//! Direct access to the objects, without HTTP, permissions and faults: for tests and for components in the test's
+//! process.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What a request is about: its path and query, read as Kubernetes means them.
+//! Parses the path and query of a request.
 
 use std::collections::BTreeMap;
 

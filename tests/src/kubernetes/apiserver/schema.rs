@@ -1,5 +1,5 @@
-//! The schemas of CRDs: unknown fields are dropped, defaults filled in, and the plain rules checked. Formats, patterns
-//! and CEL rules are left to real API servers.
+//! The schemas of CRDs: prunes unknown fields, fills in defaults and checks the plain rules. Formats, patterns and CEL
+//! rules are left to real API servers.
 
 use serde_json::Value;
 

@@ -1,4 +1,4 @@
-//! Label selectors and field selectors, as they stand in queries and in objects.
+//! Label selectors and field selectors, in queries and in objects.
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;

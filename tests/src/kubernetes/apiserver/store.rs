@@ -1,5 +1,5 @@
-//! The objects and the log of their changes: one resourceVersion for all of them, which only grows. No rules are here:
-//! what may be written is `write`'s to say.
+//! The objects and the log of their changes: one resourceVersion for all of them, which only increases. It enforces no
+//! rules: `write` decides what may be written.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! In which form a client wants objects: whole, or their metadata alone; and which of them.
+//! The representation of objects that a client requests: complete or metadata only; and the selection of objects.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! Watches: what has changed since a resourceVersion, and then what changes.
+//! Watches: the changes since a resourceVersion, and then new changes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::view::{Selection, View};
 /// How long a watch lasts that does not say so.
 const LONG: Duration = Duration::from_secs(1800);
 
-/// How often clients are told how far they are.
+/// The interval of bookmarks.
 const BOOKMARKS: Duration = Duration::from_secs(60);
 
 /// One client's watch.

@@ -1,5 +1,5 @@
-//! What may be written, and what the server makes of it: names, resourceVersions, generations, finalizers, the parts
-//! that a subresource may change, and who owns what.
+//! Validates and completes writes: names, resourceVersions, generations, finalizers, the parts that a subresource may
+//! change, and field ownership.
 
 use std::sync::Arc;
 

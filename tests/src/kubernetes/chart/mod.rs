@@ -1,5 +1,5 @@
-//! The Helm chart, rendered without Helm: by as much of Go's templates as it needs, which is little on purpose. What Helm
-//! itself makes of the chart is the same (seen with Helm 4.3).
+//! Renders the Helm chart without Helm, with the small part of Go templates that it deliberately limits itself to. Helm
+//! itself renders the same output (checked with Helm 4.3).
 
 mod functions;
 mod run;
@@ -83,7 +83,7 @@ impl Chart {
         &self.folder
     }
 
-    /// The values that hold where nothing else is said.
+    /// The default values.
     pub fn values(&self) -> &Value {
         &self.values
     }

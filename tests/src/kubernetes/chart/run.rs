@@ -1,4 +1,4 @@
-//! Parsed templates, run: what they print for some values.
+//! Executes parsed templates with some values.
 
 use std::collections::BTreeMap;
 

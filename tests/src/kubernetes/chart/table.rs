@@ -1,4 +1,4 @@
-//! The table of values in the chart's README, made from the comments in `values.yaml`.
+//! The table of values in the chart's README, generated from the comments in `values.yaml`.
 
 use std::fs;
 

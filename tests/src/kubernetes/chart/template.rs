@@ -1,4 +1,4 @@
-//! Go's templates, parsed: as much of them as the chart needs.
+//! Parses Go templates, as far as the chart needs them.
 
 use std::iter::Peekable;
 use std::vec::IntoIter;
