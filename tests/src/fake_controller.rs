@@ -146,7 +146,7 @@ impl FakeController {
         let _ = self.state.transitions.send(event);
     }
 
-    /// What the controller says of the last minutes; its `now` is when it is asked.
+    /// The history of the last minutes; its `now` is the time of the request.
     pub fn recall(&self, series: Value) {
         self.kept().series = series;
     }

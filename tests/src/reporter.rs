@@ -14,7 +14,7 @@ use crate::client::{Request, get};
 
 /// From one report to the next.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How soon a controller that is away is asked again.
+/// The retry interval while the controller is unreachable.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// A proxy without traffic; dropping it ends it.
