@@ -85,10 +85,10 @@ pub fn tilt(count: f64, all: f64, probability: f64, ratio: f64) -> f64 {
     count * libm::log1p(ratio - 1.0) - all * libm::log1p(probability * (ratio - 1.0))
 }
 
-/// Evidence for several alternatives at once that keeps all batches and also restarts after each batch, so that it detects
-/// a version that was fine for long and then fails. Half of its weight is present at the start and the rest is added in
-/// ever smaller parts. So, if each batch multiplies it by at most 1 on average, the probability that it ever reaches 1/α
-/// is at most α (Ville).
+/// Evidence for several alternatives at once that keeps all batches and also restarts after each batch, so that it
+/// detects a version that was fine for a long time and then fails. Half of its weight is present at the start and the
+/// rest is added in ever smaller parts. Therefore, if each batch multiplies it by at most 1 on average, the probability
+/// that it ever reaches 1/α is at most α (Ville).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     #[serde(with = "bits")]

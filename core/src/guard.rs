@@ -360,8 +360,8 @@ impl Guard {
         self.note_shares(now, observed);
         self.end_vetoes_of_the_last(now, observed);
         let ended = self.end_vetoes(now);
-        // All counts of a batch must cover the same time to be comparable. So a version that is new, returns, or has reset
-        // counters starts a new batch for all versions; its earlier counts are ignored.
+        // All counts of a batch must cover the same time to be comparable. Therefore a version that is new, returns, or
+        // has reset counters starts a new batch for all versions; its earlier counts are ignored.
         if ended || self.has_new_counters(observed) {
             self.start_batch(observed);
             return left || ended;
@@ -478,7 +478,8 @@ impl Guard {
         accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
         let before = self.vetoes.len();
         for (_, version) in accused {
-            // Drop evidence even if it cannot be acted on: a version that can be spared later is judged by its later requests.
+            // Drop evidence even if it cannot be acted on: a version that can be spared later is judged by its later
+            // requests.
             let Some(watched) = self.versions.get_mut(version.name) else { continue };
             let of_clients = watched.clients.forget();
             let of_requests = watched.forget();

@@ -138,8 +138,8 @@ impl ErrorCodes {
 }
 
 impl Ending {
-    /// Whether the exchange has not really ended: there is no response and no failure. Envoy reports this when it follows an
-    /// internal redirect; the request then passes the filter again.
+    /// Whether the exchange has not really ended: there is no response and no failure. Envoy reports this when it
+    /// follows an internal redirect; the request then passes the filter again.
     pub fn goes_on(&self) -> bool {
         self.status.is_none() && self.flags == 0
     }

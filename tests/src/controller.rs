@@ -27,8 +27,8 @@ const CLI: Duration = Duration::from_secs(60);
 
 /// A controller on a port of its own; dropping it kills it.
 ///
-/// [`kill`](Self::kill) or [`terminate`](Self::terminate), then [`start_again`](Self::start_again) is a restart with the
-/// same arguments on the same port.
+/// For a restart with the same arguments on the same port call [`kill`](Self::kill) or [`terminate`](Self::terminate),
+/// then [`start_again`](Self::start_again).
 #[derive(Debug)]
 pub struct Controller {
     port: Port,

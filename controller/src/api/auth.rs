@@ -107,8 +107,8 @@ impl TokenFiles {
         self.given().map(|(_, path)| path.clone()).collect()
     }
 
-    /// Names the roles without tokens while other roles have some; empty if the configuration is complete. `certificates`:
-    /// proxies may authenticate with certificates.
+    /// Names the roles without tokens while other roles have some; empty if the configuration is complete.
+    /// `certificates`: proxies may authenticate with certificates.
     pub fn left_out(&self, certificates: bool) -> &'static str {
         match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some() || certificates) {
             (true, false) => "proxies are refused: there is no --proxy-token-file",

@@ -1,7 +1,7 @@
 //! `GET /v1/events`: the status whenever it changes, and every transition of a rollout, as server-sent events.
 //!
-//! The status is serialised once for all clients. Each client gets the newest status when the previous one has been sent:
-//! a slow client misses statuses, but does not delay others and needs no buffer.
+//! The status is serialised once for all clients. Each client gets the newest status when the previous one has been
+//! sent: a slow client misses statuses, but does not delay others and needs no buffer.
 
 use super::{ApiError, Peer, Shared};
 use crate::clock::now;

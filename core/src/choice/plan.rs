@@ -375,8 +375,8 @@ impl SessionPlan {
                 let keeps = |split: &Split| kept.filter(|version| split.has(*version));
                 let (version, reason) = match keeps(route.split) {
                     Some(version) => (Some(version), Reason::Session(bucket)),
-                    // A new user: by turn, so that shares are even for clients that ignore cookies, too. Under a rule by
-                    // hash, because the cookie may have to name another version.
+                    // A new user: by turn, so that shares are even for clients that ignore cookies, too. Under a rule
+                    // by hash, because the cookie may have to name another version.
                     None if is_new && route.rule.is_none() => {
                         let choice = Choice::by_turn(route.split, turns);
                         (choice.version, choice.reason)

@@ -1,5 +1,5 @@
-//! Detects whether the server has closed a WebSocket. Envoy cannot distinguish a closed connection from a broken one better
-//! than TCP does, so this reads the frames (RFC 6455, 5.2 and 5.5.1).
+//! Detects whether the server has closed a WebSocket. Envoy cannot distinguish a closed connection from a broken one
+//! better than TCP does, so this reads the frames (RFC 6455, 5.2 and 5.5.1).
 
 /// Parses the frames of a server as they pass, until the close frame.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -7,15 +7,16 @@
 //! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.
-//! - What a client does within two seconds is one: it may be one try and its repetitions.
-//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes, …
-//! - … and the verdict leaves out the client that added most. Whichever client means harm, what is left is no more than what
-//!   all the others add, so the bound holds with it as without it. A version fails on several clients only.
-//! - Of what counts, a client makes a quarter at most, but for its first few bad requests. One that has all of its bad requests
-//!   at the stable version on purpose can hide a bad target no longer than that.
+//! - The requests of a client within two seconds count as one: they may be one attempt and its retries.
+//! - The contribution of a client over any period is capped, even if it knows where its next request goes, …
+//! - … and the verdict leaves out the client that contributed most. Whichever client is malicious, what remains is no
+//!   more than the contribution of all the others, so that the bound holds with it as without it. A version therefore
+//!   fails only on several clients.
+//! - Of what counts, at most a quarter is from the same client, except for its first few bad requests. A client that has
+//!   all of its bad requests at the stable version on purpose can hide a bad target no longer than that.
 //!
-//! Where a sample of all requests shows only a few clients, these limits would leave nothing: requests that were dealt by
-//! weight are judged by their counts then, and users of sessions count once each.
+//! If a sample of all requests shows only a few clients, these limits would leave nothing: then requests that were
+//! dealt by weight are judged by their counts, and users of sessions count once each.
 
 use crate::outcome::Outcome;
 use siphasher::sip::SipHasher24;
