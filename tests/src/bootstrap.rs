@@ -79,7 +79,7 @@ impl Bootstrap {
         self
     }
 
-    /// So many retries on 5xx and resets.
+    /// This many retries on 5xx and resets.
     pub fn retries(mut self, retries: u32) -> Self {
         self.retries = retries;
         self

@@ -153,7 +153,7 @@ impl Browser {
         Ok(self.find(selector).await?.click().await?)
     }
 
-    /// Types on the keyboard, into whatever has the focus.
+    /// Types on the keyboard, into the focused element.
     pub async fn keys(&self, keys: &str) -> anyhow::Result<()> {
         Ok(self.client.active_element().await?.send_keys(keys).await?)
     }
@@ -185,7 +185,7 @@ impl Browser {
         Ok(self.client.issue_cmd(Extension { path: "goog/cdp/execute", body }).await?)
     }
 
-    /// What the console has said since the last call: errors, warnings, violations of the content security policy.
+    /// Console messages since the last call: errors, warnings, violations of the content security policy.
     pub async fn console(&self) -> anyhow::Result<Vec<String>> {
         let log = self.client.issue_cmd(Extension { path: "se/log", body: json!({ "type": "browser" }) }).await?;
         let lines = log.as_array().context("no log")?;

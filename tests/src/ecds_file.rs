@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The file. Envoy takes what is *renamed* to it.
+/// The file. Envoy reads a file that is *renamed* to it.
 #[derive(Debug)]
 pub struct EcdsFile {
     directory: TempDir,

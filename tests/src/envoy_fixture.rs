@@ -225,7 +225,7 @@ impl EachWorker {
         Ok(responses)
     }
 
-    /// Who answers one request to each worker.
+    /// The versions that answer one request to each worker.
     pub async fn versions(&mut self) -> anyhow::Result<Vec<String>> {
         let request = self.request.clone();
         self.send(&request).await?.iter().map(served_by).collect()

@@ -110,7 +110,7 @@ impl Receiver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).got.clone()
     }
 
-    /// Waits until it was sent so many.
+    /// Waits until it has received this many requests.
     pub async fn until(&self, count: usize) -> anyhow::Result<Vec<Got>> {
         eventually(&format!("{count} requests to the webhook"), DEADLINE, async || {
             let got = self.got();

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::eventually;
 
-/// So many of the log's last lines go into messages.
+/// The number of the log's last lines in messages.
 const TAIL: usize = 60;
 
 /// A running (or ended) process; dropping it kills it and waits for its end.

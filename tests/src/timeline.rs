@@ -92,7 +92,7 @@ pub fn now() -> String {
     format!("{:.3}", Timestamp::now())
 }
 
-/// Requests a second of the play.
+/// Requests per second in the timeline.
 const LOAD: f64 = 320.0;
 /// The steps: percent and seconds; the last but one is a pause.
 const STEPS: [(u64, u64); 5] = [(5, 30), (25, 60), (50, 60), (50, 0), (100, 0)];

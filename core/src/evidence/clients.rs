@@ -1,9 +1,9 @@
 //! The evidence that a bad request of one client adds against a version: the influence of a single client is limited,
 //! however many requests it sends.
 //!
-//! A bad request whose version was decided by chance adds to the evidence for "r times worse": Δ = ln r − ln(rρ + 1 −
-//! ρ) if the version had it, and −ln(rρ + 1 − ρ) if another had it; ρ is the probability that this one had it if it is
-//! no worse. Five limits apply, each of which only reduces evidence (earlier events decide what is left out), so that
+//! A bad request whose version was decided by chance adds to the evidence for "r times worse":
+//! Δ = ln r − ln(rρ + 1 − ρ) if the version had it, and −ln(rρ + 1 − ρ) if another had it; ρ is the probability that
+//! this one had it if it is no worse. Five limits apply, each of which only reduces evidence (earlier events decide what is left out), so that
 //! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.

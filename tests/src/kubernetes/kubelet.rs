@@ -226,7 +226,7 @@ async fn run(client: Client) {
     }
 }
 
-/// Does what is due for all pods.
+/// Takes the steps that are due for all pods.
 async fn act_on_due(client: &Client, pods: &mut Pods) {
     let now = Instant::now();
     let due = |(uid, known): (&String, &Known)| {

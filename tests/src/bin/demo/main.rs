@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use signals::Signals;
 
-/// A signal to the whole process group ends the children as well; their end must not be taken for an error.
+/// A signal to the whole process group ends the children as well; this must not be reported as an error.
 const GRACE: Duration = Duration::from_millis(200);
 
 #[tokio::main]

@@ -12,10 +12,10 @@ use crate::view::{Row, View};
 /// The maximum width of the chart, and the width of a row without its bar.
 const WIDEST: usize = 110;
 const WITHOUT_BAR: usize = 54;
-/// Where there is no terminal: from one line to the next.
+/// Without a terminal: the interval between lines.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// What happens now, and what to look at.
+/// The current act, and what to look at.
 #[derive(Clone, Copy)]
 pub(crate) struct Narration {
     pub(crate) title: &'static str,
@@ -29,7 +29,7 @@ pub(crate) struct Screen {
     begun: Instant,
     /// The current chart, to be redrawn.
     drawn: Vec<String>,
-    /// How wide the terminal was then.
+    /// The width of the terminal at that time.
     width: usize,
     line_at: Option<Instant>,
 }
@@ -52,13 +52,13 @@ impl Screen {
         self.put(&[line.to_owned()], picture)
     }
 
-    /// The same with the time before it.
+    /// The same with a timestamp.
     pub(crate) fn note(&mut self, line: &str) -> anyhow::Result<()> {
         let time = style(format!("{:>6}", clock(self.elapsed()))).dim();
         self.say(&format!("{time}  {line}"))
     }
 
-    /// Shows how things stand.
+    /// Draws the current state.
     pub(crate) fn draw(&mut self, narration: &Narration, view: &View) -> anyhow::Result<()> {
         if self.is_live {
             let picture = self.picture(narration, view);
@@ -80,7 +80,7 @@ impl Screen {
     fn put(&mut self, lines: &[String], picture: Vec<String>) -> anyhow::Result<()> {
         let (height, width) = self.term.size_checked().map_or((24, 80), |(h, w)| (usize::from(h), usize::from(w)));
         let mut out = String::new();
-        // Where its lines are once a terminal has become narrower or wider, terminals do not agree: it stays there.
+        // After a resize terminals disagree about the position of its lines: the old chart stays.
         if !self.drawn.is_empty() && self.width == width {
             out += &format!("\x1b[{}A\r\x1b[J", self.drawn.len());
         }

@@ -45,7 +45,7 @@ pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, forc
     let mut merged = live.clone();
     merge(&mut merged, wanted, Shape::of(kind));
     let gone = before.iter().flat_map(|before| &before.fields).filter(|path| !new.contains_key(*path));
-    // The longer paths first: what is in an item before the item.
+    // Longer paths first: the fields of an item before the item.
     for path in gone.collect::<Vec<_>>().into_iter().rev() {
         let wanted_by_another =
             managers.iter().any(|manager| manager.fields.iter().any(|owned| owned.starts_with(path)));
@@ -79,7 +79,7 @@ fn is_part(
     }
 }
 
-/// Puts what is wanted over what is there.
+/// Merges the applied fields into the object.
 fn merge(live: &mut Value, wanted: &Value, shape: Shape<'_>) {
     match (live, wanted) {
         (Value::Object(live), Value::Object(wanted)) if !shape.atomic_map() => {

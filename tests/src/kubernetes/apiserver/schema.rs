@@ -37,7 +37,7 @@ pub(super) fn prune_and_default(value: &mut Value, schema: &Value) {
     }
 }
 
-/// Says what is wrong, and where.
+/// Reports an error and its path.
 pub(super) fn check(value: &Value, schema: &Value, at: &str, wrong: &mut Vec<(String, String)>) {
     let mut found = |what: String| wrong.push((at.trim_start_matches('.').to_owned(), what));
     if value.is_null() && schema["nullable"] == true {

@@ -20,7 +20,7 @@ pub(super) struct World<'a> {
 }
 
 impl World<'_> {
-    /// Takes note of what is defined in a file.
+    /// Records the definitions in a file.
     pub(super) fn define(&mut self, nodes: &[Node]) {
         for node in nodes {
             if let Node::Define { name, body } = node {
@@ -114,7 +114,7 @@ impl Run<'_> {
             Operand::Function(name) => self.call(name, &arguments).with_context(|| format!("{name} {arguments:?}")),
             Operand::Field { path, .. } if path.ends_with(&["Files".to_owned(), "Get".to_owned()]) => {
                 let path = arguments.first().and_then(Value::as_str).context("Files.Get wants a path")?;
-                // As with Helm: what is not there is empty.
+                // As in Helm: missing values are empty.
                 Ok(self.world.files.get(path).map(String::as_str).unwrap_or_default().into())
             }
             first if arguments.is_empty() => self.operand(first, dot),

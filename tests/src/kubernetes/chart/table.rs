@@ -21,7 +21,7 @@ pub struct ValueRow {
 }
 
 impl ValueRow {
-    /// Those of `values.yaml`: what is commented there, and what is not but should be.
+    /// The values of `values.yaml`: those with a comment, and those without a required one.
     pub fn all(text: &str) -> Vec<Self> {
         let mut rows: Vec<Self> = Vec::new();
         let mut comment = String::new();
