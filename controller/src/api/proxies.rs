@@ -41,7 +41,7 @@ pub(super) struct Poll {
 }
 
 /// Long poll: answers at once if there is a newer policy than the one the proxy has, otherwise as soon as there is one,
-/// or with 204 after [`HOLD`].
+/// or with 204 after `HOLD`.
 pub(super) async fn policy(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,

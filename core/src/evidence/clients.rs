@@ -3,8 +3,9 @@
 //!
 //! A bad request whose version was decided by chance adds to the evidence for "r times worse":
 //! Δ = ln r − ln(rρ + 1 − ρ) if the version had it, and −ln(rρ + 1 − ρ) if another had it; ρ is the probability that
-//! this one had it if it is no worse. Five limits apply, each of which only reduces evidence (earlier events decide what is left out), so that
-//! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
+//! this one had it if it is no worse. Five limits apply, each of which only reduces evidence (earlier events decide
+//! what is left out), so that P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where
+//! their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.
 //! - The requests of a client within two seconds count as one: they may be one attempt and its retries.

@@ -55,7 +55,7 @@ impl Absolute {
         let is_alone = gets_all && batch.stable.requests < LEAST_STABLE;
         self.evidence.add(ODDS.map(|odds| {
             let worse_than_allowed = tempered(&batch.target, allowed, odds).min(GROWTH);
-            // The first factor does not grow on average for a target that is no worse than allowed, the second for one
+            // The first term does not grow on average for a target that is no worse than allowed, the second for one
             // that is no worse than the stable version now; so the lesser of both does not grow either.
             let ratio = odds * allowed / (1.0 + allowed * (odds - 1.0)) / usual;
             if is_alone { worse_than_allowed } else { worse_than_allowed.min(worse_than_stable(&batch, ratio)) }

@@ -21,7 +21,7 @@ pub struct ValueRow {
 }
 
 impl ValueRow {
-    /// The values of `values.yaml`: those with a comment, and those without a required one.
+    /// All values of `values.yaml` with their comments; a missing comment is empty.
     pub fn all(text: &str) -> Vec<Self> {
         let mut rows: Vec<Self> = Vec::new();
         let mut comment = String::new();
