@@ -235,7 +235,7 @@ pub fn needs_no_cluster(shift: &TrafficShift) -> Result<(), String> {
 ///
 /// # Errors
 ///
-/// What is not allowed.
+/// The first field that is not allowed.
 pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
     let only = "only documents that the controller was given with --file may have it";
     let versions = shift.services.iter().flat_map(|service| &service.versions);

@@ -265,7 +265,7 @@ mod tests {
             }
         }
 
-        /// Which of the errors are the version's is what the guard's evidence asks.
+        /// The guard's evidence asks which of the errors belong to the version.
         #[test]
         fn a_tilt_of_errors_is_the_evidence_of_the_batch(counts in prop::array::uniform4(0u64..1_000)) {
             let [requests, errors, others_requests, others_errors] = counts;

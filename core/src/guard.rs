@@ -133,7 +133,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What the proxy knows about one version when it calls the guard.
+/// The proxy's information about one version when it calls the guard.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Observed<'a> {
     /// The version's name.

@@ -36,7 +36,7 @@ impl Outcome {
     }
 }
 
-/// What the proxy knows about an exchange when it has ended.
+/// The proxy's information about an exchange when it has ended.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ending {
     /// The HTTP status that the client received; `None` if no response had started.

@@ -167,7 +167,7 @@ impl Browser {
         self.devtools("Emulation.setTouchEmulationEnabled", touch).await.map(drop)
     }
 
-    /// What the user prefers: `prefers-color-scheme`, `prefers-reduced-motion` and their like.
+    /// The preferences of the user: `prefers-color-scheme`, `prefers-reduced-motion` and the like.
     pub async fn prefer(&self, features: &[(&str, &str)]) -> anyhow::Result<()> {
         let features: Vec<Value> =
             features.iter().map(|(name, value)| json!({ "name": name, "value": value })).collect();

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 #[derive(Debug)]
 pub struct EcdsFile {
     directory: TempDir,
-    /// What the bootstrap had in this place.
+    /// The original content of this place in the bootstrap.
     filter: Value,
 }
 

@@ -200,7 +200,7 @@ pub const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";
 /// A connection to each worker of an Envoy; the listener balances connections exactly.
 #[derive(Debug)]
 pub struct EachWorker {
-    /// What they are for.
+    /// The request that is sent on them.
     pub request: Request,
     /// One to each worker.
     pub connections: Vec<Connection>,

@@ -30,7 +30,7 @@ pub struct Events {
 pub struct Event {
     /// `status` or `transition`.
     pub kind: String,
-    /// What it says.
+    /// Its data.
     pub data: Value,
 }
 

@@ -28,7 +28,7 @@ pub struct Receiver {
     _tasks: JoinSet<()>,
 }
 
-/// What it was sent.
+/// The requests that it received.
 #[derive(Clone, Debug)]
 pub struct Got {
     /// The headers.
@@ -105,7 +105,7 @@ impl Receiver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).next.extend(answers);
     }
 
-    /// What it was sent so far.
+    /// The requests received so far.
     pub fn got(&self) -> Vec<Got> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).got.clone()
     }

@@ -23,7 +23,7 @@ pub struct Reporter {
     tasks: [JoinHandle<()>; 2],
 }
 
-/// What it runs.
+/// The policy that it runs.
 #[derive(Debug, Clone, Default)]
 struct Runs {
     epoch: String,
@@ -42,7 +42,7 @@ impl Reporter {
             loop {
                 let before = lock(&polling).clone();
                 match poll(controller, &poller, &before).await {
-                    // What has changed is reported at once.
+                    // Changes are reported at once.
                     Ok(Some((epoch, revision))) => {
                         let runs = {
                             let mut runs = lock(&polling);

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::artifacts;
 
-/// What is wrong with these objects, a line for each thing.
+/// The validation errors of these objects, one line each.
 pub fn check(objects: &[Value]) -> anyhow::Result<Vec<String>> {
     let checker = artifacts::workspace().join("tools/schemas/check.mjs");
     let mut command = Command::new(artifacts::node()?);

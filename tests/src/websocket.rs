@@ -79,7 +79,7 @@ impl Client {
     }
 }
 
-/// What completes the handshake; `None` for a request that wants no socket.
+/// The response that completes the handshake; `None` for a request without an upgrade.
 pub(crate) fn accept_key(request: &Request<Incoming>) -> Option<String> {
     let wanted = request.headers().get(header::UPGRADE)?;
     let key = request.headers().get(header::SEC_WEBSOCKET_KEY)?;

@@ -80,7 +80,7 @@ pub fn client(address: &[u8]) -> u32 {
     (hash as u32).max(1)
 }
 
-/// What each client and user has contributed.
+/// The contributions of each client and user.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Limits<const RATIOS: usize> {
     clients: BTreeMap<u32, Client<RATIOS>>,

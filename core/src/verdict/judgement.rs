@@ -10,7 +10,7 @@ use std::time::Duration;
 pub struct Totals {
     /// Requests.
     pub requests: u64,
-    /// Those that were bad.
+    /// The bad requests.
     pub errors: u64,
 }
 
@@ -26,7 +26,7 @@ impl Totals {
     }
 }
 
-/// What the counts say of the target.
+/// The outcome of a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
@@ -89,7 +89,7 @@ pub struct Judgement {
     pub stable: Totals,
     /// Of several services, the one that fails, or at which both versions do.
     pub at: Option<At>,
-    /// What speaks most against the target.
+    /// The strongest kind of evidence against the target.
     pub ground: Ground,
     /// Requests that were answered with a client error, then those that were given up: of the target and of the stable
     /// version, since the rollout began.

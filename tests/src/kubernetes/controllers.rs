@@ -28,7 +28,7 @@ impl Controllers {
             let mut seen = 0;
             while objects.changed(&mut seen).await {
                 let start = Instant::now();
-                // What fails, because of a concurrent change, is tried again after that change.
+                // A step that fails because of a concurrent change is retried after that change.
                 workloads::reconcile(&objects);
                 owners::collect(&objects);
                 endpoints::reconcile(&objects);

@@ -169,7 +169,7 @@ impl Known {
         Some((ip, self.annotation(PORT).and_then(|port| port.parse().ok())))
     }
 
-    /// What is to be done, and when.
+    /// The next step, and when it is due.
     fn next(&self) -> Option<(Instant, Step)> {
         let (at, step) = if let Some(ending) = self.ending {
             (ending + self.seconds(TERM_DELAY), Step::Remove)
@@ -191,7 +191,7 @@ impl Known {
 
     fn acted(&mut self, step: Step, outcome: kube::Result<()>) {
         match outcome {
-            // Of a pod that is gone the watch will tell.
+            // The watch reports a deleted pod.
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(_) => {
                 self.retry = Some(Instant::now() + RETRY);
@@ -250,7 +250,7 @@ async fn act_on_due(client: &Client, pods: &mut Pods) {
     }
 }
 
-/// Takes in what the watcher says.
+/// Processes an event of the watcher.
 fn hear(pods: &mut Pods, listed: &mut BTreeSet<String>, event: watcher::Result<watcher::Event<Pod>>) {
     match event {
         Ok(watcher::Event::Init) => listed.clear(),

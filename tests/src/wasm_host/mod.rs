@@ -253,7 +253,7 @@ impl WasmHost {
         self.on(callout.vm, |vm| vm.answer(callout.root, callout.token, answer))
     }
 
-    // What can be seen.
+    // State for assertions.
 
     /// The functions that the module imports.
     pub fn imports(&self) -> Vec<String> {
@@ -332,7 +332,7 @@ impl WasmHost {
         self.shared().calls.clone()
     }
 
-    // What shall go wrong.
+    // Fault injection.
 
     /// Makes a host call fail with a status from now on.
     pub fn fail(&mut self, call: &str, status: Status) {

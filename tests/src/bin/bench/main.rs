@@ -126,7 +126,7 @@ fn show(text: &str) {
     println!("{text}");
 }
 
-/// What is being done: one line that is written over, unless it goes to a file.
+/// The current activity: one line that is overwritten, unless the output is a file.
 fn progress(line: &str) {
     if stderr().is_terminal() {
         eprint!("\r\x1b[2K{line}\r");

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, ensure};
 
-/// What there is to measure.
+/// The measurements.
 const SECTIONS: [&str; 4] = ["cost", "memory", "start", "effect"];
 
 /// How much to measure.

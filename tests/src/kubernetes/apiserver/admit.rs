@@ -50,7 +50,7 @@ pub(super) fn admit(kind: &Kind, object: &mut Value) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// What all data of a Secret may have together, as in a real API server.
+/// The maximum size of all data of a Secret, as in a real API server.
 const MAX_SECRET: usize = 1 << 20;
 
 /// The bytes that Base64 stands for.

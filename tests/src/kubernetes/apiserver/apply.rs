@@ -11,7 +11,7 @@ use super::kinds::Kind;
 use super::refusal::Refusal;
 use super::shape::Shape;
 
-/// What `live` becomes when `by` applies `wanted`, with its managers. For a new object `live` is bare.
+/// The result of applying `wanted` to `live` as the manager `by`, with the managers. For a new object `live` is bare.
 pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, force: bool) -> Result<Value, Refusal> {
     let mut managers = Manager::all_of(live);
     let same = |manager: &Manager| manager.name == by.name && manager.applies && manager.subresource == by.subresource;

@@ -50,7 +50,7 @@ pub(super) struct Resource {
     pub(super) query: Query,
 }
 
-/// What a request is about.
+/// The target of a request.
 #[derive(Clone, Debug)]
 pub(super) enum About {
     Resource(Resource),

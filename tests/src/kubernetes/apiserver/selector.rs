@@ -3,7 +3,7 @@
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
-/// What one requirement wants of a label's value.
+/// The condition of one requirement on the value of a label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Wants {
     Exists,

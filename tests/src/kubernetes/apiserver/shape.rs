@@ -20,7 +20,7 @@ pub(super) enum List {
 pub(super) enum Shape<'a> {
     /// The field of that name, somewhere in a built-in kind.
     BuiltIn { kind: &'a str, field: &'a str },
-    /// What a schema describes.
+    /// The shape that a schema describes.
     Schema(&'a Value),
 }
 

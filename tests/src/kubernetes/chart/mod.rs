@@ -32,7 +32,7 @@ const ORDER: [&str; 10] = [
     "RoleBinding",
 ];
 
-/// What the plain manifests are rendered with: nothing random is committed.
+/// The values of the plain manifests: nothing random is committed.
 const PLAIN: &str = r#"{"tokens": {"existingSecret": "tideshift-tokens"}}"#;
 
 /// The Helm chart.
@@ -41,7 +41,7 @@ pub struct Chart {
     folder: PathBuf,
     values: Value,
     chart: Value,
-    /// What it has besides templates, by path.
+    /// Its files other than templates, by path.
     files: BTreeMap<String, String>,
     /// By path.
     templates: BTreeMap<String, String>,
@@ -114,7 +114,7 @@ impl Chart {
         Ok(rendered)
     }
 
-    /// What `helm install` would say.
+    /// The message of `helm install`.
     pub fn notes(&self, release: &str, namespace: &str) -> anyhow::Result<String> {
         let mut printed = self.print(release, namespace, &json!({}), &[])?;
         printed.remove("templates/NOTES.txt").context("there are no notes")
@@ -142,7 +142,7 @@ impl Chart {
         Ok(text)
     }
 
-    /// What every template prints, by path.
+    /// The output of every template, by path.
     fn print(
         &self,
         release: &str,

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use super::functions;
 use super::template::{Command, Node, Operand, Pipeline};
 
-/// What templates may ask for besides their values.
+/// The data that templates can access besides their values.
 #[derive(Debug)]
 pub(super) struct World<'a> {
-    /// What `define` has defined, in any file.
+    /// The templates from `define`, in any file.
     pub(super) definitions: BTreeMap<String, Vec<Node>>,
     /// The chart's other files, by path.
     pub(super) files: BTreeMap<String, String>,
@@ -29,7 +29,7 @@ impl World<'_> {
         }
     }
 
-    /// What a template prints for a value.
+    /// The output of a template for a value.
     pub(super) fn print(&self, nodes: &[Node], dot: &Value) -> anyhow::Result<String> {
         let mut run = Run { world: self, variables: vec![("$".to_owned(), dot.clone())], output: String::new() };
         run.nodes(nodes, dot)?;

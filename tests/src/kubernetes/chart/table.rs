@@ -39,7 +39,7 @@ impl ValueRow {
                 let mut default = default.trim().to_owned();
                 let is_group = default.is_empty() && comment.is_empty();
                 if default.is_empty() && !is_group {
-                    // What is below belongs to the comment here.
+                    // The lines below belong to the comment here.
                     let depth = line.len() - content.len();
                     let is_below = |next: &&str| next.len() - next.trim_start().len() > depth || next.starts_with("- ");
                     let mut below = Vec::new();
