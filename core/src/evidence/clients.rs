@@ -13,8 +13,8 @@
 //! - … and the verdict leaves out the client that contributed most. Whichever client is malicious, what remains is no
 //!   more than the contribution of all the others, so that the bound holds with it as without it. A version therefore
 //!   fails only on several clients.
-//! - Of what counts, at most a quarter is from the same client, except for its first few bad requests. A client that has
-//!   all of its bad requests at the stable version on purpose can hide a bad target no longer than that.
+//! - Of what counts, at most a quarter is from the same client, except for its first few bad requests. A client that
+//!   has all of its bad requests at the stable version on purpose can hide a bad target no longer than that.
 //!
 //! If a sample of all requests shows only a few clients, these limits would leave nothing: then requests that were
 //! dealt by weight are judged by their counts, and users of sessions count once each.
