@@ -1,6 +1,6 @@
-//! Which documents may be in force together, whatever they come from: files, the API, a cluster. A document alone must
-//! compile to something that proxies take, and fit into its bytes; no two may claim the same name, hostname, workload or
-//! pods. What is refused keeps nothing of another document from being taken.
+//! Admission of documents that are in force together, from any source: files, the API or a cluster. Each document must
+//! compile to services that proxies accept and stay within its size limit; no two documents may claim the same name,
+//! hostname, workload or pods. A rejected document claims nothing and does not block others.
 
 mod runs;
 
@@ -19,39 +19,39 @@ use tideshift_core::protocol::policy::{Policy, Service};
 use tideshift_core::session::{MAX_PREVIOUS_SECRETS, Secret};
 use tideshift_core::shift::{ShiftService, TrafficShift};
 
-/// The most bytes of one document: of its JSON, and of the services that proxies get for it.
+/// The maximum size of one document: of its JSON, and of the services that proxies receive for it.
 pub const MAX_DOCUMENT_BYTES: usize = 256 << 10;
-/// The most bytes of all documents of one namespace together; those without a namespace count as one.
+/// The maximum size of all documents of one namespace; documents without a namespace count as one.
 pub const MAX_NAMESPACE_BYTES: usize = 512 << 10;
-/// The most bytes of all documents together, each packed by gzip. The state is packed, too, and in Kubernetes it must
-/// fit into a Secret of 1 MiB: this leaves a third of that for rollouts and what is ready.
+/// The maximum size of all documents together, each compressed with gzip. The state is compressed, too, and in
+/// Kubernetes it must fit into a Secret of 1 MiB: this leaves a third of that for rollouts and readiness.
 pub const MAX_PACKED_BYTES: usize = 640 << 10;
 
-/// How much room a document takes.
+/// The size of a document.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Size {
-    /// The larger of its JSON and of the services that proxies get for it.
+    /// The larger of its JSON and of the services that proxies receive for it.
     pub bytes: usize,
-    /// The same packed.
+    /// The same, compressed.
     pub packed: usize,
 }
 
-/// A document that can be in force, as it was read and as it is written.
+/// A document that can be in force: parsed and as written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Held {
-    /// As it was read.
+    /// The parsed document.
     pub shift: TrafficShift,
-    /// As it is written.
+    /// The document as written.
     pub document: Value,
-    /// How much room it takes.
+    /// Its size.
     pub size: Size,
 }
 
-/// Whether a document alone can be in force: proxies can read what becomes of it at every step, and it is not too large.
+/// Checks whether a document alone can be in force: proxies accept its services at every step, and it is not too large.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with it.
+/// Every error in the document.
 pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
     let mut contradictions = Admission::default().contradictions(shift, "the same document");
     contradictions.extend(shared_by_versions(shift));
@@ -83,7 +83,7 @@ pub fn check(shift: &TrafficShift, document: &Value) -> Result<Size, Errors> {
     Ok(Size { bytes, packed })
 }
 
-/// What two versions of a document say that each has for itself.
+/// Errors for resources that two versions of a document claim.
 fn shared_by_versions(shift: &TrafficShift) -> Vec<FieldError> {
     let mut taken: BTreeMap<NamespaceRef, Vec<(Runs, &str)>> = BTreeMap::new();
     let mut errors = Vec::new();
@@ -110,7 +110,7 @@ fn shared_by_versions(shift: &TrafficShift) -> Vec<FieldError> {
     errors
 }
 
-/// The field of a document that one of its services is.
+/// The path of a service in the document.
 fn path_of(shift: &TrafficShift, service: usize) -> String {
     match has_several(shift) {
         true => format!("spec.services[{service}]"),
@@ -122,7 +122,7 @@ fn has_several(shift: &TrafficShift) -> bool {
     shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name)
 }
 
-/// A service with as many digits as it may ever have.
+/// A service with as many digits as it can ever have.
 fn at_its_largest(service: &ShiftService, shift: &TrafficShift) -> Service {
     let mut compiled = compile::service(service, |_| (MAX_WEIGHT, false));
     compiled.stable = Some(shift.stable.clone());
@@ -135,11 +135,11 @@ fn at_its_largest(service: &ShiftService, shift: &TrafficShift) -> Service {
     compiled
 }
 
-/// Reads services as a proxy would. The JSON that they are read from.
+/// Decodes services as a proxy does. Returns their JSON.
 ///
 /// # Errors
 ///
-/// What proxies would refuse, by the document's fields.
+/// What proxies would reject, by the document's fields.
 fn read_back(shift: &TrafficShift, services: &[Service]) -> Result<Vec<u8>, Errors> {
     let policy = Policy { revision: 1, services: services.to_vec(), ..Policy::default() };
     let json = serde_json::to_vec(&policy).unwrap_or_default();
@@ -149,7 +149,7 @@ fn read_back(shift: &TrafficShift, services: &[Service]) -> Result<Vec<u8>, Erro
     }
 }
 
-/// What proxies would refuse of some of a document's services, by the document's fields.
+/// Maps errors in services to the document's fields.
 fn in_document(shift: &TrafficShift, errors: Errors) -> Errors {
     let alone = shift.services.len() == 1;
     let field = |path: &str| match path.strip_prefix("services[0]") {
@@ -166,11 +166,11 @@ fn in_document(shift: &TrafficShift, errors: Errors) -> Errors {
     Errors(errors.0.into_iter().map(told).collect())
 }
 
-/// Why proxies would not take services that are about to be published, by the document's fields; none if they would.
+/// Checks that proxies accept the services that are about to be published.
 ///
 /// # Errors
 ///
-/// What proxies would refuse.
+/// What proxies would reject, by the document's fields.
 pub fn readable(shift: &TrafficShift, services: &[Service]) -> Result<(), Errors> {
     read_back(shift, services).map(|_| ())
 }
@@ -182,26 +182,26 @@ fn packed(json: &[u8]) -> usize {
     encoder.finish().map_or(json.len(), |packed| packed.len())
 }
 
-/// The documents that were taken so far, by what each of them claims.
+/// The documents accepted so far, by what each of them claims.
 #[derive(Debug, Default)]
 pub struct Admission {
-    /// Who has each name, service and hostname: the TrafficShift's name, and where that one is from.
+    /// The owner of each name, service and hostname: the name of the TrafficShift and its source.
     names: BTreeMap<String, String>,
     services: BTreeMap<String, (String, String)>,
     hostnames: BTreeMap<String, (String, String)>,
-    /// The same of workloads and pods, with the version that each is of.
+    /// The same for workloads and pods, with the version that claims each.
     runs: BTreeMap<(NamespaceRef, Runs), (String, String, String)>,
     bytes: BTreeMap<Option<String>, usize>,
     packed: usize,
 }
 
 impl Admission {
-    /// Takes a document with everything that it claims, or nothing of it. `from` says where it is from, for the errors of
-    /// those that come later.
+    /// Accepts a document with everything that it claims, or rejects it as a whole. `from` is its source, for the
+    /// errors of later documents.
     ///
     /// # Errors
     ///
-    /// Everything that another document has already, with that one's name, and what there is no room for.
+    /// Every claim that another document already holds, with its name, and every size limit that is exceeded.
     pub fn take(&mut self, shift: &TrafficShift, size: Size, from: &str) -> Result<(), Errors> {
         let mut errors = self.contradictions(shift, from);
         let of_namespace = self.bytes.get(&shift.namespace).copied().unwrap_or_default() + size.bytes;
@@ -242,7 +242,7 @@ impl Admission {
         Ok(())
     }
 
-    /// Gives back what a document claims that was taken.
+    /// Releases the claims of a document that was accepted.
     pub fn give_back(&mut self, shift: &TrafficShift, size: Size) {
         self.names.remove(&shift.name);
         for service in &shift.services {
@@ -300,7 +300,7 @@ impl Admission {
     }
 }
 
-/// What a service without hostnames claims.
+/// The claim of a service without hostnames.
 const EVERY_HOST: &str = "*";
 
 fn hostnames(service: &ShiftService) -> impl Iterator<Item = &str> {
@@ -312,18 +312,18 @@ fn whole(why: String) -> Option<FieldError> {
     Some(FieldError { path: String::new(), problem: Problem::Unreadable(why) })
 }
 
-/// What is in force of some documents.
+/// The result of admission.
 #[derive(Debug, Default)]
 pub struct Admitted {
-    /// By name.
+    /// The documents in force, by name.
     pub held: BTreeMap<String, Arc<Held>>,
-    /// Why others are not in force as they are now, by name.
+    /// Why the current version of a document is not in force, by name.
     pub refused: BTreeMap<String, Errors>,
 }
 
-/// Which documents are in force, of those that are there now, each by its name: all of them if they agree. Otherwise the
-/// older claim counts: what is in force already keeps what it has, and of those that are new the first one in the list
-/// gets it. A document that is refused stays as it was before.
+/// Decides which of the current documents are in force, by name: all of them if they do not conflict. In a conflict the
+/// older claim wins: a document in force keeps what it has, and among new documents the first in the list wins. A
+/// rejected document stays in force as it was before.
 pub fn agree(
     before: &BTreeMap<String, Arc<Held>>,
     documents: impl IntoIterator<Item = (String, Result<Arc<Held>, Errors>)>,
@@ -346,7 +346,8 @@ pub fn agree(
         held.extend(waiting);
         return Admitted { held, refused };
     }
-    // One after the other, from what is in force. What one gives up, another may take in the next round.
+    // One document after the other, starting from what is in force. What one releases, another may claim in the next
+    // round.
     let of_before = there.into_iter().filter_map(|name| before.get(&name).map(|before| (name, before.clone())));
     held.extend(of_before);
     let mut admission = Admission::default();
@@ -355,7 +356,7 @@ pub fn agree(
         let were_waiting = waiting.len();
         waiting.retain(|(name, document)| {
             let before = held.get(name).cloned();
-            // What is in force already as it is has nothing to give up.
+            // A document that is in force unchanged has nothing to release.
             if before.as_ref().is_some_and(|before| Arc::ptr_eq(before, document)) {
                 refused.remove(name);
                 return false;
@@ -380,7 +381,7 @@ pub fn agree(
     }
 }
 
-/// Where documents in force are from, in the errors of those that contradict them.
+/// The source of documents in force, in the errors of those that conflict with them.
 const FORCE: &str = "force";
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! HTTP/JSON: policies for proxies and their reports, status and commands for people, health and metrics for machines.
+//! HTTP/JSON API: policies and reports for proxies, status and commands for users, health and metrics for machines.
 //!
-//! Here is which routes there are, who may use them, and what holds for all of them; below, one file for each concern.
+//! This file holds the routes, who may use them, and what applies to all of them; each concern has a file of its own.
 
 use crate::clock::now;
 use crate::kubernetes::TokenReviewer;
@@ -51,53 +51,53 @@ pub use pinned_cert::PinnedCertVerifier;
 pub use proxies::Complaints;
 pub use published::Published;
 
-/// The largest body where nothing else is said.
+/// The default maximum size of a request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
-/// The largest report: some 5,000 versions.
+/// The maximum size of a report: some 5,000 versions.
 const MAX_REPORT_BYTES: usize = 1 << 20;
-/// The largest document, as of files.
+/// The maximum size of a document, as for files.
 const MAX_SHIFT_BYTES: usize = 4 << 20;
-/// How long a request may take, with reading its body; those that wait on purpose excepted.
+/// The timeout of a request, including its body, except for requests that wait on purpose.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// What requests share.
+/// State shared by all requests.
 #[derive(Debug)]
 pub struct Shared {
-    /// The controller's mind.
+    /// The reconciler.
     pub reconciler: Mutex<Reconciler>,
-    /// Told when something has changed that the mind should look at.
+    /// Notified when a change requires a reconcile.
     pub counted: Notify,
-    /// Who waits until the mind has done so.
+    /// Lets a command wait until the reconcile that includes it is done.
     pub turns: ReconcileBarrier,
-    /// Who wants to hear of everything.
+    /// Subscribers to the event stream.
     pub events: Events,
-    /// What was done, for `/metrics`.
+    /// Counters for `/metrics`.
     pub done: ControllerMetrics,
-    /// The newest policy, `None` before the first.
+    /// The latest policy, `None` before the first.
     pub published: watch::Receiver<Option<Published>>,
-    /// Policies for proxies that may not see all of them.
+    /// Policies for proxies that may see only part of it.
     pub filtered: Filtered,
-    /// What was said of false claims.
+    /// Rate-limited log of false claims.
     pub complaints: Complaints,
-    /// Who may ask.
+    /// The tokens that authenticate callers.
     pub tokens: watch::Receiver<Tokens>,
-    /// Reviews tokens of proxies that are in no file; none outside Kubernetes.
+    /// Reviews tokens of proxies that are in no file; `None` outside Kubernetes.
     pub reviewer: Option<Arc<TokenReviewer>>,
-    /// Whether proxies may be known by their certificates.
+    /// Whether proxies may authenticate with client certificates.
     pub certificates: bool,
-    /// Who decides, if it is not this replica.
+    /// The leader, if it is another replica.
     pub leader: Leader,
-    /// Becomes true when the process is to end.
+    /// Becomes true on shutdown.
     pub ending: watch::Receiver<bool>,
 }
 
 impl Shared {
-    /// The controller's mind, for as long as one thought takes.
+    /// Locks the reconciler.
     pub fn reconciler(&self) -> MutexGuard<'_, Reconciler> {
         self.reconciler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How a rollout stands once what was asked for is done.
+    /// The services of a rollout after the reconcile that includes a command.
     async fn after(&self, turn: u64, rollout: &str) -> Result<Services, ApiError> {
         let services = self.after_which_may_be_gone(turn, rollout).await?;
         match services.services.is_empty() {
@@ -106,7 +106,7 @@ impl Shared {
         }
     }
 
-    /// The same where it need not be there any longer.
+    /// The same for a rollout that may no longer exist.
     async fn after_which_may_be_gone(&self, turn: u64, rollout: &str) -> Result<Services, ApiError> {
         self.counted.notify_one();
         let mut ending = self.ending.clone();
@@ -136,11 +136,11 @@ pub struct Services {
     pub state_error: Option<String>,
 }
 
-/// The caller's address, where it is known.
+/// The peer address of the caller, if known.
 type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
 
-/// Who asks, for the log and for histories: the credential's name and the address, also where another replica has handed
-/// the request on.
+/// The caller, for logs and history: the name of its credential and its address, including for requests that another
+/// replica has forwarded.
 fn who(caller: &caller::Caller, peer: &Peer, headers: &HeaderMap) -> String {
     let direct = forward::address(peer);
     let address = match forward::handed_on_for(headers) {
@@ -154,11 +154,11 @@ fn who(caller: &caller::Caller, peer: &Peer, headers: &HeaderMap) -> String {
 struct Route {
     method: Method,
     path: &'static str,
-    /// Whose tokens will do; empty: no token is needed.
+    /// The scopes that grant access; empty: no token needed.
     allowed: &'static [Scope],
-    /// How long it may take; `None`: it waits on purpose.
+    /// The timeout; `None`: it waits on purpose.
     patience: Option<Duration>,
-    /// Whether every replica answers it, not the leader alone.
+    /// Whether every replica serves it, not only the leader.
     by_all: bool,
     handler: MethodRouter<Arc<Shared>>,
 }
@@ -181,10 +181,10 @@ const EVERYBODY: &[Scope] = &[];
 const READERS: &[Scope] = &[Scope::Read, Scope::Operate];
 const OPERATORS: &[Scope] = &[Scope::Operate];
 const PROXIES: &[Scope] = &[Scope::Proxy];
-/// A policy holds the secrets that sign sessions, so that it is not for every reader.
+/// A policy contains session secrets, so that read-only tokens do not grant access.
 const PROXIES_AND_OPERATORS: &[Scope] = &[Scope::Proxy, Scope::Operate];
 
-/// All there are.
+/// All routes.
 fn routes() -> Vec<Route> {
     let get_by = |path, allowed, handler| Route::new(Method::GET, path, allowed, handler);
     let told = |path, handler| Route::new(Method::POST, path, OPERATORS, handler);
@@ -214,7 +214,7 @@ fn routes() -> Vec<Route> {
             "/v1/rollouts/{name}/set-weight",
             command(|SetWeight { weight, override_gates }| Command::SetWeight { weight, override_gates }),
         ),
-        // A document may hold secrets.
+        // A document may contain secrets.
         get_by("/v1/shifts/{name}", OPERATORS, get(shifts::get)),
         Route::new(Method::PUT, "/v1/shifts/{name}", OPERATORS, put_shift),
         Route::new(Method::DELETE, "/v1/shifts/{name}", OPERATORS, delete(shifts::delete)),
@@ -225,7 +225,7 @@ fn routes() -> Vec<Route> {
     ]
 }
 
-/// The whole API.
+/// The router of the whole API.
 pub fn router(shared: Arc<Shared>) -> Router {
     let mut router = Router::new();
     for Route { method, path, allowed, patience, by_all, handler } in routes() {
@@ -249,7 +249,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-/// What the kubelet asks: whether this replica lives, and whether it can take requests. For a listener of its own.
+/// The liveness and readiness endpoints for the kubelet, on a listener of their own.
 pub fn health_router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/healthz", get(status::healthy))
@@ -259,7 +259,7 @@ pub fn health_router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-/// Refuses what two readers could take for two hosts.
+/// Rejects a request whose host two parsers could read differently.
 async fn one_host(request: Request, next: Next) -> Response {
     match request.headers().get_all(header::HOST).iter().count() {
         0 | 1 => next.run(request).await,
@@ -275,7 +275,7 @@ async fn count(State(shared): State<Arc<Shared>>, request: Request, next: Next) 
     response
 }
 
-/// No answer is for a cache, and none is anything but what it says it is.
+/// Sets headers that forbid caching and content sniffing.
 async fn for_nobody_else(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
@@ -283,12 +283,12 @@ async fn for_nobody_else(mut response: Response) -> Response {
     response
 }
 
-/// Why a request is not done: a status and `{"error": "..."}`.
+/// An error response: a status and `{"error": "..."}`.
 #[derive(Debug)]
 struct ApiError {
     status: StatusCode,
     error: String,
-    /// What kind of token would do.
+    /// The `www-authenticate` header, if any.
     challenge: Option<HeaderValue>,
 }
 
@@ -305,7 +305,7 @@ impl ApiError {
         Self { status, error: error.into(), challenge: None }
     }
 
-    /// Also says by `www-authenticate` that a bearer token is needed, with these attributes of RFC 6750.
+    /// Adds a `www-authenticate` header for a bearer token with these attributes of RFC 6750.
     fn with_challenge(self, attributes: &str) -> Self {
         let challenge = HeaderValue::try_from(format!(r#"Bearer realm="tideshift"{attributes}"#));
         Self { challenge: challenge.ok(), ..self }
@@ -356,7 +356,7 @@ impl From<BytesRejection> for ApiError {
     }
 }
 
-/// Reads a part of the request as `T` does, and says what is wrong with it in our words.
+/// An extractor that runs `T` and rewords its errors.
 struct Extract<T>(T);
 
 impl<S: Sync, T: FromRequestParts<S>> FromRequestParts<S> for Extract<T>
@@ -370,10 +370,10 @@ where
     }
 }
 
-/// The body as JSON; `what` it should be is for the message if it is not.
+/// Parses the body as JSON; `what` names the expected content in the error.
 fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, what: &str) -> Result<T, ApiError> {
     let body = body?;
-    // A list of an object's values would do for serde.
+    // serde would also accept an array of the object's values.
     if !body.trim_ascii_start().starts_with(b"{") {
         return Err(ApiError::bad_request(format!("not {what}: expected a JSON object")));
     }

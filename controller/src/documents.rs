@@ -1,5 +1,5 @@
-//! Documents in files: from YAML or JSON to types, with every error of every file at once, each with its place.
-//! What a document means, and what is allowed in it, is `tideshift-core`'s.
+//! Reads documents from files: YAML or JSON to types, with all errors of all files at once, each with its location.
+//! `tideshift-core` defines the meaning of a document and validates it.
 
 mod last_good;
 #[cfg(test)]
@@ -22,43 +22,43 @@ use tideshift_core::protocol::policy::Policy;
 use tideshift_core::shift::probe::{Check, Probe};
 use tideshift_core::shift::{HookSecret, TrafficShift};
 
-/// The most bytes of one file; documents are written by people, and 4 MiB are some 100,000 lines.
+/// The maximum size of a file; documents are written by hand, and 4 MiB are some 100,000 lines.
 const MAX_FILE_BYTES: u64 = 4 << 20;
-/// The most bytes of text that one file may grow to when its YAML aliases are put in.
+/// The maximum size of the text of a file after its YAML aliases are expanded.
 const MAX_EXPANDED_BYTES: usize = 4 * MAX_FILE_BYTES as usize;
-/// How long a pipe may take until all of it has been written.
+/// How long a pipe may take to deliver all of its content.
 const PIPE_PATIENCE: Duration = Duration::from_secs(10);
-/// Stands for standard input in place of a file's name.
+/// The file name that stands for standard input.
 const STDIN: &str = "-";
 
-/// A document, whatever it says it is.
+/// A document of either kind.
 #[allow(clippy::large_enum_variant, reason = "there are few, and none is moved often")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Document {
-    /// What users want of a service's traffic.
+    /// The desired traffic of a service.
     Shift(TrafficShift),
-    /// What the filter runs; recognised by `services` or `revision` in place of `apiVersion` and `kind`.
+    /// The configuration of the filter; recognised by `services` or `revision` instead of `apiVersion` and `kind`.
     Policy(Policy),
 }
 
-/// Where a document is from; shown as `FILE`, or `FILE (document 2)` if the file has several.
+/// The source of a document; displayed as `FILE`, or `FILE (document 2)` if the file has several.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
     file: String,
-    /// Counted from 1, empty documents left out; `None` if it is the only one.
+    /// Counted from 1 without empty documents; `None` if it is the only one.
     number: Option<usize>,
 }
 
-/// One thing that is wrong with one document.
+/// One error in one document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DocumentError {
-    /// Where the document is from.
+    /// The source of the document.
     pub source: Source,
-    /// What is wrong; the path is empty if it is about the file as a whole.
+    /// The error; its path is empty if it concerns the whole file.
     pub error: FieldError,
 }
 
-/// Everything that is wrong with the documents, in their order; shown one a line.
+/// All errors in the documents, in their order; displayed one per line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DocumentErrors(pub Vec<DocumentError>);
 
@@ -66,13 +66,13 @@ pub struct DocumentErrors(pub Vec<DocumentError>);
 ///
 /// # Errors
 ///
-/// All errors of all files: files that cannot be read or are longer than 4 MiB, YAML that is none, fields that are
-/// wrong, a file given twice, and documents that contradict each other (the same name, or the same hostname).
+/// All errors of all files: files that cannot be read or exceed 4 MiB, invalid YAML, invalid fields, a file given
+/// twice, and documents that conflict (the same name or the same hostname).
 pub fn load(files: &[PathBuf]) -> Result<Vec<TrafficShift>, DocumentErrors> {
     Ok(load_as_written(files)?.into_iter().map(|(shift, _)| shift).collect())
 }
 
-/// The same, each with what it was read from.
+/// Like [`load`], with the value that each document was parsed from.
 ///
 /// # Errors
 ///
@@ -82,7 +82,7 @@ pub fn load_as_written(files: &[PathBuf]) -> Result<Vec<(TrafficShift, Value)>, 
     Ok(documents.into_iter().flatten().filter_map(ReadOne::shift).collect())
 }
 
-/// Reads TrafficShift documents, each for itself, as they are written: they may be of different namespaces.
+/// Reads TrafficShift documents independently of each other, as written: they may belong to different namespaces.
 ///
 /// # Errors
 ///
@@ -97,11 +97,11 @@ pub fn load_each(files: &[PathBuf]) -> Result<Vec<Value>, DocumentErrors> {
     Ok(good.into_iter().flatten().map(|one| one.value).collect())
 }
 
-/// Reads a file that holds one document, of whatever kind `read` reads; `-` is standard input.
+/// Reads a file with one document, of the kind that `read` parses; `-` is standard input.
 ///
 /// # Errors
 ///
-/// As [`load`], and if the file holds several documents.
+/// As [`load`], and if the file contains several documents.
 pub fn load_one<T>(file: &Path, read: impl FnOnce(&Value) -> Result<T, Errors>) -> Result<T, DocumentErrors> {
     let source = Source { file: shown_name(file), number: None };
     let whole_file = |why: String| DocumentErrors(vec![source.error("", why)]);
@@ -114,7 +114,7 @@ pub fn load_one<T>(file: &Path, read: impl FnOnce(&Value) -> Result<T, Errors>) 
     read(value).map_err(|errors| DocumentErrors(source.errors(errors).collect()))
 }
 
-/// Reads documents of either kind, each with where it is from; else as [`load`].
+/// Reads documents of either kind, each with its source; otherwise like [`load`].
 pub fn load_any(files: &[PathBuf]) -> Result<Vec<(Source, Document)>, DocumentErrors> {
     let documents = read_files(files, |value| {
         let has = |name| value.get(name).is_some();
@@ -127,7 +127,7 @@ pub fn load_any(files: &[PathBuf]) -> Result<Vec<(Source, Document)>, DocumentEr
     Ok(documents.into_iter().flatten().map(|one| (one.source, one.document)).collect())
 }
 
-/// A document that is right for itself.
+/// A document that is valid on its own.
 struct ReadOne {
     source: Source,
     document: Document,
@@ -172,7 +172,7 @@ fn read_files(
     if errors.is_empty() { Ok(documents) } else { Err(DocumentErrors(errors)) }
 }
 
-/// The documents of one file that are right, each for itself, and what is wrong with the others.
+/// The valid documents of one file, and the errors of the others.
 fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> (Vec<ReadOne>, Vec<DocumentError>) {
     let name = shown_name(file);
     let whole_file = |why: String| Source { file: name.clone(), number: None }.error("", why);
@@ -199,7 +199,7 @@ fn read_file(file: &Path, read: impl Fn(&Value) -> Result<Document, Errors>) -> 
     (documents, errors)
 }
 
-/// The items of a `kind: List`, as `kubectl get -o yaml` prints them; else the document itself.
+/// The items of a `kind: List`, as `kubectl get -o yaml` prints them; otherwise the document itself.
 fn items(mut value: Value) -> Vec<Value> {
     let is_list = value["kind"].as_str().is_some_and(|kind| kind == "List" || kind == "TrafficShiftList");
     match value.get_mut("items").filter(|_| is_list).map(Value::take) {
@@ -208,11 +208,11 @@ fn items(mut value: Value) -> Vec<Value> {
     }
 }
 
-/// Whether a document says nothing that only a cluster could tell.
+/// Checks that a document has no fields that need a cluster.
 ///
 /// # Errors
 ///
-/// What it says, in words.
+/// The first such field.
 pub fn needs_no_cluster(shift: &TrafficShift) -> Result<(), String> {
     for version in shift.services.iter().flat_map(|service| &service.versions) {
         let fields = [
@@ -230,12 +230,12 @@ pub fn needs_no_cluster(shift: &TrafficShift) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a document may come from somewhere else than a file that the controller was given: it must not make the
-/// controller run commands or read files of its machine.
+/// Checks whether a document may come from another source than the files the controller was started with: it must not
+/// make the controller run commands or read files of its machine.
 ///
 /// # Errors
 ///
-/// What is not allowed, in words.
+/// The first field that is not allowed.
 pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
     let only = "only documents that the controller was given with --file may have it";
     let versions = shift.services.iter().flat_map(|service| &service.versions);
@@ -253,7 +253,7 @@ pub fn comes_from_elsewhere(shift: &TrafficShift) -> Result<(), String> {
     Ok(())
 }
 
-/// The whole text of a file, if it is a text and not too long.
+/// The text of a file, if it is text and within the size limit.
 fn read_text(file: &Path) -> Result<String, String> {
     let bytes = match file.as_os_str() == STDIN {
         true => read_bytes(io::stdin().lock()),
@@ -270,16 +270,16 @@ fn read_text(file: &Path) -> Result<String, String> {
     })
 }
 
-/// The bytes of a file, one more than are allowed if there are too many.
+/// The bytes of a file, one more than the limit if it exceeds it.
 fn read_bytes(reader: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map(|_| bytes)
 }
 
-/// The same of a pipe, which blocks until another process has written to it and closed it.
+/// The same for a pipe, which blocks until another process has written to it and closed it.
 fn read_pipe(file: PathBuf) -> io::Result<Vec<u8>> {
     let (bytes, read) = mpsc::channel();
-    // Where it blocks for good, the thread ends with the process.
+    // If it blocks forever, the thread ends with the process.
     thread::spawn(move || bytes.send(File::open(file).and_then(read_bytes)));
     read.recv_timeout(PIPE_PATIENCE).unwrap_or_else(|_| {
         let seconds = PIPE_PATIENCE.as_secs();
@@ -288,22 +288,22 @@ fn read_pipe(file: PathBuf) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Whether a path is standard input, a pipe or a device: what has been read of it cannot be read again.
+/// Whether a path is standard input, a pipe or a device, which can be read only once.
 pub(crate) fn is_static(file: &Path) -> bool {
     file.as_os_str() == STDIN || fs::metadata(file).is_ok_and(|data| !data.is_file() && !data.is_dir())
 }
 
-/// The documents of a YAML text (JSON is YAML), empty ones left out.
+/// The documents of a YAML text (JSON is YAML), without empty ones.
 fn values(text: &str) -> Result<Vec<Value>, String> {
     let options = serde_saphyr::options! {
-        // What YAML 1.2 calls a boolean: `on` and `yes` are texts.
+        // Booleans as in YAML 1.2: `on` and `yes` are texts.
         strict_booleans: true,
-        // `007` and `1_000` are what they look like in a header's value: texts.
+        // `007` and `1_000` are texts, as they look in the value of a header.
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
         duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
         with_snippet: false,
-        // Aliases of aliases of aliases: a short file must not fill the memory.
+        // Nested aliases: a short file must not exhaust the memory.
         budget: serde_saphyr::budget! { max_total_scalar_bytes: MAX_EXPANDED_BYTES },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
     };
@@ -377,7 +377,7 @@ metadata: {name: checkout}
 spec: {hostnames: [checkout.example.com], versions: [{name: v1}], stable: v1}
 ";
 
-    /// Files of these names and texts, and what `load_any` says of them, the folder's name left out.
+    /// Files with these names and texts, and the result of `load_any` without the name of the directory.
     fn load_texts(texts: &[(&str, &str)]) -> Result<Vec<(Source, Document)>, String> {
         let folder = tempfile::tempdir().unwrap();
         let mut files: Vec<PathBuf> = Vec::new();

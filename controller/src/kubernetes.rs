@@ -1,4 +1,5 @@
-//! Kubernetes: TrafficShifts as resources, readiness from EndpointSlices, several replicas of which one leads.
+//! Kubernetes integration: TrafficShifts as custom resources, readiness from EndpointSlices, and leader election among
+//! several replicas.
 
 pub mod admission;
 pub mod cache;
@@ -30,7 +31,7 @@ use std::error::Error;
 use std::fmt::Debug;
 use std::time::Duration;
 
-/// What a TrafficShift is asked for by.
+/// The API resource of TrafficShift.
 pub fn traffic_shifts() -> ApiResource {
     ApiResource::from_gvk_with_plural(
         &GroupVersionKind::gvk("tideshift.dev", "v1alpha1", "TrafficShift"),
@@ -38,30 +39,30 @@ pub fn traffic_shifts() -> ApiResource {
     )
 }
 
-/// How objects of a kind are asked for.
+/// Discovers the API resource of a kind.
 ///
 /// # Errors
 ///
-/// If the cluster does not know the kind, or does not say.
+/// If the cluster does not serve the kind, or discovery fails.
 pub async fn resource(client: &Client, api_version: &str, kind: &str) -> Result<ApiResource, String> {
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     let found = discovery::pinned_kind(client, &GroupVersionKind::gvk(group, version, kind)).await;
     found.map(|(resource, _)| resource).map_err(|error| reason(&error))
 }
 
-/// Pauses before something is tried again: short, because a cluster that is back should be seen at once, and longer
-/// each time.
+/// Backoff between retries: short at first, so that a cluster that recovers is noticed at once, then longer with each
+/// failure.
 #[derive(Debug, Clone, Default)]
 pub struct Retry(u32);
 
 impl Retry {
     const LONGEST: Duration = Duration::from_secs(2);
 
-    /// The next pause.
+    /// The next delay.
     pub fn pause(&mut self) -> Duration {
         self.0 = self.0.saturating_add(1);
         let longest = Self::LONGEST.min(Duration::from_millis(100) * 2u32.saturating_pow(self.0.min(10)));
-        // Many controllers must not all come at one moment.
+        // Jitter: many controllers must not retry at the same moment.
         longest.mul_f64(0.75 + fastrand::f64() / 4.0)
     }
 }
@@ -80,8 +81,9 @@ impl Backoff for Retry {
     }
 }
 
-/// What happens to objects. As long as nothing comes of it, it is begun anew ever more slowly: an answer that is only about
-/// to come ([`watcher::Event::Init`], left out here) is none. After an error everything is listed anew, or goes on where it was.
+/// Watches objects and restarts with growing backoff as long as a watch yields nothing. [`watcher::Event::Init`], which
+/// this filters out, does not count as a result. After an error the watcher lists again or resumes at its last resource
+/// version.
 pub fn watch<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>
 where
     K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -90,7 +92,7 @@ where
     watcher(api, config).try_filter(says_something).backoff(Retry::default())
 }
 
-/// Why the API server did not do something, in a few words.
+/// The reason for an API server error, in a few words.
 pub fn reason(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
@@ -104,7 +106,7 @@ pub fn reason(error: &kube::Error) -> String {
     }
 }
 
-/// Why a watch does not go on.
+/// The reason why a watch failed.
 fn watch_reason(error: &watcher::Error) -> String {
     match error {
         watcher::Error::InitialListFailed(error)

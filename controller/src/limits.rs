@@ -1,8 +1,8 @@
-//! How much of the controller each namespace may use at a time for requests of its own choosing: probes, warm-ups, webhooks.
+//! Limits, for each namespace, on concurrent requests that documents cause: probes, warm-ups and webhooks.
 //!
-//! Each namespace has a few places of its own, which no other can take. Beyond those it competes for shared places, up to a
-//! limit. So the whole is bounded, one namespace with slow endpoints delays only itself, and several together cannot keep
-//! the next one from its own places.
+//! Each namespace has a few reserved slots that no other namespace can take. Beyond those it competes for shared slots,
+//! up to a limit. The total is therefore bounded, a namespace with slow endpoints delays only itself, and several such
+//! namespaces together cannot take the reserved slots of another.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -10,19 +10,19 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep};
 
-/// The limits for everything that documents let the controller send; cheap to clone.
+/// The limits for all requests that documents cause; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Probes.
     pub probes: Limit,
     /// Warm-up requests.
     pub warm_ups: Limit,
-    /// Webhooks' requests.
+    /// Webhook requests.
     pub webhooks: Limit,
 }
 
 impl Limits {
-    /// Those of a cluster, where documents are many people's.
+    /// The limits in a cluster, where documents belong to several tenants.
     pub fn of_cluster() -> Self {
         Self {
             probes: Limit::new(16, 240, 1_024),
@@ -31,7 +31,8 @@ impl Limits {
         }
     }
 
-    /// Those of a controller whose documents are one operator's: in all, and no more for any of them.
+    /// The limits outside a cluster, where all documents belong to one operator: a total, with no separate share for a
+    /// namespace.
     pub fn of_machine() -> Self {
         Self { probes: Limit::new(2_048, 0, 0), warm_ups: Limit::new(1_024, 0, 0), webhooks: Limit::new(64, 0, 0) }
     }
@@ -43,18 +44,18 @@ pub struct Limit(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// The places that each namespace has for itself, and those that it may have besides.
+    /// The slots reserved for each namespace, and the shared slots it may use in addition.
     own: usize,
     besides: usize,
-    /// The places for all.
+    /// The shared slots.
     common: Arc<Semaphore>,
-    /// Burst and requests per second, for each namespace.
+    /// Burst and requests per second of each namespace.
     budget: Option<(u32, u32)>,
-    /// The namespaces that have something under way, by name.
+    /// The namespaces with requests in flight, by name.
     tenants: Mutex<BTreeMap<String, Weak<Tenant>>>,
 }
 
-/// What a namespace uses. It is there as long as something of it is under way, or its budget is not full again.
+/// What a namespace uses. It exists while the namespace has requests in flight or its budget is not yet full again.
 #[derive(Debug)]
 struct Tenant {
     own: Arc<Semaphore>,
@@ -62,7 +63,7 @@ struct Tenant {
     budget: Option<Mutex<Budget>>,
 }
 
-/// A place, until this is dropped.
+/// A slot, held until this is dropped.
 #[derive(Debug)]
 pub struct Place {
     _places: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
@@ -70,20 +71,20 @@ pub struct Place {
 }
 
 impl Limit {
-    /// So many places for each namespace itself, and so many at most of the common ones.
+    /// A limit with `own` reserved slots for each namespace, up to `besides` more for each, and `common` shared slots.
     pub fn new(own: usize, besides: usize, common: usize) -> Self {
         let (common, tenants) = (Arc::new(Semaphore::new(common)), Mutex::default());
         Self(Arc::new(Shared { own, besides, common, budget: None, tenants }))
     }
 
-    /// The same where each namespace may send `burst` requests at once, and then so many per second.
+    /// Adds a rate limit: each namespace may send `burst` requests at once, then `per_second`.
     fn with_budget(self, burst: u32, per_second: u32) -> Self {
         let Shared { own, besides, .. } = *self.0;
         let (common, tenants) = (Arc::clone(&self.0.common), Mutex::default());
         Self(Arc::new(Shared { own, besides, common, budget: Some((burst, per_second)), tenants }))
     }
 
-    /// Waits for a place; first come, first served within a namespace.
+    /// Waits for a slot; first come, first served within a namespace.
     pub async fn admit(&self, namespace: &str) -> Place {
         let tenant = self.tenant(namespace);
         loop {
@@ -107,7 +108,7 @@ impl Limit {
         match places {
             (Ok(place), None) => Place { _places: (place, None), _tenant: tenant },
             (Ok(place), Some(Ok(common))) => Place { _places: (place, Some(common)), _tenant: tenant },
-            // They are never closed.
+            // The semaphores are never closed.
             (Err(_), _) | (_, Some(Err(_))) => std::future::pending().await,
         }
     }
@@ -125,7 +126,8 @@ impl Limit {
         });
         tenants.insert(namespace.to_owned(), Arc::downgrade(&tenant));
         if let Some((burst, rate)) = self.0.budget {
-            // Remembered until it is full again, or ending and beginning would fill it.
+            // Kept until the budget is full again; otherwise a namespace could refill it by ending and restarting its
+            // requests.
             let (tenant, full) = (Arc::clone(&tenant), Duration::from_secs((burst / rate.max(1)).into()));
             tokio::spawn(async move {
                 loop {
@@ -154,7 +156,7 @@ impl Budget {
         Self { burst: burst.into(), per_second: per_second.into(), left: burst.into(), at: now }
     }
 
-    /// Takes one if there is one; else how long to wait before another try.
+    /// Takes a token if one is available; otherwise returns how long to wait before the next attempt.
     fn take(&mut self, now: Instant) -> Duration {
         let gained = now.saturating_duration_since(self.at).as_secs_f64() * self.per_second;
         (self.left, self.at) = ((self.left + gained).min(self.burst), now);
@@ -171,7 +173,7 @@ mod tests {
     use super::*;
     use futures_util::FutureExt;
 
-    /// The places that a namespace gets without waiting.
+    /// The slots that a namespace gets without waiting.
     fn at_once(limit: &Limit, namespace: &str) -> Vec<Place> {
         std::iter::from_fn(|| limit.admit(namespace).now_or_never()).collect()
     }

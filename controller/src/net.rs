@@ -1,26 +1,26 @@
-//! What every HTTP client and every probe here needs: one TLS provider for the process, and errors in a few words.
+//! Shared by all HTTP clients and probes: one TLS provider for the process, and short error texts.
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use std::error::Error;
 use std::io;
 
-/// Sets up TLS for the whole process; to be called before a `reqwest` client is built, any number of times.
+/// Installs the TLS provider of the process. Call it before building a `reqwest` client; repeated calls are harmless.
 pub fn install_crypto_provider() {
-    // A provider that is there already is as good.
+    // A provider that is already installed is just as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// A client that goes straight to endpoints: through no proxy that the environment names, and to any certificate.
+/// A client that connects directly to endpoints: it ignores proxies from the environment and accepts any certificate.
 pub fn direct_client(user_agent: &str) -> reqwest::ClientBuilder {
     install_crypto_provider();
     reqwest::Client::builder().user_agent(user_agent).tls_danger_accept_invalid_certs(true).no_proxy()
 }
 
-/// A document's headers, in order.
+/// The headers of a document, in order.
 ///
 /// # Errors
 ///
-/// If a name or a value cannot be one.
+/// If a name or value is not a valid header.
 pub fn header_map(headers: &[(String, String)]) -> Result<HeaderMap, String> {
     let mut map = HeaderMap::new();
     for (name, value) in headers {
@@ -31,11 +31,11 @@ pub fn header_map(headers: &[(String, String)]) -> Result<HeaderMap, String> {
     Ok(map)
 }
 
-/// The status of the answer, once its body is there too; of longer ones than `longest` bytes, so much of it.
+/// The status of the response, once its body has been read, up to `longest` bytes.
 ///
 /// # Errors
 ///
-/// Why there is no answer, or not all of it, as [`reason`] has it.
+/// The reason why there is no complete response, as [`reason`] words it.
 pub async fn status_of(request: reqwest::RequestBuilder, longest: usize) -> Result<u16, String> {
     let mut answer = request.send().await.map_err(|error| reason(&error))?;
     let mut left = longest;
@@ -48,7 +48,7 @@ pub async fn status_of(request: reqwest::RequestBuilder, longest: usize) -> Resu
     Ok(answer.status().as_u16())
 }
 
-/// Why a request failed: the innermost cause, which is what went wrong rather than during what.
+/// The reason why a request failed: the innermost cause, which names the failure and not the operation.
 pub fn reason(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return "no answer in time".to_owned();
@@ -65,7 +65,7 @@ pub fn cause(error: &(dyn Error + 'static)) -> String {
     cause.downcast_ref::<io::Error>().map_or_else(|| cause.to_string(), io_reason)
 }
 
-/// What an I/O error means, without the operating system's number for it: `connection refused`.
+/// The meaning of an I/O error without the operating system's error number: `connection refused`.
 pub fn io_reason(error: &io::Error) -> String {
     let text = error.to_string();
     let words = text.split(" (os error").next().unwrap_or_default();

@@ -1,19 +1,19 @@
-//! Whether this replica decides.
+//! The role of this replica: leader, follower or standalone.
 
-/// Who leads.
+/// The role of a replica.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Role {
-    /// This replica does.
+    /// This replica is the leader.
     Leads,
-    /// Another one does, which is reached at this address, or nobody that is known.
+    /// Another replica is the leader; its address, if known.
     Follows(Option<String>),
-    /// There is nobody else.
+    /// There are no other replicas.
     #[default]
     Alone,
 }
 
 impl Role {
-    /// Whether decisions are made here.
+    /// Whether this replica makes decisions.
     pub fn decides(&self) -> bool {
         !matches!(self, Self::Follows(_))
     }

@@ -1,28 +1,27 @@
-//! The secrets that documents refer to: which ones they are, and what each of them is at present. Documents keep their
-//! references; what these lead to goes to webhooks' requests and to the services of a policy, and nowhere else.
+//! The secrets that documents refer to, and their current values. Documents keep their references; the values are used
+//! only in webhook requests and in the services of a policy.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use tideshift_core::session::Secret;
 use tideshift_core::shift::{HookSecret, HookUrl, SecretKeyRef, ShiftService, TrafficShift, is_webhook_url};
 
-/// The most bytes of a secret that are read, wherever it is: as long as the longest that a document could hold, and a newline.
+/// The maximum number of bytes read from a secret: the longest secret that a document can contain, and a newline.
 pub const MAX_BYTES: usize = 1024 + 2;
 
-/// What a secret is for. What may be used for one of these may not be used for another: proxies are given the secrets of
-/// sessions.
+/// The use of a secret. A secret for one use must not be used for another: session secrets are sent to proxies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SecretUse {
-    /// Signs the cookies of sessions and salts their hash.
+    /// Signs session cookies and salts their hash.
     Session,
-    /// Signs the requests of a webhook.
+    /// Signs webhook requests.
     Signature,
-    /// Where a webhook's requests go.
+    /// The URL of a webhook.
     Url,
 }
 
 impl SecretUse {
-    /// The value of the label that allows it.
+    /// The value of the label that allows this use.
     pub fn label(self) -> &'static str {
         match self {
             Self::Session => "session",
@@ -30,11 +29,11 @@ impl SecretUse {
         }
     }
 
-    /// A secret for this, from bytes that are kept outside of documents.
+    /// Parses a secret for this use from bytes outside documents.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, without showing it.
+    /// What is wrong with it, without revealing it.
     pub fn read(self, bytes: &[u8]) -> Result<Secret, String> {
         let secret = Secret::from_outside(bytes)?;
         if self == Self::Url && !is_webhook_url(secret.expose()) {
@@ -44,18 +43,18 @@ impl SecretUse {
     }
 }
 
-/// A place in a document that refers to a secret.
+/// A field of a document that refers to a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference<'s> {
     /// The field, such as `spec.session.secretRef`.
     pub field: String,
-    /// What it is for.
+    /// Its use.
     pub of: SecretUse,
-    /// Where it is.
+    /// The name and key of the secret.
     pub key: &'s SecretKeyRef,
 }
 
-/// All places in a document that refer to secrets.
+/// All references to secrets in a document.
 pub fn references(shift: &TrafficShift) -> Vec<Reference<'_>> {
     let sessions = services(shift).filter_map(|(at, service)| {
         let key = service.session_secret.as_ref()?;
@@ -76,24 +75,24 @@ pub fn references(shift: &TrafficShift) -> Vec<Reference<'_>> {
     sessions.chain(webhooks).collect()
 }
 
-/// A document's services, each with its place.
+/// The services of a document, each with its path.
 pub fn services(shift: &TrafficShift) -> impl Iterator<Item = (String, &ShiftService)> {
     let several = shift.services.len() > 1 || shift.services.iter().any(|service| service.name != shift.name);
     let at = move |n| if several { format!("spec.services[{n}]") } else { "spec".to_owned() };
     shift.services.iter().enumerate().map(move |(n, service)| (at(n), service))
 }
 
-/// The namespace whose secrets a document may use; empty outside of clusters, where there are none.
+/// The namespace whose secrets a document may use; empty outside clusters, where there are no namespaces.
 fn namespace(shift: &TrafficShift) -> &str {
     shift.namespace.as_deref().unwrap_or_default()
 }
 
-/// What the secrets are that some documents refer to.
+/// The values of the secrets that documents refer to.
 #[derive(Clone, Default, PartialEq)]
 pub struct SecretValues(BTreeMap<(String, SecretUse, SecretKeyRef), Result<Secret, String>>);
 
 impl SecretValues {
-    /// Looks up all of them, by the document's namespace, the use and where it is.
+    /// Looks up all references, by namespace, use, name and key.
     pub fn of<'s>(
         shifts: impl IntoIterator<Item = &'s TrafficShift>,
         look_up: impl Fn(&str, SecretUse, &SecretKeyRef) -> Result<Secret, String>,
@@ -108,11 +107,11 @@ impl SecretValues {
         Self(values)
     }
 
-    /// What a secret is.
+    /// The value of a secret.
     ///
     /// # Errors
     ///
-    /// Why that is not known.
+    /// Why the value is unknown.
     pub fn get(&self, namespace: &str, of: SecretUse, key: &SecretKeyRef) -> Result<&Secret, String> {
         match self.0.get(&(namespace.to_owned(), of, key.clone())) {
             Some(Ok(secret)) => Ok(secret),
@@ -121,12 +120,12 @@ impl SecretValues {
         }
     }
 
-    /// The secret of a service's session, if that is known.
+    /// The session secret of a service, if known.
     pub fn of_session(&self, shift: &TrafficShift, service: &ShiftService) -> Option<&Secret> {
         self.get(namespace(shift), SecretUse::Session, service.session_secret.as_ref()?).ok()
     }
 
-    /// What a document refers to and is not known, one line for each field.
+    /// The unresolved references of a document, one line for each field.
     pub fn unresolved(&self, shift: &TrafficShift) -> Vec<String> {
         let line = |Reference { field, of, key }: Reference<'_>| {
             let why = self.get(namespace(shift), of, key).err()?;

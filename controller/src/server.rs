@@ -1,5 +1,5 @@
-//! `tideshift serve`: probes, documents, proxies and the clock feed the controller's mind; what it decides is first
-//! made safe, then published.
+//! `tideshift serve`: probe results, documents, proxy reports and the clock feed the reconcile loop. Its output is
+//! persisted first, then published.
 
 use crate::api::{Events, Published, ReconcileBarrier, Shared, TokenError, TokenFiles};
 use crate::clock::now;
@@ -41,106 +41,107 @@ use file_source::Files;
 use secret_files::SecretFiles;
 pub use tls::{TlsError, TlsFiles};
 
-/// How often files are looked at; one that changes is read once it has been the same twice.
+/// How often files are polled; a changed file is read once two polls in a row find it the same.
 const LOOK: Duration = Duration::from_millis(250);
-/// The most connections that are asked for health: kubelets', and those of anyone else who finds the port.
+/// The maximum number of connections to the health listener, which anyone can reach.
 const HEALTH_CONNECTIONS: usize = 256;
-/// How long requests may take to end after SIGTERM.
+/// How long requests may take to complete after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// What to serve.
+/// Options of the server.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where the documents come from.
+    /// The source of documents.
     pub documents: Documents,
-    /// Where to listen; must be a loopback address where there are no tokens.
+    /// The listen address; must be loopback if there are no tokens.
     pub listen: SocketAddr,
-    /// Where `/healthz` and `/readyz` are served as well, to everybody.
+    /// An additional address that serves `/healthz` and `/readyz` without authentication.
     pub health_listen: Option<SocketAddr>,
-    /// Who may ask.
+    /// The files of tokens that authenticate callers.
     pub tokens: TokenFiles,
-    /// How to speak TLS, if at all.
+    /// The TLS files, if TLS is enabled.
     pub tls: Option<TlsFiles>,
-    /// Where webhooks may go; empty: as [`Egress`] has it by default.
+    /// The destinations that webhooks may reach; if empty, the default of [`Egress`].
     pub webhooks_allowed: Vec<Allowed>,
 }
 
 impl Options {
-    /// Whether proxies may be known by their certificates.
+    /// Whether proxies may authenticate with client certificates.
     fn has_client_ca(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
     }
 }
 
-/// Where documents come from, and where state is kept.
+/// The source of documents, and where state is stored.
 #[derive(Debug, Clone)]
 pub enum Documents {
     /// From files.
     Files {
         /// `-` is standard input, which is read once.
         files: Vec<PathBuf>,
-        /// Where state is kept; `None`: beside the first document.
+        /// The state directory; `None`: beside the first document.
         state_dir: Option<PathBuf>,
-        /// Where the secrets are that documents refer to, as `NAME/KEY`.
+        /// The directory of the secrets that documents refer to, as `NAME/KEY`.
         secrets_dir: Option<PathBuf>,
     },
-    /// From a Kubernetes cluster, which keeps the state, too.
+    /// From a Kubernetes cluster, which also stores the state.
     Kubernetes(Cluster),
 }
 
-/// How to work in a Kubernetes cluster.
+/// Options for a Kubernetes cluster.
 #[derive(Debug, Clone)]
 pub struct Cluster {
-    /// How it is reached; `None`: as the environment says.
+    /// The kubeconfig; `None`: inferred from the environment.
     pub kubeconfig: Option<PathBuf>,
-    /// The namespaces whose TrafficShifts count; none: all.
+    /// The namespaces whose TrafficShifts are reconciled; if empty, all.
     pub namespaces: BTreeSet<String>,
-    /// Which replica this is.
+    /// The identity of this replica.
     pub identity: String,
-    /// Where the Lease, the state and the Secrets that lead to other clusters are; `None`: where the environment says.
+    /// The namespace of the Lease, of the state and of the Secrets with credentials for other clusters; `None`: from
+    /// the environment.
     pub namespace: Option<String>,
-    /// How other replicas reach this one; `None`: at the address that it listens on.
+    /// The address at which other replicas reach this one; `None`: the listen address.
     pub advertise: Option<String>,
-    /// The Lease's name, and what the names of the state's Secrets begin with.
+    /// The name of the Lease, and the name prefix of the Secrets that hold the state.
     pub lease: String,
-    /// Proxies' tokens may be what a TokenReview says is for this audience.
+    /// Proxies may authenticate with tokens that a TokenReview accepts for this audience.
     pub proxy_token_audience: Option<String>,
 }
 
-/// Why the controller cannot start or go on.
+/// Why the controller cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The documents are wrong.
+    /// The documents are invalid.
     #[error(transparent)]
     Documents(#[from] DocumentErrors),
-    /// The state cannot be used.
+    /// The state directory cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The state cannot be used, in Kubernetes.
+    /// The state in Kubernetes cannot be used.
     #[error(transparent)]
     SecretStore(#[from] SecretStoreError),
-    /// There is no cluster.
+    /// No cluster can be reached.
     #[error("--kubernetes: {0}")]
     NoCluster(String),
-    /// Only loopback is served as long as there are no tokens.
+    /// Without tokens only loopback addresses are served.
     #[error(
         "--listen {0}: not a loopback address, such as 127.0.0.1:7460; without tokens only loopback is served (see \
          --read-token-file, --operate-token-file, --proxy-token-file)"
     )]
     NotLoopback(SocketAddr),
-    /// A file of tokens cannot be used.
+    /// A token file cannot be used.
     #[error(transparent)]
     Tokens(#[from] TokenError),
     /// The certificate or its key cannot be used.
     #[error(transparent)]
     Certificate(#[from] TlsError),
-    /// The address cannot be listened on.
+    /// The listen address cannot be bound.
     #[error("{0} {1}: {2}")]
     Listen(&'static str, SocketAddr, io::Error),
     /// The TLS library for probes and webhooks cannot be set up.
     #[error("cannot set up TLS for probes and webhooks: {0}")]
     Tls(reqwest::Error),
-    /// Anything that the system refuses.
+    /// Any other I/O error.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -166,7 +167,7 @@ async fn serve_files(
     secret_files: SecretFiles,
 ) -> Result<(), ServeError> {
     let secrets = Secrets::load(&options)?;
-    // Looked at before they are read: what changes in between is read again.
+    // Stat the files before reading them, so that a change in between is read again.
     let watched = Files::new(&files, Instant::now());
     let good = LastGood::open(&files)?;
     let documents = good.documents();
@@ -208,7 +209,7 @@ async fn serve_files(
     Ok(())
 }
 
-/// Where connections come in.
+/// The listening sockets.
 struct Listeners {
     api: TcpListener,
     health: Option<TcpListener>,
@@ -225,10 +226,10 @@ async fn listen(options: &Options) -> Result<Listeners, ServeError> {
     Ok(Listeners { api: bind("--listen", options.listen).await?, health })
 }
 
-/// Ends when somebody asks the process to end.
+/// Completes on SIGTERM or SIGINT.
 fn signals() -> io::Result<impl Future<Output = ()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // Otherwise it would end the process, as it does with those who think that it makes it read its files again.
+    // Without a handler SIGHUP would end the process; some users send it to reload files.
     let mut hangup = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
         while hangup.recv().await.is_some() {
@@ -243,7 +244,7 @@ fn signals() -> io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// What answers requests.
+/// The HTTP server.
 struct Service {
     shared: Arc<Shared>,
     publish: watch::Sender<Option<Published>>,
@@ -310,7 +311,7 @@ fn open_store(
 ) -> Result<(Option<Store>, PersistedState, CountState), StoreError> {
     let beside = || {
         let first = files.iter().find(|file| file.as_os_str() != "-")?;
-        // One for each first document, so that controllers of other documents in the same folder have their own.
+        // One for each first document, so that several controllers with documents in one folder do not share state.
         Some(first.parent()?.join(".tideshift").join(first.file_name()?))
     };
     let fresh = fresh().map_err(|error| StoreError::Io { path: "a random number".into(), error })?;
@@ -329,7 +330,7 @@ fn open_store(
         Ok((store, kept, counted)) => {
             Ok((Some(store), kept.unwrap_or(fresh), counted.unwrap_or_else(|| CountState::beginning(now()))))
         }
-        // Beside the document may be a place that cannot be written to, such as a mounted ConfigMap.
+        // The folder of the document may be read-only, such as a mounted ConfigMap.
         Err(StoreError::Io { error, .. }) if !chosen && !Store::is_in(&dir) => {
             Ok(nowhere(format!("{}: {error}; give --state-dir", dir.display()), fresh))
         }
@@ -342,7 +343,7 @@ fn open_store(
     }
 }
 
-/// A state that begins now.
+/// A new, empty state.
 fn fresh() -> io::Result<PersistedState> {
     PersistedState::fresh(format!("{:x}-{:x}", now(), std::process::id()))
 }

@@ -1,7 +1,8 @@
-//! Webhooks: gates are asked whether a step may begin, notifications tell of what happens.
+//! Webhooks: gates decide whether a step may begin, notifications report transitions.
 //!
-//! Nothing here holds up the mind: it says which questions are open and what has happened, and gets answers when they
-//! come. A step begins only after a yes of each of its gates; whatever else an answer is, or if there is none, it waits.
+//! Webhooks never block reconciliation: the reconciler lists pending gates and transitions, and receives responses when
+//! they arrive. A step begins only after each of its gates has allowed it; with any other response, or none, the
+//! rollout waits.
 
 mod client;
 mod egress;
@@ -22,17 +23,17 @@ use std::sync::Arc;
 use tideshift_core::shift::{TrafficShift, Webhook};
 use tokio::sync::{mpsc, watch};
 
-/// Answers that the mind has not looked at yet; whoever has more of them waits.
+/// Buffered responses that the reconciler has not processed; further ones wait.
 const MAX_ANSWERS: usize = 64;
 
-/// What the gates of a step say.
+/// A response of the gates of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// The question.
+    /// The gate check that it answers.
     pub question: PendingGate,
-    /// Whether the step may begin; if not, they are asked again.
+    /// Whether the step may begin; if not, the gates are polled again.
     pub allowed: bool,
-    /// Who does not allow it, and why.
+    /// The gate that does not allow it, and why.
     pub words: String,
 }
 
@@ -40,19 +41,20 @@ pub struct Answer {
 #[derive(Debug)]
 pub struct Hooks {
     client: WebhookClient,
-    /// What the secrets are that webhooks refer to.
+    /// The values of the secrets that webhooks refer to.
     secrets: watch::Sender<Arc<SecretValues>>,
     answers: mpsc::Sender<Answer>,
     /// By rollout, with the document's namespace.
     webhooks: BTreeMap<String, (String, Vec<Webhook>)>,
-    /// The questions that are open or were answered with yes.
+    /// The gate checks that are pending or were allowed.
     asking: BTreeMap<PendingGate, GateCheck>,
     /// By rollout and webhook.
     tellers: BTreeMap<(String, String), Notifier>,
 }
 
 impl Hooks {
-    /// No webhooks yet, and where answers will come; where requests may go, and how many at a time.
+    /// Without webhooks at first. Returns the receiver of responses; `egress` limits the destinations and `limit` the
+    /// concurrent requests.
     ///
     /// # Errors
     ///
@@ -66,7 +68,7 @@ impl Hooks {
         Ok((hooks, receiver))
     }
 
-    /// What the secrets are that webhooks refer to, from the next request on. Gates that have not said yes are asked at once.
+    /// Sets the secrets that webhooks refer to, from the next request on. Pending gates are polled at once.
     pub fn set_secrets(&self, secrets: Arc<SecretValues>) {
         self.secrets.send_if_modified(|before| {
             let differs = *before != secrets;
@@ -75,8 +77,8 @@ impl Hooks {
         });
     }
 
-    /// The documents in force. Questions to gates that have changed are asked anew; what was to be told of what happened
-    /// before is still told.
+    /// Sets the documents in force. Gates that have changed are polled from the start; earlier transitions are still
+    /// delivered.
     pub fn set(&mut self, shifts: &[TrafficShift]) {
         let of = |shift: &TrafficShift| (shift.namespace.clone().unwrap_or_default(), shift.webhooks.clone());
         let webhooks: BTreeMap<_, _> = shifts.iter().map(|shift| (shift.name.clone(), of(shift))).collect();
@@ -87,8 +89,8 @@ impl Hooks {
         self.webhooks = webhooks;
     }
 
-    /// The questions that are open now, each with a number that grows when something of its rollout has changed; `status`
-    /// says how a rollout's services stand. Those that are no longer open are not asked any more.
+    /// Sets the pending gate checks, each with a number that grows when the state of its rollout changes; `status`
+    /// returns the status of a rollout's services. Checks that are no longer pending are dropped.
     pub fn ask(&mut self, open: Vec<(PendingGate, u64)>, status: impl Fn(&str) -> Option<Vec<ServiceStatus>>) {
         if open.is_empty() {
             return self.asking.clear();
@@ -112,7 +114,7 @@ impl Hooks {
         }
     }
 
-    /// Tells of what has happened: the rollout's name and how it stands since then.
+    /// Notifies of transitions: the name of the rollout and its new state.
     pub fn tell(&mut self, transitions: &[(String, Transition)], status: impl Fn(&str) -> Option<Vec<ServiceStatus>>) {
         for (rollout, transition) in transitions {
             let Some((namespace, webhooks)) = self.webhooks.get(rollout) else { continue };
@@ -131,7 +133,7 @@ impl Hooks {
         }
     }
 
-    /// Asks nothing more, and waits until what has happened has been told.
+    /// Stops polling gates, and waits until all transitions have been delivered.
     pub async fn end(self) {
         drop(self.asking);
         for notifier in self.tellers.into_values() {

@@ -1,4 +1,4 @@
-//! Which version a request goes to: the compiled policy, its rules, and the split by weight.
+//! The choice of a version for a request: the compiled policy, its rules, and the split by weight.
 
 pub mod plan;
 pub mod rules;

@@ -1,4 +1,4 @@
-//! What a VM of the filter counts: how requests ended, and where they went.
+//! The counts of a VM of the filter: how requests ended, and which version they reached.
 
 pub mod routes;
 pub mod tallies;

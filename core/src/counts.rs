@@ -1,4 +1,4 @@
-//! How many exchanges ended, by outcome, and how long they took.
+//! Counts of exchanges by outcome and by duration.
 
 use crate::outcome::Outcome;
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ impl Counts {
         counts.iter().try_for_each(|(name, count)| within(&format_args!("{at}.{name}"), *count, MAX_COUNT))
     }
 
-    /// One more of an outcome.
+    /// Counts an exchange.
     pub fn count(&mut self, outcome: Outcome) {
         let count = match outcome {
             Outcome::Ok => &mut self.ok,
@@ -37,17 +37,17 @@ impl Counts {
         *count = count.saturating_add(1);
     }
 
-    /// All of them.
+    /// The total.
     pub fn total(&self) -> u64 {
         Outcome::ALL.iter().fold(0, |sum, outcome| sum.saturating_add(self.of(*outcome)))
     }
 
-    /// Those that speak for or against the version: not the ones that the client ended.
+    /// Exchanges that count for or against the version: not those that the client ended.
     pub fn answered(&self) -> u64 {
         self.total().saturating_sub(self.cancelled)
     }
 
-    /// Those with one outcome.
+    /// The exchanges with one outcome.
     pub fn of(&self, outcome: Outcome) -> u64 {
         match outcome {
             Outcome::Ok => self.ok,
@@ -57,12 +57,12 @@ impl Counts {
         }
     }
 
-    /// What was added since `before`, at least 0 each.
+    /// The increase since `before`, each at least 0.
     pub fn since(&self, before: &Self) -> Self {
         self.each(before, u64::saturating_sub)
     }
 
-    /// Whether any count went back, which a counter that was reset does.
+    /// Whether any count decreased, as after a reset.
     pub fn any_below(&self, before: &Self) -> bool {
         Outcome::ALL.iter().any(|outcome| self.of(*outcome) < before.of(*outcome))
     }
@@ -91,17 +91,17 @@ impl AddAssign for Counts {
     }
 }
 
-/// The bounds of a report's durations in milliseconds: three for each power of two and a half at the fast end, where
-/// most exchanges are, coarser after 10 s.
+/// The bounds of a report's durations in milliseconds: six per decade from 10 ms to 1 s, where most exchanges are, and
+/// coarser above.
 pub const DURATION_BOUNDS: [u64; 22] =
     [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1_000, 2_000, 5_000, 10_000, 30_000];
 
-/// Which of a report's durations an exchange of so many milliseconds counts to.
+/// The index of the duration bucket of an exchange.
 pub fn duration_bucket(milliseconds: u64) -> usize {
     DURATION_BOUNDS.partition_point(|bound| *bound < milliseconds)
 }
 
-/// The most that a report may say of anything that is counted: sums over all proxies stay far below what fits.
+/// The maximum of any count in a report, so that sums over all proxies do not overflow.
 pub const MAX_COUNT: u64 = 1 << 48;
 
 pub(crate) fn within(field: &std::fmt::Arguments<'_>, count: u64, most: u64) -> Result<(), String> {

@@ -1,44 +1,44 @@
 //! Reads documents from JSON values into types and collects every error instead of stopping at the first.
 //!
-//! A reader returns `None` where it could not make sense of a value and leaves the reason in the [`Decoder`]; the
-//! caller goes on with the next field. The names that were asked for are the names that are known, so an unknown
-//! field is answered with the nearest of them.
+//! A reader returns `None` if it cannot parse a value and records the reason in the [`Decoder`]; the caller continues
+//! with the next field. The names that a reader requests are the known names, so that the error for an unknown field
+//! suggests the nearest of them.
 
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// What is allowed where [`Decoder::long`] reads.
+/// The allowed values of [`Decoder::long`].
 pub const LONG: &str = "an integer of at least 0, as a number or a string";
 
-/// What is wrong with one field of a document.
+/// An error in one field of a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldError {
-    /// The field's place, such as `spec.versions[1].weight`; empty for the document itself.
+    /// The path of the field, such as `spec.versions[1].weight`; empty for the document itself.
     pub path: String,
     /// What is wrong with it.
     pub problem: Problem,
 }
 
-/// The ways in which a field can be wrong.
+/// The kinds of errors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Problem {
-    /// A required field is not there.
+    /// A required field is missing.
     Missing {
-        /// What would be allowed.
+        /// The allowed values.
         allowed: String,
     },
-    /// The value is not one that is allowed.
+    /// The value is not allowed.
     Invalid {
         /// The value as JSON, shortened.
         value: String,
-        /// What would be allowed.
+        /// The allowed values.
         allowed: String,
     },
-    /// No field has this name.
+    /// The field is unknown.
     Unknown {
-        /// The known name that is most like it.
+        /// The most similar known name.
         nearest: Option<&'static str>,
-        /// All known names at this place.
+        /// All known names at this path.
         known: Vec<&'static str>,
     },
     /// The document as a whole cannot be read.
@@ -65,12 +65,12 @@ impl fmt::Display for FieldError {
     }
 }
 
-/// Every error of one document, in the order of its fields.
+/// All errors of one document, in the order of its fields.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errors(pub Vec<FieldError>);
 
 impl Errors {
-    /// The one error of a document that is not even JSON or YAML.
+    /// The single error of a document that is not even JSON or YAML.
     pub fn of_document(why: String) -> Self {
         Self(vec![FieldError { path: String::new(), problem: Problem::Unreadable(why) }])
     }
@@ -90,18 +90,18 @@ impl fmt::Display for Errors {
 
 impl std::error::Error for Errors {}
 
-/// The place in the document being read, and the errors so far.
+/// The current path in the document, and the errors so far.
 #[derive(Debug, Default)]
 pub struct Decoder {
     path: String,
     errors: Vec<FieldError>,
-    /// Unknown fields that do no harm: see [`Decoder::read_from_peer`].
+    /// Unknown fields that are harmless: see [`Decoder::read_from_peer`].
     ignored: Vec<FieldError>,
     is_from_peer: bool,
 }
 
 impl Decoder {
-    /// Reads a whole document with `read`. All errors, or the document.
+    /// Reads a whole document with `read`. Returns the document or all errors.
     pub fn read<'v, T>(value: &'v Value, read: impl FnOnce(&mut Self, &'v Value) -> Option<T>) -> Result<T, Errors> {
         let mut decoder = Self::default();
         match read(&mut decoder, value) {
@@ -110,8 +110,8 @@ impl Decoder {
         }
     }
 
-    /// Reads a whole document that a program wrote which may be newer than this one: no unknown field in it is a typing
-    /// mistake, so those that objects [declare harmless](Fields::finish_harmless) are no errors, but added to `ignored`.
+    /// Reads a whole document from a program that may be newer than this one: unknown fields are not typing errors, so
+    /// that those in objects that [declare them harmless](Fields::finish_harmless) are added to `ignored` instead.
     pub fn read_from_peer<'v, T>(
         value: &'v Value,
         ignored: &mut Vec<FieldError>,
@@ -127,7 +127,7 @@ impl Decoder {
         }
     }
 
-    /// Says that `value` is not allowed here, and what is.
+    /// Records that `value` is not allowed, and what is.
     pub fn invalid(&mut self, value: &Value, allowed: impl Into<String>) {
         let mut allowed = allowed.into();
         if value.as_str().is_some_and(|text| text.contains("{{")) {
@@ -136,13 +136,13 @@ impl Decoder {
         self.error(Problem::Invalid { value: shown(value), allowed });
     }
 
-    /// Says that the field `name` of the object at this place is not there, and what is allowed.
+    /// Records that the field `name` of the current object is missing, and what is allowed.
     pub fn missing(&mut self, name: &str, allowed: impl Into<String>) {
         let allowed = allowed.into();
         self.within(name, |d| d.error(Problem::Missing { allowed }));
     }
 
-    /// Runs `inner` one field further down.
+    /// Runs `inner` in the path of a field.
     pub fn within<T>(&mut self, name: &str, inner: impl FnOnce(&mut Self) -> T) -> T {
         let before = self.path.len();
         if !self.path.is_empty() {
@@ -154,7 +154,7 @@ impl Decoder {
         result
     }
 
-    /// Runs `inner` one list item further down.
+    /// Runs `inner` in the path of a list item.
     pub fn at<T>(&mut self, index: usize, inner: impl FnOnce(&mut Self) -> T) -> T {
         let before = self.path.len();
         self.path.push_str(&format!("[{index}]"));
@@ -163,7 +163,7 @@ impl Decoder {
         result
     }
 
-    /// An object, with its fields to be asked for; end with [`Fields::finish`].
+    /// Starts an object; finish it with [`Fields::finish`].
     pub fn object<'v>(&mut self, value: &'v Value) -> Option<Fields<'v>> {
         match value {
             Value::Object(map) => Some(Fields { map, known: Vec::new() }),
@@ -174,8 +174,8 @@ impl Decoder {
         }
     }
 
-    /// A list, each item read by `read`. Items that make no sense are left out (their errors are kept), each of the
-    /// others comes with its index in the document.
+    /// A list whose items are read by `read`. Invalid items are skipped, with their errors recorded; each of the others
+    /// comes with its index in the document.
     pub fn list<T>(
         &mut self,
         value: &Value,
@@ -199,7 +199,7 @@ impl Decoder {
         self.text_where(value, "a string that is not empty", |text| !text.is_empty())
     }
 
-    /// Text for which `holds`.
+    /// A text that satisfies `holds`.
     pub fn text_where(&mut self, value: &Value, allowed: &str, holds: impl FnOnce(&str) -> bool) -> Option<String> {
         match value {
             Value::String(text) if holds(text) => Some(text.clone()),
@@ -220,7 +220,7 @@ impl Decoder {
 
     /// An integer from `low` to `high`, both included.
     pub fn integer(&mut self, value: &Value, low: u64, high: u64) -> Option<u64> {
-        // `30.0` is whole, too; beyond 2^53 not every number is told apart.
+        // `30.0` is an integer, too; beyond 2^53 floats do not represent every integer.
         let is_whole = |number: &f64| *number >= 0.0 && *number < 9e15 && libm::trunc(*number) == *number;
         let whole = || value.as_f64().filter(is_whole).map(|number| number as u64);
         match value.as_u64().or_else(whole) {
@@ -236,7 +236,8 @@ impl Decoder {
         }
     }
 
-    /// An integer of up to 64 bits. As a string too, because Istio passes numbers through doubles, which keep 53 bits.
+    /// An integer of up to 64 bits. Also accepted as a string, because Istio passes numbers through doubles, which keep
+    /// 53 bits.
     pub fn long(&mut self, value: &Value) -> Option<u64> {
         let number = match value {
             Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
@@ -270,7 +271,7 @@ pub struct Fields<'v> {
 }
 
 impl<'v> Fields<'v> {
-    /// The field `name`, which may be left out (or be null, which Kubernetes' tools write for the same thing).
+    /// An optional field; null counts as missing, as Kubernetes tools treat it.
     pub fn optional<T>(
         &mut self,
         d: &mut Decoder,
@@ -282,7 +283,7 @@ impl<'v> Fields<'v> {
         d.within(name, |d| read(d, value))
     }
 
-    /// The field `name`, which must be there; `allowed` is for the message when it is not.
+    /// A required field; `allowed` is for the message if it is missing.
     pub fn required<T>(
         &mut self,
         d: &mut Decoder,
@@ -296,7 +297,7 @@ impl<'v> Fields<'v> {
         self.optional(d, name, read)
     }
 
-    /// Whether the field is there and not null.
+    /// Whether the field is present and not null.
     pub fn has(&self, name: &str) -> bool {
         self.map.get(name).is_some_and(|value| !value.is_null())
     }
@@ -306,8 +307,8 @@ impl<'v> Fields<'v> {
         self.each_unknown(d, Decoder::error);
     }
 
-    /// The same for an object whose fields do no harm to a reader that does not know them: in a document that a newer
-    /// program may have written they are ignored.
+    /// The same for an object whose unknown fields are harmless: in a document that a newer program may have written
+    /// they are ignored.
     pub fn finish_harmless(self, d: &mut Decoder) {
         if !d.is_from_peer {
             return self.finish(d);
@@ -327,7 +328,7 @@ impl<'v> Fields<'v> {
     }
 }
 
-/// The known name most like `name`, if one is like it at all: no more than half of it differs.
+/// The most similar known name, if any is similar: at most half of it differs.
 fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let name = name.to_ascii_lowercase();
     let distance = |candidate: &str| strsim::levenshtein(&name, &candidate.to_ascii_lowercase());
@@ -336,7 +337,7 @@ fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     like.min_by_key(|(distance, _)| *distance).map(|(_, candidate)| candidate)
 }
 
-/// A value as JSON, cut where it gets long.
+/// A value as JSON, truncated if it is long.
 fn shown(value: &Value) -> String {
     const LONGEST: usize = 80;
     let text = value.to_string();

@@ -8,10 +8,11 @@
 //! Δ(r) = x·ln r − (x + y)·ln(rρ + 1 − ρ)
 //! ```
 //!
-//! If the version is no worse, exp(Δ) is 1 at most on average: see `docs/guard-proof.md` for why and `docs/verdict-proof.md` for
-//! what else it is good for; both name the sources (Lindon and Malek, arXiv 2011.03567; Lindon, Sanden and Shirikian,
-//! arXiv 2205.14762; Turner, Ly and Grünwald, arXiv 2106.02693; for evidence that forgets, Shin, Ramdas and Rinaldo,
-//! arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree to the last bit.
+//! If the version is no worse, exp(Δ) is at most 1 on average: see `docs/guard-proof.md` for the proof and
+//! `docs/verdict-proof.md` for its other uses; both cite the sources (Lindon and Malek, arXiv 2011.03567; Lindon,
+//! Sanden and Shirikian, arXiv 2205.14762; Turner, Ly and Grünwald, arXiv 2106.02693; for evidence that discounts the
+//! past, Shin, Ramdas and Rinaldo, arXiv 2203.03532). Logarithms are `libm`'s, so that native code and wasm agree to
+//! the last bit.
 
 pub mod clients;
 
@@ -20,11 +21,12 @@ use std::ops::AddAssign;
 
 /// The ratios of error rates that the verdict tests.
 pub const RATIOS: [f64; 6] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0];
-/// The same for the guard, which runs for ever and is to take out what fails, not what is a little worse: evidence for
-/// a ratio r grows only against a version that fails more than (r − 1)/ln r times as often, here 1.8.
+/// The same for the guard, which runs indefinitely and must eject versions that fail, not those that are slightly
+/// worse: evidence for a ratio r grows only against a version that fails more than (r − 1)/ln r times as often, here
+/// 1.8.
 pub const RECENT_RATIOS: [f64; 5] = [3.0, 5.0, 10.0, 30.0, 100.0];
 
-/// What ended in one batch: requests and errors of one version, and of all others.
+/// The requests that ended in one batch: requests and errors of one version and of all others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Requests of the version.
@@ -35,16 +37,16 @@ pub struct Batch {
     pub others_requests: u64,
     /// Those that failed.
     pub others_errors: u64,
-    /// Requests of the version that began meanwhile, and …
+    /// Requests of the version that began in the same time, and …
     pub started: u64,
-    /// … those of the others; both 0 if that is not known.
+    /// … those of the others; both 0 if unknown.
     pub others_started: u64,
 }
 
 impl Batch {
-    /// The chance that an error is the version's if that is no worse: its share of the requests that ended or of those that
-    /// began, whichever is more, since a new version has only had early ends. 1 if there were none: with that nothing
-    /// speaks against it.
+    /// The probability that an error belongs to the version if that is no worse: the larger of its shares of the
+    /// requests that ended and of those that began, since a new version has only had early ends. 1 if there were none:
+    /// then nothing counts against it.
     fn share(&self) -> f64 {
         let of = |own: u64, others: u64| {
             let all = own as f64 + others as f64;
@@ -54,10 +56,10 @@ impl Batch {
         of(self.started, self.others_started).map_or(ended, |began| ended.max(began))
     }
 
-    /// The log-evidence Δ(r), but no more than that of `most` errors of the version alone: errors come in clumps. A
-    /// cap takes evidence away and never adds any, so every bound holds with it. Finite, whatever the counts.
+    /// The log-evidence Δ(r), capped at that of `most` errors of the version alone, because errors come in clumps. The
+    /// cap only reduces evidence, so that every bound holds with it. Finite, whatever the counts.
     fn evidence(&self, ratio: f64, most: u64) -> f64 {
-        // One function for both, so that a share of 1 leaves exactly nothing.
+        // One function for both, so that a share of 1 leaves exactly zero.
         let (of_error, of_any) = (libm::log1p(ratio - 1.0), libm::log1p(self.share() * (ratio - 1.0)));
         let (errors, others) = (self.errors as f64, self.others_errors as f64);
         let evidence = errors * (of_error - of_any) - others * of_any;
@@ -76,17 +78,17 @@ impl AddAssign for Batch {
     }
 }
 
-/// The log-evidence that something which is to be expected with a `probability` has `ratio` times the odds of that, if
-/// it happened to `count` of `all`: count·ln r − all·ln(rp + 1 − p). Its exp is 1 at most on average if it happens with
-/// the `probability` at most (for a ratio above 1), or at least (below 1).
+/// The log-evidence that an event with the expected `probability` has `ratio` times those odds, if it happened to
+/// `count` of `all`: count·ln r − all·ln(rp + 1 − p). Its exp is at most 1 on average if the event has at most this
+/// `probability` (for a ratio above 1), or at least this (below 1).
 pub fn tilt(count: f64, all: f64, probability: f64, ratio: f64) -> f64 {
     count * libm::log1p(ratio - 1.0) - all * libm::log1p(probability * (ratio - 1.0))
 }
 
-/// Evidence for several alternatives at once that keeps all batches and also restarts after each batch, so that it detects
-/// a version that was fine for long and then fails. Half of its weight is present at the start and the rest is added in
-/// ever smaller parts. So, if each batch multiplies it by at most 1 on average, the probability that it ever reaches 1/α
-/// is at most α (Ville).
+/// Evidence for several alternatives at once that keeps all batches and also restarts after each batch, so that it
+/// detects a version that was fine for a long time and then fails. Half of its weight is present at the start and the
+/// rest is added in ever smaller parts. Therefore, if each batch multiplies it by at most 1 on average, the probability
+/// that it ever reaches 1/α is at most α (Ville).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     #[serde(with = "bits")]
@@ -95,14 +97,14 @@ pub struct Evidence {
 }
 
 impl Evidence {
-    /// Nothing seen yet, for so many alternatives.
+    /// Without any batches, for this many alternatives.
     pub fn new(alternatives: usize) -> Self {
         let mut new = Self { logs: vec![f64::MIN; alternatives], batches: 0 };
         new.begin_anew(1.0);
         new
     }
 
-    /// Takes a batch in: the log-evidence of each alternative.
+    /// Adds a batch: the log-evidence of each alternative.
     pub fn add(&mut self, batch: impl IntoIterator<Item = f64>) {
         for (log, batch) in self.logs.iter_mut().zip(batch) {
             *log += batch;
@@ -112,7 +114,7 @@ impl Evidence {
         self.begin_anew(batches * (batches + 1.0));
     }
 
-    /// Adds a half, divided by `by`, to what is shared by all alternatives. Over n ≥ 1, 1/(n(n + 1)) adds up to 1.
+    /// Adds a half, divided by `by`, to the part shared by all alternatives. Over n ≥ 1, 1/(n(n + 1)) adds up to 1.
     fn begin_anew(&mut self, by: f64) {
         let part = -libm::log(2.0 * by * self.logs.len() as f64);
         for log in &mut self.logs {
@@ -127,8 +129,8 @@ impl Evidence {
     }
 }
 
-/// Numbers as their bits, in hexadecimal: as numbers, JSON or one of its readers would round them, and a restart must
-/// change nothing.
+/// Stores numbers as their bits in hexadecimal: JSON or one of its readers would round decimal numbers, and a restart
+/// must not change anything.
 pub(crate) mod bits {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -145,9 +147,9 @@ pub(crate) mod bits {
     }
 }
 
-/// Evidence that forgets good times (CUSUM): what was fine for a day and then fails is found as soon as what fails
-/// from the start. As long as the version is no worse than the others, it reaches 1/α within n batches that have
-/// errors with probability n·α at most.
+/// Evidence that discounts good periods (CUSUM): a version that was fine for a day and then fails is detected as
+/// quickly as one that fails from the start. If the version is no worse than the others, the evidence reaches 1/α
+/// within n batches with errors with probability at most n·α.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RecentEvidence {
     sums: [f64; RECENT_RATIOS.len()],
@@ -160,7 +162,7 @@ impl Default for RecentEvidence {
 }
 
 impl RecentEvidence {
-    /// Takes a batch in, as if it had no more than `most` errors of the version.
+    /// Adds a batch, capped as if it had no more than `most` errors of the version.
     pub fn add(&mut self, batch: &Batch, most: u64) {
         for (sum, ratio) in self.sums.iter_mut().zip(RECENT_RATIOS) {
             *sum = sum.max(0.0) + batch.evidence(ratio, most);
@@ -172,7 +174,7 @@ impl RecentEvidence {
         log_mean_exp(&self.sums)
     }
 
-    /// Whether nothing is held against the version.
+    /// Whether there is no evidence against the version.
     pub fn is_none(&self) -> bool {
         self.sums.iter().all(|sum| *sum <= 0.0)
     }
@@ -198,7 +200,7 @@ mod tests {
         Batch { requests, errors, others_requests, others_errors, ..Batch::default() }
     }
 
-    /// The chances of 0, 1, 2 … failures among requests that fail with these probabilities.
+    /// The probabilities of 0, 1, 2 … failures among requests with these failure probabilities.
     fn chances(of_each: &[f64]) -> Vec<f64> {
         of_each.iter().fold(vec![1.0], |chances, p| {
             let mut next: Vec<f64> = std::iter::once(0.0).chain(chances.iter().map(|chance| chance * p)).collect();
@@ -263,7 +265,7 @@ mod tests {
             }
         }
 
-        /// Which of the errors are the version's is what the guard's evidence asks.
+        /// The guard's evidence asks which of the errors belong to the version.
         #[test]
         fn a_tilt_of_errors_is_the_evidence_of_the_batch(counts in prop::array::uniform4(0u64..1_000)) {
             let [requests, errors, others_requests, others_errors] = counts;

@@ -1,8 +1,8 @@
-//! The guard: outlier ejection of a whole version in one proxy. It takes a version that fails out of service from the
-//! proxy's own counts, within about a second and without asking the controller, and gives it its traffic back after a
-//! while, to try again. Never the stable version.
+//! The guard: outlier ejection of a whole version in one proxy. It ejects a failing version based on the proxy's own
+//! counts, within about a second and without asking the controller, and restores its traffic after a cool-down for
+//! another attempt. It never ejects the stable version.
 //!
-//! What it knows, what it bounds, how fast it is and what it cannot see: `docs/guard.md`.
+//! Its data, bounds, speed and limits: `docs/guard.md`.
 
 use crate::counts::Counts;
 use crate::decode::Decoder;
@@ -26,9 +26,9 @@ const FEWEST_LOOKS: u64 = 5;
 /// apart do not count together.
 const FAILING_ONE_IN: u64 = 50;
 
-/// A client adds the logarithm of the bound divided by this at most: three clients are the fewest that a veto takes.
+/// A client contributes at most the logarithm of the bound divided by this: a veto takes no fewer than three clients.
 const CLIENTS_PER_VETO: f64 = 2.5;
-/// How long a session's user does not count again after it counted.
+/// How long the user of a session does not count again after it counted.
 const USER_NANOS: u64 = 600_000_000_000;
 /// How long after a version's share was lowered requests that end may have been assigned at the old share.
 const SHARE_NANOS: u64 = 60_000_000_000;
@@ -111,7 +111,8 @@ impl GuardPolicy {
         };
         let cool_down = seconds(d, "coolDownSeconds").unwrap_or(default.cool_down);
         let most = seconds(d, "maxCoolDownSeconds");
-        // Without what a newer controller may add, the guard still keeps its bound and never takes out the stable version.
+        // Without fields that a newer controller may add, the guard still keeps its bound and never ejects the stable
+        // version.
         f.finish_harmless(d);
         if let Some(most) = most.filter(|most| *most < cool_down) {
             let allowed = format!("at least coolDownSeconds, which is {}", cool_down.as_secs());
@@ -121,7 +122,7 @@ impl GuardPolicy {
         Some(Self { enabled, false_veto_rate: rate, cool_down, max_cool_down })
     }
 
-    /// How long a version's veto lasts that is its `strikes`th, in nanoseconds.
+    /// The duration of the `strikes`th veto of a version, in nanoseconds.
     pub fn cool_down_for(&self, strikes: u32) -> u64 {
         let doublings = strikes.saturating_sub(1).min(31);
         nanos(self.cool_down.saturating_mul(1 << doublings).min(self.max_cool_down))
@@ -132,7 +133,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What the proxy knows about one version when it calls the guard.
+/// The proxy's information about one version when it calls the guard.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Observed<'a> {
     /// The version's name.
@@ -141,13 +142,13 @@ pub struct Observed<'a> {
     pub weight: u32,
     /// Whether the policy has it in service; vetoes are the guard's own knowledge.
     pub serving: bool,
-    /// Whether it is the stable version, which the others are measured by.
+    /// Whether it is the stable version, the baseline of the others.
     pub stable: bool,
-    /// How the exchanges of this proxy ended since its start, but for those that rules took.
+    /// How the exchanges of this proxy ended since its start, except those that rules matched.
     pub ended: Counts,
-    /// Those of them whose version was dealt by weight; `None`: all of them.
+    /// Those whose version was dealt by weight; `None`: all of them.
     pub dealt: Option<Counts>,
-    /// How many began whose version was dealt by weight; 0 if that is not known.
+    /// The number of started requests whose version was dealt by weight; 0 if unknown.
     pub started: u64,
 }
 
@@ -172,13 +173,13 @@ pub struct Veto {
     pub others_errors: u64,
 }
 
-/// For so long after a proxy's clock a veto may last at most, however wrong the clock is.
+/// The maximum time that a veto may end after the current time, which limits the effect of a wrong clock.
 const CLOCK_NANOS: u64 = 24 * 3600 * 1_000_000_000;
 
 impl Veto {
-    /// Why the guard of a proxy cannot have issued this veto, if so: by the policy, whether the version is the `stable`
-    /// one, and what the proxy has counted of the version and of the others since its start. `now` is in nanoseconds
-    /// since 1970. What a guard issues passes; not all that passes need have been issued.
+    /// Why the guard of a proxy cannot have issued this veto, if so: according to the policy, whether the version is
+    /// the `stable` one, and what the proxy has counted of the version and of the others since its start. `now` is in
+    /// nanoseconds since 1970. Every veto that a guard issues passes; passing does not prove that it was issued.
     pub fn impossible(
         &self,
         policy: &GuardPolicy,
@@ -216,15 +217,15 @@ impl Veto {
     }
 }
 
-/// The guard of one service: one for a proxy, asked about ten times a second.
+/// The guard of one service: one per proxy, called about ten times a second.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
     policy: GuardPolicy,
     versions: BTreeMap<String, VersionWindow>,
     vetoes: Vec<Veto>,
-    /// Vetoes that are over, for the next one's strikes.
+    /// Expired vetoes, for the strikes of the next one.
     past: Vec<Veto>,
-    /// Whether there are clients enough to tell one that means harm from the others.
+    /// Whether there are enough clients to tell a malicious one from the others.
     many_clients: bool,
 }
 
@@ -237,19 +238,19 @@ struct VersionWindow {
     seen: Counted,
     /// Looks in the running batch that saw errors of it.
     looks: u64,
-    /// As how many errors the running batch counts against it at most.
+    /// The maximum number of errors that the running batch counts against it.
     most: u64,
     evidence: RecentEvidence,
-    /// What ended since the evidence began, and how many looks saw errors.
+    /// The requests since the evidence began, and the number of looks with errors.
     since: Batch,
     since_looks: u64,
-    /// The evidence from clients, and what ended since that began.
+    /// The evidence from clients, and the requests since that began.
     clients: Clients,
-    /// The largest part of the weight in service that it had in the last minute, and until when that holds.
+    /// The largest fraction of the weight in service that it had in the last minute, and when that expires.
     share: (f64, u64),
 }
 
-/// What was counted of a version.
+/// The counts of a version.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counted {
     ended: Counts,
@@ -277,7 +278,7 @@ impl Counted {
     }
 }
 
-/// Evidence from clients that forgets good times, as [`RecentEvidence`] does.
+/// Evidence from clients that discounts good periods, like [`RecentEvidence`].
 #[derive(Debug, Clone, Default)]
 struct Clients {
     limits: Limits<{ RECENT_RATIOS.len() }>,
@@ -307,8 +308,8 @@ impl Guard {
         Self { policy, ..Self::default() }
     }
 
-    /// Takes in single requests that ended since the last look, each with its version; [`Request::is_target`] does not
-    /// count. `few_clients`: whether there are so few clients at all that they cannot be told from one that means harm.
+    /// Adds single requests that ended since the last look, each with its version; ignores [`Request::is_target`].
+    /// `few_clients`: whether there are so few clients that a malicious one cannot be told from the others.
     pub fn hear(&mut self, now: u64, few_clients: bool, requests: &[(&str, Request)]) {
         self.many_clients = !few_clients;
         let cap = -libm::log(self.policy.false_veto_rate) / CLIENTS_PER_VETO;
@@ -342,13 +343,13 @@ impl Guard {
         &self.vetoes
     }
 
-    /// The vetoes that are over but not forgotten: the next one on the same version lasts longer.
+    /// The vetoes that have expired but still count: the next one on the same version lasts longer.
     pub fn past(&self) -> &[Veto] {
         &self.past
     }
 
-    /// Looks at the counts of every version of the service. `now` is in nanoseconds since 1970. Whether the vetoes in
-    /// force are others than before.
+    /// Evaluates the counts of every version of the service. `now` is in nanoseconds since 1970. Returns whether the
+    /// vetoes in force have changed.
     pub fn observe(&mut self, now: u64, observed: &[Observed<'_>]) -> bool {
         if !self.policy.enabled {
             let had_vetoes = !self.vetoes.is_empty();
@@ -359,8 +360,8 @@ impl Guard {
         self.note_shares(now, observed);
         self.end_vetoes_of_the_last(now, observed);
         let ended = self.end_vetoes(now);
-        // All counts of a batch must cover the same time to be comparable. So a version that is new, returns, or has reset
-        // counters starts a new batch for all versions; its earlier counts are ignored.
+        // All counts of a batch must cover the same time to be comparable. Therefore a version that is new, returns, or
+        // has reset counters starts a new batch for all versions; its earlier counts are ignored.
         if ended || self.has_new_counters(observed) {
             self.start_batch(observed);
             return left || ended;
@@ -381,7 +382,7 @@ impl Guard {
         self.vetoes.len() != before
     }
 
-    /// The parts of the weight in service, by which requests are dealt.
+    /// Records the fractions of the weight in service, by which requests are dealt.
     fn note_shares(&mut self, now: u64, observed: &[Observed<'_>]) {
         let in_service = |version: &&Observed<'_>| version.serving && !self.is_vetoed(version.name);
         let all: u64 = observed.iter().filter(in_service).map(|version| u64::from(version.weight)).sum();
@@ -438,9 +439,10 @@ impl Guard {
         }
     }
 
-    /// Takes the running batch in if it is full.
+    /// Adds the running batch to the evidence if it is full.
     fn close_batch(&mut self, observed: &[Observed<'_>]) -> bool {
-        // What still arrives of a vetoed version was sent before the veto: no news, and nothing to compare with.
+        // Requests of a vetoed version that still end were sent before the veto: they are neither new evidence nor a
+        // baseline.
         let vetoes = &self.vetoes;
         let in_service = observed.iter().filter(|version| vetoes.iter().all(|veto| veto.version != version.name));
         let mut all = Counted::default();
@@ -476,7 +478,8 @@ impl Guard {
         accused.sort_unstable_by(|(a, _), (b, _)| b.total_cmp(a));
         let before = self.vetoes.len();
         for (_, version) in accused {
-            // Drop evidence even if it cannot be acted on: a version that can be spared later is judged by its later requests.
+            // Drop evidence even if it cannot be acted on: a version that can be spared later is judged by its later
+            // requests.
             let Some(watched) = self.versions.get_mut(version.name) else { continue };
             let of_clients = watched.clients.forget();
             let of_requests = watched.forget();
@@ -495,9 +498,9 @@ impl Guard {
         self.vetoes.len() != before
     }
 
-    /// Whether the others in service can do without a version: it has at most half of their and its weight (what has
-    /// more is what the others are measured by, and to move so much onto them is for the controller, who knows what
-    /// they can carry), and one of them has weight.
+    /// Whether the other versions in service can replace a version: it has at most half of the total weight (a version
+    /// with more is the baseline of the others, and moving that much traffic is up to the controller, which knows their
+    /// capacity), and one of them has weight.
     fn can_be_spared(&self, version: &Observed<'_>, observed: &[Observed<'_>]) -> bool {
         let in_service = observed.iter().filter(|other| other.serving && !self.is_vetoed(other.name));
         let others = in_service.filter(|other| other.name != version.name);
@@ -524,12 +527,12 @@ impl VersionWindow {
         self.clients.looks += u64::from(std::mem::take(&mut self.clients.failed));
     }
 
-    /// What was counted in the running batch.
+    /// The counts of the running batch.
     fn batch(&self) -> Counted {
         self.seen.since(&self.base)
     }
 
-    /// Takes the running batch in, in which so much was counted for all versions.
+    /// Adds the running batch, which has these counts for all versions.
     fn close_batch(&mut self, all: &Counted, many_clients: bool) {
         let own = self.batch();
         let others = all.since(&own);
@@ -548,7 +551,7 @@ impl VersionWindow {
         self.clients.since += batch_of(&own.ended, &others.ended);
         // Dropping evidence early breaks no bound.
         let is_rare = |since: &Batch| since.errors.saturating_mul(FAILING_ONE_IN) < since.requests;
-        // With many clients, requests may be of one that means harm, and are no evidence when others have left later.
+        // With many clients, requests may come from a malicious one, and are no evidence if other clients later leave.
         if many_clients || self.evidence.is_none() || is_rare(&self.since) {
             self.forget();
         }
@@ -557,8 +560,8 @@ impl VersionWindow {
         }
     }
 
-    /// The logarithm of the evidence, if errors were seen at enough looks: from clients where there are many of them;
-    /// where not, from the users of sessions or from requests.
+    /// The logarithm of the evidence, if errors were seen at enough looks: from clients if there are many of them;
+    /// otherwise from users of sessions or from requests.
     fn evidence_of(&self, many_clients: bool) -> Option<f64> {
         let of_clients = (self.clients.looks >= FEWEST_LOOKS).then(|| log_mean_exp(&self.clients.sums));
         let of_requests = (!many_clients && self.since_looks >= FEWEST_LOOKS).then(|| self.evidence.log());
@@ -584,7 +587,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
     const LOOK: u64 = SECOND / 10;
 
-    /// A proxy that serves one service, looked at ten times a second.
+    /// A proxy that serves one service, evaluated ten times a second.
     struct Proxy {
         guard: Guard,
         now: u64,
@@ -616,8 +619,8 @@ mod tests {
             self.versions.iter_mut().find(|(name, ..)| *name == version).map(|(.., counts)| counts).unwrap()
         }
 
-        /// So many looks, before each of which these versions answer and fail so many requests. Looks until the
-        /// vetoes changed.
+        /// Runs this many looks, before each of which these versions answer and fail this many requests. Returns the
+        /// number of looks until the vetoes changed.
         fn serve(&mut self, looks: u64, ended: &[(&str, u64, u64)]) -> Option<u64> {
             (1..=looks).find(|_| {
                 for (version, ok, errors) in ended {
@@ -632,7 +635,7 @@ mod tests {
             self.guard.vetoes().iter().map(|veto| veto.version.as_str()).collect()
         }
 
-        /// Until v2 has been vetoed for failing everything, how long its veto lasts.
+        /// Makes v2 fail every request until it is vetoed. Returns the duration of the veto.
         fn fail_v2(&mut self) -> u64 {
             assert!(self.serve(20, &[("v1", 9, 0), ("v2", 0, 1)]).is_some());
             (self.guard.vetoes()[0].until - self.now) / SECOND
@@ -656,7 +659,7 @@ mod tests {
         assert_eq!(proxy.guard.vetoes(), [veto]);
     }
 
-    /// What a report may claim is what a guard can have seen.
+    /// A report may claim only what a guard can have seen.
     #[test]
     fn a_veto_of_the_guard_is_possible_and_a_made_up_one_is_not() {
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
@@ -686,7 +689,7 @@ mod tests {
         }
     }
 
-    /// Also by the same few clients again, when its veto is over.
+    /// Even by the same few clients again, after its veto has expired.
     #[test]
     fn a_version_that_fails_every_client_is_vetoed_again_and_again() {
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
@@ -729,7 +732,7 @@ mod tests {
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
         let mut vetoed = None;
         for look in 1..20 {
-            // Were they, v2 would fail one of 100, and each look would close a batch.
+            // If they did, v2 would fail one of 100, and each look would close a batch.
             proxy.counts("v1").cancelled += 100;
             proxy.counts("v2").cancelled += 99;
             if proxy.serve(1, &[("v1", 5, 0), ("v2", 0, 1)]).is_some() {
@@ -755,14 +758,14 @@ mod tests {
         let mut proxy = Proxy::new(&[("v1", 90), ("v2", 10)]);
         proxy.versions[0].2 = false;
         assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), None);
-        // A version that can be spared from now on is not judged by the evidence that was complete before.
+        // A version that can be spared from now on is not judged by earlier complete evidence.
         proxy.versions[0].2 = true;
         assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v2", 0, 1)]), Some(4));
     }
 
     #[test]
     fn a_veto_ends_when_nobody_else_is_left() {
-        // Out of service, or without weight.
+        // Out of service or without weight.
         for (weight, serving) in [(90, false), (0, true), (0, false)] {
             let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
             proxy.fail_v2();
@@ -770,13 +773,13 @@ mod tests {
             (proxy.versions[0].1, proxy.versions[0].2) = (weight, serving);
             assert!(proxy.look(), "at the next look");
             assert!(proxy.vetoed().is_empty(), "of v2 and v3, that fail alike, both");
-            // Both are judged by new evidence, and their past vetoes still count.
+            // New evidence judges both, and their past vetoes still count.
             assert_eq!(proxy.serve(100, &[("v2", 0, 10), ("v3", 0, 10)]), None);
             (proxy.versions[0].1, proxy.versions[0].2) = (80, true);
             assert_eq!(proxy.serve(100, &[("v1", 9, 0), ("v3", 1, 0)]), None);
             assert_eq!(proxy.fail_v2(), 20);
         }
-        // Another version is left.
+        // Another version remains.
         let mut proxy = Proxy::new(&[("v1", 80), ("v2", 10), ("v3", 10)]);
         proxy.fail_v2();
         proxy.versions[0].2 = false;
@@ -785,7 +788,7 @@ mod tests {
 
     #[test]
     fn of_several_that_fail_the_worst_goes_first_and_one_stays() {
-        // v1 has no weight, but a rule's requests. Both are accused at the same look.
+        // v1 has no weight, but receives the requests of a rule. Both have enough evidence at the same look.
         let mut proxy = Proxy::new(&[("v1", 0), ("v2", 50), ("v3", 50)]);
         let ended = [("v1", 980, 0), ("v2", 0, 10), ("v3", 0, 5)];
         assert_eq!(proxy.serve(10, &ended), Some(FEWEST_LOOKS));
@@ -845,7 +848,7 @@ mod tests {
         proxy.versions.push(("v2", 10, true, Counts { ok: 1_000, error: 1_000, ..Counts::default() }));
         assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
         assert_eq!(proxy.guard.versions["v2"].since, Batch::default());
-        // Nor are those of a counter that starts again.
+        // Nor are those of a counter that was reset.
         *proxy.counts("v2") = Counts { error: 1_100, ..Counts::default() };
         assert_eq!(proxy.serve(2, &[("v1", 10, 0)]), None);
         assert_eq!(proxy.guard.versions["v2"].since, Batch::default());

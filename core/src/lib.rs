@@ -2,8 +2,8 @@
 //! validation, the choice of a version for a request, and the classification of an exchange. All functions are pure: no
 //! clock, randomness, I/O or logging, so the same code runs in a proxy, in tests, in a browser's wasm and in `explain`.
 //!
-//! The path of a request: a [`policy::Policy`] is compiled to a [`plan::Plan`]; [`plan::Plan::decide`] finds the service,
-//! rule and split, and then the version by session ([`session`]) or by turn ([`split`]);
+//! The path of a request: a [`policy::Policy`] is compiled to a [`plan::Plan`]; [`plan::Plan::decide`] finds the
+//! service, rule and split, and then the version by session ([`session`]) or by turn ([`split`]);
 //! [`outcome::ErrorCodes::outcome`] classifies the result.
 
 pub mod choice;

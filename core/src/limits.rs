@@ -1,4 +1,4 @@
-//! Bounds and defaults that readers, schema and the rules of the CRD share.
+//! Limits and defaults shared by readers, schema and the rules of the CRD.
 
 /// The maximum timeout of a route: one day, in seconds.
 pub(crate) const LONGEST_ROUTE_TIMEOUT: u64 = 24 * 3600;
@@ -9,7 +9,7 @@ pub(crate) const LONGEST_SECONDS: u64 = 365 * 24 * 3600;
 /// The largest weight, as in Gateway API.
 pub const MAX_WEIGHT: u32 = 1_000_000;
 
-/// The most versions of one service; keeps every sum of weights below 2^32.
+/// The maximum number of versions of one service; keeps every sum of weights below 2^32.
 pub const MAX_VERSIONS: usize = 1_000;
 
 /// The names of the phases of a rollout.

@@ -40,45 +40,45 @@ pub struct Match {
     pub method: Option<String>,
 }
 
-/// What the value of something named must be.
+/// A condition on the value of a named part of the request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct NamedMatch {
-    /// The header's, cookie's or parameter's name.
+    /// The name of the header, cookie or parameter.
     pub name: String,
-    /// What its value must be.
+    /// The condition on its value.
     #[serde(flatten)]
     pub value: ValueMatch,
 }
 
-/// What a value must be; on bytes, so a value that is not UTF-8 can match all but a regular expression.
+/// A condition on a value; compares bytes, so that a value that is not UTF-8 can match anything but a regular
+/// expression.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "type", content = "value")]
 pub enum ValueMatch {
-    /// Just this value.
+    /// Exactly this value.
     Exact(String),
     /// A value that starts with this.
     Prefix(String),
-    /// A value of at most 4,096 bytes that this expression matches from its first to its last character, as in Envoy's
-    /// `safe_regex`.
+    /// A value of at most 4,096 bytes that this expression matches as a whole, as in Envoy's `safe_regex`.
     RegularExpression(Regex),
-    /// Any value, also an empty one.
+    /// Any value, including an empty one.
     Present,
 }
 
-/// What the path must be.
+/// A condition on the path.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "type", content = "value")]
 pub enum PathMatch {
-    /// Just this path.
+    /// Exactly this path.
     Exact(String),
-    /// This path and what lies below it, by path elements: `/cart` holds for `/cart/1` but not for `/cartoon`.
+    /// This path and the paths below it, by path elements: `/cart` matches `/cart/1` but not `/cartoon`.
     PathPrefix(String),
-    /// A path of at most 4,096 bytes that this expression matches from its first to its last character.
+    /// A path of at most 4,096 bytes that this expression matches as a whole.
     RegularExpression(Regex),
 }
 
-/// A regular expression in the syntax of the `regex-lite` crate, whose time is linear in the length of the value: some
-/// 200 ns a byte in a proxy, so that values that clients may make long have a limit.
+/// A regular expression in the syntax of the `regex-lite` crate, which takes time linear in the length of the value:
+/// some 200 ns per byte in a proxy. Therefore values whose length clients control have a limit.
 #[derive(Debug, Clone, Serialize)]
 #[serde(into = "String")]
 pub struct Regex {
@@ -87,14 +87,14 @@ pub struct Regex {
 }
 
 impl Regex {
-    /// The most bytes that a compiled expression may take.
+    /// The maximum size of a compiled expression, in bytes.
     const SIZE_LIMIT: usize = 256 << 10;
-    /// The longest value that can match. 4 kB take a worker of Envoy less than 1 ms; the 60 kB that Envoy takes as
-    /// headers would take it 7 to 13.
+    /// The maximum length of a value that can match. 4 kB take an Envoy worker less than 1 ms; the 60 kB that Envoy
+    /// accepts as headers would take it 7 to 13 ms.
     const LONGEST_VALUE: usize = 4_096;
 
     fn new(source: &str) -> Result<Self, regex_lite::Error> {
-        // Compiled alone first: `a)(b` would otherwise become a valid expression by the parentheses around it.
+        // First compiled alone: otherwise `a)(b` would become valid in the added parentheses.
         let build = |source: &str| regex_lite::RegexBuilder::new(source).size_limit(Self::SIZE_LIMIT).build();
         build(source)?;
         Ok(Self { source: source.to_owned(), compiled: build(&format!("^(?:{source})$"))? })
@@ -118,30 +118,30 @@ impl From<Regex> for String {
     }
 }
 
-/// The field of a match that does not hold for a request.
+/// The field of a match that does not match a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Mismatch<'m> {
-    /// The method that is wanted.
+    /// The required method.
     Method(&'m str),
-    /// A header that is not there, or whose value is another.
+    /// A header that is missing or has another value.
     Header(&'m NamedMatch),
-    /// A cookie that is not there, or whose value is another.
+    /// A cookie that is missing or has another value.
     Cookie(&'m NamedMatch),
-    /// The path that is wanted.
+    /// The required path.
     Path(&'m PathMatch),
-    /// A query parameter that is not there, or whose value is another.
+    /// A query parameter that is missing or has another value.
     QueryParam(&'m NamedMatch),
 }
 
 impl Match {
-    /// Whether every field holds for the request.
+    /// Whether every field matches the request.
     pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
         self.mismatch(request).is_none()
     }
 
-    /// The first field that does not hold for the request; `None` if all do.
+    /// The first field that does not match the request; `None` if all do.
     pub fn mismatch(&self, request: &(impl Request + ?Sized)) -> Option<Mismatch<'_>> {
-        // Those without a name here are looked at below, together with their neighbours.
+        // The fields not named here are handled below, together with related ones.
         let Self { headers, cookies: _, query_params: _, path: _, method } = self;
         let method = method.as_deref().filter(|wanted| !method_holds(wanted, request)).map(Mismatch::Method);
         let header_holds = |m: &NamedMatch| header(m, request).is_some_and(|value| m.value.holds(&value));
@@ -161,7 +161,7 @@ impl Match {
         if self.path.is_none() && self.query_params.is_empty() {
             return None;
         }
-        // Without a path nothing holds, not even the prefix `/`.
+        // Without a path nothing matches, not even the prefix `/`.
         let path_and_query = request.header(PATH);
         let split = path_and_query.as_deref().map(request::split_path);
         let path_holds = |m: &PathMatch| split.is_some_and(|(path, _)| m.holds(path));
@@ -186,7 +186,7 @@ impl Match {
     }
 }
 
-/// A method's name.
+/// Parses a method name.
 pub(crate) fn method(d: &mut Decoder, value: &Value) -> Option<String> {
     let allowed = "a method in upper case, such as GET";
     d.text_where(value, allowed, |m| name::is_token(m) && !m.bytes().any(|b| b.is_ascii_lowercase()))
@@ -196,18 +196,18 @@ fn method_holds(wanted: &str, request: &(impl Request + ?Sized)) -> bool {
     request.header(METHOD).is_some_and(|m| *m == *wanted.as_bytes())
 }
 
-/// The header that a match is about.
+/// The header that a match refers to.
 fn header<'r>(m: &NamedMatch, request: &'r (impl Request + ?Sized)) -> Option<Cow<'r, [u8]>> {
     request.header(header_name(&m.name))
 }
 
-/// Under which name Envoy hands a header on: the host under HTTP/2's name for it.
+/// The name under which Envoy passes a header: the host has its HTTP/2 name.
 pub(crate) fn header_name(name: &str) -> &str {
     if name == "host" { AUTHORITY } else { name }
 }
 
 impl Mismatch<'_> {
-    /// What the request has in place of what is wanted, decoded as it was compared; `None` if it is not there.
+    /// The actual value in the request, decoded as for the comparison; `None` if it is missing.
     pub fn found(&self, request: &(impl Request + ?Sized)) -> Option<Vec<u8>> {
         match self {
             Self::Method(_) => request.header(METHOD).map(Cow::into_owned),
@@ -302,7 +302,7 @@ fn regex(d: &mut Decoder, value: &Value) -> Option<Regex> {
     }
 }
 
-/// One of a few words.
+/// Parses one of a few keywords.
 pub(crate) fn choice(d: &mut Decoder, value: &Value, words: &[&'static str]) -> Option<&'static str> {
     let found = words.iter().find(|word| value.as_str() == Some(word));
     if found.is_none() {
@@ -318,7 +318,7 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    /// Which field of the match does not hold for the request, and what the request has there.
+    /// The field of the match that does not match the request, and its actual value.
     fn mismatch(of: &str, request: &[(&str, &str)]) -> Option<(String, Option<String>)> {
         let value = serde_json::from_str(of).unwrap();
         let m = Decoder::read(&value, Match::read).unwrap();
@@ -371,7 +371,7 @@ mod tests {
         Decoder::read(&value, Match::read).unwrap_or_else(|errors| unreachable!("{errors}"))
     }
 
-    /// Whether a match holds for `GET /cart/1?q=a%20b` with these headers and these cookies.
+    /// Whether a match matches `GET /cart/1?q=a%20b` with these headers and cookies.
     fn holds(value: Value, headers: &[(&str, &str)]) -> bool {
         let mut request: Vec<(&str, &[u8])> = vec![(":method", b"GET"), (":path", b"/cart/1?q=a%20b&empty=")];
         request.extend(headers.iter().map(|(name, value)| (*name, value.as_bytes())));
@@ -428,7 +428,7 @@ mod tests {
             let value = "a".repeat(length);
             let below = "a".repeat(length - 1);
             let cookies = format!("b=1; x={value}");
-            // What counts is the part that is compared, after it is decoded.
+            // The limit applies to the compared part, after decoding.
             let query = format!("/?y={value}&x={}", value.replace('a', "%61"));
             let long_query = format!("/{below}?y={value}");
             for (of, name, sent) in [

@@ -1,4 +1,4 @@
-//! The names that documents give to services, versions, headers and the like.
+//! Names of services, versions, headers and the like in documents.
 
 use crate::decode::Decoder;
 use serde_json::Value;
@@ -15,17 +15,18 @@ pub const MIRROR_HEADER: &str = "x-tideshift-mirror";
 /// The header with which clients that know the token request an explanation, and which returns it.
 pub const EXPLAIN_HEADER: &str = "x-tideshift-explain";
 
-/// A service's name: a Kubernetes object name (RFC 1123 subdomain, up to 253 characters).
+/// Parses the name of a service: a Kubernetes object name (RFC 1123 subdomain, up to 253 characters).
 pub(crate) fn service(d: &mut Decoder, value: &Value) -> Option<String> {
     named(d, value, "a name of lower-case letters, digits, '-' and '.', up to 253 long (RFC 1123 subdomain)", 253)
 }
 
-/// A version's name: like a service's, up to 63 characters, so that it fits a Kubernetes label's value.
+/// Parses the name of a version: like a service's, up to 63 characters, so that it fits the value of a Kubernetes
+/// label.
 pub(crate) fn version(d: &mut Decoder, value: &Value) -> Option<String> {
     named(d, value, "a version name of lower-case letters, digits, '-' and '.', up to 63 long", 63)
 }
 
-/// Says also what it usually is if it is no such name.
+/// If the value is no valid name, the error also says what a name usually looks like.
 fn named(d: &mut Decoder, value: &Value, allowed: &str, longest: usize) -> Option<String> {
     let hint = match value {
         Value::Number(_) => "; without quotes YAML reads it as a number: put it in quotes, such as \"1.10\"",
@@ -35,7 +36,7 @@ fn named(d: &mut Decoder, value: &Value, allowed: &str, longest: usize) -> Optio
     d.text_where(value, &format!("{allowed}{hint}"), |name| is_subdomain(name, longest))
 }
 
-/// A header's name, in lower case as HTTP/2 and Envoy have it.
+/// Parses the name of a header, in lower case as in HTTP/2 and Envoy.
 pub(crate) fn header(d: &mut Decoder, value: &Value) -> Option<String> {
     let allowed = format!("a header name (RFC 9110 token) not starting with {OWN_HEADERS}, which the filter removes");
     let name =
@@ -54,7 +55,7 @@ pub(crate) fn is_subdomain(name: &str, longest: usize) -> bool {
     name.len() <= longest && name.split('.').all(label)
 }
 
-/// RFC 9110 token, which header names and methods are.
+/// RFC 9110 token, the syntax of header names and methods.
 pub(crate) fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
 }

@@ -36,14 +36,14 @@ impl Outcome {
     }
 }
 
-/// What the proxy knows about an exchange when it has ended.
+/// The proxy's information about an exchange when it has ended.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ending {
     /// The HTTP status that the client received; `None` if no response had started.
     pub status: Option<u16>,
-    /// `grpc-status` from the answer's trailers, or its headers if it had nothing else.
+    /// `grpc-status` from the trailers of the response, or from its headers if it has no other part.
     pub grpc_status: Option<u32>,
-    /// Whether it was a gRPC request, which needs such a status.
+    /// Whether it was a gRPC request, which requires a gRPC status.
     pub is_grpc: bool,
     /// Envoy's response flags as the bits of its `response.flags` attribute.
     pub flags: u64,
@@ -51,9 +51,9 @@ pub struct Ending {
     pub is_closed: bool,
 }
 
-/// Response flags of Envoy 1.40 that say that the version did not do its part, whatever the status: no healthy
-/// host, time-out, reset by the upstream (also in the middle of an answer), connect failure, connection terminated,
-/// overflow, retries used up, maximum stream duration, duration time-out, protocol error, no such cluster, DNS.
+/// Response flags of Envoy 1.40 that indicate a failure of the version, whatever the status: no healthy host, timeout,
+/// reset by the upstream (also during a response), connect failure, connection terminated, overflow, retries exhausted,
+/// maximum stream duration, duration timeout, protocol error, no such cluster, DNS.
 const VERSION_FAILED: u64 =
     0x2 | 0x4 | 0x10 | 0x20 | 0x40 | 0x80 | 0x8000 | 0x8_0000 | 0x40_0000 | 0x80_0000 | 0x100_0000 | 0x400_0000;
 
@@ -98,11 +98,11 @@ impl Default for ErrorCodes {
 }
 
 impl ErrorCodes {
-    /// The outcome of an exchange that ended like this. A failure that the proxy saw itself (a reset, a time-out)
-    /// is the version's whatever the codes say; an answer that the codes do not call an error is one only then.
+    /// The outcome of an exchange. A failure that the proxy observed itself (a reset, a timeout) is the version's
+    /// regardless of the codes; a response is an error only if the codes say so.
     pub fn outcome(&self, ending: &Ending) -> Outcome {
         let is_error = |status: u16| self.status.iter().any(|range| range.contains(&status));
-        // A WebSocket's connection always breaks off in the end; it is fine if the server or the client closed it.
+        // A WebSocket connection always ends abruptly; that is fine if the server or the client closed it.
         if ending.status == Some(101) && (ending.is_closed || ending.is_client_gone()) {
             return Outcome::Ok;
         }
@@ -117,7 +117,7 @@ impl ErrorCodes {
         }
         match (ending.status, ending.grpc_status) {
             (None, _) => Outcome::Cancelled,
-            // With status 1, CANCELLED, and a client that is still there it was the server that cancelled.
+            // With status 1, CANCELLED, and a connected client it was the server that cancelled.
             (Some(400..=499), _) | (_, Some(1..)) => Outcome::ClientError,
             (Some(_), None) if ending.is_grpc => Outcome::Error,
             _ => Outcome::Ok,
@@ -138,8 +138,8 @@ impl ErrorCodes {
 }
 
 impl Ending {
-    /// Whether the exchange has not really ended: there is no response and no failure. Envoy reports this when it follows an
-    /// internal redirect; the request then passes the filter again.
+    /// Whether the exchange has not really ended: there is no response and no failure. Envoy reports this when it
+    /// follows an internal redirect; the request then passes the filter again.
     pub fn goes_on(&self) -> bool {
         self.status.is_none() && self.flags == 0
     }
@@ -151,7 +151,7 @@ impl Ending {
     }
 }
 
-/// A status, or a range of them: `429`, `"429"`, `"500-599"`.
+/// Parses a status or a range of statuses: `429`, `"429"`, `"500-599"`.
 pub(crate) fn status_range(d: &mut Decoder, value: &Value) -> Option<RangeInclusive<u16>> {
     let parsed = match value {
         Value::String(text) => {
@@ -189,8 +189,8 @@ mod tests {
         assert_eq!(outcome(Some(599), None, 0), Outcome::Error);
     }
 
-    /// The endings that were measured on Envoy 1.40: upstream reset, route time-out, connect refused, missing
-    /// cluster, no route, retries used up, client gone.
+    /// Endings measured on Envoy 1.40: upstream reset, route timeout, connect refused, missing cluster, no route,
+    /// retries exhausted, client gone.
     #[test]
     fn flags_say_what_the_status_does_not() {
         assert_eq!(outcome(Some(503), None, 64), Outcome::Error);
@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(outcome(Some(500), None, 16_384), Outcome::Error);
     }
 
-    /// As measured on Envoy 1.40: upstream connection termination, and the client's.
+    /// Measured on Envoy 1.40: connection termination by the upstream and by the client.
     #[test]
     fn a_websocket_that_somebody_closed_is_fine() {
         let outcome = |flags, is_closed| {
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(ErrorCodes::default().outcome(&gone), Outcome::Cancelled);
     }
 
-    /// `local_reply_config` may turn any status into another; the flags still tell what Envoy saw.
+    /// `local_reply_config` can change the status; the flags still show what Envoy observed.
     #[test]
     fn a_rewritten_local_reply_is_what_it_was() {
         assert_eq!(outcome(Some(200), None, 32), Outcome::Error);

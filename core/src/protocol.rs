@@ -1,4 +1,4 @@
-//! What the controller and the filter exchange: policies, their delivery, and reports.
+//! The protocol between controller and filter: policies, their delivery, and reports.
 
 pub mod delivery;
 pub mod policy;

@@ -1,10 +1,10 @@
 //! The JSON Schema of a TrafficShift, generated from the types that documents are read into. Kubernetes' API server and
-//! the OpenAPI document use it. This module adds what those types leave to their readers: fields that do not belong to a
-//! single type, and the limits of strings and numbers. A schema cannot express rules that span fields;
+//! the OpenAPI document use it. This module adds what those types leave to their readers: fields that do not belong to
+//! a single type, and the limits of strings and numbers. A schema cannot express rules that span fields;
 //! [`TrafficShift::read`] checks those.
 //!
-//! The schema declares a default only if omitting the field means the same as writing it; the descriptions name the other
-//! defaults.
+//! The schema declares a default only if omitting the field means the same as writing it; the descriptions name the
+//! other defaults.
 
 use crate::limits::{LONGEST_ROUTE_TIMEOUT, LONGEST_SECONDS};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -71,7 +71,7 @@ schemas! {
     Method = {"type": "string", "pattern": "^[-!#$%&'*+.^_`|~0-9A-Z]+$"};
     FilledText = {"type": "string", "minLength": 1};
     Secret = {"type": "string", "minLength": 1, "maxLength": 1024};
-    /// [`shift::SecretKeyRef`], which does not begin with two dots; a pattern of this kind can say that.
+    /// [`shift::SecretKeyRef`], which must not begin with two dots; this pattern can express that.
     SecretKey = {"type": "string", "maxLength": 253, "pattern": "^(\\.?[-_A-Za-z0-9][-._A-Za-z0-9]*)$"};
     /// [`crate::matching::hostname::read`]
     Hostname = {"type": "string", "maxLength": 255, "pattern": "^(\\*\\.)?[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*$"};
@@ -92,7 +92,7 @@ schemas! {
         "maxLength": 2048,
         "pattern": concat!("^https?://(", host!(), "|\\[", ipv6!(), "\\])(:[1-9][0-9]{0,4})?([/?][!$-;=?-\\[\\]_a-z~]*)?$"),
     };
-    /// Up to a year.
+    /// At most a year.
     Seconds = {"type": "integer", "minimum": 0, "maximum": LONGEST_SECONDS};
     AtLeastOneSecond = {"type": "integer", "minimum": 1, "maximum": LONGEST_SECONDS};
     RouteTimeout = {"type": "integer", "minimum": 0, "maximum": LONGEST_ROUTE_TIMEOUT};

@@ -1,5 +1,5 @@
-//! A reference to a secret, in place of the secret itself. What it leads to is the controller's affair: in Kubernetes a Secret
-//! of the document's own namespace, elsewhere a file.
+//! A reference to a secret, in place of the secret itself. The controller resolves it: in Kubernetes to a Secret in the
+//! namespace of the document, elsewhere to a file.
 
 use crate::decode::Decoder;
 use crate::name;
@@ -20,7 +20,7 @@ pub struct SecretKeyRef {
     pub key: String,
 }
 
-/// The longest key of a Secret, as in Kubernetes.
+/// The maximum length of a key of a Secret, as in Kubernetes.
 const LONGEST_KEY: usize = 253;
 
 impl SecretKeyRef {
@@ -42,7 +42,7 @@ impl fmt::Display for SecretKeyRef {
     }
 }
 
-/// As Kubernetes has it, so that no key leads out of the folder that Secrets are mounted in.
+/// As in Kubernetes, so that no key escapes the directory where Secrets are mounted.
 fn is_key(key: &str) -> bool {
     let fine = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
     (1..=LONGEST_KEY).contains(&key.len()) && key.bytes().all(fine) && key != "." && !key.starts_with("..")

@@ -4,9 +4,10 @@
 //! Everything is based on one hash per service: SipHash-2-4 with a key derived from the session's secret. Without the
 //! secret, an attacker can neither find a user name that maps to a version nor forge a cookie.
 //!
-//! A cookie is `VERSION~GENERATION~STEP~ID~MAC`: what the user was given, the session's generation and the rollout's step
-//! at that time in decimal, a random number that tells users apart, and the SipHash of all before the last `~`, under a
-//! key that the service's name is part of; the last two numbers in 16 hex digits.
+//! A cookie is `VERSION~GENERATION~STEP~ID~MAC`: the user's version, the generation of the session and the step of the
+//! rollout at the time of the assignment in decimal, a random number that distinguishes users, and the SipHash of
+//! everything before the last `~`, with a key that includes the name of the service; the last two numbers have 16 hex
+//! digits.
 
 use crate::decode::{Decoder, Fields};
 use crate::matching::choice;
@@ -22,27 +23,27 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Session {
-    /// What identifies a user.
+    /// How a user is identified.
     #[serde(flatten)]
     pub by: SessionBy,
-    /// Cookies of other generations no longer hold: raised to revoke what users were given. Default 0.
+    /// Cookies of other generations are invalid: increase it to revoke assignments. Default 0.
     #[serde(skip_serializing_if = "is_zero")]
     pub generation: u64,
     /// The key that salts the hash and signs the cookies; identical in all proxies that serve the same users. Default: the
     /// service's name, which prevents accidents but lets attackers forge cookies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secret: Option<Secret>,
-    /// What cookies may also be signed with, as the secret has changed of late: who sends such a cookie keeps the version and
-    /// gets a cookie under the new secret. Never in a document.
+    /// Previous secrets that cookies may be signed with after a rotation: a user with such a cookie keeps the version
+    /// and gets a cookie signed with the new secret. Never in a document.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub previous_secrets: Vec<Secret>,
 }
 
-/// Where a user's name is.
+/// The location of the user's name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "type", rename_all_fields = "camelCase")]
 pub enum SessionBy {
-    /// In a cookie of ours, which says what the user was given.
+    /// In a cookie that the proxy sets, which records the user's assignment.
     Cookie {
         /// The cookie's name.
         name: String,
@@ -61,7 +62,7 @@ pub enum SessionBy {
 pub struct Secret(String);
 
 impl Secret {
-    /// A secret made by code.
+    /// A secret created by code.
     pub fn new(text: String) -> Self {
         Self(text)
     }
@@ -73,11 +74,11 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How long browsers keep a cookie where the document does not say: a day.
+/// The default lifetime of a cookie in browsers: one day.
 const DEFAULT_TTL_SECONDS: u64 = 86_400;
-/// The longest secret, in bytes.
+/// The maximum length of a secret, in bytes.
 const LONGEST_SECRET: usize = 1024;
-/// The most secrets of before.
+/// The maximum number of previous secrets.
 pub const MAX_PREVIOUS_SECRETS: usize = 2;
 /// Browsers cap `Max-Age` at 400 days (RFC 6265bis).
 const LONGEST_TTL_SECONDS: u64 = 400 * 86_400;
@@ -88,7 +89,7 @@ fn is_zero(generation: &u64) -> bool {
 }
 
 impl Session {
-    /// As policies have it.
+    /// Reads the form in policies.
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let mut f = d.object(value)?;
         let session = Self::read_fields(&mut f, d);
@@ -103,7 +104,7 @@ impl Session {
         Some(Self { previous_secrets: previous.unwrap_or_default(), ..session? })
     }
 
-    /// As documents have it, with where the secret is if they only say that.
+    /// Reads the form in documents, with the reference to the secret if there is one.
     pub(crate) fn read_in_document(d: &mut Decoder, value: &Value) -> Option<(Self, Option<SecretKeyRef>)> {
         let mut f = d.object(value)?;
         let session = Self::read_fields(&mut f, d);
@@ -138,7 +139,7 @@ impl Session {
 }
 
 impl Secret {
-    /// Not shown in messages, whatever is wrong with it.
+    /// Errors never show the value.
     pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<Self> {
         let text = value.as_str().filter(|text| (1..=LONGEST_SECRET).contains(&text.len()));
         if text.is_none() {
@@ -147,12 +148,11 @@ impl Secret {
         text.map(|text| Self(text.to_owned()))
     }
 
-    /// What a secret is that is kept outside of documents, by its bytes; a newline at their end, which editors leave there, is no
-    /// part of it.
+    /// Parses a secret that is stored outside documents; a trailing newline, which editors add, is not part of it.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, without showing it.
+    /// What is wrong with it, without revealing it.
     pub fn from_outside(bytes: &[u8]) -> Result<Self, &'static str> {
         let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
         let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
@@ -169,18 +169,18 @@ impl Secret {
         self.0.as_bytes()
     }
 
-    /// The text, for whom it is meant.
+    /// The text, for its intended use.
     pub fn expose(&self) -> &str {
         &self.0
     }
 }
 
-/// Whether two byte strings are the same, in a time that depends on their lengths only.
+/// Compares two byte strings in a time that depends only on their lengths.
 pub fn same_bytes(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |differing, (a, b)| differing | (a ^ b)) == 0
 }
 
-/// The keyed hash of one service's sessions.
+/// The keyed hash of the sessions of one service.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SessionHash {
     users: SipHasher24,
@@ -188,7 +188,7 @@ pub(crate) struct SessionHash {
 }
 
 impl SessionHash {
-    /// A cookie's key is the service's own, so that a cookie of one service says nothing at another.
+    /// The key of cookies includes the service, so that a cookie is valid for one service only.
     pub(crate) fn new(service: &str, secret: &[u8]) -> Self {
         let keyed = |purpose: u64, text: &[u8]| {
             let key = sip128::SipHasher24::new_with_keys(purpose, 0).hash(text);
@@ -198,7 +198,7 @@ impl SessionHash {
         Self { users: keyed(0, secret), cookies: keyed(2, &of_service) }
     }
 
-    /// The hash of a user's name, or of a version's.
+    /// The hash of the name of a user or a version.
     pub(crate) fn of(&self, name: &[u8]) -> u64 {
         self.users.hash(name)
     }
@@ -210,7 +210,7 @@ impl SessionHash {
         format!("{signed}~{mac:016x}")
     }
 
-    /// What a cookie says; `None` if it was not made by [`Self::cookie`] under the same secret.
+    /// The content of a cookie; `None` if [`Self::cookie`] did not create it with the same secret.
     pub(crate) fn read<'c>(&self, cookie: &'c [u8]) -> Option<Given<'c>> {
         let (signed, mac) = rsplit(cookie)?;
         if !same_bytes(&hex(self.cookies.hash(signed)), mac) {
@@ -229,7 +229,7 @@ impl SessionHash {
     }
 }
 
-/// What a user was given, from a cookie.
+/// The assignment of a user, from a cookie.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Given<'c> {
     pub(crate) version: &'c [u8],
@@ -244,7 +244,7 @@ fn rsplit(text: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((before, after.get(1..)?))
 }
 
-/// 16 hex digits, in lower case.
+/// Formats 16 lower-case hex digits.
 fn hex(number: u64) -> [u8; 16] {
     std::array::from_fn(|i| {
         let digit = (number >> (60 - 4 * i)) as u8 & 15;
@@ -252,7 +252,7 @@ fn hex(number: u64) -> [u8; 16] {
     })
 }
 
-/// What readers take apart here, as a JSON Schema.
+/// JSON Schemas of the fields that the readers here parse.
 #[cfg(feature = "schema")]
 pub(crate) mod described {
     use crate::schema;

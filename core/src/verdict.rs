@@ -1,8 +1,8 @@
 //! The verdict on a rollout, from the counts of all proxies: `pass`, `fail` or `undecided` for the target version.
 //!
-//! Sequential tests, valid however often one looks. What they promise and what they cannot see: `docs/verdict.md`; what
-//! they ask, the proof and the tables: `docs/verdict-proof.md`. What follows from a verdict is for the rollout engine to say, which counts
-//! the target's errors against `maxErrors` too.
+//! Sequential tests, valid however often they are evaluated. Guarantees and limits: `docs/verdict.md`; assumptions,
+//! proof and tables: `docs/verdict-proof.md`. The rollout engine decides what follows from a verdict; it also counts
+//! the target's errors against `maxErrors`.
 
 mod absolute;
 mod baseline;
@@ -26,50 +26,51 @@ use serde::{Deserialize, Serialize};
 use slowness::Slowness;
 use std::time::Duration;
 
-/// So many bad requests that come together because of one cause are as one.
+/// This many bad requests with a common cause count as one.
 const CLUMP: f64 = 10.0;
-/// After so many requests of a step, the target's share of them is believed.
+/// After this many requests in a step, the target's observed share is trusted.
 const ENOUGH_FOR_SHARE: u64 = 1_000;
-/// How many times the odds of `maxErrorRate`: what the test for `pass` bets on.
+/// The multiples of the odds of `maxErrorRate` that the test for `pass` bets on.
 const PASS_ODDS: [f64; 3] = [1.0 / 30.0, 1.0 / 8.0, 1.0 / 3.0];
-/// What is more makes no difference, and JSON has no infinity.
+/// Evidence is capped here: more makes no difference, and JSON has no infinity.
 const MOST_EVIDENCE: f64 = 1e15;
-/// Errors have this part of α, the other kinds share the rest.
+/// The fraction of α for errors; the other kinds share the rest.
 const ERRORS_PART: f64 = 0.5;
-/// A client adds the logarithm of a bound divided by this at most, and the one that adds most does not count: four clients
-/// are the fewest that a target fails on.
+/// A client contributes at most the logarithm of the bound divided by this, and the largest contribution does not
+/// count: a target fails on no fewer than four clients.
 const CLIENTS_PER_FAIL: f64 = 2.0;
-/// The target does not pass while this part of its requests is rejected or abandoned, …
+/// The target does not pass while this fraction of its requests is rejected or abandoned, …
 const MOST_REFUSED: f64 = 0.2;
-/// … and so many times as many as of the stable version's, …
+/// … and it is this many times the stable version's fraction, …
 const REFUSED_TIMES: f64 = 3.0;
-/// … once there are so many.
+/// … once there are this many.
 const ENOUGH_FOR_REFUSED: u64 = 10;
-/// For so many milliseconds after the target's share was lowered, what ends may have been dealt before.
+/// For this many milliseconds after the target's share was lowered, requests that end may have been dealt at the old
+/// share.
 const SHARE_MILLIS: u64 = 600_000;
 
-/// What was counted of one version in some time, at all proxies. Of the requests whose version was dealt by weight, but
-/// for [`RollingBaseline`], which is of all that no rule took.
+/// The counts of one version over some time, at all proxies. They cover requests whose version was dealt by weight,
+/// except in [`RollingBaseline`], which covers all requests that no rule matched.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sample {
     /// Requests that were answered.
     pub requests: u64,
-    /// Those of them that failed.
+    /// Those that failed.
     pub errors: u64,
-    /// Those of them that were refused because of what the client asked.
+    /// Those that the version rejected because of the client's request.
     #[serde(default)]
     pub client_errors: u64,
-    /// Requests beside those above that the client gave up.
+    /// Requests that the client cancelled, in addition to those above.
     #[serde(default)]
     pub cancelled: u64,
-    /// Requests that began in that time; 0 if that is not known.
+    /// Requests that began in that time; 0 if unknown.
     #[serde(default)]
     pub started: u64,
-    /// How many took how long, as in [`crate::protocol::report::VersionReport::durations`].
+    /// The number of requests by duration, as in [`crate::protocol::report::VersionReport::durations`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub durations: Vec<u64>,
-    /// How long clients had waited that gave up, in the same way.
+    /// How long clients waited before they cancelled, in the same form.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waited: Vec<u64>,
 }
@@ -79,7 +80,7 @@ impl Sample {
         Totals { requests: self.requests, errors: self.errors.min(self.requests) }
     }
 
-    /// Of one kind: those that were bad, and those that say something about that.
+    /// The bad requests of one kind, and all requests that are evidence about that kind.
     fn of_kind(&self, kind: Kind) -> Totals {
         let (requests, bad) = match kind {
             Kind::Errors => (self.requests, self.errors),
@@ -89,13 +90,13 @@ impl Sample {
         Totals { requests, errors: bad.min(requests) }
     }
 
-    /// Those that were refused or given up.
+    /// The requests that were rejected or cancelled.
     fn refused(&self) -> Totals {
         let requests = self.requests.saturating_add(self.cancelled);
         Totals { requests, errors: self.client_errors.saturating_add(self.cancelled).min(requests) }
     }
 
-    /// Adds what ended later.
+    /// Adds later counts.
     fn add(&mut self, later: &Self) {
         let Self { requests, errors, client_errors, cancelled, started, durations, waited } = later;
         for (sum, more) in [
@@ -114,25 +115,25 @@ impl Sample {
     }
 }
 
-/// What happened since the last tick. One is due when reports came in, at least 0.1 s and at most about 1 s after the
-/// one before.
+/// The events since the last tick. A tick is due when reports have arrived, at least 0.1 s and at most about 1 s after
+/// the previous one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tick {
-    /// The time since then. More than 1 s is taken for 1 s.
+    /// The elapsed time; capped at 1 s.
     pub elapsed: Duration,
-    /// The target's part, 0 to 1, of the weight that target and stable version have together now.
+    /// The target's current fraction, 0 to 1, of the combined weight of target and stable version.
     pub share: f64,
-    /// Whether there are so few clients at all that they cannot be told from one that means harm.
+    /// Whether there are so few clients that a malicious one cannot be told from the others.
     pub few_clients: bool,
-    /// What was counted of the target.
+    /// The counts of the target.
     pub target: Sample,
-    /// What was counted of the stable version.
+    /// The counts of the stable version.
     pub stable: Sample,
     /// Single requests.
     pub requests: Vec<Request>,
 }
 
-/// What is compared of two versions, beside durations.
+/// The comparisons of two versions, other than of durations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Errors,
@@ -150,12 +151,12 @@ impl Kind {
     }
 }
 
-/// What ended of both versions in one stretch of time.
+/// The requests of both versions that ended in one period.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Batch {
     target: Totals,
     stable: Totals,
-    /// What began meanwhile, of target and stable version; 0 if that is not known.
+    /// The requests of target and stable version that began in the same period; 0 if unknown.
     #[serde(default)]
     started: (u64, u64),
     millis: u64,
@@ -170,7 +171,7 @@ impl Batch {
         self.millis = self.millis.saturating_add(more.millis);
     }
 
-    /// One request more.
+    /// Counts one request.
     fn count(&mut self, request: &Request, is_bad: bool) {
         let totals = if request.is_target { &mut self.target } else { &mut self.stable };
         totals.add(Totals { requests: 1, errors: u64::from(is_bad) });
@@ -180,13 +181,13 @@ impl Batch {
         self.target.requests as f64 + self.stable.requests as f64
     }
 
-    /// The target's part of the requests that ended, 1 if there are none.
+    /// The target's fraction of the requests that ended, 1 if there are none.
     fn share(&self) -> f64 {
         if self.all() > 0.0 { self.target.requests as f64 / self.all() } else { 1.0 }
     }
 
-    /// The chance that a bad request is the target's if that is no worse: its part of what ended or of what began, if
-    /// that was more, since a new target has only had early ends.
+    /// The probability that a bad request belongs to the target if that is no worse: the larger of its fractions of the
+    /// requests that ended and of those that began, since a new target has only had early ends.
     fn chance(&self) -> f64 {
         let (target, stable) = (self.started.0 as f64, self.started.1 as f64);
         let began = if target + stable > 0.0 { target / (target + stable) } else { 0.0 };
@@ -198,12 +199,12 @@ impl Batch {
     }
 }
 
-/// The largest share that what ends now may have been dealt at.
+/// The largest share at which requests that end now may have been dealt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Share {
-    /// Of the present step, in millionths.
+    /// In the current step, in millionths.
     now: u32,
-    /// Before it, and for how many milliseconds that is still asked for.
+    /// Before that step, and for how many more milliseconds that applies.
     before: (u32, u64),
 }
 
@@ -224,12 +225,12 @@ impl Share {
     }
 }
 
-/// The evidence of one kind: from requests, and from clients.
+/// The evidence of one kind: from requests and from clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Comparison {
     requests: Relative,
     clients: Clients,
-    /// What was counted since the rollout began.
+    /// The counts since the rollout began.
     all: Batch,
 }
 
@@ -239,24 +240,24 @@ impl Default for Comparison {
     }
 }
 
-/// All that is known of a rollout, and has to survive a restart.
+/// The analysis of a rollout, which survives a restart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Analysis {
     /// Since the rollout began.
     all: Batch,
     /// Since the step began.
     step: Batch,
-    /// What of it counts for a pass, where no client counts for more than others do.
+    /// The part of the step that counts for a pass: no client counts more than others.
     #[serde(default)]
     fair_step: Batch,
-    /// Those of the step's requests that were refused or given up, counted in the same way.
+    /// The requests of the step that were rejected or cancelled, counted in the same way.
     #[serde(default)]
     refused_step: Batch,
     /// The recent requests of the stable version.
     recent: RollingBaseline,
-    /// Of errors, from requests.
+    /// Evidence from errors, by requests.
     relative: Relative,
-    /// Of errors, from clients.
+    /// Evidence from errors, by clients.
     #[serde(default)]
     clients: Clients,
     #[serde(default)]
@@ -276,7 +277,7 @@ pub struct Analysis {
 }
 
 impl Analysis {
-    /// The beginning of a rollout. `baseline`: what the stable version did before, as far as that is known.
+    /// The start of a rollout. `baseline`: the earlier requests of the stable version, as far as known.
     pub fn new(baseline: RollingBaseline) -> Self {
         Self {
             all: Batch::default(),
@@ -297,8 +298,8 @@ impl Analysis {
         }
     }
 
-    /// Starts a step: the evidence for a pass restarts, and the bound of slow requests is taken from the stable version's
-    /// current durations.
+    /// Starts a step: the evidence for a pass restarts, and the bound of slow requests is measured from the stable
+    /// version's current durations.
     pub fn step_started(&mut self) {
         self.step = Batch::default();
         self.fair_step = Batch::default();
@@ -308,7 +309,7 @@ impl Analysis {
         self.slowness.thaw();
     }
 
-    /// Takes in what ended since the last tick.
+    /// Adds what ended since the last tick.
     pub fn tick(&mut self, settings: &Settings, tick: &Tick) {
         let millis = u64::try_from(tick.elapsed.as_millis()).unwrap_or(u64::MAX).clamp(1, 1_000);
         let started = (tick.target.started, tick.stable.started);
@@ -321,7 +322,7 @@ impl Analysis {
         let largest = self.share.add(shares.1, millis);
         self.few_clients = tick.few_clients;
 
-        // With many clients, requests may be of one that means harm, and are no evidence when others have left later.
+        // With many clients, requests may come from a malicious one, and are no evidence if other clients later leave.
         let few = tick.few_clients;
         if few {
             self.relative.add(&ended, shares);
@@ -355,7 +356,7 @@ impl Analysis {
                     comparison.clients.add(request, largest, few, cap(other));
                 }
             }
-            // With a few clients, all that was dealt is counted already.
+            // With a few clients, all dealt requests are counted already.
             if !request.is_sampled || few && !request.is_session {
                 continue;
             }
@@ -390,18 +391,17 @@ impl Analysis {
         self.recent.add(&tick.stable);
     }
 
-    /// The least and the most of the requests that are to be expected at the target: by its weight, and by what the step
-    /// was like so far.
+    /// The minimum and maximum fraction of requests expected at the target: by its weight, and by the step so far.
     fn shares(&self, share: f64) -> (f64, f64) {
         let by_weight = if share.is_finite() { share.clamp(0.0, 1.0) } else { 1.0 };
         let measured = if self.step.all() >= ENOUGH_FOR_SHARE as f64 { self.step.share() } else { by_weight };
         (by_weight.min(measured), by_weight.max(measured))
     }
 
-    /// What all that says.
+    /// The verdict from all of the evidence.
     pub fn judgement(&self, settings: &Settings) -> Judgement {
         let bound = settings.bound();
-        // What requests say is believed only where there are too few clients to ask them.
+        // Evidence from requests is used only if there are too few clients for evidence from clients.
         let few = self.few_clients;
         let log = |requests: f64, clients: f64| if few { log_mean_exp(&[requests, clients]) } else { clients };
         let relative = log(self.relative.log(), self.clients.log());
@@ -440,8 +440,8 @@ impl Analysis {
         judgement
     }
 
-    /// Whether the target refuses or leaves without an answer so many that it must not pass, however few fail. No proof
-    /// against it: where users stay with their version, few of them may never be proof enough.
+    /// Whether the target rejects or leaves unanswered so many requests that it must not pass, however few fail. This
+    /// is no evidence against it: with sticky sessions a few users may never provide enough.
     fn refuses(&self) -> bool {
         let part = |totals: Totals| totals.errors as f64 / totals.requests.max(1) as f64;
         let Batch { target, stable, .. } = self.refused_step;
@@ -450,7 +450,7 @@ impl Analysis {
     }
 }
 
-/// The evidence of which this is the logarithm.
+/// The evidence with this logarithm, as reported.
 fn told(log: f64) -> f64 {
     libm::exp(log).min(MOST_EVIDENCE)
 }
@@ -487,7 +487,7 @@ mod tests {
         analysis.judgement(settings)
     }
 
-    /// The chances of 0, 1, 2 … of so many.
+    /// The probabilities of 0, 1, 2 … events out of `of`.
     fn chances(of: u64, probability: f64) -> Vec<f64> {
         (0..of).fold(vec![1.0], |chances, _| {
             let mut next: Vec<f64> = chances.iter().map(|chance| chance * (1.0 - probability)).chain([0.0]).collect();
@@ -499,8 +499,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// All that can happen in two batches, with its chance: the target is never worse than the stable version,
-        /// whatever is allowed.
+        /// All outcomes of two batches with their probabilities: the target is never worse than the stable version,
+        /// whatever rate is allowed.
         #[test]
         fn nothing_speaks_against_a_healthy_target_on_average(
             requests in prop::array::uniform2((1u64..5, 6u64..9)), share in prop::sample::select(vec![0.1, 0.4, 0.9, 1.0]),
@@ -593,14 +593,14 @@ mod tests {
         );
         assert_eq!(outcome(&vec![tick(0.1, (5, 0), (45, 0)); 40]), Outcome::Pass);
         assert_eq!(outcome(&vec![tick(0.1, (5, 0), (45, 0)); 20]), Outcome::Undecided);
-        // Without anything to compare with, what is allowed decides.
+        // Without a version to compare with, the allowed rate decides.
         assert_eq!(outcome(&vec![tick(1.0, (50, 50), (0, 0)); 8]), Outcome::Fail);
         let unasked = Settings { max_error_rate: None, ..settings.clone() };
         let judgement = after(&unasked, &vec![tick(0.1, (5, 0), (45, 0)); 40]);
         assert_eq!((judgement.outcome, judgement.pass_evidence), (Outcome::Undecided, 0.0));
     }
 
-    /// Twenty users who stay with their version are too few to prove anything.
+    /// Twenty users with sticky sessions are too few to prove anything.
     #[test]
     fn a_target_that_refuses_everything_does_not_pass() {
         let settings = settings();
@@ -622,7 +622,7 @@ mod tests {
             let judgement = pass(refused, RequestOutcome::Ok);
             assert_eq!(judgement.outcome, Outcome::Undecided);
             let words = judgement.in_words("v2", "v1");
-            // What was given up counts for no pass anyway.
+            // Cancelled requests count for no pass anyway.
             let is_told = words.contains(", but far more of v2's requests are refused");
             assert_eq!(is_told, refused == RequestOutcome::ClientError, "{words}");
             assert_eq!(pass(RequestOutcome::Ok, refused).outcome, Outcome::Pass, "the stable version's fault");
@@ -630,7 +630,7 @@ mod tests {
         assert_eq!(pass(RequestOutcome::ClientError, RequestOutcome::ClientError).outcome, Outcome::Pass, "both alike");
     }
 
-    /// A client that knew what is dealt has left, and then most others have.
+    /// A client that knew how requests are dealt has left, and later most others have.
     #[test]
     fn requests_count_only_while_there_are_few_clients() {
         let settings = settings();
@@ -686,7 +686,7 @@ mod tests {
         assert_eq!(analysis.judgement(&settings).outcome, Outcome::Pass);
     }
 
-    /// As durations are counted: so many up to 10 ms, so many up to 100 ms.
+    /// Durations: `fast` requests up to 10 ms, `slow` ones up to 100 ms.
     fn timed(fast: u64, slow: u64) -> Sample {
         let mut durations = vec![0; 12];
         (durations[5], durations[11]) = (fast, slow);
@@ -710,22 +710,22 @@ mod tests {
             };
             (0..times).for_each(|_| analysis.tick(&settings, &tick));
         };
-        // Nine of ten take up to 10 ms; slow is what takes 10 ms longer.
+        // Nine of ten take up to 10 ms; a slow request takes 10 ms longer.
         let mut analysis = Analysis::new(known(timed(9_900, 100)));
         assert_eq!(slower_than(&analysis), None);
         seconds(&mut analysis, 1, timed(10, 0), timed(90, 0));
         assert_eq!(slower_than(&analysis), Some(20));
-        // The stable version's own slowness later does not move it, until the next step.
+        // Later slowness of the stable version does not move the bound until the next step.
         seconds(&mut analysis, 200, timed(0, 10), timed(0, 90));
         assert_eq!((slower_than(&analysis), analysis.judgement(&settings).outcome), (Some(20), Outcome::Pass));
         analysis.step_started();
         assert_eq!(slower_than(&analysis), Some(20));
         seconds(&mut analysis, 1, timed(10, 0), timed(90, 0));
         assert_eq!(slower_than(&analysis), Some(150));
-        // What was slow by the bound before is not said of this one.
+        // Requests counted as slow by the previous bound do not count for this one.
         let counted = analysis.judgement(&settings).latency.map(|latency| (latency.target, latency.stable.requests));
         assert_eq!(counted, Some((Totals { requests: 10, errors: 0 }, 90)));
-        // Who alone is slow fails.
+        // A target that alone is slow fails.
         let mut analysis = Analysis::new(known(timed(10_000, 0)));
         seconds(&mut analysis, 20, timed(0, 10), timed(90, 0));
         let judgement = analysis.judgement(&settings);
@@ -743,7 +743,8 @@ mod tests {
         assert_eq!(slower_than(&analysis), None);
     }
 
-    /// The stable version's past was one sample, and it had another just now; bounds of durations had no age.
+    /// A state in an old format: a single sample of the stable version's past and a recent one; bounds of durations
+    /// without an age.
     #[test]
     fn what_was_kept_by_an_older_controller_is_read() {
         let settings = settings();
@@ -766,7 +767,7 @@ mod tests {
         assert_eq!(serde_json::from_value::<Analysis>(old).unwrap(), analysis);
     }
 
-    /// The same bits in every build.
+    /// Every build computes the same bits.
     #[test]
     fn a_verdict_is_what_it_was() {
         let settings = settings();

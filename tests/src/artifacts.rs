@@ -1,6 +1,7 @@
-//! Where the things under test are: what `make build` and `make envoy` leave, unless the environment says otherwise.
+//! The location of the artifacts under test: the output of `make build` and `make envoy`, unless the environment
+//! overrides it.
 //!
-//! A missing one is a failure that says which command makes it, never a silent skip.
+//! A missing artifact is a failure that names the command to build it, never a silent skip.
 
 use std::env;
 use std::path::{Path, PathBuf};

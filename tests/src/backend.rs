@@ -1,8 +1,8 @@
-//! One version's backend: an HTTP server on a loopback port whose behaviour a test switches while it runs.
+//! The backend of one version: an HTTP server on a loopback port whose behaviour a test changes while it runs.
 //!
-//! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC's trailers), answers `GET /health` by its own `ready`
-//! flag, and names itself in the response header [`SERVED_BY`] so that a client can tally who answered. It serves gRPC
-//! and WebSocket if it is told to.
+//! It speaks HTTP/1.1 and HTTP/2 with prior knowledge (for gRPC trailers), answers `GET /health` by its own `ready`
+//! flag, and names itself in the response header [`SERVED_BY`] so that a client can count responses by backend. It
+//! serves gRPC and WebSocket if enabled.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
@@ -36,52 +36,52 @@ use crate::bootstrap::VERSION_HEADER;
 use crate::ports::Port;
 use crate::wait::eventually;
 
-/// The response header that names the backend which answered.
+/// The response header that names the backend.
 pub const SERVED_BY: &str = "x-served-by";
 
-/// How long a half-sent body stays half-sent before the reset, so that it reaches the client first.
+/// The delay between half of a body and the reset, so that the half reaches the client first.
 const BEFORE_RESET: Duration = Duration::from_millis(20);
 
-/// How long a port may be busy before a backend gives up.
+/// How long a port may be busy before the backend gives up.
 const TO_LISTEN: Duration = Duration::from_secs(5);
 
-/// What happens to a request, `/health` excepted.
+/// How a request is handled, except `/health`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// The body is `ok`.
     Answer,
-    /// The body is JSON with the request's `method`, `path` and `headers` as they arrived: each header as
-    /// `{name, value, hex}`, the value with bytes that are not UTF-8 replaced, and all its bytes in hex.
+    /// The body is JSON with the request's `method`, `path` and `headers` as received: each header as `{name, value,
+    /// hex}`, with invalid UTF-8 in the value replaced, and all of its bytes in hex.
     Echo,
-    /// The connection is reset once the request was read, before any byte of an answer.
+    /// The connection is reset after the request was read, before any byte of a response.
     Reset,
     /// The status, the headers and half of the body, then a reset.
     ResetInBody,
     /// The status, the headers and half of the body, then an orderly close.
     CloseInBody,
-    /// No answer, ever.
+    /// It never responds.
     Hang,
     /// The headers at once, each half of the body after this pause.
     SlowBody(Duration),
-    /// Server-sent events, one after each pause, until there were so many.
+    /// Server-sent events, one after each pause, up to this number.
     Events(Duration, u32),
-    /// gRPC: the calls say what happens to them, see [`grpc`](crate::grpc).
+    /// gRPC: each call describes what happens to it, see [`grpc`](crate::grpc).
     #[cfg(feature = "streams")]
     Grpc,
-    /// gRPC's health is answered; calls get a message, and an end without a status.
+    /// gRPC health checks are answered; calls get a message, and an end without a status.
     #[cfg(feature = "streams")]
     GrpcWithoutStatus,
-    /// WebSocket: says again what it hears.
+    /// WebSocket: echoes messages.
     #[cfg(feature = "streams")]
     WebSocket,
 }
 
-/// How many of the requests go wrong, evenly spread: 1 of 4 is each fourth request.
+/// The fraction of requests that fail, evenly spread: 1 of 4 is every fourth request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errors {
-    /// So many fail,
+    /// This many fail,
     pub bad: u64,
-    /// of so many.
+    /// of this many.
     pub of: u64,
 }
 
@@ -91,26 +91,26 @@ impl Errors {
     }
 }
 
-/// How a backend treats what it is asked; a new one is ready and answers 200 at once.
+/// The behaviour of a backend; by default it is ready and answers 200 at once.
 #[derive(Clone, Debug)]
 pub struct Behaviour {
-    /// What happens to a request.
+    /// How requests are handled.
     pub mode: Mode,
-    /// The status of the answers that [`errors`](Self::errors) does not turn into 500.
+    /// The status of responses that [`errors`](Self::errors) does not turn into 500.
     pub status: u16,
-    /// Which part of the requests answers 500.
+    /// The fraction of requests that are answered with 500.
     pub errors: Errors,
-    /// Which part of the requests gets no answer, ever.
+    /// The fraction of requests that are never answered.
     pub hanging: Errors,
-    /// The path whose requests answer 500 whatever else is set: an endpoint that fails on bad input.
+    /// The path whose requests are always answered with 500: an endpoint that fails on bad input.
     pub bad_input: Option<&'static str>,
-    /// The pause before an answer (or a reset) begins.
+    /// The delay before a response (or a reset) starts.
     pub latency: Duration,
-    /// Whether `GET /health` answers 200 or 503, and `grpc.health.v1` that it is serving or not.
+    /// Whether `GET /health` answers 200 or 503, and `grpc.health.v1` serving or not.
     pub ready: bool,
-    /// Further headers of each answer, such as `grpc-status: 14`.
+    /// Additional headers of each response, such as `grpc-status: 14`.
     pub headers: Vec<(String, String)>,
-    /// Trailers of each answer; they reach a client of HTTP/2 only.
+    /// Trailers of each response; they reach HTTP/2 clients only.
     pub trailers: Vec<(String, String)>,
 }
 
@@ -130,14 +130,14 @@ impl Default for Behaviour {
     }
 }
 
-/// What a backend was asked so far; it goes on over [`Backend::stop`] and [`Backend::start_again`].
+/// The requests that a backend has received; kept across [`Backend::stop`] and [`Backend::start_again`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Requests that arrived whole, without those of [`health`](Self::health).
+    /// Complete requests, without those of [`health`](Self::health).
     pub requests: u64,
-    /// Those of them that were answered with a status of 500 or above.
+    /// Those that were answered with a status of 500 or above.
     pub errors: u64,
-    /// `GET /health`, or what `grpc.health.v1` was asked.
+    /// `GET /health`, or requests to `grpc.health.v1`.
     pub health: u64,
 }
 
@@ -159,21 +159,21 @@ struct State {
     health: AtomicU64,
     /// Whether connections end with a reset.
     reset: AtomicBool,
-    /// The requests by the version that they came for.
+    /// Requests by the version in their header.
     versions: Mutex<BTreeMap<String, u64>>,
-    /// When the latest of them came.
+    /// The time of the latest of them.
     asked_last: Mutex<Option<Instant>>,
-    /// How many requests there were when the first of them came.
+    /// The number of requests before the first of them.
     before_users: OnceLock<u64>,
 }
 
 impl Backend {
-    /// Starts a backend on a free port that answers as `name`.
+    /// Starts a backend with this name on a free port.
     pub async fn start(name: &str) -> anyhow::Result<Self> {
         Self::start_with(name, Behaviour::default()).await
     }
 
-    /// The same with a behaviour that holds from the first request on.
+    /// The same with an initial behaviour.
     pub async fn start_with(name: &str, behaviour: Behaviour) -> anyhow::Result<Self> {
         let backend = Self {
             port: Port::reserve()?,
@@ -195,13 +195,13 @@ impl Backend {
         Ok(backend)
     }
 
-    /// Listens again on the same port after [`stop`](Self::stop); nothing happens if it never stopped.
+    /// Listens again on the same port after [`stop`](Self::stop); no effect if it is running.
     pub async fn start_again(&self) -> anyhow::Result<()> {
         if lock(&self.server).is_some() {
             return Ok(());
         }
         let address = self.address();
-        // The listener that was stopped may live on for a moment in a process that another thread is about to start.
+        // The stopped listener may live on for a moment in a process that another thread is about to start.
         let listener =
             eventually(&format!("{address}"), TO_LISTEN, async || Ok(TcpListener::bind(address).await?)).await;
         let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
@@ -219,29 +219,29 @@ impl Backend {
         }
         let closed = lock(&self.closed).take();
         if let Some(mut closed) = closed {
-            // Nothing is ever sent: this ends when the last task that held a socket has dropped its sender.
+            // Nothing is ever sent: this completes when the last task that held a socket has dropped its sender.
             let _ = closed.recv().await;
         }
     }
 
-    /// The same with a reset of every connection.
+    /// The same, resetting every connection.
     pub async fn reset(&self) {
         self.state.reset.store(true, Ordering::Relaxed);
         self.stop().await;
         self.state.reset.store(false, Ordering::Relaxed);
     }
 
-    /// Where it listens.
+    /// The listen address.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
     }
 
-    /// The port it listens on.
+    /// The listen port.
     pub fn port(&self) -> u16 {
         self.port.number()
     }
 
-    /// Changes the behaviour of the requests that arrive from now on.
+    /// Changes the behaviour for later requests.
     pub fn set(&self, change: impl FnOnce(&mut Behaviour)) {
         change(Arc::make_mut(&mut lock(&self.state.behaviour)));
     }
@@ -251,33 +251,33 @@ impl Backend {
         self.set(|behaviour| behaviour.ready = ready);
     }
 
-    /// Changes the name that it answers with.
+    /// Changes its name.
     pub fn set_name(&self, name: &str) {
         name.clone_into(&mut lock(&self.state.name));
     }
 
-    /// The requests by the version header that they came with; those without are not in it.
+    /// Requests by version header; those without the header are not included.
     pub fn versions(&self) -> BTreeMap<String, u64> {
         lock(&self.state.versions).clone()
     }
 
-    /// When the latest request with the version header came, answered or not; `None` as long as none has.
+    /// When the latest request with the version header arrived, answered or not; `None` if there was none.
     pub fn asked_last(&self) -> Option<Instant> {
         *lock(&self.state.asked_last)
     }
 
-    /// How many requests it had got when the first came with the version header, which is to say through a proxy; `None`
-    /// as long as none has.
+    /// The number of requests before the first with the version header, which came through a proxy; `None` if there was
+    /// none.
     pub fn asked_before_users(&self) -> Option<u64> {
         self.state.before_users.get().copied()
     }
 
-    /// The requests that came without the version header, which is to say past the proxies.
+    /// The requests without the version header, which did not come through a proxy.
     pub fn asked_directly(&self) -> u64 {
         self.counts().requests - self.versions().values().sum::<u64>()
     }
 
-    /// What it was asked so far.
+    /// The requests that it has received.
     pub fn counts(&self) -> Counts {
         Counts {
             requests: self.state.requests.load(Ordering::Relaxed),
@@ -295,7 +295,7 @@ impl Drop for Backend {
     }
 }
 
-/// Accepts until it is aborted; its connections end with it. Each holds a clone of `open` next to its socket.
+/// Accepts connections until it is aborted; they end with it. Each holds a clone of `open` next to its socket.
 async fn serve(listener: TcpListener, state: Arc<State>, open: mpsc::Sender<()>) {
     let mut connections = JoinSet::new();
     loop {
@@ -314,18 +314,18 @@ async fn serve(listener: TcpListener, state: Arc<State>, open: mpsc::Sender<()>)
     }
 }
 
-/// A connection, as its requests see it.
+/// A connection, as requests on it see it.
 struct Peer {
     state: Arc<State>,
-    /// Set by who wants it to end with a reset.
+    /// Set to end the connection with a reset.
     reset: Arc<AtomicBool>,
-    /// What becomes of it after its last HTTP answer.
+    /// How the connection continues after its last HTTP response.
     #[cfg(feature = "streams")]
     upgrade: Mutex<Option<hyper::upgrade::OnUpgrade>>,
 }
 
 async fn connection(stream: TcpStream, state: Arc<State>) {
-    // A peer that went away a moment after it connected is no concern of a backend.
+    // The peer may have disconnected right after it connected.
     let _ = stream.set_nodelay(true);
     let reset = Arc::new(AtomicBool::new(false));
     let socket = Socket { stream, reset: Arc::clone(&reset), state: Arc::clone(&state) };
@@ -453,7 +453,7 @@ fn echo(method: &hyper::Method, uri: &hyper::Uri, headers: &HeaderMap) -> Value 
     json!({ "method": method.as_str(), "path": path, "headers": headers })
 }
 
-/// A lock whose holder never panics half-way through a change.
+/// A lock; no holder panics during a change.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -470,7 +470,7 @@ impl std::fmt::Display for ConnectionReset {
 
 impl std::error::Error for ConnectionReset {}
 
-/// A body as a list of steps, whose announced length may be longer than what it will send.
+/// A body as a list of steps; the announced length may exceed what it sends.
 struct Answer {
     steps: VecDeque<Step>,
     pause: Option<Pin<Box<Sleep>>>,
@@ -481,7 +481,7 @@ struct Answer {
 enum Step {
     Data(Bytes),
     Pause(Duration),
-    /// So many events, each after a pause.
+    /// This many events, each after a pause.
     Events(Duration, u32),
     Trailers(HeaderMap),
     Close,
@@ -569,7 +569,7 @@ impl Body for Answer {
     }
 }
 
-/// A socket that is reset (RST) instead of closed (FIN) when its or its backend's `reset` is set before it is dropped.
+/// A socket that is reset (RST) instead of closed (FIN) if its or its backend's `reset` is set before it is dropped.
 struct Socket {
     stream: TcpStream,
     reset: Arc<AtomicBool>,
@@ -616,7 +616,7 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // hyper shuts a failed connection down before it drops it; a FIN must not go ahead of the reset.
+        // hyper shuts a failed connection down before dropping it; no FIN must precede the reset.
         if self.reset.load(Ordering::Relaxed) {
             return Poll::Ready(Ok(()));
         }

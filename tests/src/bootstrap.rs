@@ -1,7 +1,7 @@
 //! Envoy bootstraps for the filter's tests: one listener, the filter with a policy, a route and a cluster per version.
 //!
-//! What users get is printed by `tideshift render envoy`; this one is apart from it on purpose, so that the filter's
-//! tests neither need the controller nor follow its mistakes.
+//! `tideshift render envoy` prints the configuration for users; this one is deliberately separate, so that the filter's
+//! tests neither need the controller nor share its bugs.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,7 @@ impl Bootstrap {
         self
     }
 
-    /// So many retries on 5xx and resets.
+    /// This many retries on 5xx and resets.
     pub fn retries(mut self, retries: u32) -> Self {
         self.retries = retries;
         self

@@ -1,7 +1,7 @@
-//! A real Chromium without a window, driven by its WebDriver; dropping it ends both.
+//! A real headless Chromium, driven by its WebDriver; dropping it ends both.
 //!
-//! It is started by itself instead of by the driver, so that it cannot outlive the test. What its console says is kept: a
-//! page that works says nothing there.
+//! The test starts it instead of the driver, so that it cannot outlive the test. Its console output is recorded: a page
+//! that works writes nothing there.
 
 use std::process::Command;
 use std::time::Duration;
@@ -153,7 +153,7 @@ impl Browser {
         Ok(self.find(selector).await?.click().await?)
     }
 
-    /// Types on the keyboard, into whatever has the focus.
+    /// Types on the keyboard, into the focused element.
     pub async fn keys(&self, keys: &str) -> anyhow::Result<()> {
         Ok(self.client.active_element().await?.send_keys(keys).await?)
     }
@@ -167,14 +167,14 @@ impl Browser {
         self.devtools("Emulation.setTouchEmulationEnabled", touch).await.map(drop)
     }
 
-    /// What the user prefers: `prefers-color-scheme`, `prefers-reduced-motion` and their like.
+    /// The preferences of the user: `prefers-color-scheme`, `prefers-reduced-motion` and the like.
     pub async fn prefer(&self, features: &[(&str, &str)]) -> anyhow::Result<()> {
         let features: Vec<Value> =
             features.iter().map(|(name, value)| json!({ "name": name, "value": value })).collect();
         self.devtools("Emulation.setEmulatedMedia", json!({ "features": features })).await.map(drop)
     }
 
-    /// A picture of what is seen, as PNG.
+    /// A screenshot, as PNG.
     pub async fn picture(&self) -> anyhow::Result<Vec<u8>> {
         Ok(self.client.screenshot().await?)
     }
@@ -185,7 +185,7 @@ impl Browser {
         Ok(self.client.issue_cmd(Extension { path: "goog/cdp/execute", body }).await?)
     }
 
-    /// What the console has said since the last call: errors, warnings, violations of the content security policy.
+    /// Console messages since the last call: errors, warnings, violations of the content security policy.
     pub async fn console(&self) -> anyhow::Result<Vec<String>> {
         let log = self.client.issue_cmd(Extension { path: "se/log", body: json!({ "type": "browser" }) }).await?;
         let lines = log.as_array().context("no log")?;

@@ -1,5 +1,5 @@
-//! One request at a time, byte for byte as the test wrote it: repeated headers, bytes that are not UTF-8, a client that
-//! goes away. For many fast requests use [`load`](crate::load).
+//! Sends one request at a time, byte for byte as the test specifies it: repeated headers, bytes that are not UTF-8, a
+//! client that disconnects. For many fast requests use [`load`](crate::load).
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::{io, str};
@@ -16,7 +16,7 @@ pub fn get(address: SocketAddr, path: &str) -> Request {
     Request::new(address, "GET", path)
 }
 
-/// A request in the making.
+/// A request that is being built.
 #[derive(Clone, Debug)]
 pub struct Request {
     address: SocketAddr,
@@ -27,7 +27,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A request of any method.
+    /// A request with any method.
     pub fn new(address: SocketAddr, method: &str, path: &str) -> Self {
         Self {
             address,
@@ -38,13 +38,13 @@ impl Request {
         }
     }
 
-    /// The `host` header, which is the address where this is not called.
+    /// Sets the `host` header, which is the address by default.
     pub fn host(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
         self
     }
 
-    /// One more header; the same name may come again.
+    /// Adds a header; names may repeat.
     pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
         for part in [name.as_bytes(), b": ", value.as_ref(), b"\r\n"] {
             self.headers.extend_from_slice(part);
@@ -59,26 +59,26 @@ impl Request {
         self.header("content-length", length)
     }
 
-    /// Sends it over a connection of its own and reads the whole answer.
+    /// Sends it over a connection of its own and reads the whole response.
     pub async fn send(&self) -> anyhow::Result<Response> {
         Connection::open(self.address).await?.send(self).await
     }
 
-    /// Sends it and leaves the answer unread; dropping the connection then is a client that goes away.
+    /// Sends it and leaves the response unread; dropping the connection then is a client that disconnects.
     pub async fn begin(&self) -> anyhow::Result<Connection> {
         let mut connection = Connection::open(self.address).await?;
         connection.write(&self.bytes()).await?;
         Ok(connection)
     }
 
-    /// What goes over the wire.
+    /// The bytes on the wire.
     pub fn bytes(&self) -> Vec<u8> {
         let host = format!("host: {}\r\n", self.host);
         [self.line.as_bytes(), host.as_bytes(), &self.headers, b"\r\n", &self.body].concat()
     }
 }
 
-/// A connection that is kept alive: its requests go to one and the same worker of Envoy.
+/// A keep-alive connection: all of its requests go to the same Envoy worker.
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
     stream: S,
@@ -101,35 +101,35 @@ impl Connection {
         Ok(Self::over(stream))
     }
 
-    /// Ends the connection with a reset instead of the usual close.
+    /// Resets the connection instead of closing it.
     pub fn reset(self) -> anyhow::Result<()> {
         self.stream.set_zero_linger().context("cannot reset the connection")
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    /// HTTP over something else than TCP, such as TLS.
+    /// HTTP over another stream than TCP, such as TLS.
     pub fn over(stream: S) -> Self {
         Self { stream, unread: Vec::new() }
     }
 
-    /// What it goes over.
+    /// The underlying stream.
     pub fn stream(&self) -> &S {
         &self.stream
     }
 
-    /// Sends `request` (its address is not looked at) and reads the whole answer.
+    /// Sends `request` (ignoring its address) and reads the whole response.
     pub async fn send(&mut self, request: &Request) -> anyhow::Result<Response> {
         self.write(&request.bytes()).await?;
         self.read(!request.line.starts_with("HEAD ")).await
     }
 
-    /// Writes bytes as they are, also such as no HTTP client would.
+    /// Writes raw bytes, including those that no HTTP client would send.
     pub async fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         self.stream.write_all(bytes).await.context("cannot send the request")
     }
 
-    /// Reads one answer; `has_body` is false after a `HEAD`.
+    /// Reads one response; `has_body` is false after a `HEAD`.
     pub async fn read(&mut self, has_body: bool) -> anyhow::Result<Response> {
         let (mut response, head) = loop {
             if let Some((response, length)) = parse_head(&self.unread)? {
@@ -153,13 +153,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(response)
     }
 
-    /// Waits for the first bytes of an answer and leaves the rest unread.
+    /// Waits for the first bytes of a response and leaves the rest unread.
     pub async fn read_some(&mut self) -> anyhow::Result<()> {
         ensure!(!self.unread.is_empty() || self.fill().await? > 0, "closed before the first byte of an answer");
         Ok(())
     }
 
-    /// Reads until these bytes are there, and leaves everything unread; for answers that have no end.
+    /// Reads until these bytes have arrived, and leaves everything unread; for endless responses.
     pub async fn read_until(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         while !self.unread.windows(bytes.len()).any(|window| window == bytes) {
             ensure!(self.fill().await? > 0, "closed before {:?}", String::from_utf8_lossy(bytes));
@@ -190,7 +190,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Reads chunks and drops the trailers after them.
+    /// Reads chunks and discards the trailers after them.
     async fn read_chunks(&mut self) -> anyhow::Result<Vec<u8>> {
         let mut body = Vec::new();
         loop {
@@ -214,7 +214,7 @@ pub(crate) async fn connect_from(source: Ipv4Addr, address: SocketAddr) -> io::R
     socket.connect(address).await
 }
 
-/// An answer, read to its end.
+/// A complete response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// The status code.
@@ -226,13 +226,13 @@ pub struct Response {
 }
 
 impl Response {
-    /// The first header of that name (in lower case), bytes that are not UTF-8 replaced.
+    /// The first header with this name (in lower case); invalid UTF-8 is replaced.
     pub fn header(&self, name: &str) -> Option<String> {
         let (_, value) = self.headers.iter().find(|(other, _)| other == name)?;
         Some(String::from_utf8_lossy(value).into_owned())
     }
 
-    /// The body as text, bytes that are not UTF-8 replaced.
+    /// The body as text; invalid UTF-8 is replaced.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -262,7 +262,7 @@ fn framing(response: &Response, has_body: bool) -> anyhow::Result<Framing> {
     }
 }
 
-/// The answer's head and its length in bytes, once it is there as a whole.
+/// The head of the response and its length in bytes, once it is complete.
 fn parse_head(bytes: &[u8]) -> anyhow::Result<Option<(Response, usize)>> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Response::new(&mut headers);

@@ -1,4 +1,4 @@
-//! The real `tideshift` binary: a controller that serves, and its command line.
+//! The real `tideshift` binary: the controller and the command line.
 
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -22,13 +22,13 @@ use crate::process::Process;
 
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(20);
-/// How long a command that ends by itself may take: a guard may keep its target out twice, for ten seconds and for twenty.
+/// The timeout of a command that ends by itself: a guard may veto its target twice, for ten seconds and for twenty.
 const CLI: Duration = Duration::from_secs(60);
 
 /// A controller on a port of its own; dropping it kills it.
 ///
-/// [`kill`](Self::kill) or [`terminate`](Self::terminate), then [`start_again`](Self::start_again) is a restart with the
-/// same arguments on the same port.
+/// For a restart with the same arguments on the same port call [`kill`](Self::kill) or [`terminate`](Self::terminate),
+/// then [`start_again`](Self::start_again).
 #[derive(Debug)]
 pub struct Controller {
     port: Port,
@@ -44,17 +44,17 @@ impl Controller {
         Self::start_with(documents, &[]).await
     }
 
-    /// The same with further arguments.
+    /// The same with additional arguments.
     pub async fn start_with(documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
         Self::start_on(Port::reserve()?, documents, further).await
     }
 
-    /// The same on a port that was reserved before, so that an Envoy can be told of it first.
+    /// The same on a port that was reserved earlier, so that an Envoy can be configured with it first.
     pub async fn start_on(port: Port, documents: &[&Path], further: &[&str]) -> anyhow::Result<Self> {
         Self::start_program(artifacts::tideshift()?, port, documents, further).await
     }
 
-    /// The same of another build of the binary.
+    /// The same with another build of the binary.
     pub async fn start_program(
         program: PathBuf,
         port: Port,
@@ -74,7 +74,7 @@ impl Controller {
         Ok(controller)
     }
 
-    /// Starts it once more after its end, waiting until it is ready; its log goes on in the same file.
+    /// Starts it again after its end and waits until it is ready; its log continues in the same file.
     pub async fn start_again(&mut self) -> anyhow::Result<()> {
         ensure!(self.process.ended()?.is_some(), "the controller still runs");
         self.process = spawn(&self.program, &self.arguments, &log_of(&self.directory))?;
@@ -92,17 +92,17 @@ impl Controller {
             .await
     }
 
-    /// SIGKILL: no chance to say good-bye.
+    /// SIGKILL: it cannot shut down gracefully.
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.process.kill().map(drop)
     }
 
-    /// SIGTERM; how it ended.
+    /// SIGTERM; returns how it ended.
     pub async fn terminate(&mut self) -> anyhow::Result<ExitStatus> {
         self.process.terminate(END).await
     }
 
-    /// SIGSTOP: it stands still, as on a machine that is paused, until [`go_on`](Self::go_on).
+    /// SIGSTOP: it pauses, as on a suspended machine, until [`go_on`](Self::go_on).
     pub fn stand_still(&self) -> anyhow::Result<()> {
         self.signal(Signal::STOP)
     }
@@ -122,12 +122,12 @@ impl Controller {
         self.process.id()
     }
 
-    /// Where it listens.
+    /// The listen address.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
     }
 
-    /// A path of its API, which must answer 200.
+    /// Gets a path of its API, which must answer 200.
     pub async fn get(&self, path: &str) -> anyhow::Result<String> {
         let response = get(self.address(), path).send().await?;
         ensure!(response.status == 200, "{path} says {}: {}", response.status, response.text());
@@ -144,18 +144,18 @@ impl Controller {
         Metrics::parse(&self.get("/metrics").await?)
     }
 
-    /// The whole log, of all its starts.
+    /// The complete log, of all its starts.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// The log's last lines.
+    /// The last lines of the log.
     pub fn tail(&self) -> String {
         self.process.tail()
     }
 }
 
-/// What a run of the command line gave.
+/// The result of a command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
     /// The exit code; `None` if a signal ended it.
@@ -166,7 +166,7 @@ pub struct Output {
     pub stderr: String,
 }
 
-/// Runs `tideshift` with these arguments to its end.
+/// Runs `tideshift` with these arguments until it ends.
 pub fn cli<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> anyhow::Result<Output> {
     cli_reading(arguments, "")
 }
@@ -176,9 +176,9 @@ pub fn cli_reading<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>, stdi
     let mut command = Command::new(artifacts::tideshift()?);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
-    // It may end without having read all, or anything.
+    // It may end without reading all of it.
     let _ = child.stdin.take().context("no standard input")?.write_all(stdin.as_bytes());
-    // One that goes on and on is killed, and then has no exit code.
+    // A command that does not end is killed, and then has no exit code.
     let (ended, to_end) = mpsc::channel::<()>();
     let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
     let guard = thread::spawn(move || {

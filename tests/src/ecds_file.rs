@@ -1,4 +1,4 @@
-//! The filter's configuration in a file of its own, which Envoy watches (ECDS): how it is changed while Envoy runs.
+//! The filter's configuration in a file of its own, which Envoy watches (ECDS) and the test changes while Envoy runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The file. Envoy takes what is *renamed* to it.
+/// The file. Envoy reads a file that is *renamed* to it.
 #[derive(Debug)]
 pub struct EcdsFile {
     directory: TempDir,
-    /// What the bootstrap had in this place.
+    /// The original content of this place in the bootstrap.
     filter: Value,
 }
 

@@ -1,4 +1,4 @@
-//! How soon a new policy is in force on every worker, as clients see it.
+//! How soon a new policy is in force on every worker, as observed by clients.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -15,10 +15,10 @@ use crate::client::{Request, get};
 use crate::metrics::Metrics;
 use crate::process::Process;
 
-/// How long a start may take; on a busy machine compiling the module takes seconds.
+/// The timeout of a start; on a busy machine compiling the module takes seconds.
 const START: Duration = Duration::from_secs(60);
 
-/// How to start it.
+/// Options for starting Envoy.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The bootstrap, as YAML or JSON.
@@ -29,12 +29,12 @@ pub struct Options {
     pub concurrency: usize,
     /// Envoy's `--component-log-level`, such as `wasm:debug`; its other logs are at `warning`.
     pub component_log_level: String,
-    /// Which process of a hot restart it is, from 0; `None`: it is none of one.
+    /// The epoch of a hot restart, from 0; `None`: no hot restarts.
     pub restart_epoch: Option<u32>,
 }
 
 impl Options {
-    /// Two workers, and what the module logs.
+    /// Two workers, and the logs of the module.
     pub fn new(bootstrap: impl Into<String>, admin: u16) -> Self {
         Self {
             bootstrap: bootstrap.into(),
@@ -45,13 +45,13 @@ impl Options {
         }
     }
 
-    /// With so many workers.
+    /// Sets the number of workers.
     pub fn concurrency(mut self, workers: usize) -> Self {
         self.concurrency = workers;
         self
     }
 
-    /// As one process of a hot restart: each takes over from the one before, which ends two seconds later.
+    /// Makes it a process of a hot restart: each takes over from the previous one, which ends two seconds later.
     pub fn restart_epoch(mut self, epoch: u32) -> Self {
         self.restart_epoch = Some(epoch);
         self
@@ -87,14 +87,14 @@ impl Envoy {
         Ok(envoy)
     }
 
-    /// Starts it, and leaves the waiting to the caller.
+    /// Starts it without waiting.
     pub fn spawn(options: Options) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut command = command(&directory, &options.bootstrap)?;
         command
             .args(["--concurrency", &options.concurrency.to_string()])
             .args(["--log-level", "warning", "--component-log-level", &options.component_log_level])
-            // Access logs and drains should not make tests wait.
+            // Access logs and drains must not delay tests.
             .args(["--file-flush-interval-msec", "50", "--drain-time-s", "1"]);
         match options.restart_epoch {
             // Processes with the same base id take over from each other; the port is reserved for this test.
@@ -107,7 +107,7 @@ impl Envoy {
         Ok(Self { process, admin: (Ipv4Addr::LOCALHOST, options.admin).into(), _directory: directory })
     }
 
-    /// What `--mode validate` says of a bootstrap: `Err` with Envoy's own words if it refuses it.
+    /// The result of `--mode validate` for a bootstrap: `Err` with Envoy's message if it is rejected.
     pub fn validate(bootstrap: &str) -> anyhow::Result<()> {
         let directory = tempfile::tempdir()?;
         let output = command(&directory, bootstrap)?.args(["--disable-hot-restart", "--mode", "validate"]).output()?;
@@ -117,7 +117,7 @@ impl Envoy {
         Ok(())
     }
 
-    /// A path of the admin interface, which must answer 200.
+    /// Gets a path of the admin interface, which must answer 200.
     pub async fn admin(&self, path: &str) -> anyhow::Result<String> {
         let response = get(self.admin, path).send().await?;
         ensure!(response.status == 200, "{path} says {}: {}", response.status, response.text());
@@ -136,7 +136,7 @@ impl Envoy {
         self.admin("/stats").await
     }
 
-    /// One counter or gauge of `/stats`; 0 where it does not exist (yet).
+    /// A counter or gauge of `/stats`; 0 if it does not exist (yet).
     pub async fn stat(&self, name: &str) -> anyhow::Result<u64> {
         let stats = self.stats().await?;
         let value = stats.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));

@@ -1,4 +1,4 @@
-//! An Envoy with the filter and one backend for each version: what most tests of the filter start with.
+//! An Envoy with the filter and one backend per version: the fixture of most filter tests.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,14 +15,14 @@ use crate::envoy::Envoy;
 use crate::metrics::Metrics;
 use crate::wait::eventually;
 
-/// How long anything that these tests wait for may take; on a busy machine a second is soon over.
+/// The timeout of anything that these tests wait for; a busy machine is slow.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The header by which clients pick a version of [`picked_service`].
+/// The header with which clients select a version of [`picked_service`].
 pub const WANT: &str = "x-want";
 
-/// A service whose clients pick the version, so that each ending can be provoked for sure. It is not guarded: versions
-/// that are made to fail go on being called.
+/// A service whose clients select the version, so that each ending can be provoked deterministically. Its guard is
+/// disabled: versions that are made to fail continue to receive requests.
 pub fn picked_service(name: &str, host: &str, versions: &[&str]) -> Value {
     let version = |name: &&str| json!({ "name": name, "weight": 1 });
     let rule = |name: &&str| {
@@ -38,7 +38,7 @@ pub fn picked_service(name: &str, host: &str, versions: &[&str]) -> Value {
     })
 }
 
-/// What stands in Envoy's log when a VM has trapped or the module has panicked.
+/// Signs in Envoy's log of a trapped VM or a panic of the module.
 const SIGNS_OF_A_TRAP: [&str; 4] = ["panicked", "Uncaught", "unreachable", "Function: "];
 
 /// A running Envoy and its backends.
@@ -53,13 +53,13 @@ pub struct EnvoyFixture {
 }
 
 impl EnvoyFixture {
-    /// Starts a backend for each of `versions`, and an Envoy of so many workers with the filter under `policy`. The
+    /// Starts a backend for each of `versions`, and an Envoy with this many workers and the filter with `policy`. The
     /// first version is the default route.
     pub async fn start(policy: Value, versions: &[&str], workers: usize) -> anyhow::Result<Self> {
         Self::start_with(policy, versions, workers, |bootstrap| bootstrap, |_| ()).await
     }
 
-    /// The same; `build` adds to the bootstrap, and `patch` changes what came out of it.
+    /// The same; `build` adds to the bootstrap, and `patch` changes the result.
     pub async fn start_with(
         policy: Value,
         versions: &[&str],
@@ -110,7 +110,7 @@ impl EnvoyFixture {
         Ok(())
     }
 
-    /// Starts the next process of a hot restart, which takes over from this one. This one is handed back: it ends by
+    /// Starts the next process of a hot restart, which takes over from this one. Returns this one, which ends by
     /// itself.
     pub async fn hot_restart(&mut self) -> anyhow::Result<Envoy> {
         let next = self.options.restart_epoch.map_or(0, |epoch| epoch + 1);
@@ -120,7 +120,7 @@ impl EnvoyFixture {
         Ok(std::mem::replace(&mut self.envoy, envoy))
     }
 
-    /// Where clients call.
+    /// The address for clients.
     pub fn address(&self) -> SocketAddr {
         self.bootstrap.address()
     }
@@ -200,7 +200,7 @@ pub const VMS_CREATED: &str = "wasm.envoy.wasm.runtime.v8.created";
 /// A connection to each worker of an Envoy; the listener balances connections exactly.
 #[derive(Debug)]
 pub struct EachWorker {
-    /// What they are for.
+    /// The request that is sent on them.
     pub request: Request,
     /// One to each worker.
     pub connections: Vec<Connection>,
@@ -225,7 +225,7 @@ impl EachWorker {
         Ok(responses)
     }
 
-    /// Who answers one request to each worker.
+    /// The versions that answer one request to each worker.
     pub async fn versions(&mut self) -> anyhow::Result<Vec<String>> {
         let request = self.request.clone();
         self.send(&request).await?.iter().map(served_by).collect()

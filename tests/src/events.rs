@@ -1,4 +1,4 @@
-//! One who listens to the controller's events, `GET /v1/events`.
+//! A client of the controller's event stream, `GET /v1/events`.
 
 use std::net::SocketAddr;
 use std::str;
@@ -30,7 +30,7 @@ pub struct Events {
 pub struct Event {
     /// `status` or `transition`.
     pub kind: String,
-    /// What it says.
+    /// Its data.
     pub data: Value,
 }
 

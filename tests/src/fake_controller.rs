@@ -1,5 +1,5 @@
-//! A controller whose API plays what the test says: the web page is the real one, of a real `tideshift serve` behind it,
-//! and everything under `/v1/` is the test's. It keeps the commands that it was sent.
+//! A controller whose API is scripted by the test: the web page is the real one, from a real `tideshift serve` behind
+//! it, and the test provides everything under `/v1/`. It records the commands that it receives.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -30,13 +30,13 @@ use crate::controller::Controller;
 use crate::ports::Port;
 use crate::{client, timeline};
 
-/// Something is said at least so often, as by the real one.
+/// The maximum interval between events, as in the real controller.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// A command as it arrived.
+/// A command as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
-    /// Its path, encoded as it came.
+    /// Its path, still encoded.
     pub path: String,
     /// Its `authorization`.
     pub authorization: Option<String>,
@@ -46,7 +46,7 @@ pub struct Command {
     pub body: Value,
 }
 
-/// A running (or stopped) stage; dropping it stops it.
+/// A running (or stopped) fake controller; dropping it stops it.
 #[derive(Debug)]
 pub struct FakeController {
     port: Port,
@@ -67,14 +67,14 @@ struct State {
 #[derive(Debug, Default)]
 struct Kept {
     history: Vec<Value>,
-    /// What the last minutes were like; `null`: as of a controller that has begun just now.
+    /// The series of the last minutes; `null`: as from a controller that has just started.
     series: Value,
     commands: Vec<Command>,
     refusal: Option<(u16, String)>,
     /// The tokens that may read and operate.
     tokens: Option<[String; 2]>,
     without_events: Option<u16>,
-    /// Counts the times that open connections were made to say nothing any more.
+    /// The number of times that open connections were silenced.
     hushed: u64,
 }
 
@@ -117,27 +117,27 @@ impl FakeController {
         }
     }
 
-    /// The page's address.
+    /// The address of the page.
     pub fn url(&self) -> String {
         format!("http://{}/", self.port.address())
     }
 
-    /// Where the real page comes from.
+    /// The origin of the real page.
     pub fn page(&self) -> SocketAddr {
         self.page.address()
     }
 
-    /// How things stand from now on.
+    /// Sets the status.
     pub fn show(&self, status: Value) {
         self.state.status.send_replace(status);
     }
 
-    /// Changes how things stand.
+    /// Changes the status.
     pub fn change(&self, change: impl FnOnce(&mut Value)) {
         self.state.status.send_modify(change);
     }
 
-    /// A transition of the rollout `name`: told to who listens, and kept for who asks later.
+    /// Adds a transition of the rollout `name`: it is sent to listeners and kept in the history.
     pub fn tell(&self, name: &str, transition: Value) {
         self.kept().history.push(transition.clone());
         let mut event = transition;
@@ -146,32 +146,32 @@ impl FakeController {
         let _ = self.state.transitions.send(event);
     }
 
-    /// What the controller says of the last minutes; its `now` is when it is asked.
+    /// The history of the last minutes; its `now` is the time of the request.
     pub fn recall(&self, series: Value) {
         self.kept().series = series;
     }
 
-    /// Only the first token may read, and only the second one command (and read).
+    /// Only the first token may read, and only the second may send commands (and read).
     pub fn require_tokens(&self, read: &str, operate: &str) {
         self.kept().tokens = Some([read, operate].map(str::to_owned));
     }
 
-    /// Answers commands with this status and error, or carries them out again.
+    /// Answers commands with this status and error, or accepts them again.
     pub fn refuse(&self, refusal: Option<(u16, &str)>) {
         self.kept().refusal = refusal.map(|(status, error)| (status, error.to_owned()));
     }
 
-    /// Answers `/v1/events` with this status: there are none, or too many listen already.
+    /// Answers `/v1/events` with this status: unsupported, or too many listeners.
     pub fn without_events(&self, status: u16) {
         self.kept().without_events = Some(status);
     }
 
-    /// The connections that are open stay so and say nothing any more, as after a power cut; new ones do.
+    /// Open connections stay open but silent, as after a power cut; new ones work.
     pub fn hush(&self) {
         self.kept().hushed += 1;
     }
 
-    /// The commands so far, refused ones too.
+    /// The commands so far, including refused ones.
     pub fn commands(&self) -> Vec<Command> {
         self.kept().commands.clone()
     }
@@ -218,7 +218,7 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
         let state = Arc::clone(&state);
         async move { Ok::<_, Infallible>(answer(request, state).await.unwrap_or_else(|error| broken(&error))) }
     });
-    // A browser that goes away is no news.
+    // A browser may disconnect at any time.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
 
@@ -271,7 +271,7 @@ fn denied(kept: &Kept, method: &Method, authorization: Option<&str>) -> Option<(
     }
 }
 
-/// The status at once and whenever it changes, and transitions as they come.
+/// Sends the status at once and on each change, and transitions as they happen.
 fn events(state: Arc<State>) -> Answer {
     let (mut sender, body) = Channel::<Bytes>::new(16);
     let (mut status, mut transitions) = (state.status.subscribe(), state.transitions.subscribe());
@@ -294,7 +294,7 @@ fn events(state: Arc<State>) -> Answer {
     response.body(body.boxed_unsync()).unwrap_or_default()
 }
 
-/// A file of the real page; for who works on it, as it is in the folder that `TIDESHIFT_PAGE` names, without building.
+/// A file of the real page; during development of the page, from the directory `TIDESHIFT_PAGE`, without building.
 async fn page(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
     let mut answer = client::get(address, path).send().await?;
     if let Some(folder) = env::var_os("TIDESHIFT_PAGE") {
@@ -315,7 +315,7 @@ fn json_answer(status: u16, body: &Value) -> Answer {
     response.body(Full::new(body.to_string().into()).boxed_unsync()).unwrap_or_default()
 }
 
-/// As the real one refuses: it says so if another token would do.
+/// An error response like the real one, which says whether another token would be accepted.
 fn refusal(status: u16, error: &str) -> Answer {
     let mut answer = json_answer(status, &json!({ "error": error }));
     if matches!(status, 401 | 403) {
@@ -329,7 +329,7 @@ fn broken(error: &anyhow::Error) -> Answer {
     json_answer(StatusCode::INTERNAL_SERVER_ERROR.as_u16(), &json!({ "error": format!("the stage: {error:#}") }))
 }
 
-/// A lock whose holder never panics half-way through a change.
+/// A lock; no holder panics during a change.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

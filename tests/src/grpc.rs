@@ -1,7 +1,7 @@
-//! gRPC by tonic, both ends of it: a client, and what a [`Backend`](crate::backend::Backend) does with its calls.
+//! gRPC with tonic, both sides: a client, and the server side in a [`Backend`](crate::backend::Backend).
 //!
-//! A call says what is to happen to it, so that one upstream serves every test. The messages are JSON instead of
-//! protocol buffers: nothing is generated, and proxies do not look into them.
+//! Each call describes what happens to it, so that one upstream serves every test. The messages are JSON instead of
+//! protocol buffers: no generated code is needed, and proxies do not inspect them.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -31,24 +31,24 @@ use tonic::server::{StreamingService, UnaryService};
 use tonic::{Code, Request, Response, Status, Streaming, client, server};
 use tonic_health::ServingStatus;
 
-/// How long a client waits for the next thing to happen.
+/// How long a client waits for the next event.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Where a unary call goes.
+/// The path of a unary call.
 pub(crate) const UNARY: &str = "/tests.Scripts/Unary";
 const STREAM: &str = "/tests.Scripts/Stream";
-/// Where a gRPC server is asked for its health.
+/// The path of the gRPC health check.
 pub(crate) const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
-/// A script without steps: a call that ends well at once.
+/// A script without steps: a call that succeeds at once.
 pub(crate) const EMPTY_SCRIPT: &[u8] = b"\0\0\0\0\x02[]";
 /// A message without bytes.
 pub(crate) const EMPTY_MESSAGE: &[u8] = &[0; 5];
 
-/// What the upstream does with a call. After the last step of the last message the call ends well.
+/// How the upstream handles a call. After the last step of the last message the call succeeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
-    /// Sends so many messages; a unary call has its one message anyway.
+    /// Sends this many messages; a unary call sends its one message anyway.
     Say(u32),
     /// Ends the call with this status.
     End(i32),
@@ -75,7 +75,7 @@ impl Client {
         Ok(Self { grpc: client::Grpc::with_origin(Connection(sender), origin), metadata: MetadataMap::new() })
     }
 
-    /// The same connection, with one more header for its calls.
+    /// The same connection, with an additional header for its calls.
     pub fn header(&self, name: &str, value: &str) -> anyhow::Result<Self> {
         let mut with = self.clone();
         let name: MetadataKey<Ascii> = name.parse()?;
@@ -83,7 +83,7 @@ impl Client {
         Ok(with)
     }
 
-    /// A unary call. A status other than 0 comes in a trailers-only answer.
+    /// A unary call. A status other than 0 is returned in a trailers-only response.
     pub async fn unary(&self, script: &[Step]) -> Result<(), Status> {
         let mut grpc = self.grpc.clone();
         grpc.ready().await.map_err(|error| Status::from_error(error.into()))?;
@@ -91,7 +91,7 @@ impl Client {
         patiently(grpc.unary(self.request(script.to_vec()), path, Json::default())).await.map(Response::into_inner)
     }
 
-    /// Begins a stream in both directions; returns when the answer's head is there. The status comes in trailers.
+    /// Starts a bidirectional stream; returns when the head of the response has arrived. The status comes in trailers.
     pub async fn stream(&self, script: &[Step]) -> Result<Call, Status> {
         let mut grpc = self.grpc.clone();
         grpc.ready().await.map_err(|error| Status::from_error(error.into()))?;
@@ -108,7 +108,7 @@ impl Client {
     }
 }
 
-/// A stream that is open; dropping it is a client that cancels it.
+/// An open stream; dropping it cancels it.
 #[derive(Debug)]
 pub struct Call {
     asks: mpsc::UnboundedSender<Vec<Step>>,
@@ -116,18 +116,18 @@ pub struct Call {
 }
 
 impl Call {
-    /// Asks for more.
+    /// Sends another script.
     pub fn ask(&self, script: &[Step]) {
-        // A stream that has ended tells by its answers.
+        // A stream that has ended reports that in its responses.
         let _ = self.asks.send(script.to_vec());
     }
 
-    /// The next message; `None` when the stream has ended well.
+    /// The next message; `None` when the stream has ended successfully.
     pub async fn next(&mut self) -> Result<Option<()>, Status> {
         patiently(self.answers.message()).await
     }
 
-    /// Waits for the upstream to end it, and returns how many messages came until then.
+    /// Waits until the upstream ends it, and returns the number of messages until then.
     pub async fn ended(&mut self) -> Result<u32, Status> {
         let mut messages = 0;
         while self.next().await?.is_some() {
@@ -136,7 +136,7 @@ impl Call {
         Ok(messages)
     }
 
-    /// Closes the client's side, as a client does that has nothing more to ask, and waits for the end.
+    /// Closes the client's side and waits for the end.
     pub async fn close(self) -> Result<u32, Status> {
         let Self { asks, answers } = self;
         let (closed, _) = mpsc::unbounded_channel();
@@ -145,16 +145,16 @@ impl Call {
     }
 }
 
-/// Waits, but not for ever.
+/// Waits with a timeout.
 async fn patiently<T>(answer: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     match timeout(PATIENCE, answer).await {
         Ok(answer) => answer,
-        // No status: tests expect those.
+        // Not a status, since tests expect those.
         Err(_) => panic!("the call neither went on nor ended within {PATIENCE:?}"),
     }
 }
 
-/// Does with a call what it says.
+/// Executes the script of a call.
 pub(crate) async fn answer(request: hyper::Request<Incoming>) -> hyper::Response<Body> {
     let mut grpc = server::Grpc::new(Json::default());
     match request.uri().path() {
@@ -228,7 +228,7 @@ fn status(code: i32) -> Status {
     Status::new(Code::from_i32(code), "as asked")
 }
 
-/// A client's connection as tonic wants it.
+/// A client connection in the form that tonic requires.
 #[derive(Clone, Debug)]
 struct Connection(http2::SendRequest<Body>);
 
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(backend.counts().requests, 4);
     }
 
-    /// Which of gRPC's two ways to end is taken where, since a proxy sees them in different places.
+    /// Which of gRPC's two ways to end is used where, since a proxy sees them in different places.
     #[tokio::test]
     async fn a_unary_error_is_trailers_only_and_a_stream_has_trailers() {
         let backend = backend().await;

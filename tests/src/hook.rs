@@ -28,7 +28,7 @@ pub struct Receiver {
     _tasks: JoinSet<()>,
 }
 
-/// What it was sent.
+/// The requests that it received.
 #[derive(Clone, Debug)]
 pub struct Got {
     /// The headers.
@@ -105,12 +105,12 @@ impl Receiver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).next.extend(answers);
     }
 
-    /// What it was sent so far.
+    /// The requests received so far.
     pub fn got(&self) -> Vec<Got> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).got.clone()
     }
 
-    /// Waits until it was sent so many.
+    /// Waits until it has received this many requests.
     pub async fn until(&self, count: usize) -> anyhow::Result<Vec<Got>> {
         eventually(&format!("{count} requests to the webhook"), DEADLINE, async || {
             let got = self.got();

@@ -1,7 +1,7 @@
-//! One client that fails its requests on purpose, to have a version taken back: it asks an endpoint for what every
-//! version answers with 500, and sees to it that one version gets those requests.
+//! A malicious client that fails its requests on purpose to cause a rollback: it requests an endpoint that every
+//! version answers with 500, and makes sure that one version receives those requests.
 //!
-//! It has one address and one connection, thus one worker of Envoy.
+//! It has one address and one connection, thus one Envoy worker.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,40 +15,40 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::client::{Connection, Request, Response};
 use crate::envoy_fixture::served_by;
 
-/// Where it calls from.
+/// The client's address.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 200);
 /// The path that every version fails; backends need it as their `bad_input`.
 pub const BAD_INPUT: &str = "/bad-input";
 
-/// The even sequence behind weights, as a client knows it who has read `core/src/choice/sequence.rs`: strata in a round, and
-/// from one to the next. The place inside a stratum stays unknown.
+/// The even sequence behind weights, as known to a client that has read `core/src/choice/sequence.rs`: the strata of a
+/// round, and the step between them. The position inside a stratum is unknown.
 const STRATA: u32 = 997;
 const STEP: u32 = 454;
 
-/// Requests per second of a client that need not predict anything.
+/// Requests per second of a client that does not predict anything.
 const RATE: f64 = 50.0;
-/// One that predicts sends so many back to back, since other clients' requests move the sequence on,
+/// A predicting client sends this many back to back, since requests of other clients advance the sequence,
 const BURST: usize = 100;
-/// and begins again after this long.
+/// and starts again after this interval.
 const BURST_EVERY: Duration = Duration::from_secs(1);
 /// It fails a request if the next turn is the version's with at least this probability.
 const SURE: f64 = 0.9;
 
-/// How it sees to it that a version gets its failing requests.
+/// How it makes sure that a version receives its failing requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Way {
     /// It keeps the cookie of a session with this version.
     Cookie(&'static str),
     /// A rule's header.
     Header(&'static str, &'static str),
-    /// It knows the sequence, and that the version has the part of it from `low` to `high` (0 to 1); between its bursts
-    /// it fails on that version's turns only.
+    /// It knows the sequence, and that the interval of the version is `low` to `high` (0 to 1); between its bursts it
+    /// fails only on that version's turns.
     Predicts {
         /// The version.
         version: &'static str,
-        /// Where its part begins.
+        /// The start of the interval.
         low: f64,
-        /// Where it ends.
+        /// The end of the interval.
         high: f64,
     },
 }
@@ -56,7 +56,7 @@ pub enum Way {
 /// The failing requests that it has sent, by the version that answered.
 pub type Sent = BTreeMap<String, u64>;
 
-/// Such a client at work; dropping it ends it.
+/// A running malicious client; dropping it ends it.
 #[derive(Debug)]
 pub struct Hostile {
     sent: Arc<Mutex<Sent>>,
@@ -72,12 +72,12 @@ impl Hostile {
         Self { sent, task }
     }
 
-    /// What it has sent so far.
+    /// The requests sent so far.
     pub fn sent(&self) -> Sent {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Ends it and returns what it sent; an error if it ended before, which only an error makes it do.
+    /// Ends it and returns what it sent; an error if it ended earlier, which only an error can cause.
     pub async fn stop(mut self) -> anyhow::Result<Sent> {
         self.task.abort();
         match (&mut self.task).await {
@@ -120,7 +120,7 @@ impl Client {
         Request::new(self.address, "GET", path).host(&self.host)
     }
 
-    /// Comes as a new user again and again, until the version is the one that it is given.
+    /// Starts new sessions until one is assigned to the version.
     async fn cookie_of(&self, version: &str, connection: &mut Connection) -> anyhow::Result<String> {
         loop {
             let response = connection.send(&self.get("/")).await?;
@@ -170,10 +170,10 @@ impl Client {
     }
 }
 
-/// The strata that the next request may be in, by the answers so far.
+/// The possible strata of the next request, given the responses so far.
 struct Belief {
     strata: Vec<u32>,
-    /// The version's part, in strata.
+    /// The interval of the version, in strata.
     low: f64,
     high: f64,
 }
@@ -184,24 +184,24 @@ impl Belief {
         Self { strata: (0..STRATA).collect(), low: low * strata, high: high * strata }
     }
 
-    /// Anything may have happened.
+    /// Resets to all strata.
     fn forget(&mut self) {
         self.strata = (0..STRATA).collect();
     }
 
-    /// The part of a stratum that is the version's.
+    /// The fraction of a stratum that belongs to the version.
     fn part(&self, stratum: u32) -> f64 {
         let (begin, end) = (f64::from(stratum), f64::from(stratum + 1));
         (end.min(self.high) - begin.max(self.low)).clamp(0.0, 1.0)
     }
 
-    /// How likely it is that the version answers the next request.
+    /// The probability that the version answers the next request.
     fn chance(&self) -> f64 {
         let parts: f64 = self.strata.iter().map(|&stratum| self.part(stratum)).sum();
         parts / self.strata.len().max(1) as f64
     }
 
-    /// The version has answered, or another one has.
+    /// Updates after a response from the version or from another one.
     fn learn(&mut self, is_version: bool) {
         let fits = |part: f64| if is_version { part > 0.0 } else { part < 1.0 };
         let possible = |strata: &[u32]| -> Vec<u32> {
@@ -209,7 +209,7 @@ impl Belief {
         };
         let mut strata = possible(&self.strata);
         if strata.is_empty() {
-            // Another client's request has come in between.
+            // A request of another client came in between.
             strata = possible(&(0..STRATA).collect::<Vec<_>>());
         }
         self.strata = strata.into_iter().map(|stratum| (stratum + STEP) % STRATA).collect();
@@ -222,13 +222,13 @@ mod tests {
     use crate::backend::Backend;
     use crate::wait::eventually;
 
-    /// A walk over the strata with any place inside each, as `turns` of the version.
+    /// A walk over the strata with random positions, as `turns` of the version.
     fn turns(begin: u32, low: f64) -> impl Iterator<Item = bool> {
         let strata = std::iter::successors(Some(begin), |stratum| Some((stratum + STEP) % STRATA));
         strata.map(move |stratum| (f64::from(stratum) + fastrand::f64()) / f64::from(STRATA) >= low)
     }
 
-    /// How many turns of a burst it was sure of, and how many of these were the version's.
+    /// The number of turns in a burst that it was sure of, and how many of these were the version's.
     fn predicted(turns: impl Iterator<Item = bool>) -> (u32, u32) {
         let mut belief = Belief::new(0.9, 1.0);
         let (mut sure, mut right) = (0, 0);
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn it_starts_over_when_other_requests_came_in_between() {
-        // Each 40th turn is another client's.
+        // Every 40th turn belongs to another client.
         let seen = turns(3, 0.9).enumerate().filter(|(number, _)| number % 40 != 39).map(|(_, turn)| turn);
         let (sure, right) = predicted(seen.take(4_000));
         assert!(sure >= 150 && f64::from(right) >= 0.6 * f64::from(sure), "{right} of {sure}");
@@ -270,7 +270,7 @@ mod tests {
         .await
         .unwrap();
         let sent = hostile.stop().await.unwrap();
-        // One may be under way when it is stopped.
+        // One may be in flight when it is stopped.
         assert!(backend.counts().errors - sent["v2"] <= 1, "{sent:?}");
     }
 }

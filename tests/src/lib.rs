@@ -1,11 +1,11 @@
-//! The actors that the end-to-end tests, the demo and the bench share.
+//! The components shared by the end-to-end tests, the demo and the bench.
 //!
-//! Everything a user would see is real here: [`envoy`] runs the Envoy binary, [`controller`] the `tideshift` binary,
-//! [`backend`] answers over real sockets and [`client`] and [`load`] call through them. The stand-ins are [`wasm_host`],
-//! which runs the real module in a small interpreter to show what no Envoy can be made to do, and [`kubernetes`], whose
-//! API server fails to order.
+//! Everything visible to users is real: [`envoy`] runs the Envoy binary, [`controller`] the `tideshift` binary,
+//! [`backend`] answers over real sockets, and [`client`] and [`load`] call through them. The stand-ins are
+//! [`wasm_host`], which runs the real module in a small interpreter to test what no Envoy can be made to do, and
+//! [`kubernetes`], whose API server fails on demand.
 //!
-//! An actor ends with its value: dropping it kills its process or closes its sockets.
+//! A component ends when its value is dropped: this kills its process or closes its sockets.
 
 pub mod artifacts;
 pub mod backend;

@@ -1,8 +1,8 @@
-//! Many requests over connections that are kept alive, and an exact tally of who answered what.
+//! Sends many requests over keep-alive connections, with an exact count of responses by backend.
 //!
-//! Every request that went out is in the tally once: answered, failed or still in flight. A connection that the server
-//! closed between two requests is opened again and is no failure; a request that got no whole answer is one, and so is
-//! one whose client gave up.
+//! Every request that was sent is counted once: answered, failed or still in flight. A connection that the server
+//! closed between two requests is reopened and is no failure; a request without a complete response is one, and so is
+//! one that its client cancelled.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -24,16 +24,16 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::backend::SERVED_BY;
 use crate::client::connect_from;
 
-/// Stands for the version in a [`Tally`] where an answer did not name a backend: Envoy's own 503, for instance.
+/// Stands for the version in a [`Tally`] if a response names no backend, such as Envoy's own 503.
 pub const NOBODY: &str = "-";
 
-/// How often one and the same request is tried on a new connection when the old one was closed before it went out.
+/// How often a request is retried on a new connection if the old one was closed before it was sent.
 const STALE_CONNECTIONS: usize = 3;
 
-/// The address of the first of many callers; the next ones follow it.
+/// The address of the first of many callers; the others follow it.
 const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-/// What to send; the defaults are a closed loop of `GET /` over 4 connections until it is stopped.
+/// The parameters of a load; by default a closed loop of `GET /` over 4 connections until it is stopped.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The address to call.
@@ -42,19 +42,19 @@ pub struct Plan {
     pub host: String,
     /// Path and query.
     pub path: String,
-    /// Further headers of each request.
+    /// Additional headers of each request.
     pub headers: Vec<(String, String)>,
     /// Connections, each with at most one request at a time.
     pub connections: usize,
-    /// Requests per second of all connections together; `None`: each connection sends as fast as it is answered.
+    /// Requests per second of all connections together; `None`: each connection sends as fast as it gets responses.
     pub rate: Option<f64>,
-    /// Ends by itself after so many requests.
+    /// Ends after this many requests.
     pub requests: Option<u64>,
-    /// Client addresses of the loopback interface, which the connections take in turn; none: 127.0.0.1 for all.
+    /// Client addresses of the loopback interface, used by the connections in turn; empty: 127.0.0.1 for all.
     pub sources: Vec<Ipv4Addr>,
-    /// After this long without a whole answer a client gives up and closes its connection.
+    /// A client cancels after this long without a complete response and closes its connection.
     pub patience: Option<Duration>,
-    /// The message of unary gRPC calls over HTTP/2, instead of `GET`; an answer without `grpc-status: 0` is a failure.
+    /// The message of unary gRPC calls over HTTP/2, instead of `GET`; a response without `grpc-status: 0` is a failure.
     pub grpc: Option<&'static [u8]>,
 }
 
@@ -75,38 +75,38 @@ impl Plan {
         }
     }
 
-    /// With one more header.
+    /// Adds a header.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// Over so many connections.
+    /// Sets the number of connections.
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections;
         self
     }
 
-    /// So many requests per second instead of a closed loop.
+    /// Sends at this rate instead of a closed loop.
     pub fn rate(mut self, per_second: f64) -> Self {
         self.rate = Some(per_second);
         self
     }
 
-    /// From so many client addresses, over a connection of its own each.
+    /// Sends from this many client addresses, each over its own connection.
     pub fn callers(mut self, callers: usize) -> Self {
         let first = u32::from(FIRST_CALLER);
         self.sources = (first..).take(callers).map(Ipv4Addr::from).collect();
         self.connections(callers)
     }
 
-    /// With clients that give up after this long.
+    /// Clients cancel after this long.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = Some(patience);
         self
     }
 
-    /// Unary gRPC calls that a backend of [`Mode::Grpc`](crate::backend::Mode::Grpc) answers at once.
+    /// Sends unary gRPC calls that a backend of [`Mode::Grpc`](crate::backend::Mode::Grpc) answers at once.
     #[cfg(feature = "streams")]
     pub fn grpc(mut self) -> Self {
         crate::grpc::UNARY.clone_into(&mut self.path);
@@ -126,22 +126,22 @@ impl Plan {
     }
 }
 
-/// Who answered what, and what got no answer.
+/// The counts of a load: responses by version, and failures.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Requests that went out.
+    /// Requests that were sent.
     pub sent: u64,
-    /// Requests whose answer was read to its end.
+    /// Requests with a complete response.
     pub answered: u64,
-    /// Requests that ended without a whole answer.
+    /// Requests that ended without a complete response.
     pub failed: u64,
-    /// Those of them whose client gave up.
+    /// Those that the client cancelled.
     pub gave_up: u64,
-    /// The answers by version ([`NOBODY`] where none was named) and status.
+    /// Responses by version ([`NOBODY`] if none was named) and status.
     pub by: BTreeMap<(String, u16), u64>,
     /// When the versions were called and when they failed.
     pub times: BTreeMap<String, Times>,
-    /// What the first failures said.
+    /// The messages of the first failures.
     pub failures: Vec<String>,
 }
 
@@ -150,7 +150,7 @@ pub struct Tally {
 pub struct Times {
     /// When the latest of its requests was sent.
     pub last_sent: Instant,
-    /// When its first answer with a status of 500 and above had arrived.
+    /// When its first response with a status of 500 or above arrived.
     pub first_error: Option<Instant>,
 }
 
@@ -165,32 +165,32 @@ impl Tally {
         *self.by.entry((version, status)).or_default() += 1;
     }
 
-    /// Answers of `version` with any status.
+    /// Responses of `version` with any status.
     pub fn of(&self, version: &str) -> u64 {
         self.count(|name, _| name == version)
     }
 
-    /// Answers of any version with a status of that class: 2 for 200 to 299.
+    /// Responses of any version with a status in this class: 2 for 200 to 299.
     pub fn class(&self, class: u16) -> u64 {
         self.count(|_, status| status / 100 == class)
     }
 
-    /// Answers of `version` with a status of that class.
+    /// Responses of `version` with a status in this class.
     pub fn of_class(&self, version: &str, class: u16) -> u64 {
         self.count(|name, status| name == version && status / 100 == class)
     }
 
-    /// The part of all answers that `version` gave, 0 to 1.
+    /// The fraction of all responses that came from `version`, 0 to 1.
     pub fn share(&self, version: &str) -> f64 {
         if self.answered == 0 { 0.0 } else { self.of(version) as f64 / self.answered as f64 }
     }
 
-    /// Requests that a user would call failed: no whole answer, or a status of 500 and above.
+    /// Requests that failed from a user's point of view: no complete response, or a status of 500 or above.
     pub fn bad(&self) -> u64 {
         self.failed + self.count(|_, status| status >= 500)
     }
 
-    /// What was added since `earlier`, a tally of the same load; its times are this one's.
+    /// The increase since `earlier`, a tally of the same load; its times are this one's.
     pub fn since(&self, earlier: &Self) -> Self {
         let mut by = self.by.clone();
         by.retain(|key, count| {
@@ -213,7 +213,7 @@ impl Tally {
     }
 }
 
-/// A running load; dropping it ends it without waiting for the answers in flight.
+/// A running load; dropping it ends it without waiting for responses in flight.
 #[derive(Debug)]
 pub struct Load {
     shared: Arc<Shared>,
@@ -247,13 +247,13 @@ impl Load {
         Self { shared, connections }
     }
 
-    /// The tally as it stands now.
+    /// The current tally.
     pub fn tally(&self) -> Tally {
         self.shared.tally().clone()
     }
 
-    /// Sends nothing more, waits for the answers in flight and returns the final tally: all that was sent was either
-    /// answered or failed.
+    /// Stops sending, waits for the responses in flight and returns the final tally: every request was either answered
+    /// or failed.
     pub async fn stop(self) -> anyhow::Result<Tally> {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.finish().await
@@ -272,7 +272,7 @@ impl Shared {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What one connection does: take the next request's number, wait for its time, send it.
+    /// The loop of one connection: take the next request's number, wait for its time, send it.
     async fn send_all(self: Arc<Self>, number: usize) -> anyhow::Result<()> {
         let source = self.plan.sources.get(number % self.plan.sources.len().max(1)).copied();
         let mut connection = None;
@@ -311,7 +311,7 @@ impl Shared {
         (!over).then(|| self.begun + after)
     }
 
-    /// `None`: the client gave up.
+    /// `None`: the client cancelled.
     async fn send_patiently(
         &self,
         source: Option<Ipv4Addr>,
@@ -351,7 +351,7 @@ impl Shared {
                     }
                     return Ok(answer);
                 }
-                // Cancelled is hyper's word for a request of which not one byte was sent.
+                // hyper reports "canceled" for a request of which not one byte was sent.
                 Err(error) if error.is_canceled() => *connection = None,
                 Err(error) => return Err(error).context("no answer"),
             }
@@ -376,13 +376,13 @@ impl Shared {
     }
 }
 
-/// The status in trailers, or in the headers of an answer without a body.
+/// The status in trailers, or in the headers of a response without a body.
 fn grpc_status<'a>(headers: &'a HeaderMap, body: &'a Collected<Bytes>) -> Option<&'a str> {
     let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
     status.or_else(|| headers.get("grpc-status"))?.to_str().ok()
 }
 
-/// An open connection; dropping it closes it, also while a request is under way.
+/// An open connection; dropping it closes it, even while a request is in flight.
 struct Connection {
     requests: Requests,
     driver: AbortHandle,

@@ -1,4 +1,4 @@
-//! Prometheus' text format, read into a map: what Envoy and the controller say of themselves.
+//! Parses Prometheus' text format, from Envoy and the controller, into a map.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,5 +1,5 @@
-//! A strict reading of the OpenMetrics text format, and of Prometheus' advice on names: what a scraper may stumble over
-//! is an error here.
+//! A strict parser of the OpenMetrics text format and of Prometheus' naming conventions: anything that a scraper may
+//! not accept is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,5 @@
-//! A controller that says what the test wants: it answers the filter's long polls with the policy of the test, or with
-//! whatever bytes, and keeps what the filter asked and reported.
+//! A controller scripted by the test: it answers the filter's long polls with the policy of the test or with arbitrary
+//! bytes, and records the polls and reports of the filter.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,7 +19,7 @@ use crate::envoy_fixture::DEADLINE;
 use crate::ports::Port;
 use crate::wait::eventually;
 
-/// How long a poll is held where the test does not say otherwise.
+/// How long a poll is held by default.
 const HOLD: Duration = Duration::from_secs(25);
 
 /// A long poll of the filter.
@@ -27,7 +27,7 @@ const HOLD: Duration = Duration::from_secs(25);
 pub struct Poll {
     /// When it arrived.
     pub at: Instant,
-    /// Its query parameters, decoded no further than the filter's own names need.
+    /// Its query parameters, decoded only as far as the filter's own names need.
     pub query: BTreeMap<String, String>,
     /// Its `authorization`.
     pub authorization: Option<String>,
@@ -45,7 +45,7 @@ impl Poll {
     }
 }
 
-/// How reports are answered; they are kept in any case.
+/// How reports are answered; they are recorded in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReportAnswer {
     /// With this status.
@@ -68,14 +68,14 @@ struct State {
     kept: Mutex<Kept>,
 }
 
-/// What polls are answered with.
+/// The response to polls.
 #[derive(Clone, Debug)]
 struct Offer {
     epoch: String,
     revision: u64,
     body: Vec<u8>,
     hold: Duration,
-    /// These bytes instead, and the connection is closed after them; whether once only.
+    /// These bytes instead, after which the connection is closed; and whether only once.
     raw: Option<(Vec<u8>, bool)>,
 }
 
@@ -86,7 +86,7 @@ struct Kept {
     answered: Option<Instant>,
     reports: Vec<(Option<String>, Report)>,
     report_answer: ReportAnswer,
-    /// Requests that were neither, or reports that could not be read.
+    /// Requests other than polls and reports, and reports that could not be parsed.
     strange: Vec<String>,
 }
 
@@ -125,24 +125,24 @@ impl PolicyServer {
         }
     }
 
-    /// Where it listens.
+    /// The listen address.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
     }
 
-    /// Offers a policy with the revision that stands in it, in the epoch of the last one.
+    /// Publishes a policy with its own revision, in the current epoch.
     pub fn publish(&self, policy: &Value) {
         let revision = policy["revision"].as_u64().unwrap_or_default();
         self.publish_bytes(revision, policy.to_string());
     }
 
-    /// Offers any bytes as the policy of a revision.
+    /// Publishes arbitrary bytes as the policy of a revision.
     pub fn publish_bytes(&self, revision: u64, body: impl Into<Vec<u8>>) {
         let body = body.into();
         self.state.offer.send_modify(|offer| (offer.revision, offer.body, offer.raw) = (revision, body, None));
     }
 
-    /// Goes over to another epoch, with the policy of the last call or this new one.
+    /// Starts another epoch, with the last policy or a new one.
     pub fn publish_in_epoch(&self, epoch: &str, policy: &Value) {
         self.state.offer.send_modify(|offer| {
             epoch.clone_into(&mut offer.epoch);
@@ -151,8 +151,7 @@ impl PolicyServer {
         });
     }
 
-    /// Answers each poll at once with these bytes, whatever they are, and closes the connection; until the next
-    /// publishing.
+    /// Answers each poll at once with these bytes and closes the connection, until the next policy is published.
     pub fn answer_raw(&self, bytes: impl Into<Vec<u8>>) {
         let raw = Some((bytes.into(), false));
         self.state.offer.send_modify(|offer| offer.raw = raw);
@@ -164,12 +163,12 @@ impl PolicyServer {
         self.state.offer.send_modify(|offer| offer.raw = raw);
     }
 
-    /// Answers polls with 204 after this time if there is nothing newer.
+    /// Answers polls with 204 after this time if there is no newer policy.
     pub fn hold(&self, hold: Duration) {
         self.state.offer.send_modify(|offer| offer.hold = hold);
     }
 
-    /// How reports are answered from now on.
+    /// Sets how reports are answered.
     pub fn answer_reports(&self, answer: ReportAnswer) {
         self.kept().report_answer = answer;
     }
@@ -185,7 +184,7 @@ impl PolicyServer {
         kept.held > 0 && kept.polls.last().is_some_and(|poll| poll.after() == revision)
     }
 
-    /// When a poll was answered with a policy last.
+    /// When a poll was last answered with a policy.
     pub fn answered_at(&self) -> Option<Instant> {
         self.kept().answered
     }
@@ -205,7 +204,7 @@ impl PolicyServer {
         self.kept().reports.iter().map(|(authorization, _)| authorization.clone()).collect()
     }
 
-    /// What it could not make sense of.
+    /// The unexpected requests.
     pub fn strange(&self) -> Vec<String> {
         self.kept().strange.clone()
     }
@@ -215,7 +214,7 @@ impl PolicyServer {
     }
 }
 
-/// Waits until the server holds a poll for what comes after `revision`.
+/// Waits until the server holds a poll for a policy after `revision`.
 pub async fn held_after(server: &PolicyServer, revision: u64) -> anyhow::Result<()> {
     eventually(&format!("a poll for what comes after {revision}"), DEADLINE, async || {
         ensure!(server.holds_poll_after(revision), "{:?}", server.polls().last());
@@ -230,7 +229,7 @@ impl Drop for PolicyServer {
     }
 }
 
-/// Accepts until it is aborted; its connections end with it.
+/// Accepts connections until it is aborted; they end with it.
 async fn serve(listener: TcpListener, state: Arc<State>) {
     let mut connections = JoinSet::new();
     loop {
@@ -256,7 +255,7 @@ async fn connection(mut stream: TcpStream, state: Arc<State>) {
                     return;
                 }
             }
-            // An Envoy that went away in the middle of a request is no news.
+            // An Envoy may disconnect during a request.
             Ok(None) | Err(_) => return,
         }
     }
@@ -318,7 +317,7 @@ async fn answer_poll(stream: &mut TcpStream, poll: Poll, state: &State) -> anyho
     let mut byte = [0];
     let offer = tokio::select! {
         offer = timeout(hold, offers.wait_for(news)) => offer.ok().and_then(Result::ok).map(|offer| offer.clone()),
-        // Nothing is sent while a poll is held: this is a proxy that gave up or went away.
+        // Nothing is sent while a poll is held: the proxy cancelled or disconnected.
         _ = stream.peek(&mut byte) => bail!("the proxy went away"),
     };
     match offer {
@@ -338,7 +337,7 @@ async fn answer_poll(stream: &mut TcpStream, poll: Poll, state: &State) -> anyho
     }
 }
 
-/// Counts a poll as held for as long as it lives.
+/// Counts a poll as held until this is dropped.
 struct Held<'s>(&'s State);
 
 impl Drop for Held<'_> {
@@ -367,7 +366,7 @@ async fn request(stream: &mut TcpStream, unread: &mut Vec<u8>) -> anyhow::Result
     }
 }
 
-/// A whole request and its length in bytes, once it is there.
+/// A complete request and its length in bytes, once it has arrived.
 fn parse(bytes: &[u8]) -> anyhow::Result<Option<(Asked, usize)>> {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let mut parsed = httparse::Request::new(&mut headers);
@@ -387,7 +386,7 @@ fn parse(bytes: &[u8]) -> anyhow::Result<Option<(Asked, usize)>> {
     Ok(Some((asked, head + length)))
 }
 
-/// A lock whose holder never panics half-way through a change.
+/// A lock; no holder panics during a change.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
 //! Loopback ports that are reserved while a test needs them, even while nothing listens on them.
 //!
-//! A port from `bind(0)` may be handed out again the moment it is closed, and it lies in the range from which the
-//! kernel picks the source ports of outgoing connections: a client that calls a stopped backend there can even connect
-//! to itself. So these ports come from below that range, and a UDP socket bound to the same number is the lock that
-//! other test processes see. It goes away with the process, whichever way that ends.
+//! The kernel may reassign a port from `bind(0)` as soon as it is closed, and it lies in the range of source ports for
+//! outgoing connections: a client that calls a stopped backend there can even connect to itself. Therefore these ports
+//! are below that range, and a UDP socket bound to the same number is the lock that other test processes see. The lock
+//! ends with the process, however that ends.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! A child process with its log in a file, which ends with its handle.
+//! A child process with its log in a file; it ends with its handle.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::eventually;
 
-/// So many of the log's last lines go into messages.
+/// The number of the log's last lines in messages.
 const TAIL: usize = 60;
 
 /// A running (or ended) process; dropping it kills it and waits for its end.

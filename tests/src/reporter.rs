@@ -1,5 +1,5 @@
-//! A proxy that is connected and applies policies, but serves no traffic: it polls the policy and reports every second what it
-//! runs, as the filter does. For tests of rollouts that need no traffic; a rollout goes nowhere without a live proxy.
+//! A connected proxy that applies policies but serves no traffic: it polls the policy and reports every second what it
+//! runs, like the filter. For tests of rollouts that need no traffic; a rollout does not progress without a live proxy.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use crate::client::{Request, get};
 
 /// From one report to the next.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How soon a controller that is away is asked again.
+/// The retry interval while the controller is unreachable.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// A proxy without traffic; dropping it ends it.
@@ -23,7 +23,7 @@ pub struct Reporter {
     tasks: [JoinHandle<()>; 2],
 }
 
-/// What it runs.
+/// The policy that it runs.
 #[derive(Debug, Clone, Default)]
 struct Runs {
     epoch: String,
@@ -42,7 +42,7 @@ impl Reporter {
             loop {
                 let before = lock(&polling).clone();
                 match poll(controller, &poller, &before).await {
-                    // What has changed is reported at once.
+                    // Changes are reported at once.
                     Ok(Some((epoch, revision))) => {
                         let runs = {
                             let mut runs = lock(&polling);

@@ -1,5 +1,5 @@
-//! Whether an API server would take an object, by the schema of its kind: those of Istio's, Gateway API's and Envoy
-//! Gateway's CRDs, and Kubernetes' own. `tools/schemas` says where they are from; fields that no schema knows are wrong too.
+//! Validates objects as an API server would, by the schemas of Kubernetes and of the CRDs of Istio, Gateway API and
+//! Envoy Gateway. `tools/schemas` documents their origin; unknown fields are errors, too.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::artifacts;
 
-/// What is wrong with these objects, a line for each thing.
+/// The validation errors of these objects, one line each.
 pub fn check(objects: &[Value]) -> anyhow::Result<Vec<String>> {
     let checker = artifacts::workspace().join("tools/schemas/check.mjs");
     let mut command = Command::new(artifacts::node()?);

@@ -1,4 +1,4 @@
-//! A whole Tideshift from a document, as a user has it: backends, the controller, and an Envoy that runs exactly what
+//! A complete Tideshift for a document, as users run it: backends, the controller, and an Envoy that runs exactly what
 //! `tideshift render envoy` prints for the same file.
 
 use std::collections::BTreeMap;
@@ -23,11 +23,11 @@ use crate::reporter::Reporter;
 use crate::wait::eventually;
 use crate::{artifacts, envoy};
 
-/// How long anything that these tests wait for may take. On a busy machine a second is soon over, and a guard may veto
-/// twice (10 and 20 s) before the verdict has enough to take a version back.
+/// The timeout of anything that these tests wait for. A busy machine is slow, and a guard may veto twice (10 and 20 s)
+/// before the verdict has enough evidence for a rollback.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The service of a rig's document.
+/// The service of the test bed's document.
 pub const SERVICE: &str = "shop";
 /// Its hostname.
 pub const HOST: &str = "shop.example.com";
@@ -35,11 +35,11 @@ pub const HOST: &str = "shop.example.com";
 /// A hold that no test waits for.
 pub const FOR_EVER: u64 = 3600;
 
-/// The outcomes by which requests are counted, in the words of the status.
+/// The outcomes by which requests are counted, as named in the status.
 pub const OUTCOMES: [(&str, &str); 4] =
     [("ok", "ok"), ("error", "error"), ("clientError", "client_error"), ("cancelled", "cancelled")];
 
-/// Backends, ports and a document; the controller and the Envoy are the test's to start.
+/// Backends, ports and a document; the test starts the controller and the Envoy.
 #[derive(Debug)]
 pub struct TestBed {
     /// The versions' endpoints.
@@ -47,14 +47,14 @@ pub struct TestBed {
     directory: TempDir,
     listen: Port,
     admin: Port,
-    /// The controller's port, for the Envoy; the controller itself takes one of the same number.
+    /// The port of the controller, for the Envoy; the controller itself uses the same number.
     controller: SocketAddr,
     reserved: Option<Port>,
     reporter: Option<Reporter>,
 }
 
 impl TestBed {
-    /// So many endpoints of each version, all of them ready. There is no document yet.
+    /// Starts this many endpoints of each version, all ready. There is no document yet.
     pub async fn new(versions: &[(&str, usize)]) -> anyhow::Result<Self> {
         let mut backends = BTreeMap::new();
         for &(version, endpoints) in versions {
@@ -76,8 +76,8 @@ impl TestBed {
         })
     }
 
-    /// A document for these versions: probed ten times a second, two failures take an endpoint out. `fields` come over
-    /// those of `spec`.
+    /// A document for these versions: probed ten times a second, and two failures make an endpoint unready. `fields`
+    /// override those of `spec`.
     pub fn document(&self, fields: Value) -> Value {
         let probe = json!({ "httpGet": { "path": "/health" }, "periodMillis": 100, "failureThreshold": 2 });
         let versions: Vec<Value> = self
@@ -100,12 +100,12 @@ impl TestBed {
         })
     }
 
-    /// Where the document is.
+    /// The path of the document.
     pub fn file(&self) -> PathBuf {
         self.path("shift.yaml")
     }
 
-    /// A path in the folder of the document.
+    /// A path in the directory of the document.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
@@ -115,14 +115,14 @@ impl TestBed {
         fs::write(self.file(), format!("{document:#}\n")).context("cannot write the document")
     }
 
-    /// Replaces the document by a rename, as careful editors and ConfigMaps do.
+    /// Replaces the document by a rename, like an atomic save or a ConfigMap update.
     pub fn replace(&self, document: &Value) -> anyhow::Result<()> {
         let new = self.path("shift.yaml.new");
         fs::write(&new, format!("{document:#}\n"))?;
         fs::rename(new, self.file()).context("cannot replace the document")
     }
 
-    /// Where the controller keeps its state.
+    /// The state directory of the controller.
     pub fn state_dir(&self) -> PathBuf {
         self.path(".tideshift").join(self.file().file_name().unwrap_or_default())
     }
@@ -132,35 +132,35 @@ impl TestBed {
         self.start_controller_with(&[]).await
     }
 
-    /// The same with further arguments.
+    /// The same with additional arguments.
     pub async fn start_controller_with(&mut self, further: &[&str]) -> anyhow::Result<Controller> {
         let port = self.reserved.take().context("the controller was started before")?;
         Controller::start_on(port, &[&self.file()], further).await
     }
 
-    /// A proxy that reports and serves no traffic, for rollouts without traffic; before or after the controller.
+    /// Starts a proxy that reports and serves no traffic, for rollouts without traffic; before or after the controller.
     pub fn start_reporter(&mut self) {
         self.reporter = Some(Reporter::start(self.controller, "reporter"));
     }
 
-    /// What `tideshift render envoy -f` the document prints.
+    /// The output of `tideshift render envoy -f` for the document.
     pub fn render(&self) -> anyhow::Result<String> {
         let output = render(&self.file(), self.listen.address(), self.admin.address(), self.controller)?;
         ensure!(output.code == Some(0) && output.stderr.is_empty(), "tideshift render envoy: {output:?}");
         Ok(output.stdout)
     }
 
-    /// Starts an Envoy of so many workers from what `tideshift render envoy` prints.
+    /// Starts an Envoy with this many workers from the output of `tideshift render envoy`.
     pub async fn start_envoy(&self, workers: usize) -> anyhow::Result<Envoy> {
         envoy::Options::new(self.render()?, self.admin.number()).concurrency(workers).start().await
     }
 
-    /// Where the controller listens, once it is started.
+    /// The address of the controller, once it is started.
     pub fn controller_address(&self) -> SocketAddr {
         self.controller
     }
 
-    /// Where clients call.
+    /// The address for clients.
     pub fn address(&self) -> SocketAddr {
         self.listen.address()
     }
@@ -170,23 +170,23 @@ impl TestBed {
         self.backends.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether all endpoints of a version are ready from now on.
+    /// Sets whether all endpoints of a version are ready.
     pub fn set_ready(&self, version: &str, ready: bool) {
         self.version(version).iter().for_each(|backend| backend.set_ready(ready));
     }
 
-    /// The requests that have reached a version's endpoints.
+    /// The number of requests that reached a version's endpoints.
     pub fn arrived(&self, version: &str) -> u64 {
         self.version(version).iter().map(|backend| backend.counts().requests).sum()
     }
 
-    /// Requests of the service at that rate.
+    /// Sends requests to the service at this rate.
     pub fn load(&self, per_second: f64) -> Load {
         Plan::new(self.address(), HOST).connections(CONNECTIONS).rate(per_second).start()
     }
 }
 
-/// The connections of a rig's load.
+/// The number of connections of a test bed's load.
 pub const CONNECTIONS: usize = 8;
 
 /// `tideshift render envoy` for a document.
@@ -198,17 +198,17 @@ pub fn render(file: &Path, listen: SocketAddr, admin: SocketAddr, controller: So
     cli(arguments.into_iter().chain(["--controller", &controller, "--module", &module]))
 }
 
-/// The status of one moment, read as a user's script would.
+/// The status at one moment, parsed as a user's script would.
 #[derive(Clone, Debug)]
 pub struct Seen(pub Value);
 
 impl Seen {
-    /// The status now.
+    /// The current status.
     pub async fn now(controller: &Controller) -> anyhow::Result<Self> {
         Ok(Self(controller.status().await?))
     }
 
-    /// The service of a rig.
+    /// The service of the test bed.
     pub fn service(&self) -> &Value {
         let services = self.0["services"].as_array();
         services.and_then(|services| services.iter().find(|service| service["name"] == SERVICE)).unwrap_or(&Value::Null)
@@ -219,12 +219,12 @@ impl Seen {
         self.service()["phase"].as_str().unwrap_or_default()
     }
 
-    /// Why it is in this phase.
+    /// The reason for the phase.
     pub fn message(&self) -> &str {
         self.service()["message"].as_str().unwrap_or_default()
     }
 
-    /// The number of the present step.
+    /// The number of the current step.
     pub fn step(&self) -> Option<u64> {
         self.service()["step"]["number"].as_u64()
     }
@@ -241,12 +241,12 @@ impl Seen {
         versions.into_iter().flatten().map(|version| version["weight"].as_f64().unwrap_or(f64::NAN)).collect()
     }
 
-    /// How many of a version's endpoints are ready.
+    /// The number of ready endpoints of a version.
     pub fn ready(&self, version: &str) -> u64 {
         self.version(version)["endpoints"]["ready"].as_u64().unwrap_or_default()
     }
 
-    /// A version's requests of one outcome.
+    /// The requests of a version with one outcome.
     pub fn count(&self, version: &str, outcome: &str) -> u64 {
         self.version(version)["requests"][outcome].as_u64().unwrap_or_default()
     }
@@ -256,7 +256,7 @@ impl Seen {
         OUTCOMES.iter().map(|(outcome, _)| self.count(version, outcome)).sum()
     }
 
-    /// The requests of every version and outcome that is not 0, in the words of the metrics.
+    /// The nonzero request counts by version and outcome, as named in the metrics.
     pub fn counts(&self) -> BTreeMap<(String, String), u64> {
         let versions = self.service()["versions"].as_array();
         let names = versions.into_iter().flatten().filter_map(|version| version["name"].as_str());
@@ -266,19 +266,19 @@ impl Seen {
         all.filter(|(_, count)| *count > 0).collect()
     }
 
-    /// The revision that proxies are given.
+    /// The revision of the published policy.
     pub fn revision(&self) -> u64 {
         self.0["revision"].as_u64().unwrap_or_default()
     }
 
-    /// Whether there is a proxy that was heard of, and every one runs the newest revision on all workers.
+    /// Whether at least one proxy has reported, and every proxy runs the newest revision on all workers.
     pub fn is_in_force(&self) -> bool {
         let proxies = self.0["proxies"].as_array();
         proxies.is_some_and(|all| !all.is_empty() && all.iter().all(|p| p["revision"] == self.0["revision"]))
     }
 }
 
-/// Waits until the status is as wanted; `holds` says what is missing.
+/// Waits until the status is as wanted; `holds` returns what is missing.
 pub async fn until(
     controller: &Controller,
     what: &str,
@@ -292,7 +292,7 @@ pub async fn until(
     outcome.await.with_context(|| controller.tail())
 }
 
-/// Waits until the versions have these shares in percent, and every worker of every proxy gives them.
+/// Waits until the versions have these shares in percent, and every worker of every proxy applies them.
 pub async fn until_shares(controller: &Controller, what: &str, shares: &[f64]) -> anyhow::Result<Seen> {
     until(controller, what, |seen| {
         ensure!(seen.weights() == shares, "the shares are {:?}, not {shares:?}", seen.weights());
@@ -302,7 +302,7 @@ pub async fn until_shares(controller: &Controller, what: &str, shares: &[f64]) -
     .await
 }
 
-/// What `load` gets while the next so many requests are answered; the weights must not change meanwhile.
+/// The responses to the next `requests` requests of `load`; the weights must not change meanwhile.
 pub async fn next_answers(load: &Load, requests: u64) -> anyhow::Result<Tally> {
     let before = load.tally();
     eventually("more answers", DEADLINE, async || {
@@ -319,13 +319,13 @@ pub async fn next_answers(load: &Load, requests: u64) -> anyhow::Result<Tally> {
     .await
 }
 
-/// How far the tally of a window may be off its due: the even sequence's 3 requests on each worker, and at either end
-/// what was in flight on the connections.
+/// The maximum deviation of a window's tally: the even sequence's 3 requests on each worker, and at either end the
+/// requests in flight on the connections.
 pub fn bound(workers: usize) -> f64 {
     (3 * workers + 2 * CONNECTIONS) as f64
 }
 
-/// Fails unless each version's answers of the tally are as many as its share in percent, to within [`bound`].
+/// Fails unless each version's responses in the tally match its share in percent, to within [`bound`].
 pub fn assert_shares(what: &str, tally: &Tally, shares: &[(&str, f64)], workers: usize) {
     for &(version, percent) in shares {
         let (due, got) = (tally.answered as f64 * percent / 100.0, tally.of(version) as f64);
@@ -334,8 +334,8 @@ pub fn assert_shares(what: &str, tally: &Tally, shares: &[(&str, f64)], workers:
     }
 }
 
-/// Waits until the controller's totals, Envoy's own counts and the client's tally are the same, for each version and
-/// outcome, and nothing is in flight. Every request must have been answered, by a version.
+/// Waits until the controller's totals, Envoy's own counts and the client's tally are equal, for each version and
+/// outcome, and nothing is in flight. Every request must have been answered by a version.
 pub async fn assert_counts_agree(controller: &Controller, envoy: &Envoy, tally: &Tally) -> anyhow::Result<()> {
     let expected = counts_of(tally);
     assert_eq!((tally.failed, tally.sent), (0, tally.answered), "{:?}", tally.failures);
@@ -349,12 +349,12 @@ pub async fn assert_counts_agree(controller: &Controller, envoy: &Envoy, tally: 
     outcome.await
 }
 
-/// Envoy's counts of a rig's service that are not 0.
+/// Envoy's nonzero counts of the test bed's service.
 pub fn counts_of_envoy(metrics: &Metrics) -> BTreeMap<(String, String), u64> {
     metrics.requests_by_version(SERVICE).into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
-/// A tally's answers by version and the outcome that their status means.
+/// The responses in a tally by version and by the outcome of their status.
 pub fn counts_of(tally: &Tally) -> BTreeMap<(String, String), u64> {
     let mut counts = BTreeMap::new();
     for ((version, status), count) in &tally.by {
@@ -368,7 +368,7 @@ pub fn counts_of(tally: &Tally) -> BTreeMap<(String, String), u64> {
     counts
 }
 
-/// The revisions that the proxy has taken from the controller, in order, by its log.
+/// The revisions that the proxy has applied from the controller, in order, according to its log.
 pub fn revisions(envoy: &Envoy) -> Vec<u64> {
     let log = envoy.log();
     let taken =
@@ -376,7 +376,7 @@ pub fn revisions(envoy: &Envoy) -> Vec<u64> {
     taken.filter_map(|number| number.parse().ok()).collect()
 }
 
-/// Whether a controller answers polls within a second or so, whatever else is done to it.
+/// Whether a controller answers polls within about a second, whatever else happens to it.
 pub async fn answers_polls(address: SocketAddr) -> anyhow::Result<Duration> {
     let begun = Instant::now();
     let policy = get(address, "/v1/policy?proxy=probe&epoch=&after=0").send().await?;

@@ -1,5 +1,6 @@
-//! Statuses for the web page: one with fixed numbers, and a play of some minutes in which a version fails, is taken back,
-//! and the next one does better. The engine is not in it: what happens when is written here.
+//! Statuses for the web page: one with fixed numbers, and a scripted sequence of some minutes in which a version fails,
+//! is rolled back, and the next one does better. It does not use the rollout engine: the script defines what happens
+//! when.
 
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use fastrand::Rng;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-/// The page of a status has these top-level fields.
+/// The top-level fields of a status.
 pub fn status(services: Vec<Value>) -> Value {
     json!({ "epoch": "e1", "revision": 12, "services": services, "proxies": [] })
 }
@@ -46,7 +47,7 @@ pub fn service(name: &str, versions: Vec<Value>) -> Value {
     })
 }
 
-/// `checkout` half-way from v1 to v2, of three versions, in the second of four steps, with round numbers.
+/// `checkout` halfway from v1 to v2, with three versions, in the second of four steps, with round numbers.
 pub fn half_way() -> Value {
     let versions = vec![
         version("v1", 75.0, [4, 4], [12_345, 21, 34, 5]),
@@ -81,32 +82,32 @@ pub fn half_way() -> Value {
     status
 }
 
-/// A proxy of four workers, heard now, that runs this revision.
+/// A proxy with four workers that has just reported and runs this revision.
 pub fn proxy(id: &str, revision: u64) -> Value {
     json!({ "id": id, "revision": revision, "workers": 4, "lastSeen": now() })
 }
 
-/// The time, RFC 3339.
+/// The current time, RFC 3339.
 pub fn now() -> String {
     format!("{:.3}", Timestamp::now())
 }
 
-/// Requests a second of the play.
+/// Requests per second in the timeline.
 const LOAD: f64 = 320.0;
-/// Its steps: percent and seconds; the last but one is a pause.
+/// The steps: percent and seconds; the last but one is a pause.
 const STEPS: [(u64, u64); 5] = [(5, 30), (25, 60), (50, 60), (50, 0), (100, 0)];
-/// How much worse a version may be, in the test of "it is worse".
+/// The tested ratios for "the target is worse".
 const RATIOS: [f64; 6] = [1.5, 2.0, 3.0, 5.0, 10.0, 30.0];
 const BOUND: f64 = 1000.0;
 const PASS_BOUND: f64 = 20.0;
 
-/// The second at which v2 starts out, and v3 after it.
+/// The second at which the rollout of v2 starts, and that of v3 after it.
 const FIRST: u64 = 12;
 const SECOND: u64 = 128;
-/// So long after its start v2 begins to fail.
+/// The seconds after its start at which v2 begins to fail.
 const BUG: u64 = 62;
 
-/// The play: `checkout` goes from v1 towards v2, which begins to fail at 25 % and is taken back; then towards v3.
+/// The timeline: `checkout` moves from v1 to v2, which begins to fail at 25 % and is rolled back; then to v3.
 #[derive(Debug)]
 pub struct Timeline {
     begin: Timestamp,
@@ -129,7 +130,7 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// The play from its beginning, which is at `begin`.
+    /// The timeline from its start, at `begin`.
     pub fn new(begin: Timestamp) -> Self {
         Self {
             begin,
@@ -157,12 +158,12 @@ impl Timeline {
         std::mem::take(&mut self.told)
     }
 
-    /// How many seconds have passed.
+    /// The number of seconds that have passed.
     pub fn second(&self) -> u64 {
         self.second
     }
 
-    /// Lets a second pass.
+    /// Advances by one second.
     pub fn tick(&mut self) {
         self.second += 1;
         match self.second {
@@ -212,7 +213,7 @@ impl Timeline {
         self.told.push(transition);
     }
 
-    /// The evidence of `core`'s verdict, as design.md has it; close enough for a play.
+    /// The evidence of `core`'s verdict, as described in design.md; approximate, which suffices here.
     fn judge(&mut self, target: [u64; 2], stable: [u64; 2], share: f64) {
         let [x, both] = [target[1] as f64, (target[1] + stable[1]) as f64];
         for (bet, ratio) in self.bets.iter_mut().zip(RATIOS) {
@@ -253,7 +254,7 @@ impl Timeline {
         }
     }
 
-    /// The versions' shares in percent.
+    /// The shares of the versions in percent.
     pub fn shares(&self) -> [f64; 3] {
         let mut shares = [100.0, 0.0, 0.0];
         if let Some(target) = self.target.filter(|_| self.phase != "Failed") {
@@ -268,7 +269,7 @@ impl Timeline {
         format!("{time:.3}")
     }
 
-    /// How things stand.
+    /// The current status.
     pub fn status(&self) -> Value {
         let shares = self.shares();
         let versions = (0..3).map(|index| {
@@ -339,7 +340,7 @@ impl Timeline {
         status
     }
 
-    /// The other rollouts, which stand still.
+    /// The other rollouts, which do not change.
     fn other(&self, name: &str) -> Value {
         let two = |stable, target| {
             let requests = |share: f64| [(4000.0 * share) as u64, 3, 12, 1];

@@ -1,4 +1,4 @@
-//! What a process uses, as the system counts it.
+//! The resource usage of a process, as the system counts it.
 
 use std::fs;
 use std::str::FromStr as _;

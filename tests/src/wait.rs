@@ -1,4 +1,4 @@
-//! Waiting for a condition with a deadline, instead of sleeping for a guessed time.
+//! Waits for a condition with a deadline, instead of sleeping for a fixed time.
 
 use std::time::Duration;
 

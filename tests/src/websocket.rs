@@ -1,4 +1,4 @@
-//! WebSocket, both ends of it: a client, and what a [`Backend`](crate::backend::Backend) does with its frames.
+//! WebSocket, both sides: a client, and the server side in a [`Backend`](crate::backend::Backend).
 
 use std::net::SocketAddr;
 
@@ -23,7 +23,7 @@ const CLOSE: &str = "please close";
 pub struct Client(WebSocketStream<TcpStream>);
 
 impl Client {
-    /// Connects and shakes hands; an answer other than 101 is an error.
+    /// Connects and performs the handshake; a response other than 101 is an error.
     pub async fn connect(address: SocketAddr, host: &str, headers: &[(&'static str, &str)]) -> anyhow::Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
         stream.set_nodelay(true)?;
@@ -79,7 +79,7 @@ impl Client {
     }
 }
 
-/// What completes the handshake; `None` for a request that wants no socket.
+/// The response that completes the handshake; `None` for a request without an upgrade.
 pub(crate) fn accept_key(request: &Request<Incoming>) -> Option<String> {
     let wanted = request.headers().get(header::UPGRADE)?;
     let key = request.headers().get(header::SEC_WEBSOCKET_KEY)?;

@@ -1,32 +1,32 @@
-//! What runs a version: its workload and its pods. Each belongs to one version of one document: two that scale the same
-//! workload take each other's pods away, and of two that share pods neither can be moved away from. A version of the same
-//! name in several services of a document is one version.
+//! The workload and pods of a version. Each belongs to one version of one document: two versions that scale the same
+//! workload would take pods from each other, and of two versions that share pods neither can be drained. A version with
+//! the same name in several services of a document is one version.
 
 use crate::namespace_ref::NamespaceRef;
 use std::collections::BTreeSet;
 use std::fmt;
 use tideshift_core::shift::{Discovery, LabelOperator, LabelRequirement, ShiftVersion, TrafficShift};
 
-/// Why a second claim is refused.
+/// Why a second claim is rejected.
 pub(super) const ONE_VERSION: &str = "a workload, and a pod, belongs to one version of one TrafficShift";
 
-/// What one version has for itself.
+/// A resource that belongs to one version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Runs {
-    /// What scales it.
+    /// The workload that is scaled.
     Workload {
-        /// The API group; its version makes no difference.
+        /// The API group; the API version makes no difference.
         group: String,
         kind: String,
         name: String,
     },
-    /// The pods for which all of this holds, as `kubectl` writes it.
+    /// The pods that match this selector, written as `kubectl` writes it.
     Pods(BTreeSet<String>),
 }
 
 impl Runs {
-    /// Whether what is one's own is the other's as well, for all that a document can say. Pods of which this is not known
-    /// before they are there are found by `kubernetes::endpoints`.
+    /// Whether two claims overlap, as far as the documents tell. Overlaps that only show once the pods exist are found
+    /// by `kubernetes::endpoints`.
     pub(super) fn overlaps(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pods(own), Self::Pods(others)) => own.is_subset(others) || others.is_subset(own),
@@ -47,7 +47,7 @@ impl fmt::Display for Runs {
     }
 }
 
-/// What a version claims: the field that says so, and where that is.
+/// The claims of a version: the field of each, and its namespace.
 pub(super) fn claims(shift: &TrafficShift, version: &ShiftVersion) -> Vec<(&'static str, (NamespaceRef, Runs))> {
     let workload = version.workload.as_ref().map(|workload| {
         let group = workload.api_version.split_once('/').map_or("", |(group, _)| group).to_owned();

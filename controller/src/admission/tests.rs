@@ -1,4 +1,4 @@
-//! What one document does stops no other.
+//! An error in one document does not block another.
 
 use super::*;
 use serde_json::json;
@@ -16,10 +16,10 @@ fn held(document: &Value) -> Result<Arc<Held>, Errors> {
     Ok(Arc::new(Held { shift, document: document.clone(), size }))
 }
 
-/// A name, and its hosts.
+/// A name and its hosts.
 type Hosts = (String, Vec<String>);
 
-/// What is in force, the hosts of that, and what is wrong.
+/// What is in force, the hosts of it, and the errors.
 fn agreed(before: &BTreeMap<String, Arc<Held>>, documents: &[Value]) -> (Admitted, Vec<Hosts>, Vec<String>) {
     let name = |document: &Value| document["metadata"]["name"].as_str().unwrap().to_owned();
     let admitted = agree(before, documents.iter().map(|document| (name(document), held(document))));
@@ -41,7 +41,7 @@ fn the_older_claim_keeps_its_host_wherever_the_newer_one_stands() {
     let (after, now, wrong) = agreed(&before.held, &all);
     assert_eq!(now, hosts(&[("b", &["x", "z"]), ("c", &["y"])]));
     assert_eq!(wrong, ["a: spec.hostnames[0]: \"x\" is already a hostname of the TrafficShift b in force"]);
-    // It changes into a claim on what another has: it stays as it was.
+    // It now claims a host of another document: it stays as it was.
     let all = [document("b", &["x"], &none), document("c", &["y", "x"], &none)];
     let (_, now, wrong) = agreed(&after.held, &all);
     assert_eq!((now, wrong.len()), (hosts(&[("b", &["x"]), ("c", &["y"])]), 1));
@@ -51,11 +51,11 @@ fn the_older_claim_keeps_its_host_wherever_the_newer_one_stands() {
 fn hosts_move_from_one_to_the_other_at_once() {
     let none = json!({});
     let (before, ..) = agreed(&BTreeMap::new(), &[document("a", &["x"], &none), document("b", &["y"], &none)]);
-    // Exchanged, beside one that is wrong for good.
+    // Two exchange their hosts, beside one that stays invalid.
     let exchanged = [document("a", &["y"], &none), document("b", &["x"], &none)];
     let (_, now, wrong) = agreed(&before.held, &exchanged);
     assert_eq!((now, wrong), (hosts(&[("a", &["y"]), ("b", &["x"])]), Vec::new()));
-    // Given up by one that comes later in the list.
+    // Released by a document later in the list.
     let moved = [document("a", &["x", "y"], &none), document("b", &["z"], &none), document("c", &["z"], &none)];
     let (_, now, wrong) = agreed(&before.held, &moved);
     assert_eq!(now, hosts(&[("a", &["x", "y"]), ("b", &["z"])]));
@@ -74,9 +74,9 @@ fn what_is_wrong_with_one_document_keeps_what_it_had_and_stops_no_other() {
     assert_eq!((now, errors), (hosts(&[("b", &["y2"])]), Vec::new()), "one that is gone is gone");
 }
 
-/// A document whose rules have so many bytes in all.
+/// A document whose rules have this many bytes in total.
 fn of_bytes(name: &str, bytes: usize) -> Value {
-    // As good as random.
+    // Incompressible, like random data.
     let word = |n: usize| {
         format!(
             "{:016x}",
@@ -227,15 +227,15 @@ fn of_two_documents_over_the_same_workloads_the_older_one_has_them() {
     let expected = "a: spec.versions[0].workloadRef: Deployment two: not allowed for version v1: already version v2's of \
                     the TrafficShift b in force; a workload, and a pod, belongs to one version of one TrafficShift";
     assert_eq!(wrong, [expected]);
-    // What is given up may be taken, and exchanged.
+    // A released workload may be claimed, and two may exchange theirs.
     let (_, now, wrong) = agreed(&after.held, &[of("a", "two", "three"), of("b", "one", "four")]);
     assert_eq!((now, wrong), (hosts(&[("a", &["a"]), ("b", &["b"])]), Vec::new()));
-    // Another namespace has other ones.
+    // Another namespace has workloads of its own.
     let mut elsewhere = of("c", "one", "two");
     elsewhere["metadata"]["namespace"] = json!("elsewhere");
     let (_, now, wrong) = agreed(&before.held, &[of("b", "one", "two"), elsewhere]);
     assert_eq!((now.len(), wrong), (2, Vec::new()));
-    // The pods of one Service are claimed as a workload is.
+    // The pods of a Service are claimed like a workload.
     let by_service =
         |name: &str| document(name, &[name], &versions(&json!({"service": "s"}), &json!({"service": name})));
     let (_, now, wrong) = agreed(&BTreeMap::new(), &[by_service("d"), by_service("e")]);

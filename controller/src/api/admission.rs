@@ -1,9 +1,10 @@
-//! Which connections may stay. A client is a stranger until one of its requests has passed the check of its token; all
-//! strangers together hold a bounded part of the connections, each peer a bounded part of that, and heads of requests
-//! that are not complete hold a bounded amount of memory. So a client without a token costs the others nothing.
+//! Connection admission. A client is a stranger until one of its requests has passed authentication. All strangers
+//! together hold a bounded part of the connections, each peer a bounded part of that, and incomplete request heads hold
+//! a bounded amount of memory. A client without a token therefore cannot starve the others.
 //!
-//! Where there is no room, the oldest stranger of the peer that has the most goes: a client that says what it wants
-//! at once is served before it could be the oldest. No I/O and no clock here; the server closes what is evicted.
+//! If there is no room, the oldest stranger of the peer with the most strangers is evicted: a client that sends its
+//! request at once is served before it can become the oldest. No I/O and no clock here; the server closes the evicted
+//! connections.
 
 use prometheus_client::metrics::counter::Counter;
 use std::collections::BTreeMap;
@@ -12,18 +13,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// A stranger is not evicted for another one of its own peer before it is this old: it may be about to send its token.
+/// A stranger of the same peer is not evicted before it is this old: it may be about to send its token.
 const FRESH: Duration = Duration::from_secs(1);
-/// The most strangers' connections.
+/// The maximum number of strangers' connections.
 const MAX_STRANGERS: usize = 4_096;
-/// The most connections of one named credential; the ones beyond stay strangers'.
+/// The maximum number of connections of one named credential; further ones stay strangers.
 const MAX_PER_NAME: usize = 256;
-/// The memory that incomplete heads may take, in bytes.
+/// The maximum memory of incomplete heads, in bytes.
 const MAX_HEADS: usize = 32 << 20;
-/// What the first byte of a head costs: the buffer that it is read into.
+/// The cost of the first byte of a head: the buffer that it is read into.
 const FIRST_BUFFER: usize = 8 << 10;
 
-/// How many connections there may be.
+/// Connection limits.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     all: usize,
@@ -36,17 +37,17 @@ struct Limits {
 pub struct Admission {
     limits: Limits,
     state: Mutex<State>,
-    /// Connections that were closed, or refused, to have room for others.
+    /// Connections that were closed or refused to make room for others.
     evicted: Counter,
 }
 
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// By peer and by number, which is their age.
+    /// By peer and by number, which orders them by age.
     strangers: BTreeMap<IpAddr, BTreeMap<u64, Stranger>>,
     number_of_strangers: usize,
-    /// How many connections each credential has; those without a name together.
+    /// The number of connections of each credential; those without a name count together.
     trusted: BTreeMap<Option<String>, usize>,
     number_of_trusted: usize,
     /// Bytes of incomplete heads, by peer.
@@ -60,7 +61,7 @@ struct Stranger {
     evicted: Arc<Notify>,
 }
 
-/// One connection that was let in; it is over when this is dropped.
+/// An admitted connection; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Ticket {
     admission: Arc<Admission>,
@@ -72,13 +73,13 @@ pub struct Ticket {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// Under which name it is counted, once it is no stranger's.
+    /// The credential that it is counted under, once it is no longer a stranger.
     trusted: Option<Option<String>>,
     head: usize,
 }
 
 impl Admission {
-    /// For so many connections at a time. `evicted` counts those that were closed, or refused, to have room for others.
+    /// For `all` concurrent connections. `evicted` counts those that were closed or refused to make room for others.
     pub fn new(all: usize, evicted: Counter) -> Arc<Self> {
         let strangers = (all / 4).clamp(1, MAX_STRANGERS);
         let limits = Limits { all, strangers, per_peer: (strangers / 4).max(1) };
@@ -89,7 +90,7 @@ impl Admission {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A peer has connected. `None`: its connection is to be closed at once.
+    /// Admits a connection of a peer. `None`: close it at once.
     pub fn admit(self: &Arc<Self>, peer: IpAddr, now: Instant) -> Option<Ticket> {
         let peer = network(peer);
         let mut state = self.state();
@@ -112,7 +113,7 @@ impl State {
         self.strangers.get(&peer).map_or(0, BTreeMap::len)
     }
 
-    /// Whether a stranger more may come from a peer, after another was evicted if need be.
+    /// Whether a peer may have one more stranger, after an eviction if needed.
     fn make_room(&mut self, limits: Limits, peer: IpAddr, now: Instant) -> bool {
         let own = self.strangers_of(peer);
         if own < limits.per_peer && self.number_of_strangers < limits.strangers {
@@ -124,7 +125,7 @@ impl State {
         self.evict_oldest(crowded, (crowded == peer).then_some(now))
     }
 
-    /// `unless_fresh`: only if it is old enough by then.
+    /// `unless_fresh`: only if it is old enough at that time.
     fn evict_oldest(&mut self, peer: IpAddr, unless_fresh: Option<Instant>) -> bool {
         let oldest = self.strangers.get(&peer).and_then(BTreeMap::first_key_value);
         let Some((number, stranger)) = oldest else { return false };
@@ -162,13 +163,13 @@ impl Ticket {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends when the connection must give way.
+    /// Completes when the connection must be closed.
     pub async fn evicted(&self) {
         self.evicted.notified().await;
         self.admission.evicted.inc();
     }
 
-    /// One of its requests was allowed: by a credential of this name, if it has one.
+    /// Marks the connection as authenticated, by a credential of this name, if it has one.
     pub fn trust(&self, name: Option<&str>) {
         let mut inner = self.inner();
         if inner.trusted.is_some() {
@@ -188,7 +189,7 @@ impl Ticket {
         }
     }
 
-    /// So many bytes of an incomplete head have come. Returns whether there is room for them.
+    /// Accounts for bytes of an incomplete head. Returns whether there is room for them.
     pub fn read_head(&self, bytes: usize) -> bool {
         let mut inner = self.inner();
         let bytes = if inner.head == 0 { bytes.max(FIRST_BUFFER) } else { bytes };
@@ -198,7 +199,7 @@ impl Ticket {
         let own = state.heads.entry(self.peer).or_default();
         *own += bytes;
         let own = *own;
-        // A fair part for each of those that have any; the first buffer is always there.
+        // A fair share for each peer with incomplete heads; the first buffer is always available.
         let part = MAX_HEADS / state.heads.len().max(1);
         state.bytes_of_heads <= MAX_HEADS || own <= part.max(FIRST_BUFFER)
     }
@@ -232,7 +233,7 @@ impl Drop for Ticket {
     }
 }
 
-/// The key under which a peer is limited: for IPv6 the network, because one customer has all addresses of it.
+/// The key under which a peer is limited: for IPv6 its network, because one customer owns all of its addresses.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => {

@@ -1,10 +1,9 @@
 //! Authentication: bearer tokens from files, client certificates of proxies, or, without either, only clients on this
 //! machine.
 //!
-//! A token is compared by its SHA-256 in constant time, with every token that there is, so that the time an answer
-//! takes says nothing about any of them. Without tokens a web page that a user looks at must not be able to ask in the
-//! user's name: its `Origin` gives it away, and so does the host name by which it calls us, should that have been
-//! pointed here (DNS rebinding).
+//! A token is compared by SHA-256 in constant time with every configured token, so that the response time reveals
+//! nothing about them. Without tokens a web page in the user's browser must not be able to send requests: they are
+//! detected by `Origin`, and by the host name they use for this server, in case of DNS rebinding.
 
 use super::caller::{Caller, Certificate, Sees, SpeaksFor, read_name};
 use super::{ApiError, Ticket};
@@ -27,12 +26,12 @@ use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// A shorter token could be guessed.
+/// Shorter tokens could be guessed.
 const SHORTEST_TOKEN: usize = 16;
 /// The longest token.
 const LONGEST_TOKEN: usize = 512;
 
-/// What a token is good for.
+/// The access that a token grants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
     /// Read-only access.
@@ -61,22 +60,23 @@ impl Scope {
     }
 }
 
-/// The files that hold the tokens: one on a line, with the name of its user before it or not, any of which will do, so that they can be changed one after the other.
+/// Files of bearer tokens: one per line, optionally preceded by the name of its owner. Every token in a file is valid,
+/// so that tokens can be rotated one after the other.
 #[derive(Debug, Clone, Default)]
 pub struct TokenFiles {
-    /// Tokens to look with.
+    /// Read-only tokens.
     pub read: Option<PathBuf>,
-    /// Tokens to do everything with that a user can do.
+    /// Tokens for all user actions.
     pub operate: Option<PathBuf>,
     /// Tokens for proxies.
     pub proxy: Option<PathBuf>,
 }
 
-/// The tokens there are, as their hashes. None at all: no token is needed.
+/// The hashes of all tokens. Empty: no token is needed.
 #[derive(Clone, Default)]
 pub struct Tokens {
     tokens: Vec<Token>,
-    /// What proxies may see that are known by something else than a token of a file.
+    /// The services visible to proxies that do not authenticate with a token from a file.
     sees: BTreeMap<Arc<str>, Arc<Sees>>,
 }
 
@@ -87,7 +87,7 @@ struct Token {
     caller: Caller,
 }
 
-/// Why tokens cannot be used; never says what they are.
+/// Why tokens cannot be used; never contains the tokens.
 #[derive(Debug, thiserror::Error)]
 #[error("{flag} {}: {why}", path.display())]
 pub struct TokenError {
@@ -102,13 +102,13 @@ impl TokenFiles {
         all.into_iter().filter_map(|(scope, path)| Some((scope, path.as_ref()?)))
     }
 
-    /// The files, to look for changes in them.
+    /// The files, to watch them for changes.
     pub fn paths(&self) -> Vec<PathBuf> {
         self.given().map(|(_, path)| path.clone()).collect()
     }
 
-    /// Names the roles without tokens while other roles have some; empty if the configuration is complete. `certificates`:
-    /// proxies may authenticate with certificates.
+    /// Names the roles without tokens while other roles have some; empty if the configuration is complete.
+    /// `certificates`: proxies may authenticate with certificates.
     pub fn left_out(&self, certificates: bool) -> &'static str {
         match (self.read.is_some() || self.operate.is_some(), self.proxy.is_some() || certificates) {
             (true, false) => "proxies are refused: there is no --proxy-token-file",
@@ -117,12 +117,12 @@ impl TokenFiles {
         }
     }
 
-    /// Reads the files.
+    /// Loads the files.
     ///
     /// # Errors
     ///
-    /// For the first file that cannot be read, has no token in it, or has one that is too short, too long or not of
-    /// visible ASCII characters.
+    /// For the first file that cannot be read, contains no token, or contains one that is too short, too long or has
+    /// characters other than visible ASCII.
     pub fn load(&self) -> Result<Tokens, TokenError> {
         let mut tokens = Tokens::default();
         for (scope, path) in self.given() {
@@ -140,15 +140,15 @@ impl TokenFiles {
     }
 }
 
-/// A line of a file of tokens.
+/// A line of a token file.
 enum Line {
-    /// A token's hash, and whose it is.
+    /// The hash of a token, and its owner.
     Token([u8; 32], Caller),
-    /// What a proxy may see that is known by something else.
+    /// The services visible to a proxy that authenticates by other means.
     Sees(Arc<str>, Arc<Sees>),
 }
 
-/// Stands in a line for the token of a proxy that is known by something else.
+/// Stands for the token of a proxy that authenticates by other means.
 const NO_TOKEN: &str = "-";
 
 fn read(path: &Path, scope: Scope) -> Result<Vec<Line>, String> {
@@ -162,7 +162,7 @@ fn read(path: &Path, scope: Scope) -> Result<Vec<Line>, String> {
     }
 }
 
-/// `TOKEN`, `NAME TOKEN`, or for proxies `NAME TOKEN SERVICES` and `NAME - SERVICES`. What is wrong says nothing of the
+/// Parses `TOKEN`, `NAME TOKEN`, or for proxies `NAME TOKEN SERVICES` and `NAME - SERVICES`. Errors never contain the
 /// token.
 fn read_line(line: &str, scope: Scope) -> Result<Line, String> {
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -191,33 +191,33 @@ fn hash(token: &[u8]) -> [u8; 32] {
 }
 
 impl Tokens {
-    /// Whether requests need one.
+    /// Whether requests need a token.
     pub fn are_needed(&self) -> bool {
         !self.tokens.is_empty() || !self.sees.is_empty()
     }
 
-    /// What a proxy of this name may see, if a line says so.
+    /// The services visible to a proxy of this name, if a line names them.
     fn sees(&self, name: &str) -> Option<Arc<Sees>> {
         self.sees.get(name).cloned()
     }
 
-    /// Whether there are proxies' tokens without a name, which thus speak for every proxy.
+    /// Whether there are proxy tokens without a name, which may speak for every proxy.
     pub fn has_nameless_proxies(&self) -> bool {
         self.tokens.iter().any(|token| token.scope == Scope::Proxy && token.caller.name.is_none())
     }
 
-    /// What a token is good for, and whose it is; nothing if there is no such token.
+    /// The scopes of a token and its owner; empty if the token is unknown.
     fn find(&self, token: &[u8]) -> Vec<(Scope, &Caller)> {
         let presented = hash(token);
         let matches = self.tokens.iter().map(|token| (token, bool::from(token.hash.ct_eq(&presented))));
-        // All of them first, whichever match.
+        // Evaluates all of them first, regardless of matches.
         let matches: Vec<_> = matches.collect();
         matches.into_iter().filter(|(_, is_it)| *is_it).map(|(token, _)| (token.scope, &token.caller)).collect()
     }
 }
 
 impl Caller {
-    /// A named credential of a proxy is that proxy's.
+    /// A named credential in the proxy scope speaks only for the proxy of that name.
     fn in_scope(self, scope: Scope) -> Self {
         match (&self.name, scope) {
             (Some(name), Scope::Proxy) => Self { speaks_for: SpeaksFor::One(name.clone()), ..self },
@@ -232,23 +232,23 @@ impl std::fmt::Debug for Tokens {
     }
 }
 
-/// What stands before one route.
+/// The authentication of one route.
 #[derive(Clone)]
 pub(super) struct Guard {
     pub(super) tokens: watch::Receiver<Tokens>,
-    /// Whose tokens will do; empty: no token is needed.
+    /// The scopes that grant access; empty: no token needed.
     pub(super) allowed: &'static [Scope],
-    /// Knows more tokens of proxies.
+    /// Reviews further tokens of proxies.
     pub(super) reviewer: Option<Arc<TokenReviewer>>,
-    /// Whether proxies may be known by their certificates.
+    /// Whether proxies may authenticate with client certificates.
     pub(super) certificates: bool,
-    /// Whether the route changes anything.
+    /// Whether the route changes state.
     pub(super) changes: bool,
-    /// How long a request may take.
+    /// The timeout of a request.
     pub(super) patience: Option<Duration>,
 }
 
-/// Lets a request pass or says why not, before anything of its body is read.
+/// Authorises a request or rejects it, before reading any of its body.
 pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
     let known = match guard.certified(request.headers(), request.extensions().get()) {
@@ -273,7 +273,7 @@ pub(super) async fn guard(State(guard): State<Guard>, mut request: Request, next
 }
 
 impl Guard {
-    /// Which proxy it is by its certificate. A token goes before that.
+    /// The proxy that a certificate identifies. A token takes precedence.
     fn certified(&self, headers: &HeaderMap, certificate: Option<&Certificate>) -> Option<Caller> {
         let certificate = certificate.filter(|_| self.certificates && self.allowed.contains(&Scope::Proxy))?;
         if headers.contains_key(header::AUTHORIZATION) {
@@ -283,11 +283,11 @@ impl Guard {
         forward::certificate(certificate, headers).caller(|name| tokens.sees(name))
     }
 
-    /// Whose token it is, if the cluster itself says that it is a proxy's.
+    /// The proxy that a token identifies according to the cluster.
     async fn review(&self, headers: &HeaderMap, peer: Option<IpAddr>) -> Option<Caller> {
         let reviewer = self.reviewer.as_ref().filter(|_| self.allowed.contains(&Scope::Proxy))?;
         let token = bearer(headers)?;
-        // One that is known is not asked about.
+        // A configured token is not reviewed.
         if !self.tokens.borrow().find(token).is_empty() {
             return None;
         }
@@ -301,7 +301,7 @@ impl Guard {
             let pod = proxy.pod.as_ref().map(|(namespace, name)| format!("{namespace}/{name}"));
             pod.and_then(|pod| tokens.sees(&pod)).or_else(|| tokens.sees(&proxy.user)).unwrap_or_default()
         };
-        // Each of a Deployment's pods has the same user.
+        // All pods of a Deployment have the same user.
         let name = match &speaks_for {
             SpeaksFor::Pod { namespace, name } => format!("pod {namespace}/{name}"),
             _ => proxy.user,
@@ -322,7 +322,7 @@ impl Guard {
                 Caller::default()
             }
         };
-        // Pages of other origins can send forms and plain text without asking first.
+        // Pages of other origins can send forms and plain text without a preflight request.
         if self.changes && !is_json(headers) {
             let why = "content-type: application/json is needed here, also where there is no body";
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
@@ -353,7 +353,7 @@ impl Guard {
     }
 }
 
-/// The token of `authorization: Bearer TOKEN`.
+/// The token from `authorization: Bearer TOKEN`.
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked("bearer ".len())?;
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
@@ -364,9 +364,9 @@ fn is_json(headers: &HeaderMap) -> bool {
     kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
 }
 
-/// Refuses what a browser sends for a page that is not ours.
+/// Rejects requests that a browser sends for a page of another origin.
 fn from_this_machine(headers: &HeaderMap) -> Result<(), ApiError> {
-    // Every browser says a host.
+    // Every browser sends a host.
     let Some(host) = headers.get(header::HOST) else { return Ok(()) };
     let host = host.to_str().unwrap_or_default();
     if !is_of_this_machine(host) {
@@ -377,7 +377,7 @@ fn from_this_machine(headers: &HeaderMap) -> Result<(), ApiError> {
         return Err(ApiError::new(StatusCode::FORBIDDEN, why));
     }
     let of_others = || ApiError::new(StatusCode::FORBIDDEN, "pages of other origins may not ask without a token");
-    // Browsers send no origin with a GET that a page only causes, such as that of an image.
+    // Browsers send no origin with a GET that a page only embeds, such as an image.
     let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
     if site.is_some_and(|site| site != b"same-origin" && site != b"none") {
         return Err(of_others());
@@ -428,7 +428,7 @@ mod tests {
         of.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
     }
 
-    /// The status that a request is refused with, if it is, and the challenge.
+    /// The status and challenge of a rejected request.
     fn refusal(
         tokens: &Tokens,
         allowed: &'static [Scope],
@@ -572,11 +572,11 @@ mod tests {
             assert_eq!(status(&[("host", host)]), 403, "{host}");
         }
         assert_eq!(status(&[]), 200, "no browser");
-        // Of a GET that has no origin, the browser says which site's page made it.
+        // For a GET without an origin, the browser reports the site of the page that caused it.
         for (site, expected) in [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)] {
             assert_eq!(status(&[("host", "127.0.0.1:7460"), ("sec-fetch-site", site)]), expected, "{site}");
         }
-        // A token is not sent for a page that was not given it.
+        // A browser sends no token for a page that does not have it.
         let authorization = format!("Bearer {OPERATE}");
         let of = [("host", "tideshift.example"), ("authorization", authorization.as_str())];
         assert_eq!(refusal(&tokens(), &[Scope::Operate], false, &of).0, 200);

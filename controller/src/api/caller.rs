@@ -1,34 +1,34 @@
-//! Who asks, as its credential says: its name, which proxy it may speak for, and which services it may see.
+//! The identity of a caller from its credential: its name, the proxies it may speak for, and the services it may see.
 
 use super::Published;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The longest name of a credential: as long as Envoy's node ids are in meshes, and then some.
+/// The maximum length of a credential's name: more than Envoy's node ids have in meshes.
 const MAX_NAME: usize = 253;
 
-/// Whose request it is. The default: a program of this machine, where no tokens are needed.
+/// The caller of a request. The default: a local program, where no tokens are needed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Caller {
     /// The credential's name, if it has one.
     pub(super) name: Option<Arc<str>>,
-    /// What it may call itself as a proxy.
+    /// The proxies that it may speak for.
     pub(super) speaks_for: SpeaksFor,
     /// The services that it may see.
     pub(super) sees: Arc<Sees>,
 }
 
-/// Which proxies a credential speaks for.
+/// The proxies that a credential may speak for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) enum SpeaksFor {
-    /// Any of them.
+    /// Any proxy.
     #[default]
     All,
-    /// The one of this id.
+    /// The proxy with this id.
     One(Arc<str>),
-    /// The one that has any of these as its id: a certificate may have several names.
+    /// The proxy with any of these names as its id: a certificate may have several names.
     Named(Arc<[Arc<str>]>),
-    /// The one in this pod.
+    /// The proxy in this pod.
     Pod {
         /// The pod's namespace.
         namespace: Arc<str>,
@@ -38,7 +38,7 @@ pub(super) enum SpeaksFor {
 }
 
 impl SpeaksFor {
-    /// Whether a proxy's id is its own. A pod's proxy is called as the pod is, `NAME.NAMESPACE`, or as Istio calls it:
+    /// Whether the id of a proxy is included. The id of a pod's proxy is `NAME.NAMESPACE`, or Istio's
     /// `TYPE~ADDRESS~NAME.NAMESPACE~DOMAIN`.
     fn includes(&self, id: &str) -> bool {
         match self {
@@ -67,22 +67,22 @@ impl std::fmt::Display for SpeaksFor {
     }
 }
 
-/// What a client's certificate says, which has been verified.
+/// The identity in a verified client certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Certificate {
-    /// It is another replica's, which have all the same.
+    /// Another replica; all replicas share one certificate.
     Replica,
-    /// It is a proxy's of any of these names.
+    /// A proxy with any of these names.
     Proxy(Arc<[Arc<str>]>),
 }
 
 impl Certificate {
-    /// A proxy's. What cannot be a name is left out.
+    /// The identity of a proxy. Invalid names are dropped.
     pub fn proxy(names: impl IntoIterator<Item = String>) -> Self {
         Self::Proxy(names.into_iter().filter_map(|name| read_name(&name).ok()).collect())
     }
 
-    /// Whose request it is, and which services that one may see, by its names; nothing if it has none.
+    /// The caller, with the services that its names may see; `None` if it has no names.
     pub(super) fn caller(&self, sees: impl Fn(&str) -> Option<Arc<Sees>>) -> Option<Caller> {
         let Self::Proxy(names) = self else { return None };
         let name = names.first()?.clone();
@@ -97,11 +97,11 @@ pub(super) enum Sees {
     /// All.
     #[default]
     All,
-    /// Those that one of these is for.
+    /// Services that match any of these patterns.
     Only(Vec<Pattern>),
 }
 
-/// `NAMESPACE/NAME` in a cluster, else `NAME`; the name may end in `*`.
+/// `NAMESPACE/NAME` in a cluster, otherwise `NAME`; the name may end in `*`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Pattern {
     namespace: Option<String>,
@@ -124,7 +124,7 @@ impl Pattern {
         }
     }
 
-    /// A service of a cluster is called `NAME.NAMESPACE`.
+    /// Matches a service. In a cluster the name of a service is `NAME.NAMESPACE`.
     fn is_for(&self, service: &str) -> bool {
         let name = match &self.namespace {
             None => Some(service),
@@ -135,17 +135,17 @@ impl Pattern {
 }
 
 impl Sees {
-    /// From `PATTERN,PATTERN`.
+    /// Parses `PATTERN,PATTERN`.
     pub(super) fn read(text: &str) -> Result<Self, String> {
         text.split(',').map(Pattern::read).collect::<Result<_, _>>().map(Self::Only)
     }
 
-    /// Whether it is all.
+    /// Whether all services are included.
     pub(super) fn is_all(&self) -> bool {
         *self == Self::All
     }
 
-    /// Whether a service is one of them.
+    /// Whether a service is included.
     pub(super) fn includes(&self, service: &str) -> bool {
         match self {
             Self::All => true,
@@ -154,7 +154,7 @@ impl Sees {
     }
 }
 
-/// A credential's name from a file.
+/// Parses the name of a credential from a file.
 pub(super) fn read_name(text: &str) -> Result<Arc<str>, String> {
     match (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
         true => Ok(text.into()),
@@ -163,7 +163,7 @@ pub(super) fn read_name(text: &str) -> Result<Arc<str>, String> {
 }
 
 impl Caller {
-    /// Why it may not speak for a proxy, if so.
+    /// Checks whether the caller may speak for a proxy.
     pub(super) fn may_speak_for(&self, proxy: &str) -> Result<(), String> {
         match self.speaks_for.includes(proxy) {
             true => Ok(()),
@@ -174,18 +174,18 @@ impl Caller {
         }
     }
 
-    /// For logs and histories.
+    /// The name for logs and history.
     pub(super) fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }
 }
 
-/// The last policy for each kind of credential that does not see all of it.
+/// The latest policy for each kind of credential that sees only part of it.
 #[derive(Debug, Default)]
 pub struct Filtered(Mutex<BTreeMap<Arc<Sees>, Published>>);
 
 impl Filtered {
-    /// What of a policy a caller may see.
+    /// The part of a policy that a caller may see.
     pub(super) fn of(&self, published: Published, sees: &Arc<Sees>) -> Published {
         if sees.is_all() {
             return published;

@@ -1,7 +1,7 @@
 //! `GET /v1/events`: the status whenever it changes, and every transition of a rollout, as server-sent events.
 //!
-//! The status is serialised once for all clients. Each client gets the newest status when the previous one has been sent:
-//! a slow client misses statuses, but does not delay others and needs no buffer.
+//! The status is serialised once for all clients. Each client gets the newest status when the previous one has been
+//! sent: a slow client misses statuses, but does not delay others and needs no buffer.
 
 use super::{ApiError, Peer, Shared};
 use crate::clock::now;
@@ -33,7 +33,7 @@ const MAX_PER_CALLER: usize = 25;
 /// The number of buffered transitions; slower clients miss the oldest.
 const MAX_BEHIND: usize = 256;
 
-/// What listeners hear.
+/// The broadcast channels of all listeners.
 #[derive(Debug)]
 pub struct Events {
     transitions: broadcast::Sender<Arc<str>>,
@@ -63,7 +63,7 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Tells of what has happened: the rollout's name and how it stands since then.
+    /// Broadcasts transitions: the name of the rollout and its new state.
     pub fn tell(&self, transitions: &[(String, Transition)]) {
         for (name, transition) in transitions {
             // There are no clients.
@@ -89,7 +89,7 @@ pub async fn keep_telling(shared: Arc<Shared>) {
         }
         let status = json(&shared.reconciler().status(now()));
         statuses.send_if_modified(|newest| {
-            // A little early rather than a tick late.
+            // Slightly early rather than one tick late.
             let is_due = told.elapsed() + AT_MOST / 2 >= AT_LEAST || *newest != status;
             if is_due {
                 (told, *newest) = (Instant::now(), status);
@@ -99,9 +99,9 @@ pub async fn keep_telling(shared: Arc<Shared>) {
     }
 }
 
-/// One who listens.
+/// One listener.
 struct Listener {
-    /// The status to begin with.
+    /// The initial status.
     first: Option<Arc<str>>,
     transitions: broadcast::Receiver<Arc<str>>,
     statuses: watch::Receiver<Arc<str>>,
@@ -109,7 +109,7 @@ struct Listener {
     _place: (OwnedSemaphorePermit, CallersPlace),
 }
 
-/// One of the places of a caller, until it is dropped.
+/// One stream slot of a caller, until it is dropped.
 struct CallersPlace {
     caller: String,
     of: Arc<Mutex<BTreeMap<String, usize>>>,
@@ -150,7 +150,7 @@ pub(super) async fn events(State(shared): State<Arc<Shared>>, peer: Peer) -> Res
         let why = format!("{MAX_LISTENERS} listen already, the most there may be; ask for /v1/status instead");
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why)
     })?;
-    // Subscribed to before the first status is made, so that nothing happens unheard in between.
+    // Subscribe before building the first status, so that no transition in between is lost.
     let (transitions, statuses) = (shared.events.transitions.subscribe(), shared.events.statuses.subscribe());
     let status: Status = shared.reconciler().status(now());
     let first = Some(json(&status));
@@ -159,12 +159,12 @@ pub(super) async fn events(State(shared): State<Arc<Shared>>, peer: Peer) -> Res
         let event = listener.next().await?;
         Some((Ok::<_, Infallible>(event), listener))
     });
-    // For proxies that would wait for more before they pass it on.
+    // For proxies that would otherwise buffer the stream.
     Ok(([(HeaderName::from_static("x-accel-buffering"), "no")], Sse::new(stream)))
 }
 
 impl Listener {
-    /// What to send next; `None`: the controller ends.
+    /// The next event; `None`: the controller shuts down.
     async fn next(&mut self) -> Option<Event> {
         let status = |status: &str| Event::default().event("status").data(status);
         if let Some(first) = self.first.take() {

@@ -23,22 +23,22 @@ const HANDED_ON_NAME: HeaderName = HeaderName::from_static("x-tideshift-handed-o
 /// The connection timeout to the leader.
 const CONNECT: Duration = Duration::from_secs(2);
 
-/// How the leader is reached.
+/// How followers reach the leader.
 #[derive(Debug)]
 pub struct Leader {
     role: watch::Receiver<Role>,
-    /// What the leader's certificate must be.
+    /// Verifies the leader's certificate.
     twin: Option<PinnedCertVerifier>,
     client: OnceLock<Result<reqwest::Client, String>>,
 }
 
 impl Leader {
-    /// By what this replica's role is. Where replicas speak TLS, they have the same certificate.
+    /// From the role of this replica. With TLS all replicas have the same certificate.
     pub fn new(role: watch::Receiver<Role>, twin: Option<PinnedCertVerifier>) -> Self {
         Self { role, twin, client: OnceLock::new() }
     }
 
-    /// What this replica is now.
+    /// The current role of this replica.
     pub fn role(&self) -> Role {
         self.role.borrow().clone()
     }
@@ -65,14 +65,14 @@ pub(super) fn address(peer: &Peer) -> String {
     )
 }
 
-/// The address for which another replica says that it hands a request on. A client may say so, too, so the address
-/// of the one who says it belongs beside it.
+/// The client address in a forwarded request. Clients can set it, too, so that it is always shown together with the
+/// address of the sender.
 pub(super) fn handed_on_for(headers: &HeaderMap) -> Option<IpAddr> {
     headers.get(HANDED_ON).and(headers.get(HANDED_ON_FOR))?.to_str().ok()?.parse().ok()
 }
 
-/// What the certificate says that a request came with: its own, or, where another replica hands it on, that of the client
-/// whose request it was.
+/// The certificate of the client: that of the connection or, for a request forwarded by another replica, that of the
+/// original client.
 pub(super) fn certificate(certificate: &Certificate, headers: &HeaderMap) -> Certificate {
     match certificate {
         Certificate::Proxy(_) => certificate.clone(),
@@ -83,7 +83,7 @@ pub(super) fn certificate(certificate: &Certificate, headers: &HeaderMap) -> Cer
     }
 }
 
-/// Answers a request here if this replica leads, and hands it on to the one that does if not. One that leads no longer is
+/// Serves a request here if this replica is the leader, and otherwise forwards it. A leader that loses leadership is
 /// not waited for.
 pub(super) async fn forward_to_leader(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let role = shared.leader.role();

@@ -1,7 +1,7 @@
-//! `GET /v1/openapi.json`: what this API is, for programs and for people who write them.
+//! `GET /v1/openapi.json`: the OpenAPI description of this API.
 //!
-//! The document is committed. Tests make it from the routes and the types, hold it against what is committed, and ask
-//! every route for what it promises. After a change: `UPDATE_GOLDEN=1 cargo test -p tideshift openapi`.
+//! The document is committed. Tests generate it from the routes and types, compare it with the committed file, and
+//! check the responses of every route against it. After a change run `UPDATE_GOLDEN=1 cargo test -p tideshift openapi`.
 
 use axum::http::header;
 use axum::response::IntoResponse;

@@ -1,6 +1,6 @@
-//! How replicas know each other when they speak TLS: all have the same certificate. It names a Service, not the addresses
-//! by which replicas reach each other, and who has issued it need not be in its file; so it is compared itself. The one that
-//! asks shows it as well, so that its word counts where it says for which proxy it hands a request on.
+//! Mutual authentication of replicas with TLS: all have the same certificate. It names a Service, not the addresses of
+//! replicas, and its issuer need not be in the file; therefore the certificate itself is compared. The client also
+//! presents it, so that the server trusts it about the proxy whose request it forwards.
 
 use reqwest::Client;
 use rustls::client::ResolvesClientCert;
@@ -22,12 +22,12 @@ pub struct PinnedCertVerifier {
 }
 
 impl PinnedCertVerifier {
-    /// By the files that this replica serves with.
+    /// From the files that this replica serves with.
     pub fn new(certificate: PathBuf, key: PathBuf) -> Self {
         Self { certificate, key, provider: Arc::new(ring::default_provider()) }
     }
 
-    /// A client's builder that talks to such replicas alone.
+    /// A client builder that connects only to such replicas.
     pub(super) fn client(&self) -> Result<reqwest::ClientBuilder, String> {
         let config = ClientConfig::builder_with_provider(self.provider.clone()).with_safe_default_protocol_versions();
         let config = config.map_err(|error| error.to_string())?.dangerous();

@@ -1,4 +1,4 @@
-//! What proxies ask for and tell: `GET /v1/policy` and `POST /v1/reports`.
+//! The endpoints for proxies: `GET /v1/policy` and `POST /v1/reports`.
 
 use super::caller::Caller;
 use super::{ApiError, Extract, Published, Shared, parse};
@@ -17,31 +17,31 @@ use std::time::Duration;
 use tideshift_core::protocol::report::Report;
 use tokio::time::timeout;
 
-/// How long a poll is held when there is nothing newer.
+/// How long a long poll is held when there is no newer policy.
 const HOLD: Duration = Duration::from_secs(25);
-/// The longest proxy id and start.
+/// The maximum length of a proxy id and of its start.
 const MAX_NAME: usize = 512;
 
-/// From one line in the log about a kind of claim to the next.
+/// The interval between two log lines about the same kind of claim.
 const COMPLAIN_EVERY: Millis = 10_000;
 
-/// What a poll says.
+/// The query of a poll.
 #[derive(Deserialize)]
 pub(super) struct Poll {
-    /// The proxy's id; people leave it out.
+    /// The id of the proxy; users omit it.
     #[serde(default)]
     proxy: String,
     #[serde(default)]
     epoch: String,
     #[serde(default)]
     after: u64,
-    /// Whether the proxy understands what has changed in place of the whole.
+    /// Whether the proxy supports deltas instead of the whole policy.
     #[serde(default)]
     delta: bool,
 }
 
-/// Answers at once if there is a policy newer than the one that the proxy has, else when there is, else after a while
-/// with 204.
+/// Long poll: answers at once if there is a newer policy than the one the proxy has, otherwise as soon as there is one,
+/// or with 204 after `HOLD`.
 pub(super) async fn policy(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,
@@ -79,7 +79,7 @@ fn send(published: &Published, poll: &Poll) -> Response {
     response
 }
 
-/// Takes in what a proxy has counted.
+/// Accepts a report of a proxy.
 pub(super) async fn report(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,
@@ -110,7 +110,7 @@ pub(super) async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Refuses who speaks for another proxy.
+/// Rejects a caller that may not speak for the proxy.
 fn speaks_for(shared: &Shared, caller: &Caller, proxy: &str) -> Result<(), ApiError> {
     caller.may_speak_for(proxy).map_err(|why| {
         ignored(shared, proxy, Claim::Proxy, &why);
@@ -118,7 +118,7 @@ fn speaks_for(shared: &Shared, caller: &Caller, proxy: &str) -> Result<(), ApiEr
     })
 }
 
-/// Counts what was ignored, and says it now and then.
+/// Counts an ignored claim, and logs it at a limited rate.
 fn ignored(shared: &Shared, proxy: &str, claim: Claim, why: &str) {
     shared.done.ignored_claim(claim);
     if shared.complaints.may(claim, now()) {

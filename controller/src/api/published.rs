@@ -1,6 +1,6 @@
-//! A policy as it is sent: as a whole, or what has changed since one that the proxy has. For each service is kept in which
-//! revision it changed last, and of those that are gone the last ones: enough for changes since any of many revisions,
-//! and no more memory than two policies take.
+//! The encoded policy: as a whole, or as a delta from the policy that the proxy has. For each service it records the
+//! revision of its last change, and it keeps the most recently removed services: enough for deltas from many revisions,
+//! with no more memory than two policies.
 
 use bytes::Bytes;
 use serde_json::Value;
@@ -8,35 +8,35 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tideshift_core::protocol::policy::Policy;
 
-/// How many of the services that are gone are remembered.
+/// The maximum number of removed services that are remembered.
 const MAX_REMOVED: usize = 1_000;
 
-/// A policy as it is sent.
+/// An encoded policy.
 #[derive(Debug, Clone)]
 pub struct Published {
-    /// Names the controller's state.
+    /// The epoch of the controller's state.
     pub epoch: String,
-    /// The policy's revision.
+    /// The revision of the policy.
     pub revision: u64,
-    /// The whole document.
+    /// The whole policy.
     pub json: Bytes,
     parts: Arc<Parts>,
-    /// The revision before, which nearly all proxies have when a new one comes, and what has changed since.
+    /// The previous revision, which most proxies have when a new one is published, and the delta from it.
     last: Option<(u64, Bytes)>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Parts {
-    /// Each service as JSON, and the revision in which it changed last.
+    /// Each service as JSON, and the revision of its last change.
     services: BTreeMap<String, (Bytes, u64)>,
-    /// The services that are gone, and the revision in which they went; the oldest first.
+    /// The removed services and the revision of their removal; oldest first.
     removed: VecDeque<(u64, String)>,
-    /// Changes since this revision and later ones are known.
+    /// Deltas are available from this revision on.
     since: u64,
 }
 
 impl Published {
-    /// What follows `before`.
+    /// The encoding of a policy that follows `before`.
     pub fn next(before: Option<&Self>, epoch: String, policy: &Policy) -> Self {
         let before = before.filter(|before| before.epoch == epoch && before.revision < policy.revision);
         let revision = policy.revision;
@@ -69,7 +69,7 @@ impl Published {
         published
     }
 
-    /// The whole document for proxies of before there were changes: they refuse a service that has a field they do not know.
+    /// The whole policy for older proxies without support for deltas: they reject a service with an unknown field.
     pub fn for_older(&self) -> Bytes {
         const NEWER: &str = "previousSecrets";
         if !self.json.windows(NEWER.len()).any(|part| part == NEWER.as_bytes()) {
@@ -82,7 +82,7 @@ impl Published {
         serde_json::to_vec(&policy).map_or_else(|_| self.json.clone(), Bytes::from)
     }
 
-    /// The same without the services that a proxy may not see.
+    /// The policy without the services that a proxy may not see.
     pub(super) fn only(&self, sees: impl Fn(&str) -> bool) -> Self {
         let services = self.parts.services.iter().filter(|(name, _)| sees(name));
         let services: BTreeMap<_, _> = services.map(|(name, part)| (name.clone(), part.clone())).collect();
@@ -97,7 +97,7 @@ impl Published {
         Self { epoch: self.epoch.clone(), revision: self.revision, json: json.into(), parts, last: None }
     }
 
-    /// What a proxy is sent that has this revision of this epoch and understands changes.
+    /// The response for a proxy that has this revision of this epoch and supports deltas.
     pub fn since(&self, epoch: &str, revision: u64) -> Bytes {
         let changes = match &self.last {
             _ if epoch != self.epoch => None,
@@ -107,7 +107,7 @@ impl Published {
         changes.unwrap_or_else(|| self.json.clone())
     }
 
-    /// What has changed since a revision, if that is known and less than the whole.
+    /// The delta from a revision, if it is known and smaller than the whole.
     fn changes(&self, base: u64) -> Option<Bytes> {
         let Parts { services, removed, since } = &*self.parts;
         if !(*since..self.revision).contains(&base) {
@@ -157,7 +157,7 @@ mod tests {
         let (own, sent) = (serde_json::to_vec(&service("s500", 1)).unwrap().len(), second.since("e", 1).len());
         println!("{sent} bytes for a change of one service of {own} bytes; the whole policy has {}", second.json.len());
         assert!(sent <= 2 * own, "{sent} of {own}");
-        // Without a known base it is the whole.
+        // Without a known base it is the whole policy.
         for (epoch, base) in [("other", 1), ("e", 0), ("e", 2), ("e", 3)] {
             assert_eq!(second.since(epoch, base), second.json);
         }

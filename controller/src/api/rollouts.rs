@@ -1,4 +1,4 @@
-//! What people say to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and what has become of it.
+//! Commands to rollouts, `POST /v1/rollouts/{name}/promote` and its siblings, and their history.
 
 use super::caller::Caller;
 use super::{ApiError, Extract, Peer, Services, Shared, parse};
@@ -72,7 +72,7 @@ fn percent<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     (weight <= 100).then_some(weight).ok_or_else(why)
 }
 
-/// A route for a command, whose body says `B`; none is as good as an empty object.
+/// The route of a command with body `B`; an empty body counts as an empty object.
 pub(super) fn command<B: DeserializeOwned + 'static>(command: fn(B) -> Command) -> MethodRouter<Arc<Shared>> {
     let handler = async move |State(shared): State<Arc<Shared>>,
                               Extract(Path(name)): Extract<Path<String>>,

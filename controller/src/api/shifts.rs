@@ -1,4 +1,4 @@
-//! Documents that come and go through the API: `/v1/shifts/{name}`.
+//! Creates, reads and deletes documents through the API: `/v1/shifts/{name}`.
 
 use super::caller::Caller;
 use super::{ApiError, Extract, Peer, Services, Shared, parse};
@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::sync::Arc;
 use tideshift_core::shift::OnDelete;
 
-/// The document in force, as it was written.
+/// The document in force, as written.
 pub(super) async fn get(
     State(shared): State<Arc<Shared>>,
     Extract(Path(name)): Extract<Path<String>>,
@@ -22,7 +22,7 @@ pub(super) async fn get(
     document.map(Json).ok_or_else(|| ApiError::not_found(format!("there is no TrafficShift {name}")))
 }
 
-/// Puts a document in force in place of the one of the same name, until the file of that one changes.
+/// Puts a document in force, in place of the one with the same name until the file of that one changes.
 pub(super) async fn put(
     State(shared): State<Arc<Shared>>,
     Extract(Path(name)): Extract<Path<String>>,
@@ -61,9 +61,9 @@ enum Traffic {
     Drain,
 }
 
-/// Takes back a document that came through the API, or gives up what was kept of one that is gone. Its services as they
-/// stand now: as they were, while its weights are in force, or those of the file's document of the same name, which is in
-/// force again.
+/// Removes a document that came through the API, or discards the state of one that is gone. Returns its services:
+/// unchanged while its weights are in force, or those of the file's document with the same name, which comes into force
+/// again.
 pub(super) async fn delete(
     State(shared): State<Arc<Shared>>,
     Extract(Path(name)): Extract<Path<String>>,

@@ -1,4 +1,4 @@
-//! The current state: `GET /v1/status` for people and tools, `/metrics`, `/healthz` and `/readyz` for machines.
+//! The current state: `GET /v1/status` for users and tools, `/metrics`, `/healthz` and `/readyz` for machines.
 
 use super::{ApiError, Extract, Shared};
 use crate::clock::now;
@@ -16,7 +16,7 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
     Json(shared.reconciler().status(now()))
 }
 
-/// How far a version is from being at rest.
+/// The drain status of a version.
 pub(super) async fn drain(
     State(shared): State<Arc<Shared>>,
     Extract(Path((service, version))): Extract<Path<(String, String)>>,
@@ -35,7 +35,7 @@ pub(super) async fn ready(State(shared): State<Arc<Shared>>) -> Response {
     }
     match shared.published.borrow().is_some() {
         true => "ok\n".into_response(),
-        // A follower has nothing to wait for: it forwards requests to the leader.
+        // A follower is ready: it forwards requests to the leader.
         false if matches!(shared.leader.role(), Role::Follows(Some(_))) => "ok\n".into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, "waiting for the first probes\n").into_response(),
     }

@@ -1,5 +1,4 @@
-//! The documents of the files that a controller was given, each as it was right last: what is wrong with one of them
-//! changes nothing for the others.
+//! The last valid version of each document in the given files: an error in one document does not affect the others.
 
 use super::{
     Document, DocumentError, DocumentErrors, ReadOne, is_static, needs_no_cluster, read_file, read_files, shown_name,
@@ -10,10 +9,10 @@ use std::path::{Path, PathBuf};
 use tideshift_core::decode::Errors;
 use tideshift_core::shift::TrafficShift;
 
-/// As it was read, and as it is written.
+/// The parsed document, and the document as written.
 type AsWritten = (TrafficShift, Value);
 
-/// Files, and the documents of each.
+/// The files and the documents of each.
 #[derive(Debug, Clone)]
 pub struct LastGood {
     files: Vec<LastGoodFile>,
@@ -22,19 +21,19 @@ pub struct LastGood {
 #[derive(Debug, Clone)]
 struct LastGoodFile {
     path: PathBuf,
-    /// Standard input or a pipe: what has been read of it is gone.
+    /// Standard input or a pipe, which can be read only once.
     is_static: bool,
     documents: Vec<AsWritten>,
-    /// What was wrong with it when it was read last.
+    /// The errors of the last read.
     errors: Vec<DocumentError>,
 }
 
 impl LastGood {
-    /// Reads files for the first time; all of them, and all documents in them, must be right.
+    /// Reads the files for the first time; every file and document must be valid.
     ///
     /// # Errors
     ///
-    /// As [`load`](super::load), and if a document says something that only a cluster could tell.
+    /// As [`load`](super::load), and if a document has a field that needs a cluster.
     pub fn open(files: &[PathBuf]) -> Result<Self, DocumentErrors> {
         let documents = read_files(files, read)?.into_iter().map(shifts);
         let with = |(path, documents): (&PathBuf, _)| {
@@ -52,7 +51,7 @@ impl LastGood {
         self.files.iter().flat_map(|file| file.documents.iter().cloned()).collect()
     }
 
-    /// Which file each document is from, in words.
+    /// The source file of each document.
     pub fn origins(&self) -> BTreeMap<String, String> {
         let of = |file: &LastGoodFile| {
             let origin = format!("file {}", shown_name(&file.path));
@@ -61,8 +60,8 @@ impl LastGood {
         self.files.iter().flat_map(of).collect()
     }
 
-    /// Reads a file again. A document that is wrong stays as it was. While something is wrong with a file, no document of it
-    /// goes: the one that is missed may be the one that is wrong.
+    /// Reads a file again. An invalid document stays as it was. While a file has errors, none of its documents is
+    /// removed: the one that is missing may be the one that is invalid.
     pub fn read_again(&mut self, path: &Path) {
         for file in self.files.iter_mut().filter(|file| !file.is_static && file.path == path) {
             let (documents, errors) = read_file(path, read);
@@ -74,7 +73,7 @@ impl LastGood {
         }
     }
 
-    /// What was wrong with the files when each was read last.
+    /// The errors of each file's last read.
     pub fn errors(&self) -> impl Iterator<Item = &DocumentError> {
         self.files.iter().flat_map(|file| &file.errors)
     }
@@ -136,7 +135,7 @@ mod tests {
         );
     }
 
-    /// As `serve -f <(helm template …)` gives it.
+    /// As `serve -f <(helm template …)` passes it.
     #[cfg(unix)]
     #[test]
     fn a_pipe_is_read_once() {

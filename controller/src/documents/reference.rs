@@ -1,4 +1,4 @@
-//! Holds `docs/reference.md` true: every field of a TrafficShift, printed from the schema of its types.
+//! Generates `docs/reference.md`: every field of a TrafficShift, from the schema of its types.
 
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -68,7 +68,7 @@ impl Reference {
         page
     }
 
-    /// Types that have fields, the nearest to the root first, and the fields that are of each type.
+    /// The types that have fields, nearest to the root first, and the fields of each type.
     fn order(&self) -> (Vec<&str>, BTreeMap<&str, Vec<String>>) {
         let mut order = vec![self.root.as_str()];
         let mut users = BTreeMap::<&str, Vec<String>>::new();

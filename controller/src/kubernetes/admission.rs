@@ -1,7 +1,7 @@
-//! What a document may say in a cluster. Whoever may write TrafficShifts in one namespace must not get further through the
-//! controller, which has an address in the cluster's network and more rights than they have: its requests go to pods of the
-//! document's own namespace, it runs no commands and reads no files for them. The CRD has the same rules in CEL; these
-//! hold also for what was stored before the rules were there.
+//! Admission rules for documents in a cluster. A user who may write TrafficShifts in one namespace must not gain more
+//! access through the controller, which has an address in the cluster network and more permissions than the user: its
+//! requests go only to pods in the document's own namespace, and it runs no commands and reads no files for the
+//! document. The CRD has the same rules in CEL; these also cover objects that were stored before the rules existed.
 
 use crate::secret_values;
 use std::fmt;
@@ -9,14 +9,14 @@ use std::time::Duration;
 use tideshift_core::shift::probe::{Check, Probe};
 use tideshift_core::shift::{HookSecret, HookUrl, NotificationFormat, TrafficShift, WebhookKind};
 
-/// The shortest period of a probe, which is that of Kubernetes.
+/// The shortest probe period, the same as in Kubernetes.
 const SHORTEST_PERIOD: Duration = Duration::from_secs(1);
 
-/// Whether a document may be in force in a cluster.
+/// Checks whether a document may be in force in a cluster.
 ///
 /// # Errors
 ///
-/// What may not be in it, one line for each field.
+/// Every field that is not allowed, one line each.
 pub fn admit(shift: &TrafficShift) -> Result<(), String> {
     let mut refused = Refused::default();
     for (at, service) in secret_values::services(shift) {
@@ -40,11 +40,11 @@ pub fn admit(shift: &TrafficShift) -> Result<(), String> {
     refused.into_result()
 }
 
-/// A secret that is in the document itself, for everyone to read who may see TrafficShifts.
+/// A secret that is written in the document itself, readable by every user who may read TrafficShifts.
 #[derive(Debug)]
 struct Literal<'s> {
     field: String,
-    /// What the field is of, whatever its place is now.
+    /// The owner of the field, independent of its current position.
     of: (&'s str, &'static str),
     value: &'s [u8],
     instead: &'static str,
@@ -62,7 +62,7 @@ fn literals(shift: &TrafficShift) -> Vec<Literal<'_>> {
             Some(HookSecret::Text(secret)) => Some(("secret", secret.as_bytes(), "secretRef")),
             _ => None,
         };
-        // Who knows the URL of a chat may write there.
+        // The URL of a chat webhook is a credential: it grants permission to post.
         let is_chat = matches!(webhook.kind, WebhookKind::Notification { format: NotificationFormat::Slack, .. });
         let url = match &webhook.url {
             HookUrl::Text(url) if is_chat => Some(("url", url.as_bytes(), "urlSecretRef")),
@@ -76,16 +76,17 @@ fn literals(shift: &TrafficShift) -> Vec<Literal<'_>> {
     sessions.chain(webhooks).collect()
 }
 
-/// The fields of a document that hold a secret.
+/// The fields of a document that contain a literal secret.
 pub fn literal_fields(shift: &TrafficShift) -> Vec<String> {
     literals(shift).into_iter().map(|literal| literal.field).collect()
 }
 
-/// Whether a document holds no secrets but those that it held when it came into force, before they were refused.
+/// Checks that a document contains no literal secrets other than those it had when it came into force, before they were
+/// refused.
 ///
 /// # Errors
 ///
-/// Which of its fields hold another one, and what to write instead; one line each.
+/// The fields with a new literal secret, and what to write instead; one line each.
 pub fn admit_literals(shift: &TrafficShift, before: Option<&TrafficShift>) -> Result<(), String> {
     let held = before.map(literals).unwrap_or_default();
     let mut refused = Refused::default();
@@ -117,7 +118,7 @@ fn admit_probe(at: &str, probe: &Probe, refused: &mut Refused) {
     }
 }
 
-/// What may not be in a document.
+/// The violations in a document.
 #[derive(Debug, Default)]
 struct Refused(Vec<String>);
 
@@ -136,7 +137,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    /// What is refused of a document with this `v1` and these fields of its spec.
+    /// The errors for a document with this `v1` and these fields of its spec.
     fn refused(v1: Value, fields: Value) -> Vec<String> {
         let mut v1 = v1;
         v1["name"] = json!("v1");
@@ -217,7 +218,7 @@ mod tests {
         assert_eq!(fields(admit_literals(&old, None)), all);
         assert_eq!(literal_fields(&old), all);
         assert!(admit_literals(&old, None).unwrap_err().contains("urlSecretRef: {name: SECRET, key: KEY}"));
-        // The rest of it may change, so that a rollout can be taken back.
+        // The rest of the document may change, so that a rollout can be rolled back.
         let mut moved = read("hush-hush", "hush", 20);
         moved.webhooks.remove(0);
         assert_eq!(admit_literals(&moved, Some(&old)), Ok(()));

@@ -1,4 +1,4 @@
-//! What is known of the clusters: the few fields of their objects that matter here, by cluster and namespace.
+//! The cached state of the clusters: the fields of their objects that the controller uses, by cluster and namespace.
 
 use crate::namespace_ref::NamespaceRef;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,40 +7,41 @@ use std::ops::{Bound, Index};
 use std::sync::Arc;
 use tideshift_core::shift::{LabelSelector, WorkloadRef};
 
-/// Everything that is known.
+/// The cached state of all clusters.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ClusterCache {
-    /// By place.
+    /// By cluster and namespace.
     pub views: BTreeMap<NamespaceRef, NamespaceCache>,
-    /// The clusters that cannot be seen, and why; the controller's own has no name.
+    /// The unreachable clusters, and why; the controller's own cluster has no name.
     pub lost: BTreeMap<Option<String>, String>,
-    /// The places that are not watched, and why: there is no such cluster, or it is not open to documents of the namespace.
+    /// The namespaces that are not watched, and why: the cluster does not exist, or documents of the namespace may not
+    /// use it.
     pub closed: BTreeMap<NamespaceRef, String>,
 }
 
-/// What is known of one namespace.
+/// The cached state of one namespace.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct NamespaceCache {
     /// EndpointSlices by [`slice_key`].
     pub slices: Store<Slice>,
-    /// The labels of pods, by the pods' names.
+    /// The labels of pods, by pod name.
     pub pods: Store<Labels>,
-    /// Workloads, by what documents call them; one table for each kind.
+    /// Workloads by name; one store for each API version and kind.
     pub workloads: BTreeMap<(String, String), Store<Workload>>,
     /// HorizontalPodAutoscalers by name.
     pub autoscalers: Store<Autoscaler>,
     /// PodDisruptionBudgets by name.
     pub budgets: Store<Budget>,
-    /// Secrets that documents refer to, by name; one table for each, as each is watched by itself.
+    /// The Secrets that documents refer to, by name; each has a store of its own, because each has a watch of its own.
     pub secrets: BTreeMap<String, Store<SecretData>>,
 }
 
 /// A Secret that documents may use.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct SecretData {
-    /// What for: the value of its label.
+    /// The allowed use: the value of its label.
     pub label: String,
-    /// By key; of values that are too long, only as much as shows that.
+    /// The data by key; values that exceed the limit are truncated just beyond it.
     pub data: BTreeMap<String, Vec<u8>>,
 }
 
@@ -58,28 +59,28 @@ pub type Labels = BTreeMap<String, String>;
 pub struct Store<T> {
     /// By name.
     pub objects: Objects<T>,
-    /// Whether all of them have been seen.
+    /// Whether the initial list is complete.
     pub synced: bool,
-    /// Why they cannot be seen now, if so; what is here is what was seen last.
+    /// Why the objects cannot be watched at present, if so; the store then holds their last known state.
     pub lost: Option<String>,
 }
 
-/// Objects by name. Copies share what none of them has changed since, so that a picture of everything costs little.
+/// Objects by name. Clones share unchanged objects, so that a snapshot of everything is cheap.
 #[derive(Debug, PartialEq)]
 pub struct Objects<T>(Arc<BTreeMap<String, Arc<T>>>);
 
 impl<T> Objects<T> {
-    /// The object of that name.
+    /// The object of this name.
     pub fn get(&self, name: &str) -> Option<&T> {
         self.0.get(name).map(Arc::as_ref)
     }
 
-    /// The same, to be shared.
+    /// The same, shared.
     pub fn shared(&self, name: &str) -> Option<&Arc<T>> {
         self.0.get(name)
     }
 
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn get_mut(&mut self, name: &str) -> Option<&mut T>
     where
         T: Clone,
@@ -87,37 +88,37 @@ impl<T> Objects<T> {
         Arc::make_mut(&mut self.0).get_mut(name).map(Arc::make_mut)
     }
 
-    /// Puts an object in the place of what had its name.
+    /// Inserts or replaces an object.
     pub fn insert(&mut self, name: String, object: impl Into<Arc<T>>) -> Option<Arc<T>> {
         Arc::make_mut(&mut self.0).insert(name, object.into())
     }
 
-    /// Takes the object of that name out.
+    /// Removes the object of this name.
     pub fn remove(&mut self, name: &str) -> Option<Arc<T>> {
         Arc::make_mut(&mut self.0).remove(name)
     }
 
-    /// All of them.
+    /// All objects with their names.
     pub fn iter(&self) -> impl Iterator<Item = (&String, &T)> {
         self.0.iter().map(|(name, object)| (name, object.as_ref()))
     }
 
-    /// The same without names.
+    /// All objects without their names.
     pub fn values(&self) -> impl Iterator<Item = &T> {
         self.0.values().map(Arc::as_ref)
     }
 
-    /// The same, to be shared.
+    /// The same, shared.
     pub fn all(&self) -> &BTreeMap<String, Arc<T>> {
         &self.0
     }
 
-    /// How many there are.
+    /// The number of objects.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -161,15 +162,15 @@ impl<T> Index<&str> for Objects<T> {
     }
 }
 
-/// The key of a slice: those of one Service are one after the other.
+/// The key of a slice, which keeps the slices of one Service adjacent.
 pub fn slice_key(service: Option<&str>, name: &str) -> String {
     format!("{}/{name}", service.unwrap_or_default())
 }
 
 impl Objects<Slice> {
-    /// The slices of a Service, or all.
+    /// The slices of a Service, or all slices.
     pub fn of_service(&self, service: Option<&str>) -> impl Iterator<Item = &Slice> {
-        // Nothing comes between the slash and the nought after it.
+        // `0` follows `/` in ASCII: no key lies between.
         let bounds = match service {
             Some(service) => (Bound::Included(format!("{service}/")), Bound::Excluded(format!("{service}0"))),
             None => (Bound::Unbounded, Bound::Unbounded),
@@ -178,23 +179,23 @@ impl Objects<Slice> {
     }
 }
 
-/// What has changed of a namespace, as far as endpoints may depend on it.
+/// Changes in a namespace that can affect endpoints.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Changes {
-    /// All that is known of a kind has come into sight, or has gone out of it.
+    /// A whole kind has been listed, or can no longer be watched.
     pub all: bool,
-    /// The Services whose slices have changed.
+    /// The Services with changed slices.
     pub services: BTreeSet<String>,
-    /// The pods that slices say something else of.
+    /// The pods with changed endpoints.
     pub endpoints: BTreeSet<String>,
-    /// The labels that pods have now and did not have before, or the other way round.
+    /// The label sets that pods have now and did not have before, or the reverse.
     pub labels: Vec<Arc<Labels>>,
-    /// Workloads, by group and version, kind and name.
+    /// Changed workloads, by API version, kind and name.
     pub workloads: BTreeSet<(String, String, String)>,
 }
 
 impl Changes {
-    /// A slice was as it was `before`, and is as it is `now`.
+    /// Records that a slice changed from `before` to `now`.
     pub fn slice(&mut self, before: Option<&Arc<Slice>>, now: Option<&Arc<Slice>>) {
         let both = || before.into_iter().chain(now);
         self.services.extend(both().filter_map(|slice| slice.service.clone()));
@@ -208,7 +209,7 @@ impl Changes {
         }
     }
 
-    /// The same of a pod's labels.
+    /// Records a change of a pod's labels.
     pub fn pod(&mut self, before: Option<&Arc<Labels>>, now: Option<&Arc<Labels>>) {
         self.labels.extend(before.into_iter().chain(now).cloned());
     }
@@ -217,60 +218,60 @@ impl Changes {
 /// An EndpointSlice.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Slice {
-    /// The Service that it is of.
+    /// The Service that it belongs to.
     pub service: Option<String>,
     /// Whether its addresses are IPv6.
     pub is_ipv6: bool,
-    /// Names and numbers of its ports.
+    /// The names and numbers of its ports.
     pub ports: Vec<(String, u16)>,
     /// Its endpoints.
     pub endpoints: Vec<SliceEndpoint>,
 }
 
-/// An endpoint of an EndpointSlice, with the conditions as Kubernetes means them.
+/// An endpoint of an EndpointSlice, with the conditions as Kubernetes defines them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SliceEndpoint {
-    /// Its address; all of an endpoint's addresses are the same to clients.
+    /// Its address; all addresses of an endpoint are equivalent to clients.
     pub address: String,
-    /// The pod of the slice's namespace behind it.
+    /// The pod behind it, in the namespace of the slice.
     pub pod: Option<String>,
-    /// It should get traffic. Unknown counts as yes.
+    /// Whether it should receive traffic. Unknown counts as yes.
     pub ready: bool,
-    /// It answers, whether it should get traffic or not. As `ready` where that is not said.
+    /// Whether it responds, independent of `ready`. Defaults to `ready`.
     pub serving: bool,
-    /// It is about to go.
+    /// Whether it is terminating.
     pub terminating: bool,
 }
 
-/// What scales a version.
+/// A workload that scales a version.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Workload {
-    /// How many pods it asks for; 1 where it does not say.
+    /// The desired number of pods; 1 by default.
     pub replicas: u32,
-    /// Which pods are its own.
+    /// The selector of its pods.
     pub selector: Option<LabelSelector>,
 }
 
 /// A HorizontalPodAutoscaler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Autoscaler {
-    /// What it scales.
+    /// The workload that it scales.
     pub target: WorkloadRef,
-    /// The fewest replicas; 1 where it does not say.
+    /// `minReplicas`; 1 by default.
     pub min: u32,
-    /// The most.
+    /// `maxReplicas`.
     pub max: u32,
-    /// What the fewest were before a rollout raised them, as the rollout wrote it down.
+    /// The value of `minReplicas` before a rollout raised it, from the annotation.
     pub min_before: Option<u32>,
 }
 
-/// A PodDisruptionBudget that promises a number of pods. One that speaks of percentages, or of what may be missing,
-/// promises nothing of a workload that is meant to be smaller.
+/// A PodDisruptionBudget with a number in `minAvailable`. Budgets with percentages or `maxUnavailable` do not limit a
+/// workload that is meant to shrink.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Budget {
-    /// The pods that it speaks of.
+    /// The selector of its pods.
     pub selector: LabelSelector,
-    /// How many of them there must be.
+    /// The minimum number of available pods.
     pub min_available: u32,
 }
 
@@ -281,7 +282,7 @@ impl<T> Default for Store<T> {
 }
 
 impl<T> Store<T> {
-    /// Why its objects are not all known, if so.
+    /// Why not all objects are known, if so.
     fn unseen(&self, what: &str, namespace: &str) -> Option<String> {
         match (&self.lost, self.synced) {
             (Some(why), _) => Some(format!("{what} in namespace {namespace} cannot be seen: {why}")),
@@ -292,12 +293,12 @@ impl<T> Store<T> {
 }
 
 impl ClusterCache {
-    /// What is known of a place.
+    /// The cached state of a namespace.
     pub fn view(&self, place: &NamespaceRef) -> Option<&NamespaceCache> {
         self.views.get(place)
     }
 
-    /// Why something of what a version needs to be known there is not, if so.
+    /// Why something that a version needs there is unknown, if so.
     pub fn unseen(&self, place: &NamespaceRef, needs: &BTreeSet<ResourceKind>) -> Option<String> {
         if let Some(why) = self.closed.get(place).or_else(|| self.lost.get(&place.cluster)) {
             return Some(format!("{} cannot be seen: {why}", place.cluster_name()));
@@ -316,7 +317,7 @@ impl ClusterCache {
                     view.autoscalers.unseen(&of("HorizontalPodAutoscalers".to_owned()), namespace)
                 }
                 ResourceKind::Budgets => view.budgets.unseen(&of("PodDisruptionBudgets".to_owned()), namespace),
-                // What is missing of them has a condition of its own, and holds up no endpoint.
+                // A missing Secret has a condition of its own and does not block endpoints.
                 ResourceKind::Secret { .. } => None,
                 ResourceKind::Workloads { api_version, kind } => {
                     let table = view.workloads.get(&(api_version.clone(), kind.clone()));
@@ -327,25 +328,25 @@ impl ClusterCache {
     }
 }
 
-/// A kind of object that must be watched in a place.
+/// A kind of object to watch in a namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ResourceKind {
-    /// For endpoints.
+    /// EndpointSlices, for endpoints.
     Slices,
-    /// For their labels.
+    /// Pods, for their labels.
     Pods,
-    /// For what scales a version.
+    /// Workloads of one kind.
     Workloads {
-        /// Group and version.
+        /// The API group and version.
         api_version: String,
         /// The kind.
         kind: String,
     },
-    /// For what else scales it.
+    /// HorizontalPodAutoscalers.
     Autoscalers,
-    /// For what has been promised of its pods.
+    /// PodDisruptionBudgets.
     Budgets,
-    /// One Secret, for what documents refer to.
+    /// One Secret that documents refer to.
     Secret {
         /// Its name.
         name: String,

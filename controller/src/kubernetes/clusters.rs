@@ -1,4 +1,4 @@
-//! The clusters: the controller's own, and those that Secrets of its namespace lead to.
+//! The clusters: the controller's own, and remote clusters from Secrets in its namespace.
 
 use super::{reason, transport};
 use crate::namespace_ref::NamespaceRef;
@@ -15,17 +15,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// The label of a Secret that leads to a cluster; its value is the cluster's name in documents.
+/// The label of a Secret with credentials for a cluster; its value is the name of the cluster in documents.
 pub const CLUSTER_LABEL: &str = "tideshift.dev/cluster";
-/// The annotation of such a Secret that names the namespaces whose documents may use the cluster, separated by commas; `*` is
-/// every namespace. Without it: the namespace that the Secret is in.
+/// The annotation of such a Secret with the namespaces whose documents may use the cluster, separated by commas; `*`
+/// means every namespace. Default: the namespace of the Secret.
 pub const NAMESPACES_ANNOTATION: &str = "tideshift.dev/namespaces";
-/// The key of the Secret's data that holds the kubeconfig.
+/// The key of the kubeconfig in the Secret's data.
 const KUBECONFIG: &str = "kubeconfig";
-/// How long a connection may take.
+/// Timeout of a connection attempt.
 const CONNECT: Duration = Duration::from_secs(3);
 
-/// The clusters there are; cheap to clone.
+/// The registry of clusters; cheap to clone.
 #[derive(Clone)]
 pub struct Clusters {
     home: Client,
@@ -40,14 +40,14 @@ struct Remote {
     clients: BTreeMap<String, Result<Client, String>>,
     /// The namespaces whose documents may use a cluster.
     namespaces: BTreeMap<String, BTreeSet<String>>,
-    /// What they were made from.
+    /// The Secrets that they were built from.
     secrets: BTreeMap<String, ClusterSecret>,
     changed: BTreeSet<String>,
-    /// Why the Secrets cannot be seen, if so.
+    /// Why the Secrets cannot be watched, if so.
     lost: Option<String>,
 }
 
-/// What a Secret says of a cluster.
+/// The content of a Secret with credentials for a cluster.
 #[derive(Clone)]
 struct ClusterSecret {
     cluster: String,
@@ -57,21 +57,21 @@ struct ClusterSecret {
 
 /// The controller's own cluster.
 pub struct Home {
-    /// How it is reached.
+    /// The client configuration.
     pub config: Config,
-    /// A client for that.
+    /// A client with this configuration.
     pub client: Client,
-    /// The namespace that goes with that.
+    /// The default namespace of the configuration.
     pub namespace: String,
     /// The hosts and addresses of its API server.
     pub api_server: Vec<String>,
 }
 
-/// The controller's own cluster: by a kubeconfig, or else by what the environment says.
+/// The controller's own cluster, from a kubeconfig or the environment.
 ///
 /// # Errors
 ///
-/// If there is nothing that leads to a cluster, or it makes no sense.
+/// If no cluster is configured, or the configuration is invalid.
 pub async fn home(kubeconfig: Option<&Path>) -> Result<Home, String> {
     let mut config = match kubeconfig {
         Some(path) => {
@@ -95,7 +95,7 @@ fn client(mut config: Config) -> Result<Client, String> {
 }
 
 impl Clusters {
-    /// Looks after the Secrets of a namespace for as long as the process runs.
+    /// Watches the Secrets of a namespace until the process ends.
     pub fn new(home: Client, namespace: &str) -> Self {
         let (send, changes) = watch::channel(0);
         let table = Arc::default();
@@ -104,16 +104,16 @@ impl Clusters {
         clusters
     }
 
-    /// The controller's own.
+    /// The client of the controller's own cluster.
     pub fn home(&self) -> Client {
         self.home.clone()
     }
 
-    /// The client of a cluster, for what documents of this namespace say.
+    /// The client of a cluster, on behalf of documents of this namespace.
     ///
     /// # Errors
     ///
-    /// If there is no such cluster, what leads to it makes no sense, or it is not open to the namespace.
+    /// If there is no such cluster, its credentials are invalid, or documents of the namespace may not use it.
     pub fn client(&self, place: &NamespaceRef) -> Result<Client, String> {
         let Some(cluster) = &place.cluster else { return Ok(self.home()) };
         let remote = self.lock();
@@ -137,12 +137,12 @@ impl Clusters {
         }
     }
 
-    /// Changes whenever clusters do.
+    /// Notifies of changes of the clusters.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.clone()
     }
 
-    /// The clusters that have changed since this was last asked.
+    /// The clusters that have changed since the last call.
     pub fn take_changed(&self) -> BTreeSet<String> {
         std::mem::take(&mut self.lock().changed)
     }
@@ -246,7 +246,7 @@ fn is_open(namespaces: &BTreeSet<String>, namespace: &str) -> bool {
     namespaces.contains(namespace) || namespaces.contains("*")
 }
 
-/// A client from the text of a kubeconfig. One that runs programs or reads files of this machine is refused.
+/// A client from a kubeconfig. A kubeconfig that runs programs or reads local files is refused.
 async fn remote(text: &[u8]) -> Result<Client, String> {
     let text = std::str::from_utf8(text).map_err(|_| "its kubeconfig is not UTF-8".to_owned())?;
     let kubeconfig = Kubeconfig::from_yaml(text).map_err(|error| format!("its kubeconfig: {error}"))?;

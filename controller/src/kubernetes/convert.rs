@@ -1,4 +1,4 @@
-//! From Kubernetes' objects to the few fields of them that matter here.
+//! Converts Kubernetes objects to the few fields that the controller uses.
 
 use crate::kubernetes::cache::{Autoscaler, Budget, SecretData, Slice, SliceEndpoint, Workload};
 use crate::secret_values::MAX_BYTES;
@@ -15,42 +15,42 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tideshift_core::shift::{API_VERSION, KIND, LabelOperator, LabelRequirement, LabelSelector, WorkloadRef};
 
-/// Where a rollout writes down what the fewest replicas of a HorizontalPodAutoscaler were before it raised them.
+/// The annotation in which a rollout records the `minReplicas` of a HorizontalPodAutoscaler before raising it.
 pub const MIN_BEFORE: &str = "tideshift.dev/min-replicas-before";
 
-/// The label of a slice that names its Service.
+/// The label of an EndpointSlice that names its Service.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
-/// The label of Secrets that documents may use; its value says what for. Without it, anyone who may write TrafficShifts could use
-/// Secrets that they may not read.
+/// The label that marks Secrets as usable by documents; its value is the purpose. Without it, anyone with permission to
+/// write TrafficShifts could use Secrets that they may not read.
 pub const USE_LABEL: &str = "tideshift.dev/use";
 
-/// What a TrafficShift with `onDelete: Drain` waits for when it is deleted.
+/// The finalizer of a TrafficShift with `onDelete: Drain`.
 pub const FINALIZER: &str = "tideshift.dev/drain";
 
-/// A TrafficShift as it was written.
+/// A TrafficShift as stored in the cluster.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrafficShiftObject {
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) uid: String,
-    /// When it was made, in milliseconds since 1970.
+    /// The creation time, in milliseconds since 1970.
     pub(super) created: i64,
     pub(super) generation: i64,
-    /// Who wrote its spec last, and when, as far as the API server has noted it.
+    /// The field manager that last wrote the spec, and when, as far as the API server has recorded it.
     pub(super) by: Option<String>,
-    /// Whether some generation of it has been in force, also under another controller or before a restart.
+    /// Whether a generation of it has been in force, including under another controller or before a restart.
     pub(super) was_in_force: bool,
-    /// Whether it is about to be deleted, and waits for what is done before that.
+    /// Whether it has a deletion timestamp and waits for its finalizers.
     pub(super) is_deleted: bool,
-    /// Whether it waits for this controller then.
+    /// Whether it carries this controller's finalizer.
     pub(super) is_held: bool,
-    /// The document alone, as a file has it.
+    /// The document alone, as in a file.
     pub(super) document: Value,
 }
 
 impl TrafficShiftObject {
-    /// What its rollout is called.
+    /// The name of its rollout.
     pub(super) fn rollout(&self) -> String {
         format!("{}.{}", self.name, self.namespace)
     }
@@ -76,7 +76,7 @@ pub(super) fn from_traffic_shift(object: &DynamicObject) -> Option<TrafficShiftO
     })
 }
 
-/// The field manager that wrote the spec last, and when.
+/// The field manager that last wrote the spec, and when.
 fn last_editor(object: &DynamicObject) -> Option<String> {
     let entries = object.metadata.managed_fields.iter().flatten();
     let of_spec = entries.filter(|entry| {
@@ -89,7 +89,7 @@ fn last_editor(object: &DynamicObject) -> Option<String> {
 }
 
 pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
-    // Names instead of addresses are nothing that anybody here could count.
+    // FQDN slices hold names instead of addresses; the controller cannot count those.
     if slice.address_type == "FQDN" {
         return None;
     }
@@ -103,7 +103,7 @@ pub(super) fn slice(slice: &EndpointSlice) -> Option<Slice> {
     })
 }
 
-/// An endpoint of a slice in this namespace. A pod of another one is none of the slice's.
+/// An endpoint of a slice in this namespace. A pod of another namespace does not belong to the slice.
 fn endpoint(endpoint: &Endpoint, namespace: Option<&str>) -> SliceEndpoint {
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     let ready = conditions.ready.unwrap_or(true);

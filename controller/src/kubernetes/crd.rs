@@ -1,19 +1,19 @@
-//! TrafficShift as a CustomResourceDefinition: the schema that `core` has of the document, in the form that Kubernetes'
-//! API server wants, with bounds to every list and with rules (in CEL) for what spans fields. So a mistake is refused
-//! when it is made, without a webhook. The reader of documents still has the last word, in `status`.
+//! TrafficShift as a CustomResourceDefinition: `core`'s schema of the document in the structural form of Kubernetes,
+//! with bounds for every list and CEL rules for constraints across fields. The API server therefore rejects an invalid
+//! document when it is written, without a webhook. The reader of documents validates again and reports in `status`.
 //!
-//! The YAML is committed. After a change of it or of the types: `UPDATE_GOLDEN=1 cargo test -p tideshift kubernetes`.
+//! The YAML is committed. After changing it or the types run `UPDATE_GOLDEN=1 cargo test -p tideshift kubernetes`.
 
 use crate::kubernetes::status::TrafficShiftStatus;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 use tideshift_core::shift::json_schema;
 
-/// The group of the resource.
+/// The API group.
 pub const GROUP: &str = "tideshift.dev";
-/// Its version.
+/// The API version.
 pub const VERSION: &str = "v1alpha1";
-/// Its name in URLs.
+/// The plural name, used in URLs.
 pub const PLURAL: &str = "trafficshifts";
 
 /// The CustomResourceDefinition.
@@ -55,11 +55,11 @@ pub fn definition() -> Value {
     })
 }
 
-/// The same as YAML.
+/// The CustomResourceDefinition as YAML.
 ///
 /// # Errors
 ///
-/// None that is known: everything in it is text, numbers, lists and objects.
+/// None known: the definition contains only texts, numbers, lists and objects.
 pub fn yaml() -> Result<String, serde_saphyr::SerializeError> {
     serde_saphyr::to_string(&definition())
 }
@@ -91,7 +91,7 @@ fn object_schema() -> Value {
     })
 }
 
-/// The schema of `status`. It refuses next to nothing: what a newer or an older controller has written must not keep
+/// The schema of `status`. It is permissive: a status that a newer or older controller has written must not prevent
 /// users from changing their documents.
 fn status_schema() -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
@@ -109,7 +109,7 @@ fn status_schema() -> Value {
     status
 }
 
-/// Puts what is `more` into a schema.
+/// Merges `more` into a schema.
 fn merge(schema: &mut Value, more: Value) {
     match (schema, more) {
         (Value::Object(schema), Value::Object(more)) => {
@@ -132,8 +132,8 @@ fn without_enums(schema: &mut Value) {
     }
 }
 
-/// A JSON Schema as Kubernetes' API server takes it: without references, with one type or "int or string", choices of
-/// words as `enum`, and nothing about unknown fields, which it has rules of its own for.
+/// Converts a JSON Schema to a structural schema: without references, with one type or "int or string", alternatives of
+/// constants as `enum`, and nothing about unknown fields, which the API server handles by its own rules.
 fn structural(schema: &Value, types: &Value) -> Value {
     let Value::Object(own) = schema else { return schema.clone() };
     let mut fields = Map::new();
@@ -176,8 +176,8 @@ fn structural(schema: &Value, types: &Value) -> Value {
     Value::Object(fields)
 }
 
-/// What the API server has to know of lists and texts, so that it can tell that the rules take it no time, and how to
-/// merge lists: type, field, and what there is to say.
+/// Bounds of lists and texts, from which the API server estimates the cost of the CEL rules, and the merge strategy of
+/// lists: type, field and schema.
 fn bounds() -> impl Iterator<Item = (&'static str, &'static str, Value)> {
     let most = |most: u32| json!({"maxItems": most});
     let named =
@@ -218,15 +218,15 @@ fn bounds() -> impl Iterator<Item = (&'static str, &'static str, Value)> {
     ])
 }
 
-/// A rule for what spans fields.
+/// A rule across fields.
 struct Rule {
-    /// The type that it is for.
+    /// The type that it applies to.
     of: &'static str,
-    /// The field that it is about, with a dot before it; or none.
+    /// The field that errors refer to, with a leading dot, or empty.
     about: &'static str,
-    /// What must hold of `self`, in CEL.
+    /// The CEL condition on `self`.
     holds: &'static str,
-    /// What is expected.
+    /// The expectation that the error names.
     expected: &'static str,
 }
 
@@ -259,8 +259,8 @@ const HAS_A_VALUE: &str = "has(self.value) == (self.type != 'Present')";
 const RANGES_GO_UP: &str = "!has(self.statusCodes) || self.statusCodes.all(c, type(c) == int || !c.contains('-') || \
      c.split('-')[0].trim() <= c.split('-')[1].trim())";
 
-/// The rules; those of a type that is within lists are counted as often as the lists may be long. Fields with a default
-/// are always there.
+/// The rules. The cost of a rule on a type within lists is multiplied by the maximum length of the lists. Fields with a
+/// default are always present.
 #[rustfmt::skip]
 const RULES: &[Rule] = &[
     Rule { of: "TrafficShiftSpec", about: "", holds: "has(self.versions) != has(self.services)",
@@ -338,7 +338,7 @@ const RULES: &[Rule] = &[
         expected: "phases, retries and format only with type Notification" },
 ];
 
-/// What only clusters refuse ([`crate::kubernetes::admission`]).
+/// Rules that apply only in clusters ([`crate::kubernetes::admission`]).
 #[rustfmt::skip]
 const CLUSTER_RULES: &[Rule] = &[
     Rule { of: "ShiftVersion", about: ".endpoints", holds: "!has(self.endpoints) || size(self.endpoints) == 0",

@@ -1,5 +1,5 @@
-//! From documents that name Services, labels and workloads to documents that list endpoints: what the clusters say is
-//! put in the place of what a user would have written by hand. Pure.
+//! Resolves documents that name Services, labels and workloads to documents that list endpoints: the state of the
+//! clusters replaces what a user would otherwise write by hand. Pure.
 
 use crate::kubernetes::cache::{Changes, ClusterCache, NamespaceCache, ResourceKind, Slice, SliceEndpoint, Workload};
 use crate::kubernetes::convert::USE_LABEL;
@@ -14,11 +14,11 @@ use tideshift_core::shift::{
     Discovery, Endpoint, LabelSelector, PortRef, SecretKeyRef, ShiftVersion, TrafficShift, WorkloadRef,
 };
 
-/// Why an endpoint gets no probe and no warm-up. Whoever may write EndpointSlices could send the controller's requests
-/// to any address otherwise.
+/// Why an endpoint gets no probe and no warm-up. Otherwise a user who may write EndpointSlices could direct the
+/// controller's requests to any address.
 const NO_POD: &str = "its EndpointSlice names no pod of this namespace, and only pods are probed and warmed up";
 
-/// What must be watched for a document's sake.
+/// The objects to watch for a document.
 pub fn needs(shift: &TrafficShift) -> BTreeMap<NamespaceRef, BTreeSet<ResourceKind>> {
     let mut needs: BTreeMap<NamespaceRef, BTreeSet<ResourceKind>> = BTreeMap::new();
     for version in shift.services.iter().flat_map(|service| &service.versions) {
@@ -36,12 +36,13 @@ fn home(namespace: &str) -> NamespaceRef {
     NamespaceRef { cluster: None, namespace: namespace.to_owned() }
 }
 
-/// What the secrets are that documents refer to.
+/// The values of the secrets that documents refer to.
 pub fn secrets<'s>(shifts: impl IntoIterator<Item = &'s TrafficShift>, picture: &ClusterCache) -> SecretValues {
     SecretValues::of(shifts, |namespace, of, key| secret(picture, namespace, of, key))
 }
 
-/// A Secret that is not labelled for this use is none: whoever may write TrafficShifts, but not read it, cannot tell.
+/// A Secret without the label for this use counts as missing: a user who may write TrafficShifts but not read the
+/// Secret cannot tell the difference.
 fn secret(picture: &ClusterCache, namespace: &str, of: SecretUse, key: &SecretKeyRef) -> Result<Secret, String> {
     let SecretKeyRef { name, key } = key;
     let view = picture.view(&home(namespace));
@@ -49,7 +50,7 @@ fn secret(picture: &ClusterCache, namespace: &str, of: SecretUse, key: &SecretKe
     let table = view.and_then(|view| view.secrets.get(name)).ok_or_else(not_yet)?;
     let (found, label) = (table.objects.get(name), of.label());
     let found = match (found, &table.lost, table.synced) {
-        // What was seen last, while it cannot be seen.
+        // The last known value, while the Secret cannot be watched.
         (Some(found), ..) => Some(found),
         (None, Some(why), _) => return Err(format!("Secret {name} in namespace {namespace} cannot be read: {why}")),
         (None, None, false) => return Err(not_yet()),
@@ -82,18 +83,19 @@ fn needs_of(version: &ShiftVersion) -> BTreeSet<ResourceKind> {
     needs
 }
 
-/// Whether a version's endpoints are those of its workload's pods, because the document says nothing else.
+/// Whether a version's endpoints are found through the pods of its workload, because the document has no other
+/// discovery.
 fn is_found_by_workload(version: &ShiftVersion) -> bool {
     version.workload.is_some() && version.discovery.is_none() && version.endpoints.is_empty()
 }
 
-/// The workload of a version, as the cluster has it.
+/// The cached workload of a version.
 pub fn workload<'v>(view: &'v NamespaceCache, version: &ShiftVersion) -> Option<&'v Workload> {
     let workload = version.workload.as_ref()?;
     view.workloads.get(&(workload.api_version.clone(), workload.kind.clone()))?.objects.get(&workload.name)
 }
 
-/// How a version's endpoints are found.
+/// How the endpoints of a version are discovered.
 fn discovery(view: &NamespaceCache, version: &ShiftVersion) -> Option<Discovery> {
     let of_workload = || {
         let selector = workload(view, version).filter(|_| is_found_by_workload(version))?.selector.clone()?;
@@ -102,7 +104,7 @@ fn discovery(view: &NamespaceCache, version: &ShiftVersion) -> Option<Discovery>
     version.discovery.clone().or_else(of_workload)
 }
 
-/// Whether a document that needs something of a place may have other endpoints by what has changed there.
+/// Whether changes in a namespace can affect the endpoints of a document that depends on it.
 pub fn depends(shift: &TrafficShift, view: &NamespaceCache, changes: &Changes) -> bool {
     let is_changed = |workload: &WorkloadRef| {
         changes.workloads.iter().any(|(api_version, kind, name)| {
@@ -130,7 +132,8 @@ pub fn depends(shift: &TrafficShift, view: &NamespaceCache, changes: &Changes) -
         })
 }
 
-/// The documents with the endpoints that the clusters say can take traffic, and what is known beyond them.
+/// The documents with the endpoints that can receive traffic according to the clusters, and what discovery knows beyond
+/// them.
 pub fn resolve(
     shifts: impl IntoIterator<Item = TrafficShift>,
     picture: &ClusterCache,
@@ -140,7 +143,7 @@ pub fn resolve(
     (all.into_iter().map(|one| one.shift).collect(), outlook)
 }
 
-/// What is known beyond the documents, put together from what is known beyond each.
+/// Combines what discovery knows beyond each document.
 pub fn beyond<'r>(all: impl Iterator<Item = (&'r DiscoveryInfo, &'r [Owner])> + Clone) -> DiscoveryInfo {
     let mut outlook =
         DiscoveryInfo { shared: shared(all.clone().flat_map(|(_, owners)| owners)), ..DiscoveryInfo::default() };
@@ -151,7 +154,7 @@ pub fn beyond<'r>(all: impl Iterator<Item = (&'r DiscoveryInfo, &'r [Owner])> + 
     outlook
 }
 
-/// A version's pods that are ready endpoints, by name and address.
+/// The pods of a version that are ready endpoints, by name and address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owner {
     shift: String,
@@ -167,15 +170,15 @@ impl fmt::Display for Owner {
     }
 }
 
-/// What is wrong with versions that have a pod in common, by service and version. A pod has the same namespace, name and
-/// address by whatever name a document calls its cluster.
+/// The errors of versions that share a pod, by service and version. A pod has the same namespace, name and address
+/// whatever name a document uses for its cluster.
 pub fn shared<'o>(owners: impl IntoIterator<Item = &'o Owner>) -> BTreeMap<(String, String), String> {
     let mut pods: HashMap<(&str, &str, &str), &Owner> = HashMap::new();
     let mut shared: BTreeMap<(String, String), String> = BTreeMap::new();
     for own in owners {
         for (pod, address) in &own.pods {
             let first = *pods.entry((&own.namespace, pod, address)).or_insert(own);
-            // The same version of several services is one.
+            // A version with the same name in several services is one version.
             if (&first.shift, &first.version) == (&own.shift, &own.version) {
                 continue;
             }
@@ -192,18 +195,19 @@ pub fn shared<'o>(owners: impl IntoIterator<Item = &'o Owner>) -> BTreeMap<(Stri
     shared
 }
 
-/// A document with its endpoints, what is known beyond them but for what other documents have of it, and its versions' pods.
+/// A document with its endpoints, the discovery info that does not depend on other documents, and the pods of its
+/// versions.
 #[derive(Debug)]
 pub struct Resolved {
     /// The document.
     pub shift: TrafficShift,
-    /// What is known.
+    /// The discovery info.
     pub outlook: DiscoveryInfo,
     /// The pods.
     pub owners: Vec<Owner>,
 }
 
-/// One of the documents.
+/// Resolves one document.
 pub fn resolve_one(mut shift: TrafficShift, picture: &ClusterCache) -> Resolved {
     let (mut outlook, mut owners) = (DiscoveryInfo::default(), Vec::new());
     let unresolved = shift.clone();
@@ -227,7 +231,7 @@ pub fn resolve_one(mut shift: TrafficShift, picture: &ClusterCache) -> Resolved 
                 missing_pods(view, version, found.last().filter(|(of, _)| *of == n).map(|(_, found)| found)),
             );
         }
-        // As long as nobody else is there, what is about to go and still answers takes traffic, as with Services.
+        // If there are no other endpoints, terminating endpoints that still serve receive traffic, as with Services.
         let mut all = found.iter().flat_map(|(_, endpoints)| endpoints);
         let last_resort = !all.any(|found| found.state.ready && !found.state.terminating);
         for (n, endpoints) in found {
@@ -266,7 +270,7 @@ pub fn resolve_one(mut shift: TrafficShift, picture: &ClusterCache) -> Resolved 
     Resolved { shift, outlook, owners }
 }
 
-/// What is missing where an endpoint might be expected: pods that no Service lists, a workload that is not there.
+/// Messages for expected endpoints that do not exist: pods that no Service lists, a missing workload.
 fn missing_pods(
     view: &NamespaceCache,
     version: &ShiftVersion,
@@ -277,7 +281,7 @@ fn missing_pods(
         absent.push(ExcludedEndpoint { endpoint: named.to_string(), reason: "there is no such workload".to_owned() });
     }
     let discovery = discovery(view, &ShiftVersion { endpoints: Vec::new(), ..version.clone() });
-    // Where a Service is named as well, pods that it does not select are none of the version's.
+    // If a Service is named as well, pods that it does not select do not belong to the version.
     let discovery = discovery.filter(|discovery| discovery.service.is_none());
     let Some(selector) = discovery.and_then(|discovery| discovery.selector) else { return absent };
     let listed = |pod: &String| found.into_iter().flatten().any(|found| found.state.pod.as_ref() == Some(pod));
@@ -287,17 +291,17 @@ fn missing_pods(
     absent
 }
 
-/// One endpoint of a version, whatever state it is in.
+/// An endpoint of a version in any state.
 struct Candidate {
-    /// The pod, or the address where there is none.
+    /// The pod, or the address if there is none.
     name: String,
-    /// None: the slice lacks the port that is asked for.
+    /// None: the slice lacks the requested port.
     endpoint: Option<Endpoint>,
     state: SliceEndpoint,
 }
 
 impl Candidate {
-    /// Why it cannot take traffic, if it cannot.
+    /// Why it cannot receive traffic, if so.
     fn not_ready_reason(&self, last_resort: bool) -> Option<&'static str> {
         match (self.state.terminating, self.state.ready, self.state.serving) {
             (false, true, _) => None,
@@ -309,11 +313,12 @@ impl Candidate {
     }
 }
 
-/// A version's endpoints. A pod that several Services list is one endpoint, ready if all of them say so.
+/// The endpoints of a version. A pod that several Services list is one endpoint, which is ready if all of them report
+/// it as ready.
 fn find(view: &NamespaceCache, discovery: &Discovery) -> Vec<Candidate> {
     let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
     let slices = || view.slices.objects.of_service(discovery.service.as_deref());
-    // Pods of two address families are in slices of both; one of them is enough.
+    // Pods with two address families are in slices of both; one of them is enough.
     let has_ipv4 =
         slices().any(|slice| !slice.is_ipv6 && slice.endpoints.iter().any(|state| selects(view, discovery, state)));
     for slice in slices().filter(|slice| !(has_ipv4 && slice.is_ipv6)) {
@@ -337,7 +342,7 @@ fn find(view: &NamespaceCache, discovery: &Discovery) -> Vec<Candidate> {
     found.into_values().collect()
 }
 
-/// The pods of a version's endpoints: all, or those that can take traffic.
+/// The pods behind a version's endpoints: all, or those that can receive traffic.
 pub fn pods(view: &NamespaceCache, version: &ShiftVersion, only_ready: bool) -> BTreeSet<String> {
     let unresolved = ShiftVersion { endpoints: Vec::new(), ..version.clone() };
     let found = discovery(view, &unresolved).map(|discovery| find(view, &discovery)).unwrap_or_default().into_iter();
@@ -345,7 +350,7 @@ pub fn pods(view: &NamespaceCache, version: &ShiftVersion, only_ready: bool) -> 
     found.filter_map(|found| found.state.pod).collect()
 }
 
-/// The pods of a version's workload and of its endpoints, by name and address, as far as a slice lists them.
+/// The pods of a version's workload and endpoints, by name and address, as far as a slice lists them.
 pub fn workload_pods(view: &NamespaceCache, version: &ShiftVersion) -> BTreeSet<(String, String)> {
     let mut names = pods(view, version, false);
     if let Some(selector) = workload(view, version).and_then(|workload| workload.selector.as_ref()) {
@@ -357,7 +362,7 @@ pub fn workload_pods(view: &NamespaceCache, version: &ShiftVersion) -> BTreeSet<
     pods.filter(|(name, _)| names.contains(name)).collect()
 }
 
-/// Which of these pods, by name and address, is a ready endpoint of a version, if one is.
+/// One of these pods, by name and address, that is a ready endpoint of a version, if any.
 pub fn ready_among(view: &NamespaceCache, version: &ShiftVersion, pods: &BTreeSet<(String, String)>) -> Option<String> {
     let unresolved = ShiftVersion { endpoints: Vec::new(), ..version.clone() };
     let mut ready =
@@ -418,7 +423,7 @@ mod tests {
         Slice { service: Some(service.to_owned()), ports, endpoints: endpoints.to_vec(), ..Slice::default() }
     }
 
-    /// A picture of the one namespace, everything in sight.
+    /// A cache of the one namespace, completely listed.
     fn picture(slices: &[Slice], labels: &[(u8, &str)]) -> ClusterCache {
         let key = |n: usize, slice: &Slice| slice_key(slice.service.as_deref(), &format!("slice-{n}"));
         let slices = slices.iter().enumerate().map(|(n, slice)| (key(n, slice), slice.clone())).collect();
@@ -441,7 +446,7 @@ mod tests {
         ClusterCache { views: BTreeMap::from([(place, view)]), ..ClusterCache::default() }
     }
 
-    /// The versions' endpoints, and those held back.
+    /// The endpoints of the versions, and the excluded ones.
     fn resolved(shift: TrafficShift, picture: &ClusterCache) -> (Vec<Vec<String>>, Vec<String>) {
         let (shifts, outlook) = resolve([shift], picture);
         let versions = &shifts[0].services[0].versions;
@@ -530,7 +535,7 @@ mod tests {
         }
         assert_eq!(unresolved("other", "hook", &picture).len(), 2, "another namespace has its own");
         assert!(unresolved("store", "later", &picture)[0].ends_with("has not been seen yet"));
-        // What was seen last stays while it cannot be seen.
+        // The last known value remains while the Secret cannot be watched.
         let store = picture.views.get_mut(&home("store")).unwrap();
         store.secrets.get_mut("hook").unwrap().lost = Some("connection refused".to_owned());
         assert_eq!(unresolved("store", "hook", &picture).len(), 1);
@@ -618,7 +623,7 @@ mod tests {
         assert!(
             of_two[&("rival.store".to_owned(), "v1".to_owned())].contains("of version v1 of the TrafficShift rival")
         );
-        // One that is not ready is nobody's yet.
+        // A pod that is not ready has no owner yet.
         let not_ready = [slice("all", &[endpoint(2, "")]), slice("new", &[endpoint(2, "")])];
         assert_eq!(shared(vec![within], &not_ready), BTreeMap::new());
     }

@@ -1,8 +1,8 @@
-//! Watches what documents speak of, in every cluster, and says what follows for them: one watch for each kind and
-//! namespace that some document needs, none that nobody needs, and no polling.
+//! Informers: watch the objects that documents refer to, in every cluster, and resolve the documents. There is one
+//! watch for each kind and namespace that some document needs, and no polling.
 //!
-//! Watches write down what they see if it differs from what is known, with what may follow from it ([`News`]). Only the
-//! documents that it may concern are looked at again, on a thread for such work, without a lock that anything else needs.
+//! A watch records objects that differ from the cached state, with what the change can affect ([`News`]). Only the
+//! affected documents are resolved again, on a blocking thread and without a lock that other tasks need.
 
 use crate::admission::{Admitted, Held, Size};
 use crate::kubernetes::admission::{admit, admit_literals, literal_fields};
@@ -40,48 +40,49 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 
-/// How often each cluster is asked whether it is there, and how long it may take to say so.
+/// The interval and timeout of the health check of each cluster.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// How long a TrafficShift that is gone stays in force. If they all go because the CRD goes, that is known by then.
+/// How long a deleted TrafficShift stays in force. If all are deleted because the CRD is deleted, that is known by
+/// then.
 const DELETE_GRACE: Duration = Duration::from_secs(2);
 
-/// Of all time, at most one part in so many is spent on putting together what follows: as long as what comes in makes much
-/// work, more of it is taken together.
+/// At most one part in `REST` of the time is spent on resolving: while changes cause much work, more of them are
+/// batched.
 const REST: u32 = 4;
-/// The longest pause for that.
+/// The maximum delay for batching.
 const MAX_REST: Duration = Duration::from_secs(1);
 
-/// A document with its endpoints, and as it was written.
+/// A document with its endpoints, and as written.
 pub type Document = (TrafficShift, Value);
 
-/// What follows from everything that is seen.
+/// The result of resolving everything that is watched.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
-    /// The documents; the same list as before where nothing of it, and of `outlook`, `errors` and `hidden`, has changed.
+    /// The documents; the same list as before if it, `outlook`, `errors` and `hidden` are unchanged.
     pub documents: Arc<Vec<Arc<Document>>>,
-    /// What is known beyond them.
+    /// What discovery knows beyond the documents.
     pub outlook: Arc<DiscoveryInfo>,
-    /// What is wrong, one line each.
+    /// The errors, one line each.
     pub errors: Vec<String>,
-    /// The namespaces whose TrafficShifts cannot be seen; `None` stands for all.
+    /// The namespaces whose TrafficShifts cannot be watched; `None` stands for all.
     pub hidden: Vec<Option<String>>,
-    /// Documents that are about to be deleted, as they were written.
+    /// Documents that are being deleted, as written.
     pub deleted: Vec<(TrafficShift, Value)>,
-    /// Documents that are gone and still serve, with their endpoints.
+    /// Deleted documents that still serve traffic, with their endpoints.
     pub gone: BTreeMap<String, TrafficShift>,
-    /// The resources, by rollout; each the same as before where neither it nor what is known of its endpoints has changed.
+    /// The resources, by rollout; each the same as before if it and its endpoints are unchanged.
     pub objects: Arc<BTreeMap<String, Arc<Object>>>,
-    /// All that is known, for what is scaled.
+    /// The cached state, for scaling.
     pub picture: Arc<ClusterCache>,
-    /// What documents refer to by secretRef.
+    /// The secrets that documents refer to by secretRef.
     pub secrets: Arc<SecretValues>,
-    /// Whether there was anything to put together.
+    /// Whether anything has been resolved.
     seen: bool,
 }
 
 impl Snapshot {
-    /// Whether nothing has been seen yet.
+    /// Whether nothing has been resolved yet.
     pub fn is_nothing(&self) -> bool {
         !self.seen
     }
@@ -99,27 +100,28 @@ pub struct Object {
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// Its uid, for events.
+    /// Its uid, for Events.
     pub uid: String,
     /// The generation that is in force.
     pub generation: i64,
-    /// What is wrong with it as it is now; what it said before stays in force.
+    /// The error in its current version; the previous version stays in force.
     pub error: Option<String>,
-    /// Who wrote its spec last, and when, where that is known.
+    /// The last writer of its spec, and when, if known.
     pub by: Option<String>,
-    /// The fields of what is in force that hold a secret, which only those may that did so before they were refused.
+    /// The fields with a literal secret in the document in force; only documents from before literals were refused may
+    /// have any.
     pub literals: Vec<String>,
-    /// Whether it refers to secrets.
+    /// Whether it refers to Secrets.
     pub has_references: bool,
-    /// Whether it is about to be deleted.
+    /// Whether it is being deleted.
     pub is_deleted: bool,
     /// Whether it has the finalizer.
     pub is_held: bool,
-    /// Whether it is to have it as long as it is there.
+    /// Whether it should have the finalizer while it exists.
     pub holds: bool,
 }
 
-/// What is seen, as it comes in.
+/// The state that watches record.
 #[derive(Debug, Default)]
 struct WatchState {
     picture: ClusterCache,
@@ -127,15 +129,15 @@ struct WatchState {
     news: News,
 }
 
-/// What has changed since it was last looked.
+/// Changes since the last pass.
 #[derive(Debug, Default)]
 struct News {
-    /// Something of TrafficShifts.
+    /// A TrafficShift has changed.
     shifts: bool,
-    /// Something of the Secrets that they refer to.
+    /// A Secret that they refer to has changed.
     secrets: bool,
     places: BTreeMap<NamespaceRef, Changes>,
-    /// Clusters that have come into sight, or have gone out of it.
+    /// Clusters that have become reachable or unreachable.
     clusters: BTreeSet<Option<String>>,
 }
 
@@ -148,7 +150,7 @@ impl News {
     }
 }
 
-/// Where watches write down what they see.
+/// The state shared by all watches.
 #[derive(Debug, Clone, Default)]
 struct SharedState {
     sight: Arc<Mutex<WatchState>>,
@@ -160,7 +162,7 @@ impl SharedState {
         self.sight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes something down; it says whether that is anything else than was known.
+    /// Applies a change, and marks the state as changed if the change returns true.
     fn write(&self, write: impl FnOnce(&mut WatchState) -> bool) {
         let is_news = write(&mut self.lock());
         if is_news {
@@ -169,7 +171,7 @@ impl SharedState {
     }
 }
 
-/// Looks for as long as it is there.
+/// Owns the watches; dropping it ends them.
 #[derive(Debug)]
 pub struct Informers {
     snapshot: watch::Receiver<Arc<Snapshot>>,
@@ -178,7 +180,7 @@ pub struct Informers {
 }
 
 impl Informers {
-    /// Begins to look. `namespaces`: none is all.
+    /// Starts watching. An empty `namespaces` means all namespaces.
     pub fn open(clusters: Clusters, namespaces: &BTreeSet<String>) -> Self {
         let (send, snapshot) = watch::channel(Arc::default());
         let notes = SharedState::default();
@@ -196,19 +198,18 @@ impl Informers {
         Self { snapshot, remains, _tasks: tasks }
     }
 
-    /// Where to say what else must be looked at: what is gone from the documents and still serves.
+    /// The channel for documents that are deleted and still serve traffic, which must also be watched.
     pub fn remains(&self) -> watch::Sender<Arc<Remains>> {
         self.remains.clone()
     }
 
-    /// What follows from what is seen: now, and from now on. The first one comes once all TrafficShifts are seen, or
-    /// cannot be.
+    /// The current and future snapshots. The first one comes once all TrafficShifts are listed, or have failed to list.
     pub fn snapshot(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.snapshot.clone()
     }
 }
 
-/// A task that ends when nobody needs it any more.
+/// A task that is aborted when this is dropped.
 #[derive(Debug)]
 struct Running(AbortHandle);
 
@@ -218,43 +219,43 @@ impl Drop for Running {
     }
 }
 
-/// A cluster, and what is watched there; nothing: the cluster itself.
+/// What is watched in a cluster; `None`: the health of the cluster itself.
 type Watched = (Option<String>, Option<(NamespaceRef, ResourceKind)>);
 
 /// A resource, and the document in it.
 type ReadObject = (Arc<TrafficShiftObject>, Result<Arc<Held>, Errors>);
 
-/// The watches that documents need, and what follows from what they see.
+/// The watches that documents need, and the documents resolved from them.
 struct WatchManager {
     clusters: Clusters,
     notes: SharedState,
-    /// What is gone from the documents and still serves: what is said of it, and what was looked at last.
+    /// What has left the documents and still serves traffic: the current value, and the last one that was processed.
     of_control: watch::Receiver<Arc<Remains>>,
     remains: Arc<Remains>,
     running: BTreeMap<Watched, Running>,
-    /// The resources as they were read last, by rollout.
+    /// The resources as last read, by rollout.
     read: BTreeMap<String, ReadObject>,
-    /// The documents that were right last, by rollout, and their generations.
+    /// The last valid documents, by rollout, and their generations.
     good: BTreeMap<String, Arc<Held>>,
     generations: BTreeMap<String, i64>,
-    /// The documents in force, the oldest resource first.
+    /// The documents in force, oldest resource first.
     in_force: Vec<InForce>,
-    /// What is wrong with resources, by rollout and in all.
+    /// The errors of resources, by rollout and in total.
     refused: BTreeMap<String, String>,
     errors: Vec<String>,
-    /// What followed last.
+    /// The last snapshot.
     snapshot: Snapshot,
 }
 
-/// A document in force, and what came of the last look at what it depends on.
+/// A document in force, and its last resolution.
 struct InForce {
     held: Arc<Held>,
-    /// With the versions that have left it and still serve.
+    /// With the removed versions that still serve traffic.
     shift: TrafficShift,
-    /// Whether the document is gone and still serves.
+    /// Whether the document is deleted and still serves traffic.
     is_gone: bool,
     needs: BTreeMap<NamespaceRef, BTreeSet<ResourceKind>>,
-    /// None before the first look.
+    /// None before the first resolution.
     document: Option<Arc<Document>>,
     outlook: DiscoveryInfo,
     owners: Vec<Owner>,
@@ -310,8 +311,8 @@ impl WatchManager {
         }
     }
 
-    /// Puts together what follows from what has changed, and begins to watch what that needs. Nothing if nothing has
-    /// changed, or not all TrafficShifts have been seen.
+    /// Resolves what has changed and starts the watches that it needs. `None` if nothing has changed, or not all
+    /// TrafficShifts have been listed.
     fn look(&mut self, clusters: BTreeSet<String>) -> Option<Snapshot> {
         for cluster in &clusters {
             self.running.retain(|(of, _), _| of.as_ref() != Some(cluster));
@@ -377,7 +378,7 @@ impl WatchManager {
         Some(self.snapshot.clone())
     }
 
-    /// Resolves the documents that what has changed may concern. The rollouts of those that are others now.
+    /// Resolves the documents that a change may affect. Returns the rollouts whose document differs.
     fn resolve(&mut self, news: &News, picture: &ClusterCache) -> BTreeSet<String> {
         let mut touched = BTreeSet::new();
         let nothing = NamespaceCache::default();
@@ -403,8 +404,8 @@ impl WatchManager {
         touched
     }
 
-    /// Takes in the resources: what is wrong is left as it was, and of two documents that contradict each other the one is
-    /// in force that is already, or else the older resource. Returns whether other documents are in force than before.
+    /// Reads the resources. An invalid resource stays as it was, and of two conflicting documents the one already in
+    /// force wins, otherwise the older resource. Returns whether the documents in force have changed.
     fn read(&mut self, shifts: &BTreeMap<Option<String>, Store<TrafficShiftObject>>, remain_others: bool) -> bool {
         let all = shifts.values().flat_map(|table| table.objects.all().values());
         let mut written: Vec<(String, &Arc<TrafficShiftObject>)> =
@@ -463,7 +464,7 @@ impl WatchManager {
         }
         let shift = TrafficShift::read(&written.document)?.qualified();
         admit(&shift).map_err(Errors::of_document)?;
-        // What has been in force with a literal stays so across a restart.
+        // A document that was in force with a literal secret keeps it across a restart.
         if before.is_some() || !written.was_in_force {
             admit_literals(&shift, before.map(|before| &before.shift)).map_err(Errors::of_document)?;
         }
@@ -471,7 +472,7 @@ impl WatchManager {
         Ok(Arc::new(Held { shift, document: written.document.clone(), size }))
     }
 
-    /// The resources, each the same as before if neither it nor its document has changed.
+    /// The resources, each the same as before if it and its document are unchanged.
     fn objects(&self, touched: &BTreeSet<String>) -> BTreeMap<String, Arc<Object>> {
         let object = |(rollout, (written, _)): (&String, &(Arc<TrafficShiftObject>, _))| {
             let held = self.good.get(rollout);
@@ -495,7 +496,7 @@ impl WatchManager {
         self.read.iter().map(object).collect()
     }
 
-    /// Begins to watch what documents need, and ends what none needs any longer.
+    /// Starts the watches that documents need, and stops those that none needs any more.
     fn watch(&mut self, news: &mut News) {
         let mut needs: BTreeMap<NamespaceRef, BTreeSet<ResourceKind>> = BTreeMap::new();
         for (place, of_shift) in self.in_force.iter().flat_map(|one| &one.needs) {
@@ -544,7 +545,7 @@ impl WatchManager {
         }
         for (cluster, client) in clients {
             self.running.entry((cluster.clone(), None)).or_insert_with(|| {
-                // Not known to be there before it has said so.
+                // Counts as unreachable until its first response.
                 picture.lost.insert(cluster.clone(), "it has not answered yet".to_owned());
                 let look = health_check(client.clone(), cluster.clone(), self.notes.clone());
                 Running(tokio::spawn(look).abort_handle())
@@ -562,7 +563,7 @@ impl WatchManager {
     }
 }
 
-/// A watch that begins has seen nothing.
+/// Resets a store for a watch that starts.
 fn forget(view: &mut NamespaceCache, need: &ResourceKind) {
     match need {
         ResourceKind::Slices => view.slices = Store::default(),
@@ -576,8 +577,7 @@ fn forget(view: &mut NamespaceCache, need: &ResourceKind) {
     }
 }
 
-/// Asks a cluster again and again whether it is there: a watch that says nothing may also be one whose other end is
-/// gone.
+/// Polls the health of a cluster: a silent watch may also be a dead connection.
 async fn health_check(client: Client, cluster: Option<String>, notes: SharedState) {
     let mut ticks = interval(LOOK);
     loop {
@@ -605,7 +605,7 @@ async fn health_check(client: Client, cluster: Option<String>, notes: SharedStat
     }
 }
 
-/// Begins to watch objects of one kind in one place.
+/// Starts watching objects of one kind in one namespace.
 fn see(client: Client, place: NamespaceRef, need: ResourceKind, notes: SharedState) -> Running {
     let namespace = place.namespace.clone();
     let task = match need {
@@ -658,8 +658,8 @@ fn see(client: Client, place: NamespaceRef, need: ResourceKind, notes: SharedSta
         }
         ResourceKind::Secret { name } => {
             let api: Api<Secret> = Api::namespaced(client, &namespace);
-            // By its name, so that the right to read all Secrets is not needed; and only if it is labelled, so that no other
-            // one comes here.
+            // By name, so that no permission to read all Secrets is needed; and by label, so that no other Secret is
+            // received.
             let one = watcher::Config::default().fields(&format!("metadata.name={name}")).labels(USE_LABEL);
             let page = OneSecret { place, name };
             tokio::spawn(reflect(api, one, notes, page, ResourceExt::name_any, convert::secret, None))
@@ -671,7 +671,7 @@ fn see(client: Client, place: NamespaceRef, need: ResourceKind, notes: SharedSta
     Running(task.abort_handle())
 }
 
-/// Watches workloads of one kind, once the cluster has said how that kind is asked for.
+/// Watches workloads of one kind, once discovery has found the kind.
 async fn see_workloads(client: Client, place: NamespaceRef, of: (String, String), notes: SharedState) {
     let namespace = place.namespace.clone();
     let page = Workloads { place, of: of.clone() };
@@ -687,7 +687,7 @@ async fn see_workloads(client: Client, place: NamespaceRef, of: (String, String)
     reflect(api, watcher::Config::default(), notes, page, ResourceExt::name_any, convert::workload, None).await;
 }
 
-/// Watches the TrafficShifts of a namespace, or of all.
+/// Watches the TrafficShifts of a namespace, or of all namespaces.
 async fn follow_shifts(client: Client, scope: Option<String>, notes: SharedState) {
     let resource = crate::kubernetes::traffic_shifts();
     let api: Api<DynamicObject> = match &scope {
@@ -707,21 +707,21 @@ async fn follow_shifts(client: Client, scope: Option<String>, notes: SharedState
     .await;
 }
 
-/// Where objects of one kind are written down.
+/// The store of objects of one kind.
 trait Page: Send {
-    /// What is written of each.
+    /// The cached form of an object.
     type Object: Clone + PartialEq + Send + Sync;
 
-    /// Where they are.
+    /// The store within the state.
     fn table<'s>(&self, sight: &'s mut WatchState) -> &'s mut Store<Self::Object>;
 
-    /// Notes what may follow where one of them is another one now.
+    /// Notes what a change of an object may affect.
     fn note(&self, news: &mut News, name: &str, before: Option<&Arc<Self::Object>>, now: Option<&Arc<Self::Object>>);
 
-    /// Notes that all of them have come into sight, or have gone out of it.
+    /// Notes that all objects have been listed, or can no longer be watched.
     fn note_all(&self, news: &mut News);
 
-    /// Writes an object down as it is now. Returns whether that is anything else.
+    /// Stores the current object. Returns whether it has changed.
     fn put(&self, sight: &mut WatchState, name: String, now: Option<Self::Object>) -> bool {
         let table = self.table(sight);
         let before = table.objects.shared(&name).cloned();
@@ -737,7 +737,7 @@ trait Page: Send {
         true
     }
 
-    /// The same of all that there are.
+    /// Replaces all objects. Returns whether any has changed.
     fn put_all(&self, sight: &mut WatchState, objects: Objects<Self::Object>) -> bool {
         let table = self.table(sight);
         let comes_into_sight = !table.synced || table.lost.is_some();
@@ -759,7 +759,7 @@ trait Page: Send {
         is_news
     }
 
-    /// They cannot be seen. Returns whether that was not known.
+    /// Marks the kind as not watchable. Returns whether that is new.
     fn lose(&self, sight: &mut WatchState, why: String) -> bool {
         let table = self.table(sight);
         if table.lost.as_ref() == Some(&why) {
@@ -771,7 +771,7 @@ trait Page: Send {
     }
 }
 
-/// TrafficShifts of a namespace, or of all.
+/// The TrafficShifts of a namespace, or of all namespaces.
 struct Shifts(Option<String>);
 
 impl Page for Shifts {
@@ -790,7 +790,7 @@ impl Page for Shifts {
     }
 }
 
-/// The Secret of this name.
+/// The Secret with this name.
 struct OneSecret {
     place: NamespaceRef,
     name: String,
@@ -839,7 +839,7 @@ impl<T: Clone + PartialEq + Send + Sync> Page for InView<T> {
     }
 }
 
-/// Workloads of one kind: group and version, and the kind's name.
+/// Workloads of one kind: the API version, and the name of the kind.
 struct Workloads {
     place: NamespaceRef,
     of: (String, String),
@@ -863,8 +863,8 @@ impl Page for Workloads {
     }
 }
 
-/// Keeps a table as the cluster has it, for as long as nobody ends it. Where there is a farewell, what is deleted stays for
-/// so long, and goes only if the cluster then says what there is without it.
+/// Keeps a store in sync with the cluster until the task is aborted. With a grace period a deleted object stays for
+/// that long, and is removed only if the cluster then lists objects without it.
 async fn reflect<K, P: Page>(
     api: Api<K>,
     config: watcher::Config,
@@ -906,15 +906,15 @@ async fn reflect<K, P: Page>(
                     ask_again = ask_again.or(farewell.map(|farewell| Instant::now() + farewell));
                 }
                 Ok(watcher::Event::Delete(object)) => notes.write(|sight| page.put(sight, key(&object), None)),
-                // A watch that has become too old: everything is listed anew, at once; nothing is missed by that.
+                // The watch has expired: list again at once; no change is lost.
                 Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
                 Err(error) => {
                     coming.clear();
                     let why = crate::kubernetes::watch_reason(&error);
                     tracing::debug!(url = api.resource_url(), "watch: {why}");
                     notes.write(|sight| page.lose(sight, why));
-                    // A watch that goes on where it was says nothing until something changes. Listed anew, the table is
-                    // known to be right again.
+                    // A resumed watch stays silent until something changes. Listing again confirms that the store is
+                    // current.
                     if !matches!(error, watcher::Error::InitialListFailed(_)) {
                         break;
                     }

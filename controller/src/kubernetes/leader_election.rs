@@ -1,10 +1,10 @@
-//! Which of several replicas leads: a Lease that the leader renews. What to do is decided by [`evaluate`] alone, from the
-//! Lease and from how long this replica has seen it unchanged by its own clock; the times in the Lease are for people.
-//! Clocks that differ thus do no harm, and a leader that was held up is stopped by the Secret store, which
-//! writes down nothing for a replica that another one has followed.
+//! Leader election through a Lease that the leader renews. [`evaluate`] alone decides, from the Lease and from how long
+//! this replica has seen it unchanged by its own clock; the timestamps in the Lease are informational. Clock skew is
+//! therefore harmless. A leader that was paused is fenced by the Secret store, which rejects writes from a replica that
+//! has been superseded.
 //!
-//! All this has a thread, a runtime and a connection of its own: however busy the rest of the process is, the Lease is
-//! renewed. A process that does not go on at all gives its Lease up: [`STUCK`].
+//! Leader election has a thread, a runtime and a connection of its own, so that the Lease is renewed however busy the
+//! rest of the process is. A process that is stuck gives up its Lease: [`STUCK`].
 
 use crate::kubernetes::{reason, transport};
 use crate::role::Role;
@@ -18,42 +18,44 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-/// How long a Lease holds that nobody renews.
+/// How long a Lease that is not renewed stays valid.
 const DURATION: Duration = Duration::from_secs(5);
-/// How often it is renewed.
+/// How often the leader renews it.
 const RENEW: Duration = Duration::from_secs(1);
-/// A leader that could not renew it for so long leads no longer, by its own clock: before anybody else may.
+/// A leader that could not renew the Lease for this long, by its own clock, steps down: before another replica may take
+/// over.
 const DEADLINE: Duration = Duration::from_millis(3_500);
-/// A process whose pulse has not been felt for so long keeps no Lease: others can do more with it.
+/// A process whose heartbeat has stopped for this long gives up the Lease, so that another replica can take over.
 pub const STUCK: Duration = Duration::from_secs(30);
-/// How often the others look at it.
+/// How often followers poll the Lease.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long the API server may take to answer.
+/// Timeout for the API server.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Where the leader says how the others reach it.
+/// The annotation with the address at which other replicas reach the leader.
 const ADDRESS: &str = "tideshift.dev/address";
 
-/// A Lease as it was seen.
+/// A Lease as last observed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObservedLease {
-    /// Who holds it; empty: nobody.
+    /// The identity of the holder; empty: no holder.
     pub holder: String,
-    /// How long it holds when nobody renews it.
+    /// How long it stays valid without renewal.
     pub duration: Duration,
 }
 
-/// What a replica does next.
+/// The next action of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Take the Lease.
     Acquire,
-    /// Say that it still holds it.
+    /// Renew the Lease that this replica holds.
     Renew,
-    /// Leave it to its holder.
+    /// Leave it to its current holder.
     Wait,
 }
 
-/// What a replica does about a Lease that it has seen unchanged for so long; `None`: there is no Lease yet.
+/// Decides the next action of a replica that has seen the Lease unchanged for `unchanged`; `None`: there is no Lease
+/// yet.
 pub fn evaluate(lease: Option<&ObservedLease>, identity: &str, unchanged: Duration) -> Next {
     match lease {
         None => Next::Acquire,
@@ -63,30 +65,31 @@ pub fn evaluate(lease: Option<&ObservedLease>, identity: &str, unchanged: Durati
     }
 }
 
-/// A replica that would lead.
+/// A candidate for leadership.
 #[derive(Clone)]
 pub struct Elector {
     /// The cluster.
     pub config: Config,
-    /// Where the Lease is.
+    /// The namespace of the Lease.
     pub namespace: String,
     /// The Lease's name.
     pub name: String,
-    /// Which replica this is: the pod's name.
+    /// The identity of this replica: the name of its pod.
     pub identity: String,
-    /// How the others reach it.
+    /// The address at which other replicas reach it.
     pub address: String,
-    /// For how long it keeps the Lease without a pulse: [`STUCK`].
+    /// How long it keeps the Lease without a heartbeat: [`STUCK`].
     pub stuck: Duration,
 }
 
 impl Elector {
-    /// Takes the Lease whenever it is free and renews it as long as it can, until `ending`; then gives it back once
-    /// `ended`. What is returned ends after that. `pulse` says when the rest of the process was last seen to go on.
+    /// Acquires the Lease whenever it is free and renews it while it can, until `ending`; then releases it once `ended`
+    /// completes. The returned handle completes after that. `pulse` is the time of the last heartbeat of the rest of
+    /// the process.
     ///
     /// # Errors
     ///
-    /// If there can be no further thread.
+    /// If the thread cannot be started.
     pub fn start(
         self,
         role: watch::Sender<Role>,
@@ -109,7 +112,7 @@ impl Elector {
     }
 }
 
-/// A candidate, on its own thread.
+/// The candidate on its own thread.
 struct Contender {
     client: Client,
     candidate: Elector,
@@ -124,7 +127,7 @@ impl Contender {
         }
         let led = *role.borrow() == Role::Leads;
         if led {
-            // Nobody else leads while this one puts down what it knows.
+            // No other replica leads while this one persists its state.
             tokio::select! {
                 () = self.run_election(&role) => {}
                 () = ended => {}
@@ -181,7 +184,7 @@ impl Contender {
                 Ok(now) => {
                     complained = false;
                     if now == Role::Leads {
-                        // By when it began: the Lease may have been written right then.
+                        // Counts from the start of the request: the Lease may have been written right then.
                         renewed = began;
                     }
                     set_role(role, now);
@@ -206,7 +209,7 @@ impl Contender {
         }
     }
 
-    /// Looks at the Lease once, and does what follows.
+    /// Reads the Lease once and acts on it.
     async fn try_acquire(&self, seen: &mut Option<(String, Instant)>) -> Result<Role, kube::Error> {
         let api = self.api();
         let Elector { name, identity, .. } = &self.candidate;
@@ -232,7 +235,7 @@ impl Contender {
         };
         match result {
             Ok(_) => Ok(Role::Leads),
-            // Somebody else was faster.
+            // Another replica was faster.
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(Role::Follows(None)),
             Err(error) => Err(error),
         }
@@ -240,7 +243,7 @@ impl Contender {
 }
 
 impl Elector {
-    /// The Lease as this replica's own.
+    /// The Lease with this replica as its holder.
     fn held(&self, lease: Option<Lease>, next: Next) -> Lease {
         let mut lease = lease.unwrap_or_else(|| Lease {
             metadata: ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() },

@@ -1,5 +1,5 @@
-//! What is done in the clusters: statuses and Events of TrafficShifts are written, and workloads are scaled. Nothing
-//! here holds up the mind: what cannot be written now is written later, as it is then.
+//! Outputs to the clusters: statuses and Events of TrafficShifts, and scaling of workloads. Writes never block
+//! reconciliation; a failed write is retried with the state current at that time.
 
 use crate::clock::{Millis, timestamp};
 use crate::kubernetes::convert::{FINALIZER, MIN_BEFORE};
@@ -26,59 +26,60 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// Whose fields these are, and who sends events.
+/// The field manager, and the reporting controller of Events.
 const MANAGER: &str = "tideshift";
-/// How often it is looked how rollouts stand when nothing happens.
+/// How often rollouts are examined when nothing happens.
 const LOOK: Duration = Duration::from_millis(500);
-/// How often at least at each, also where nothing is under way and nothing has changed in the cluster.
+/// The maximum interval between two examinations of one rollout, even when nothing is under way and nothing has changed
+/// in the cluster.
 const REST: Duration = Duration::from_secs(3);
-/// How often a status is written at most, unless its rollout has got somewhere.
+/// The minimum interval between two writes of a status, unless the phase or reason of its rollout has changed.
 const OFTEN: Duration = Duration::from_secs(1);
-/// The most statuses that are written at a time.
+/// The maximum number of concurrent status writes.
 const AT_A_TIME: usize = 16;
-/// From one write to the next at least: no more than a hundred a second.
+/// The minimum interval between two writes: at most a hundred per second.
 const PACE: Duration = Duration::from_millis(10);
-/// The longest pause before a status that was refused is tried again.
+/// The maximum backoff for a status that was refused.
 const MAX_PAUSE: Duration = Duration::from_secs(16);
-/// How long a call may take.
+/// Timeout of a request.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// After a change was asked for, how long it may take until it is seen to be made.
+/// How long a requested change may take to show up in a watch.
 const SETTLE: Duration = Duration::from_secs(3);
-/// The most events that wait to be written.
+/// The maximum number of queued Events.
 const MAX_EVENTS: usize = 1_000;
-/// The most endpoints of a version that a status names as not ready; how many there are is said anyway.
+/// The maximum number of not-ready endpoints that a status names for a version; it always gives their number.
 const MAX_NOT_READY: usize = 10;
-/// The longest note of an event, in bytes.
+/// The maximum length of an Event's note, in bytes.
 const MAX_NOTE: usize = 1_000;
 
-/// Does what the mind decides, in the clusters. Stops when dropped.
+/// Writes the output of the reconcile loop to the clusters. Stops when dropped.
 pub struct Outputs {
     statuses: Desk,
     wants: watch::Sender<Vec<(Arc<Object>, ScaleAction)>>,
-    /// Resources that are to have the finalizer, or are to have it no more.
+    /// Resources that need the finalizer added or removed.
     holds: watch::Sender<Vec<(Arc<Object>, bool)>>,
     events: mpsc::Sender<(Arc<Object>, Note)>,
     looked: Option<Instant>,
-    /// How each rollout stood when it was looked at last.
+    /// The state of each rollout at its last examination.
     known: BTreeMap<String, Known>,
-    /// The objects of the scene that was looked at last, and whether there were proxies then.
+    /// The objects of the last snapshot, and whether there were proxies then.
     objects: Arc<BTreeMap<String, Arc<Object>>>,
     had_proxies: bool,
-    /// What was said to be wrong with each resource.
+    /// The last reported error of each resource.
     refused: BTreeMap<String, String>,
     _tasks: JoinSet<()>,
 }
 
-/// How a rollout stood when it was looked at last.
+/// The state of a rollout at its last examination.
 struct Known {
     object: Arc<Object>,
     looked: Instant,
-    /// Whether it will soon be another way: it is looked at each time.
+    /// Whether it is expected to change soon: it is then examined each time.
     is_busy: bool,
     wants: Vec<ScaleAction>,
 }
 
-/// Something to tell about a resource.
+/// An Event about a resource.
 struct Note {
     reason: String,
     is_warning: bool,
@@ -86,7 +87,7 @@ struct Note {
 }
 
 impl Outputs {
-    /// Begins to work.
+    /// Starts the output tasks.
     pub fn start(clusters: Clusters, identity: &str) -> Self {
         let statuses = Desk::default();
         let (wants, wanted) = watch::channel(Vec::new());
@@ -111,7 +112,7 @@ impl Outputs {
         }
     }
 
-    /// Takes note of how everything stands, and of what has happened.
+    /// Accepts the output of a reconcile and the transitions it caused.
     pub fn take(
         &mut self,
         reconciler: &Reconciler,
@@ -160,7 +161,7 @@ impl Outputs {
         }
     }
 
-    /// Other resources, or others are refused.
+    /// Handles changed resources and errors.
     fn take_objects(&mut self) {
         let objects = self.objects.clone();
         self.statuses.keep(&objects);
@@ -176,13 +177,13 @@ impl Outputs {
         self.refused = now;
     }
 
-    /// Looks at what moves or has changed each time, and at the others when it is their turn.
+    /// Examines rollouts that are under way or have changed each time, and the others in turn.
     fn look(&mut self, reconciler: &Reconciler, snapshot: &Snapshot, now: Millis) {
         self.looked = Some(Instant::now());
         let has_proxies = reconciler.has_proxies();
         let is_elsewhere = std::mem::replace(&mut self.had_proxies, has_proxies) != has_proxies;
         let objects = self.objects.clone();
-        // So many turns are over before it is anyone's again.
+        // The number of passes until each has had its turn.
         let mut turns = objects.len().div_ceil(REST.div_duration_f32(LOOK) as usize);
         let rests = |known: &Known| !known.is_busy && known.looked.elapsed() < REST;
         let mut at_rest: Vec<(Instant, &String)> = Vec::new();
@@ -246,7 +247,7 @@ fn is_trouble(reason: Reason) -> bool {
 fn status(reconciler: &Reconciler, rollout: &str, object: &Object, now: Millis) -> TrafficShiftStatus {
     let mut services = reconciler.rollout_status(rollout, now).unwrap_or_default();
     for service in &mut services {
-        // A clock in it would be written again and again.
+        // Clock values in it would cause a write each time.
         service.step = service.step.take().map(|step| StepStatus { held_seconds: None, ..step });
         service.versions.iter_mut().for_each(|version| version.endpoints.not_ready.truncate(MAX_NOT_READY));
     }
@@ -336,9 +337,9 @@ fn status(reconciler: &Reconciler, rollout: &str, object: &Object, now: Millis) 
     }
 }
 
-/// What of a status is worth a write: everything but what changes while all stands as it stood. Those are the counts, the
-/// evidence and what is in flight, times of which the reason says as much, and the numbers in messages ("in about 12 s").
-/// What is written has all of them as they are by then.
+/// The significant part of a status: everything that justifies a write. It leaves out what changes while the rollout
+/// stands still: the counts, the evidence, requests in flight, timestamps that the reason already implies, and numbers
+/// in messages ("in about 12 s"). A write contains all of them with their current values.
 fn gist(status: &TrafficShiftStatus) -> TrafficShiftStatus {
     let mut gist = status.clone();
     gist.message = gist.message.as_deref().map(without_numbers);
@@ -364,7 +365,7 @@ fn gist(status: &TrafficShiftStatus) -> TrafficShiftStatus {
     gist
 }
 
-/// What a verdict comes to, whatever the counts are.
+/// The outcome of a verdict, without counts.
 fn outcome(verdict: &VerdictStatus) -> VerdictStatus {
     let none = Judged::default();
     VerdictStatus {
@@ -384,7 +385,7 @@ fn outcome(verdict: &VerdictStatus) -> VerdictStatus {
     }
 }
 
-/// A message with each of its numbers replaced by the same sign.
+/// A message with each number replaced by a placeholder.
 fn without_numbers(message: &str) -> String {
     let mut words = String::with_capacity(message.len());
     let mut in_number = false;
@@ -400,7 +401,7 @@ fn without_numbers(message: &str) -> String {
     words
 }
 
-/// The conditions, each with the time of the last change of its status.
+/// Sets the transition time of each condition to the last change of its status.
 fn since_before(status: &mut TrafficShiftStatus, before: &[Condition]) {
     for condition in &mut status.conditions {
         let mut same =
@@ -411,22 +412,22 @@ fn since_before(status: &mut TrafficShiftStatus, before: &[Condition]) {
     }
 }
 
-/// The statuses that are to be written, and what of them is known to be; cheap to clone.
+/// The pending statuses, and the significant part of each that was written; cheap to clone.
 #[derive(Clone, Default)]
 struct Desk {
     sheets: Arc<Mutex<Sheets>>,
     has_more: Arc<Notify>,
 }
 
-/// Decides what is written when. No I/O and no clock.
+/// Decides when each status is written. No I/O and no clock.
 #[derive(Default)]
 struct Sheets {
     /// By rollout.
     all: BTreeMap<String, Sheet>,
-    /// Those that wait to be written, by when they may be and who came first.
+    /// The rollouts with a pending write, by due time and order of arrival.
     waiting: BTreeMap<(Instant, u64), String>,
     given: u64,
-    /// Nothing is written before, since the API server does not answer.
+    /// No writes before this time, because the API server does not respond.
     paused: Option<Instant>,
 }
 
@@ -434,27 +435,27 @@ struct Sheets {
 #[derive(Default)]
 struct Sheet {
     uid: String,
-    /// What of it matters, as it was given last, and the conditions with their times.
+    /// Its significant part as last given, and the conditions with their times.
     gist: Option<TrafficShiftStatus>,
-    /// What is to be written, and its place in the queue unless a write is under way.
+    /// The status to write, and its position in the queue unless a write is in flight.
     wanted: Option<(Arc<Object>, TrafficShiftStatus)>,
     place: Option<(Instant, u64)>,
     is_under_way: bool,
-    /// When the last write began, and with which phase and reason.
+    /// When the last write began, and its phase and reason.
     began: Option<(Instant, Option<Phase>, Option<Reason>)>,
-    /// How often it has been refused since then.
+    /// The number of refusals since then.
     refusals: u32,
 }
 
-/// What came of a write.
+/// The result of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Written {
     ControllerMetrics,
-    /// There is no such resource any more.
+    /// The resource no longer exists.
     Gone,
-    /// The API server does not take it.
+    /// The API server refused it.
     Refused,
-    /// It does not answer.
+    /// The API server did not respond.
     Unanswered,
 }
 
@@ -463,7 +464,7 @@ impl Desk {
         self.sheets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets those that are not there any more.
+    /// Drops rollouts whose resource no longer exists.
     fn keep(&self, objects: &BTreeMap<String, Arc<Object>>) {
         let mut sheets = self.lock();
         let Sheets { all, waiting, .. } = &mut *sheets;
@@ -476,7 +477,7 @@ impl Desk {
         });
     }
 
-    /// Takes a status as it is now. Returns whether it is another one in what matters.
+    /// Accepts the current status. Returns whether its significant part has changed.
     fn give(&self, rollout: &str, object: &Arc<Object>, status: TrafficShiftStatus, now: Instant) -> bool {
         let is_news = self.lock().give(rollout, object, status, now);
         if is_news {
@@ -493,7 +494,7 @@ impl Sheets {
         since_before(&mut status, sheet.gist.as_ref().map_or(&[], |before| &before.conditions));
         let gist = gist(&status);
         if sheet.gist.as_ref() == Some(&gist) {
-            // What waits is written as it is by then.
+            // A pending write is updated to the current status.
             if let Some(wanted) = &mut sheet.wanted {
                 *wanted = (object.clone(), status);
             }
@@ -526,7 +527,7 @@ impl Sheets {
         self.waiting.insert(place, rollout.to_owned());
     }
 
-    /// The next one that is due.
+    /// The next write that is due.
     fn next(&mut self, now: Instant) -> Option<(String, Arc<Object>, TrafficShiftStatus)> {
         self.paused.take_if(|until| *until <= now);
         if self.paused.is_some() || self.waiting.first_key_value()?.0.0 > now {
@@ -540,13 +541,13 @@ impl Sheets {
         Some((rollout, object, status))
     }
 
-    /// When the next one is due.
+    /// When the next write is due.
     fn due(&self) -> Option<Instant> {
         let first = self.waiting.first_key_value().map(|(place, _)| place.0)?;
         Some(self.paused.map_or(first, |until| first.max(until)))
     }
 
-    /// A write has ended.
+    /// Records the result of a write.
     fn ended(&mut self, rollout: &str, job: (Arc<Object>, TrafficShiftStatus), written: Written, now: Instant) {
         if written == Written::Unanswered {
             self.paused = Some(now + OFTEN);
@@ -572,7 +573,7 @@ impl Sheets {
     }
 }
 
-/// Writes several statuses at a time, each as it is by then, and no more in a second than an API server can do well.
+/// Writes statuses concurrently, each with its current value, at a rate the API server can sustain.
 async fn write_statuses(clusters: Clusters, desk: Desk) {
     let mut writes = JoinSet::new();
     let mut may = Instant::now();
@@ -623,14 +624,14 @@ async fn write_status(clusters: &Clusters, object: &Object, status: &TrafficShif
     let api: Api<DynamicObject> = Api::namespaced_with(clusters.home(), &object.namespace, &traffic_shifts());
     let body = json!({
         "apiVersion": API_VERSION, "kind": KIND,
-        // Another object of the same name must not get it.
+        // A new object of the same name must not receive it.
         "metadata": {"name": object.name, "uid": object.uid},
         "status": status,
     });
     api.patch_status(&object.name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body)).await.map(|_| ())
 }
 
-/// Adds and removes the finalizer.
+/// Adds and removes finalizers.
 async fn hold(clusters: Clusters, mut wanted: watch::Receiver<Vec<(Arc<Object>, bool)>>) {
     let mut asked: BTreeMap<(String, bool), Instant> = BTreeMap::new();
     while wanted.changed().await.is_ok() {
@@ -656,7 +657,7 @@ async fn hold(clusters: Clusters, mut wanted: watch::Receiver<Vec<(Arc<Object>, 
 async fn set_finalizer(clusters: &Clusters, object: &Object, holds: bool) -> Result<(), String> {
     let api: Api<DynamicObject> = Api::namespaced_with(clusters.home(), &object.namespace, &traffic_shifts());
     let now = match api.get_metadata(&object.name).await {
-        // It is gone.
+        // The resource is gone.
         Err(kube::Error::Api(answer)) if answer.code == 404 => return Ok(()),
         now => now.map_err(|error| reason(&error))?,
     };
@@ -670,7 +671,7 @@ async fn set_finalizer(clusters: &Clusters, object: &Object, holds: bool) -> Res
         true => finalizers.push(FINALIZER.to_owned()),
         false => finalizers.retain(|name| name != FINALIZER),
     }
-    // With the version that was read: finalizers of others are not lost.
+    // With the resourceVersion that was read, so that finalizers of others are not lost.
     let metadata = json!({"uid": object.uid, "resourceVersion": now.resource_version(), "finalizers": finalizers});
     let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
     let patched = api.patch(&object.name, &parameters, &Patch::Merge(json!({"metadata": metadata}))).await;
@@ -696,7 +697,7 @@ async fn write_events(clusters: Clusters, identity: String, mut happened: mpsc::
             action: "Shift".to_owned(),
             secondary: None,
         };
-        // A recorder takes events of the same reason for the same event, whatever their words; a new one has seen none.
+        // A recorder aggregates Events with the same reason even if their notes differ; a new one has no history.
         let recorder = Recorder::new(clusters.home(), reporter.clone());
         match timeout(PATIENCE, recorder.publish(&event, &about)).await {
             Ok(Ok(())) => {}
@@ -756,7 +757,7 @@ async fn scale(
                 }
             };
             asked.insert(key, Instant::now());
-            // A full queue has been complained of already.
+            // The full queue has already been logged.
             note.map(|note| events.try_send((object, note)).is_ok());
         }
     }
@@ -806,7 +807,7 @@ mod tests {
         })
     }
 
-    /// The status of a rollout that holds its step, with so many requests.
+    /// The status of a rollout that holds its step, with this number of requests.
     fn status(requests: u64) -> TrafficShiftStatus {
         let service = json!({
             "name": "a.shop", "rollout": "a.shop", "number": 1, "phase": "Progressing", "reason": "Holding",
@@ -871,7 +872,7 @@ mod tests {
         sheets.ended("a", (object, written), Written::ControllerMetrics, start);
         assert!(!sheets.give("a", &a, status(3), start + MAX_PAUSE) && sheets.due().is_none());
 
-        // Soon again: after a second, and at once where the rollout has got somewhere.
+        // The next write follows after a second, or at once if the phase or reason has changed.
         let weights = |weights: &str| TrafficShiftStatus { weights: Some(weights.to_owned()), ..status(4) };
         assert!(sheets.give("a", &a, weights("v1 80 %"), start));
         assert_eq!((sheets.due(), sheets.next(start).is_none()), (Some(start + OFTEN), true));
@@ -898,7 +899,7 @@ mod tests {
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 16, 16]);
 
-        // Where there is no answer at all, nothing is tried for a while.
+        // If the API server does not respond, nothing is tried for a while.
         let (rollout, object, job) = sheets.next(now).unwrap();
         sheets.give("b", &super::tests::object("b"), status(5), now);
         let other = TrafficShiftStatus { stable: Some("v2".to_owned()), ..status(5) };

@@ -1,8 +1,8 @@
-//! How many pods each version's workload should have: the target's as many as its step needs, a few at a time; the
-//! stable version's never fewer than a rollback needs; those of a version that traffic has left none, once it has
-//! drained. Pure. Who has named no workload is left alone, and so is every version that no rollout has moved traffic to
-//! or from. Nothing is scaled that two versions have in common, nor scaled down as long as one of its pods is a ready
-//! endpoint of a version in use, whichever document that is of.
+//! Plans the replicas of each version's workload: the target gets as many as its step needs, in batches; the stable
+//! version never has fewer than a rollback needs; a version without traffic gets none once it has drained. Pure. A
+//! version without a workload is not scaled, nor is one that no rollout has moved traffic to or from. A workload that
+//! two versions share is not scaled, and no workload is scaled down while one of its pods is a ready endpoint of a
+//! version in use, in any document.
 
 use crate::clock::Millis;
 use crate::kubernetes::cache::{Autoscaler, ClusterCache, NamespaceCache};
@@ -13,71 +13,72 @@ use crate::rollout::{Phase, Rollout};
 use std::collections::BTreeSet;
 use tideshift_core::shift::{ShiftService, ShiftVersion, TrafficShift, WorkloadRef};
 
-/// What should be changed.
+/// A change to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScaleAction {
-    /// Where.
+    /// The namespace.
     pub place: NamespaceRef,
-    /// What.
+    /// The change.
     pub change: Change,
-    /// Why, in words.
+    /// The reason, for users.
     pub why: String,
 }
 
 /// A change of one object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
-    /// A workload is to have so many pods.
+    /// Set the replicas of a workload.
     Replicas {
         /// The workload.
         workload: WorkloadRef,
-        /// How many.
+        /// The number of replicas.
         replicas: u32,
     },
-    /// A HorizontalPodAutoscaler is to leave its workload at least so many pods.
+    /// Set the `minReplicas` of a HorizontalPodAutoscaler.
     MinReplicas {
-        /// Its name.
+        /// The name of the autoscaler.
         autoscaler: String,
-        /// How many.
+        /// The new `minReplicas`.
         min: u32,
-        /// What it said before a rollout raised it, to be written down; `None`: that is restored, nothing to remember.
+        /// The value before a rollout raised it, to record in an annotation; `None`: it is being restored, so that the
+        /// annotation is removed.
         before: Option<u32>,
     },
-    /// A workload would be scaled, and stays as it is, because its pods are not its version's alone.
+    /// A workload that would be scaled stays as it is, because it shares pods with another version.
     Nothing {
         /// The workload.
         workload: WorkloadRef,
     },
 }
 
-/// Since when a version is given nothing and when it had drained, if it has; by service and version.
+/// When a version stopped receiving traffic, and when it had drained, if it has; by service and version.
 pub type Drained<'a> = dyn Fn(&str, &str) -> Option<(Millis, Millis)> + 'a;
 
-/// Why a version's workload may not be scaled at all, if so; by service and version.
+/// Why the workload of a version must not be scaled, if so; by service and version.
 pub type Shared<'a> = dyn Fn(&str, &str) -> Option<String> + 'a;
 
-/// Which version in use has one of these pods, by name and address, as a ready endpoint, in words.
+/// The version in use that has one of these pods, by name and address, as a ready endpoint, for messages.
 pub type InUse<'a> = dyn Fn(&BTreeSet<(String, String)>) -> Option<String> + 'a;
 
-/// What a rollout looks like to whoever scales.
+/// The inputs of the scaling plan of one rollout.
 pub struct ScalePlanner<'a> {
-    /// The document, with its endpoints.
+    /// The document with its endpoints.
     pub shift: &'a TrafficShift,
-    /// Where its rollout stands.
+    /// The state of its rollout.
     pub rollout: &'a Rollout,
-    /// What is known of the clusters.
+    /// The cached state of the clusters.
     pub picture: &'a ClusterCache,
-    /// What proxies say of versions that are given nothing.
+    /// Whether versions without traffic have drained.
     pub drained: &'a Drained<'a>,
-    /// What versions have in common.
+    /// Whether versions share workloads or pods.
     pub shared: &'a Shared<'a>,
-    /// The pods that serve.
+    /// Whether pods are in use.
     pub in_use: &'a InUse<'a>,
-    /// The time.
+    /// The current time.
     pub now: Millis,
 }
 
-/// What the workloads of a rollout should be changed to.
+/// The scaling actions of a rollout.
 pub fn plan(reconciler: &Reconciler, rollout: &str, picture: &ClusterCache, now: Millis) -> Vec<ScaleAction> {
     let Some((shift, rollout)) = reconciler.scalable(rollout) else { return Vec::new() };
     let drained = |service: &str, version: &str| reconciler.drained(service, version);
@@ -93,7 +94,7 @@ pub fn plan(reconciler: &Reconciler, rollout: &str, picture: &ClusterCache, now:
 }
 
 impl ScalePlanner<'_> {
-    /// What should be changed now; nothing while not everything can be seen.
+    /// The actions to take now; none while part of the cluster state is unknown.
     pub fn plan(&self) -> Vec<ScaleAction> {
         let mut wants = Vec::new();
         for service in &self.shift.services {
@@ -113,7 +114,7 @@ impl ScalePlanner<'_> {
         })
     }
 
-    /// Which version in use a change would take a pod from, in words.
+    /// The version in use that would lose a pod by an action, for messages.
     fn serves(&self, version: &ShiftVersion, want: &ScaleAction) -> Option<String> {
         let Change::Replicas { replicas, .. } = want.change else { return None };
         let view = self.picture.view(&want.place)?;
@@ -138,27 +139,27 @@ impl ScalePlanner<'_> {
                 (autoscaler.min < min).then(|| Change::MinReplicas { autoscaler: name.clone(), min, before })
             });
             return match raise {
-                // Its autoscaler does the rest; two that scale one workload would fight.
+                // The autoscaler does the rest; two controllers that scale one workload would fight.
                 Some(change) => want(change?, why),
                 None if needed > now => want(replicas(needed), why),
                 None => None,
             };
         }
-        // What has left its document is scaled down by nothing: that is for those who took it out.
+        // A version that was removed from its document is not scaled down here: that is up to the user who removed it.
         if version.leaving_until.is_none() && self.is_left(service, version) && now > 0 {
             let (floor, why) = self.floor(service, version, view);
             if floor < now {
                 return want(replicas(floor), why);
             }
         }
-        // Nothing is needed any more: the autoscaler gets back what it had.
+        // Nothing is needed any more: the autoscaler gets its previous minimum back.
         let (name, autoscaler) = autoscaler.filter(|_| !self.rollout.phase.is_under_way())?;
         let min = autoscaler.min_before?;
         let change = Change::MinReplicas { autoscaler: name.clone(), min, before: None };
         want(change, format!("{} is over", if self.rollout.number > 0 { "the rollout" } else { "what raised it" }))
     }
 
-    /// How many pods a version must have at least while the rollout is where it is, and why.
+    /// The minimum number of pods of a version in the current state of the rollout, and why.
     fn needed(&self, service: &ShiftService, version: &ShiftVersion) -> Option<(u32, String)> {
         let rollout = self.rollout;
         let full = rollout.full_load(service);
@@ -167,12 +168,12 @@ impl ScalePlanner<'_> {
         match rollout.phase.is_under_way() {
             true if is_target => {
                 let step = rollout.current_step(self.shift)?;
-                // What moves as a whole or not at all is there as a whole before it moves.
+                // A version that moves in one step needs all of its pods before that step.
                 let is_whole = self.shift.strategy.whole_steps && !rollout.goes_back(self.shift);
                 let planned = if is_whole { 100 } else { step.weight };
                 let weight = rollout.weight_by_hand.unwrap_or(planned);
                 let needed = (u64::from(full) * u64::from(weight)).div_ceil(100).max(1) as u32;
-                // Back to what served before: nobody should wait for batches.
+                // Back to the previous version: do not wait for batches.
                 if rollout.goes_back(self.shift) {
                     return Some((needed, format!("{} is to serve again", version.name)));
                 }
@@ -198,7 +199,7 @@ impl ScalePlanner<'_> {
         target.is_none_or(|target| (self.drained)(&service.name, target).is_some())
     }
 
-    /// Whether a rollout has moved traffic away from a version, and that has stopped for long enough.
+    /// Whether a rollout has moved traffic away from a version, and it has been drained for long enough.
     fn is_left(&self, service: &ShiftService, version: &ShiftVersion) -> bool {
         let rollout = self.rollout;
         let name = &version.name;
@@ -208,7 +209,7 @@ impl ScalePlanner<'_> {
         let named = rollout.target.as_ref() == Some(name) || rollout.leaving.as_ref() == Some(name);
         let was_used = rollout.number > 0 && (since >= rollout.started || named);
         let delay = self.shift.strategy.scale_down_delay.as_millis() as u64;
-        // While a rollout is under way, what it comes from may be needed again.
+        // During a rollout the stable version may be needed again.
         let may_be_needed = rollout.phase.is_under_way() && rollout.leaving.as_ref() == Some(name);
         !is_in_use
             && was_used
@@ -216,7 +217,7 @@ impl ScalePlanner<'_> {
             && self.now.saturating_sub(drained.max(rollout.attended_since())) >= delay
     }
 
-    /// How many pods of a version that nobody needs must stay, because a PodDisruptionBudget has promised them.
+    /// How many pods of an unneeded version must stay because of a PodDisruptionBudget.
     fn floor(&self, service: &ShiftService, version: &ShiftVersion, view: &NamespaceCache) -> (u32, String) {
         let own = endpoints::pods(view, version, false);
         let place = NamespaceRef::of(self.shift, version);
@@ -242,7 +243,7 @@ impl ScalePlanner<'_> {
     }
 }
 
-/// Which of some documents' versions that are in use has one of these pods, by name and address, as a ready endpoint.
+/// The version in use that has one of these pods, by name and address, as a ready endpoint.
 pub fn in_use<'s>(
     shifts: impl IntoIterator<Item = &'s TrafficShift>,
     is_used: impl Fn(&TrafficShift, &ShiftService, &ShiftVersion) -> bool,
@@ -282,20 +283,20 @@ mod tests {
     use tideshift_core::guard::Veto;
     use tideshift_core::shift::LabelSelector;
 
-    /// Payment v1 with four pods and v2 with none, each of a Deployment of its own; steps to 10, 50 and 100 %.
+    /// Payment v1 with four pods and v2 with none, each with a Deployment; steps of 10, 50 and 100 %.
     struct Play {
         document: serde_json::Value,
         rollout: Option<Rollout>,
         view: NamespaceCache,
-        /// How many pods of each version are ready.
+        /// The number of ready pods of each version.
         ready: BTreeMap<String, u32>,
         drained: BTreeMap<String, (Millis, Millis)>,
-        /// Another document, of which every version is in use.
+        /// Another document, in which every version is in use.
         other: Option<serde_json::Value>,
         now: Millis,
     }
 
-    /// All that a rollout sees is which pods are ready.
+    /// The only input of the rollout is which pods are ready.
     impl RolloutInputs for BTreeMap<String, u32> {
         fn ready(&self, _: &str, version: &str) -> u32 {
             self.get(version).copied().unwrap_or_default()
@@ -366,7 +367,7 @@ mod tests {
             self
         }
 
-        /// So many of its pods are ready.
+        /// Sets the number of ready pods.
         fn has(&mut self, version: &str, ready: u32) -> &mut Self {
             self.ready.insert(version.to_owned(), ready);
             let pod = |n: u32| format!("{version}-{n}");
@@ -401,7 +402,7 @@ mod tests {
             ClusterCache { views: BTreeMap::from([(place, self.view.clone())]), ..ClusterCache::default() }
         }
 
-        /// Two looks, a second apart.
+        /// Two passes, a second apart.
         fn pass(&mut self) -> &mut Self {
             let shift = self.shift();
             for _ in 0..2 {
@@ -419,7 +420,7 @@ mod tests {
             self.pass()
         }
 
-        /// Traffic has left a version, and so long ago.
+        /// A version drained this long ago.
         fn drained(&mut self, version: &str, ago: Millis) -> &mut Self {
             self.drained.insert(version.to_owned(), (self.now, self.now));
             self.now += ago;
@@ -481,7 +482,7 @@ mod tests {
         assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
         play.scaled("v2", 2).has("v2", 2).pass().promote();
         assert_eq!(play.plan(), ["payment-v2 3: step 3 gives v2 100 % of what 4 pods carry"], "25 % of 4 is one more");
-        // Somebody has taken pods of the stable version away: a rollback would need them.
+        // A user has scaled the stable version down: a rollback would need its pods.
         play.scaled("v1", 2);
         assert_eq!(play.plan()[0], "payment-v1 4: v1 must be able to take everything back");
         play.scaled("v1", 4).scaled("v2", 4).has("v2", 4).pass();
@@ -500,7 +501,7 @@ mod tests {
         let mut play = Play::new();
         play.target("v2").pass().scaled("v2", 1).has("v2", 1).pass().promote();
         assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
-        // Its autoscaler adds pods: they count as they become ready, not as they are asked for.
+        // The autoscaler adds pods: they count once they are ready, not when they are requested.
         play.scaled("v1", 12).pass();
         assert_eq!(play.plan(), ["payment-v2 2: step 2 gives v2 50 % of what 4 pods carry"]);
         play.has("v1", 12).pass();
@@ -511,7 +512,7 @@ mod tests {
         );
         play.scaled("v2", 6).has("v2", 6).pass().promote().pass();
         assert_eq!(play.plan(), ["payment-v2 9: step 3 gives v2 100 % of what 12 pods carry"]);
-        // A restart of its pods is no growth, and what is taken from it for good is no load.
+        // A restart of its pods is no growth, and pods that are removed for good are no load.
         play.has("v1", 13).pass();
         assert_eq!(play.rollout.as_ref().unwrap().full_load(&play.shift().services[0]), 12);
         play.scaled("v1", 8).pass();
@@ -570,7 +571,7 @@ mod tests {
         assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
     }
 
-    /// A Service that has the pods of another version as well.
+    /// A Service that also lists the pods of another version.
     fn listing(play: &mut Play, service: &str, of: &str) {
         let mut slice = play.view.slices.objects[of].clone();
         slice.service = Some(service.to_owned());
@@ -584,7 +585,7 @@ mod tests {
         assert_eq!(play.rollout.as_ref().unwrap().phase, Phase::Succeeded);
         play.drained("v1", 30_000);
         assert_eq!(play.plan(), ["payment-v1 0: v1 has drained"]);
-        // v1 says another Deployment than its pods are of: that of what serves.
+        // v1 names a Deployment other than the owner of its pods: that of the serving version.
         play.document["spec"]["versions"][0]["workloadRef"]["name"] = json!("payment-v2");
         let selector = LabelSelector {
             match_labels: BTreeMap::from([("version".to_owned(), "v2".to_owned())]),
@@ -601,7 +602,7 @@ mod tests {
     #[test]
     fn nothing_is_scaled_that_two_versions_have_in_common() {
         let mut play = Play::new();
-        // After "Completed", v1 has the pods of v2 as well.
+        // After "Completed", v1 also lists the pods of v2.
         play.target("v2").pass().scaled("v2", 4).has("v2", 4).pass().promote().promote();
         listing(&mut play, "everything", "v2");
         play.document["spec"]["versions"][0].as_object_mut().unwrap().remove("selector");
@@ -626,7 +627,7 @@ mod tests {
         }));
         let plan = play.plan();
         assert!(plan.len() == 1 && plan[0].contains("of the TrafficShift reports.shop"), "{plan:?}");
-        // Not ready, they serve nobody.
+        // Pods that are not ready serve nothing.
         for slice in [&slice_key(Some("reports"), "reports"), "v1"] {
             let slice = play.view.slices.objects.get_mut(slice).unwrap();
             slice.endpoints.iter_mut().for_each(|endpoint| endpoint.ready = false);

@@ -1,6 +1,6 @@
-//! Proxies' tokens that the cluster itself has given them: a TokenReview says whether a token is one, for the audience
-//! that proxies ask for. Answers are remembered for a while, so that reports do not become as many reviews; what cannot be
-//! such a token is not asked about, nor what a peer makes up in numbers.
+//! Authenticates proxies by ServiceAccount tokens: a TokenReview tells whether a token is valid for the audience of
+//! proxies. Results are cached for a while, so that reports do not cause one review each. A token that cannot be valid
+//! is not reviewed, and a peer that sends many invalid tokens is rate limited.
 
 use crate::kubernetes::reason;
 use crate::metrics::ControllerMetrics;
@@ -15,23 +15,23 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// How long a yes holds: a token that is withdrawn is refused after that.
+/// How long a positive result is cached: a revoked token is refused after that.
 const YES: Duration = Duration::from_secs(60);
-/// How long a no holds.
+/// How long a negative result is cached.
 const NO: Duration = Duration::from_secs(10);
-/// How long a review may take.
+/// Timeout of a review.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// The most answers of each kind that are remembered.
+/// The maximum number of cached results of each kind.
 const MAX_ANSWERS: usize = 20_000;
 /// The longest token that is reviewed.
 const MAX_TOKEN: usize = 8 << 10;
-/// A peer may have so many tokens reviewed at once that turn out to be none, and so many more each second.
+/// How many invalid tokens a peer may have reviewed at once, and how many more each second.
 const MAX_NOES: f64 = 20.0;
 const NOES_PER_SECOND: f64 = 1.0;
-/// The most peers whose noes are counted.
+/// The maximum number of peers whose invalid tokens are counted.
 const MAX_PEERS: usize = 4_096;
 
-/// Asks the cluster about tokens.
+/// Reviews tokens with the cluster.
 pub struct TokenReviewer {
     client: Client,
     audience: String,
@@ -39,22 +39,22 @@ pub struct TokenReviewer {
     done: ControllerMetrics,
 }
 
-/// Whom the cluster has given a token to.
+/// The identity that a valid token belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reviewed {
-    /// Its user.
+    /// The user name.
     pub user: String,
-    /// The namespace and name of the pod that the token is bound to, if it is.
+    /// The namespace and name of the pod that the token is bound to, if any.
     pub pod: Option<(String, String)>,
 }
 
-/// What is remembered. No I/O and no clock.
+/// The cache. No I/O and no clock.
 #[derive(Debug, Default)]
 struct Known {
-    /// By the token's SHA-256; noes apart, so that no number of them keeps a yes out.
+    /// By SHA-256 of the token; negative results are kept apart, so that no number of them evicts a positive one.
     yes: Answers<Reviewed>,
     no: Answers<()>,
-    /// How many noes each peer had, less those that time has forgiven, and when that was.
+    /// The number of invalid tokens of each peer, decayed over time, and when it was last updated.
     peers: BTreeMap<IpAddr, (f64, Instant)>,
 }
 
@@ -89,7 +89,7 @@ impl Known {
         })
     }
 
-    /// Whether a peer may have a token reviewed; it counts as a no until the answer is a yes.
+    /// Whether a peer may have a token reviewed; it counts as invalid until the review accepts it.
     fn may_ask(&mut self, peer: Option<IpAddr>, now: Instant) -> bool {
         let Some(peer) = peer else { return true };
         let noes = self.noes_of(peer, now);
@@ -120,12 +120,12 @@ impl Known {
 }
 
 impl TokenReviewer {
-    /// For tokens of this audience.
+    /// A reviewer for tokens of this audience.
     pub fn new(client: Client, audience: String, done: ControllerMetrics) -> Self {
         Self { client, audience, known: Mutex::default(), done }
     }
 
-    /// Whose a token is, if the cluster has given it for the audience. No answer is no.
+    /// The identity of a token, if the cluster issued it for the audience. A failed review counts as invalid.
     pub async fn review(&self, token: &[u8], peer: Option<IpAddr>) -> Option<Reviewed> {
         let key: [u8; 32] = Sha256::digest(token).into();
         let now = Instant::now();
@@ -181,7 +181,7 @@ impl TokenReviewer {
         };
         let answer = Api::<TokenReview>::all(self.client.clone()).create(&PostParams::default(), &review).await?;
         let status = answer.status.unwrap_or_default();
-        // A reviewer that does not know of audiences answers without them, and is not to be trusted about them.
+        // A cluster that does not support audiences returns none; its answer does not prove the audience.
         let audiences = status.audiences.unwrap_or_default();
         if !status.authenticated.unwrap_or_default() || !audiences.contains(&self.audience) {
             return Ok(None);
@@ -200,8 +200,8 @@ impl TokenReviewer {
     }
 }
 
-/// Whether a token looks like one that the cluster may have given for an audience: a JWT of an issuer, not expired, that
-/// names the audience. Whether it is one, only a review says.
+/// Whether a token looks like one that the cluster may have issued for an audience: an unexpired JWT with an issuer
+/// that names the audience. Only a review proves its validity.
 fn is_for(token: &str, audience: &str, now: jiff::Timestamp) -> bool {
     let parts: Vec<&str> = token.split('.').collect();
     let [header, claims, signature] = parts.as_slice() else { return false };
@@ -220,7 +220,7 @@ fn is_for(token: &str, audience: &str, now: jiff::Timestamp) -> bool {
     header["alg"].is_string() && claims["iss"].is_string() && names_audience && !is_over
 }
 
-/// Reads base64 for URLs, without padding.
+/// Decodes unpadded base64url.
 fn base64url(text: &str) -> Option<Vec<u8>> {
     let (mut bytes, mut bits, mut number) = (Vec::with_capacity(text.len() * 3 / 4), 0_u32, 0_u32);
     for byte in text.bytes() {
@@ -304,7 +304,7 @@ mod tests {
         assert_eq!(asked, MAX_NOES as usize, "of a thousand made-up tokens");
         assert!(known.may_ask(peer(2), now), "another peer is not concerned");
         assert!(known.may_ask(peer(1), now + Duration::from_secs(1)), "time forgives");
-        // Where thousands of proxies come by one address, yes costs nothing.
+        // If thousands of proxies share one address, valid tokens cost nothing.
         let good = (0..1_000).all(|_| {
             let may = known.may_ask(peer(3), now);
             known.was_yes(peer(3), now);

@@ -1,9 +1,9 @@
-//! How an API server is spoken to: over HTTP/2 where it can, so that hundreds of watches share a few connections.
-//! kube's own client speaks HTTP/1.1 only, with one connection for each watch.
+//! The transport to the API server: HTTP/2 where possible, so that hundreds of watches share a few connections. kube's
+//! own client speaks HTTP/1.1 only, with one connection for each watch.
 //!
-//! An HTTP/2 server takes so many requests of one connection at a time, and lets the others wait without a word. A watch
-//! is a request that stays. So there are several connections, each with fewer exchanges than any API server allows, and
-//! watches have other ones than requests that end soon.
+//! An HTTP/2 server limits concurrent streams on a connection and queues further requests silently. A watch occupies a
+//! stream for as long as it lasts. Therefore there are several connections, each with fewer streams than any API server
+//! allows, and watches use other connections than short requests.
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
@@ -28,22 +28,22 @@ use tower::retry::RetryLayer;
 use tower::util::option_layer;
 use tower::{BoxError, Layer, Service};
 
-/// The most exchanges of one HTTP/2 connection at a time. API servers allow 100 or 250.
+/// The maximum number of streams on one HTTP/2 connection. API servers allow 100 or 250.
 const MAX_EXCHANGES: usize = 80;
-/// A connection on which nothing has come for so long is asked whether its other end is still there.
+/// After this long without data a connection is pinged.
 const PING: Duration = Duration::from_secs(10);
-/// How long that may take to answer.
+/// How long the server may take to answer a ping.
 const PONG: Duration = Duration::from_secs(5);
 
-/// A client that keeps to one HTTP/1.1 connection at a time for what is asked one after the other. A request that is
-/// given up takes its connection with it, so that the next one finds out at once whether the server is there.
+/// A client that uses one HTTP/1.1 connection at a time, for sequential requests. Cancelling a request closes its
+/// connection, so that the next request finds out at once whether the server is reachable.
 pub(super) fn plain(config: Config) -> Result<Client, kube::Error> {
     Client::try_from(config)
 }
 
-/// A client whose watches share connections.
+/// A client whose watches share HTTP/2 connections.
 pub(super) fn shared(config: Config) -> Result<Client, kube::Error> {
-    // Where there is no TLS, nothing says which version the server speaks; proxies are kube's own affair.
+    // Without TLS there is no ALPN to negotiate the protocol; proxies are left to kube's client.
     if config.cluster_url.scheme_str() != Some("https") || config.proxy_url.is_some() {
         return plain(config);
     }
@@ -64,7 +64,7 @@ pub(super) fn shared(config: Config) -> Result<Client, kube::Error> {
 
 type Secure = TimeoutConnector<HttpsConnector<HttpConnector>>;
 
-/// What kube's own client connects by, and offers HTTP/2 as well if that is wanted.
+/// The connector of kube's own client, which also offers HTTP/2 if `two` is set.
 fn connector(config: &Config, two: bool) -> Result<Secure, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -86,22 +86,22 @@ fn connector(config: &Config, two: bool) -> Result<Secure, kube::Error> {
     Ok(connector)
 }
 
-/// Gives each request to a connection that has room for it.
+/// Assigns each request to a connection with a free stream.
 #[derive(Clone)]
 struct Lanes(Arc<Shared>);
 
 struct Shared {
-    /// For servers that speak HTTP/1.1 only.
+    /// For servers that speak only HTTP/1.1.
     one: Legacy<Secure, Body>,
     two: Secure,
     server: Uri,
-    /// Whether the server speaks HTTP/2, once it has been asked. Another one may answer at the same address later.
+    /// Whether the server speaks HTTP/2, once negotiated. Another server may later answer at the same address.
     speaks_two: Mutex<Arc<OnceCell<bool>>>,
     watches: Mutex<Vec<Lane>>,
     others: Mutex<Vec<Lane>>,
 }
 
-/// One HTTP/2 connection, which is made again whenever it is lost.
+/// One HTTP/2 connection, which is re-established when it is lost.
 struct Lane {
     client: Legacy<OnlyTwo, Body>,
     load: Arc<Load>,
@@ -110,7 +110,7 @@ struct Lane {
 #[derive(Default)]
 struct Load {
     exchanges: AtomicUsize,
-    /// Whether an answer was waited for in vain: its other end may be gone.
+    /// Whether a request on it timed out: the server may be gone.
     is_suspect: AtomicBool,
 }
 
@@ -157,7 +157,7 @@ impl Shared {
         }
     }
 
-    /// Asks the server by a connection that is good for nothing else. The first request does, and the others wait for it.
+    /// Negotiates the protocol on a separate connection. The first request does this, and the others wait for it.
     async fn speaks_two(&self) -> Result<bool, BoxError> {
         let known = lock(&self.speaks_two).clone();
         let ask = async {
@@ -171,7 +171,7 @@ impl Shared {
 
     fn take_lane(&self, lanes: &Mutex<Vec<Lane>>) -> (Legacy<OnlyTwo, Body>, Exchange) {
         for lanes in [&self.watches, &self.others] {
-            // What is not used is closed; the first one stays for what comes next.
+            // Idle connections are closed; the first one stays open for the next request.
             let mut is_first = true;
             lock(lanes).retain(|lane| {
                 let is_kept = lane.load.exchanges.load(Ordering::Relaxed) > 0 || is_first;
@@ -198,12 +198,12 @@ impl Shared {
 fn only_two(connector: Secure) -> Legacy<OnlyTwo, Body> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http2_only(true).timer(TokioTimer::new());
-    // A watch that says nothing may also be one whose other end is gone.
+    // A silent watch may also be a dead connection.
     builder.http2_keep_alive_interval(PING).http2_keep_alive_timeout(PONG).http2_keep_alive_while_idle(true);
     builder.build(OnlyTwo(connector))
 }
 
-/// A request on a connection, from when it is sent until its answer has ended.
+/// A request on a connection, from when it is sent until its response has ended.
 struct Exchange(Arc<Load>);
 
 impl Drop for Exchange {
@@ -212,8 +212,8 @@ impl Drop for Exchange {
     }
 }
 
-/// Waits for the head of an answer. A request that is given up before it came makes its connection suspect, so that the
-/// next one is not sent on it as well.
+/// Waits for the head of a response. A request that is cancelled before that marks its connection as suspect, so that
+/// the next request uses another one.
 struct Waiting<'a> {
     load: &'a Load,
     is_watch: bool,
@@ -228,7 +228,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// The body of an answer.
+/// The body of a response.
 struct Answer {
     body: Incoming,
     _exchange: Option<Exchange>,
@@ -310,9 +310,9 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
     use tokio_rustls::TlsAcceptor;
 
-    /// What the certificate of a server names; its address is another one.
+    /// The name in the server's certificate, which differs from its address.
     const NAME: &str = "kubernetes.default.svc";
-    /// The requests that a connection may have at a time.
+    /// The maximum number of concurrent streams on a connection.
     const STREAMS: u32 = 100;
 
     /// An API server without objects: lists are empty, and watches never end.
@@ -320,11 +320,11 @@ mod tests {
     struct Server {
         connections: AtomicUsize,
         watches: AtomicUsize,
-        /// The next connections speak HTTP/1.1 only.
+        /// New connections speak only HTTP/1.1.
         is_old: AtomicBool,
-        /// It takes requests and does not answer them.
+        /// It accepts requests and never answers.
         is_mute: AtomicBool,
-        /// It refuses so many requests more with 429.
+        /// It answers this many more requests with 429.
         is_busy: AtomicU32,
     }
 
@@ -456,7 +456,7 @@ mod tests {
         assert!(asked(&client, LONG).await);
         drop(watching);
 
-        // Another one may answer at the same address, at any time.
+        // Another server may answer at the same address at any time.
         server.is_old.store(false, Ordering::Relaxed);
         let client = shared(config).unwrap();
         assert!(asked(&client, LONG).await);

@@ -1,4 +1,4 @@
-//! Tokens and certificates: files that are read at the start, and again whenever they have changed.
+//! Tokens and certificates from files, which are read at startup and reloaded on change.
 
 use crate::api::Tokens;
 use crate::metrics::ControllerMetrics;
@@ -10,10 +10,10 @@ use std::time::Instant;
 use tokio::sync::watch;
 use tokio::time::interval;
 
-/// A certificate that is valid for less than so many seconds is warned of: a week.
+/// A certificate that expires within this many seconds causes a warning: one week.
 const SOON: i64 = 7 * 24 * 3600;
 
-/// Tokens, and the certificate with its key: whoever changes their files changes them here, too.
+/// The tokens and the TLS certificate with its key, reloaded when their files change.
 pub(super) struct Secrets {
     files: Files,
     pub(super) tokens: watch::Sender<Tokens>,
@@ -24,7 +24,7 @@ impl Secrets {
     pub(super) fn load(options: &Options) -> Result<Self, ServeError> {
         let mut paths = options.tokens.paths();
         paths.extend(options.tls.iter().flat_map(TlsFiles::paths));
-        // Looked at before they are read, as the documents are.
+        // Stat the files before reading them, as for documents.
         let files = Files::new(&paths, Instant::now());
         let tokens = options.tokens.load()?;
         if !tokens.are_needed() && !options.has_client_ca() && !options.listen.ip().is_loopback() {
@@ -34,7 +34,7 @@ impl Secrets {
         Ok(Self { files, tokens: watch::Sender::new(tokens), tls: tls.map(watch::Sender::new) })
     }
 
-    /// Reads them again whenever they have changed; if that fails, what was there before stays.
+    /// Reloads them on change; if that fails, the previous ones stay in use.
     pub(super) async fn keep_fresh(mut self, options: Options, done: ControllerMetrics) {
         let look_at_certificate = || {
             let Some((tls, at)) = options.tls.as_ref().and_then(|tls| Some((tls, tls.expires()?))) else { return };

@@ -1,4 +1,4 @@
-//! Feeds the controller's mind, and carries out what it decides: first safe, then published.
+//! The reconcile loop: feeds the reconciler and applies its output, which is persisted first and then published.
 
 use crate::api::{Published, Shared};
 use crate::clock::now;
@@ -18,45 +18,45 @@ use tideshift_core::protocol::policy::Policy;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-/// How often the mind looks at the clock; everything else reaches it at once.
+/// How often the loop runs for the clock alone; every other input wakes it at once.
 const TICK: Duration = Duration::from_millis(100);
-/// From one look at what proxies report to the next at least.
+/// The minimum interval between two reconciles for proxy reports.
 const DEBOUNCE: Duration = Duration::from_millis(20);
-/// How often it is looked whether counts are to be made safe, or anything is to be written again.
+/// How often the loop checks whether counts are due to be persisted, or a write must be retried.
 const KEEP_COUNTS: Duration = Duration::from_secs(1);
-/// How long what was to be told may take at the end.
+/// How long pending notifications may take at shutdown.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Where documents come from.
+/// The source of documents.
 pub(super) enum Source {
-    /// Files, what was right in them last, and the secrets that documents refer to.
+    /// Files, their last valid documents, and the secrets that documents refer to.
     Files(Files, LastGood, SecretFiles),
     /// A cluster.
     Cluster {
-        /// What is seen of it.
+        /// The latest snapshot.
         snapshot: watch::Receiver<Arc<Snapshot>>,
-        /// What of that the mind has taken in: documents and what is known beyond them go together.
+        /// The snapshot that the reconciler has processed: documents and discovery go together.
         shown: Arc<Snapshot>,
-        /// What must be looked at besides, because it still serves.
+        /// What must also be watched, because it still serves traffic.
         remains: watch::Sender<Arc<Remains>>,
-        /// What is done in it.
+        /// The outputs to the cluster.
         outputs: Outputs,
     },
 }
 
-/// Feeds the mind and carries out what it decides.
+/// Feeds the reconciler and applies its output.
 pub(super) struct ReconcileLoop<D, C> {
     shared: Arc<Shared>,
     writer: StateWriter<D, C>,
     publish: watch::Sender<Option<Published>>,
-    /// What nobody may know before it is safe.
+    /// Output that must not be published before it is persisted.
     secret: ReconcileOutput,
-    /// Whether somebody else decides now.
+    /// Whether this replica has lost leadership.
     deposed: bool,
     prober: Prober,
     source: Source,
     hooks: Hooks,
-    /// What gates say.
+    /// Responses of gates.
     answers: mpsc::Receiver<Answer>,
 }
 
@@ -77,7 +77,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         Self { shared, writer, publish, secret, deposed, prober, source, hooks, answers }
     }
 
-    /// Decides until `stop`, or until somebody else does.
+    /// Runs until `stop` completes or leadership is lost.
     pub(super) async fn run(&mut self, stop: impl Future<Output = ()>) {
         let mut stop = std::pin::pin!(stop);
         let every = |period| {
@@ -92,7 +92,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         while !self.deposed {
             tokio::select! {
                 () = &mut stop => break,
-                // Reports of thousands of proxies are looked at together.
+                // Batches the reports of thousands of proxies.
                 _ = self.shared.counted.notified() => sleep_until(looked + DEBOUNCE).await,
                 Ok(()) = readiness.changed() => {
                     let now_ready = readiness.borrow_and_update().clone();
@@ -110,7 +110,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
             looked = Instant::now();
         }
         if !self.deposed {
-            // What somebody has just asked for is safe before he is told so.
+            // A command is persisted before it is answered.
             self.evaluate().await;
             self.writer.take_counts(&mut self.shared.reconciler());
             self.writer.write_aside();
@@ -118,7 +118,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         }
     }
 
-    /// Tells what is still to be told.
+    /// Delivers pending notifications.
     pub(super) async fn end(self) {
         let _ = tokio::time::timeout(GRACE, self.hooks.end()).await;
     }
@@ -153,7 +153,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
                         differs
                     });
                 }
-                // With the readiness of the endpoints that they have now, not of those that they had.
+                // With the readiness of the current endpoints, not of the previous ones.
                 let readiness = self.prober.subscribe().borrow().clone();
                 reconciler.set_readiness(readiness);
             }
@@ -170,15 +170,15 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
             tracing::info!(rollout, ?phase, ?reason, by, "{message}");
             self.shared.done.changed(rollout, transition);
         }
-        // First safe, then published: a revision that proxies have seen is never given to another policy. Where this is
-        // the only process, traffic goes on being moved also where nothing can be kept (a full disk).
+        // Persist first, then publish: a revision that proxies have seen is never reused for another policy. In a
+        // single process traffic continues to move even if nothing can be persisted (a full disk).
         let is_due = outcome.keep || (D::IS_CONTENDED && self.writer.has_pending());
         self.secret.policy = outcome.policy.or(self.secret.policy.take());
         self.secret.transitions.extend(outcome.transitions);
         match if is_due { self.write().await } else { WriteStatus::Safe } {
             WriteStatus::Safe => {}
             WriteStatus::Pending => {
-                // What would not survive a restart is not published; what takes traffic away is.
+                // Output that would not survive a restart is not published, except what takes traffic away.
                 if self.writer.is_refused() {
                     self.publish_away();
                     self.shared.turns.end(turn);
@@ -214,10 +214,10 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         }
     }
 
-    /// Publishes of what was decided what takes traffic away.
+    /// Publishes the part of the output that takes traffic away.
     fn publish_away(&mut self) {
         let Some(policy) = self.shared.reconciler().away() else { return };
-        // The whole of it comes after that, with a newer revision.
+        // The complete policy follows with a newer revision.
         self.secret.policy = None;
         self.publish(&policy);
     }
@@ -278,7 +278,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         for path in files.changed(Instant::now().into_std()) {
             let mut read = good.clone();
             read.read_again(&path);
-            // One that was written again meanwhile is seen by the next look.
+            // A file that was written again meanwhile is read in the next pass.
             if files.is_as_taken(&path) {
                 (*good, has_changed) = (read, true);
             }
@@ -297,7 +297,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
         }
     }
 
-    /// Writes counts aside if that is due, and once more what could not be written or is lost.
+    /// Persists counts if that is due, and retries writes that failed or were lost.
     async fn keep_counts(&mut self) {
         let safety = self.writer.look_aside().await;
         self.note(safety);
@@ -316,7 +316,7 @@ impl<D: StateStore, C: CountsStore + Send + 'static> ReconcileLoop<D, C> {
     }
 }
 
-/// Ends when a cluster shows something new.
+/// Completes when the cluster's snapshot changes.
 async fn changed(source: &mut Source) {
     if let Source::Cluster { snapshot, .. } = source
         && snapshot.changed().await.is_ok()

@@ -1,6 +1,6 @@
-//! The documents' files, watched for changes by looking: it works the same for editors, ConfigMaps and network file
-//! systems. A changed file is taken once it has stayed the same for a second, and while no process has it open for writing,
-//! as far as that can be known. Standard input and pipes are read once, when the controller starts.
+//! Polls the files of documents for changes: this works the same for editors, ConfigMaps and network file systems. A
+//! changed file is read once it has been stable for a second and, as far as is known, no process has it open for
+//! writing. Standard input and pipes are read once, at startup.
 
 mod writers;
 
@@ -9,10 +9,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-/// A file must have stayed the same for so long.
+/// How long a file must be unchanged before it is read.
 const SETTLED: Duration = Duration::from_secs(1);
 
-/// Files, and which of their states has been taken.
+/// The files, and the version of each that was read.
 pub(super) struct Files {
     watched: Vec<Watched>,
 }
@@ -22,23 +22,23 @@ struct Watched {
     taken: Option<Stamp>,
     seen: Option<Stamp>,
     since: Instant,
-    /// When a process was last seen that has it open for writing.
+    /// When writers of the file were last checked.
     asked: Option<Instant>,
-    /// Whether the log says already that it is open for writing.
+    /// Whether it has been logged that the file is open for writing.
     is_told: bool,
 }
 
-/// What is another when a file has been written.
+/// The metadata that changes when a file is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     modified: Option<SystemTime>,
     size: u64,
-    /// Device and inode: a ConfigMap and a careful editor put another file in its place.
+    /// Device and inode: a ConfigMap update and an atomic save replace the file.
     file: (u64, u64),
 }
 
 impl Files {
-    /// The files as they are now; what is no regular file does not change.
+    /// Records the current state of the files; anything but a regular file never changes.
     pub(super) fn new(paths: &[PathBuf], now: Instant) -> Self {
         let watched = paths.iter().filter(|path| !is_static(path)).map(|path| {
             let stamp = stamp(path);
@@ -47,12 +47,12 @@ impl Files {
         Self { watched: watched.collect() }
     }
 
-    /// Those that have changed since they were taken last, and have settled; they are taken by that.
+    /// The files that have changed since they were last read and are stable; this marks them as read.
     pub(super) fn changed(&mut self, now: Instant) -> Vec<PathBuf> {
         self.watched.iter_mut().filter_map(|file| file.is_taken(now).then(|| file.path.clone())).collect()
     }
 
-    /// Whether a file is still as it was taken: what was read of it since then is whole.
+    /// Whether a file is unchanged since it was marked as read: what was read since then is consistent.
     pub(super) fn is_as_taken(&self, path: &Path) -> bool {
         self.watched.iter().all(|file| file.path != path || stamp(&file.path) == file.taken)
     }
@@ -72,7 +72,7 @@ impl Watched {
     }
 
     fn is_being_written(&mut self, now: Instant) -> bool {
-        // All processes are looked at for this: once a second is enough.
+        // This inspects all processes: once a second is enough.
         if self.asked.is_some_and(|asked| now.duration_since(asked) < SETTLED) {
             return true;
         }
@@ -147,7 +147,7 @@ mod tests {
         writer.write_all(b"half").unwrap();
         assert!(files.changed(after(begun, 1_000)).is_empty());
         assert!(files.changed(after(begun, 60_000)).is_empty(), "it has stayed the same for a minute");
-        // It holds up no other file.
+        // It does not delay other files.
         fs::write(&other, "ab").unwrap();
         assert!(files.changed(after(begun, 60_100)).is_empty());
         assert_eq!(files.changed(after(begun, 61_100)), [other.as_path()]);

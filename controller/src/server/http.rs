@@ -1,6 +1,6 @@
-//! The listening side: takes connections, as many as there may be, speaks TLS with them if there is a certificate, and
-//! leaves their requests to the API. A client that is slow to say what it wants is disconnected; which connections give way
-//! where there are too many, `api/admission` decides.
+//! The listener: accepts connections up to a limit, terminates TLS if there is a certificate, and passes requests to
+//! the API. A client that is slow to send its request is disconnected; `api/admission` decides which connections to
+//! close when there are too many.
 
 use crate::api::{Admission, Certificate, Ticket};
 use crate::server::tls::Server;
@@ -27,26 +27,26 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
-/// How long a TLS handshake may take.
+/// Timeout of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// How long the head of a request may take, and how long a connection may have none under way.
+/// Timeout of a request head, and of an idle connection.
 const HEAD: Duration = Duration::from_secs(5);
-/// The longest head of a request, in bytes.
+/// The maximum size of a request head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
-/// How long a client may leave what it is sent unread.
+/// How long a client may leave sent data unacknowledged.
 #[cfg(target_os = "linux")]
 const UNREAD_MILLIS: u32 = 30_000;
-/// The most connections: two for each of 10,000 proxies, and then some.
+/// The maximum number of connections: two for each of 10,000 proxies, with a reserve.
 const MAX_CONNECTIONS: u64 = 30_000;
-/// The least that is tried, however few files the system gives.
+/// The minimum number of connections, whatever the limit on open files.
 const MIN_CONNECTIONS: u64 = 64;
-/// Open files that are not clients' connections: probes, state, webhooks.
+/// Open files other than client connections: probes, state, webhooks.
 const OTHER_FILES: u64 = 512;
 
-/// The TLS configuration for connections from now on.
+/// The TLS configuration of new connections.
 pub(super) type Tls = watch::Receiver<Arc<Server>>;
 
-/// Serves until `ending` is true and every request that had begun by then has its answer.
+/// Serves until `ending` is true and every request in flight has been answered.
 pub(super) async fn serve(
     listener: TcpListener,
     admission: Arc<Admission>,
@@ -65,7 +65,7 @@ pub(super) async fn serve(
             continue;
         };
         let connection = Connection { peer, api: api.clone(), watcher: graceful.watcher(), ticket };
-        // Each in a task of its own kind: thousands that speak no TLS need not have the room for it.
+        // Spawned as separate task types, so that plain connections do not reserve memory for TLS.
         match tls.as_ref().map(|tls| tls.borrow().clone()) {
             None => tokio::spawn(connection.run(stream)),
             Some(tls) => tokio::spawn(connection.run_tls(stream, tls)),
@@ -75,7 +75,7 @@ pub(super) async fn serve(
     graceful.shutdown().await;
 }
 
-/// One of a client's connections.
+/// A client connection.
 struct Connection {
     peer: SocketAddr,
     api: Router,
@@ -126,7 +126,7 @@ impl Connection {
         });
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_header_size(MAX_HEAD);
-        // What fails now is the client's: it went away, or it does not speak HTTP.
+        // An error here is the client's: it disconnected, or it does not speak HTTP.
         let _ = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await;
     }
 }
@@ -138,10 +138,10 @@ async fn unless_evicted(peer: SocketAddr, ticket: &Ticket, serve: impl Future<Ou
     }
 }
 
-/// Whether what is read is a request's head: from the answer to one until the next is complete.
+/// Whether the data being read is a request head: from one response until the next head is complete.
 struct InHead(AtomicBool);
 
-/// A connection whose incomplete heads are counted.
+/// A connection with accounting of incomplete heads.
 struct Metered<S> {
     stream: S,
     ticket: Arc<Ticket>,
@@ -204,13 +204,13 @@ fn set_up((stream, peer): (TcpStream, SocketAddr)) -> io::Result<(TcpStream, Soc
     Ok((stream, peer))
 }
 
-/// Whether it concerns the one connection only.
+/// Whether an error affects only the one connection.
 fn is_the_clients(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidInput, NotConnected};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | InvalidInput | NotConnected)
 }
 
-/// As many connections as the system lets us have files, which is raised as far as it goes.
+/// The maximum number of connections within the limit on open files, which this raises as far as allowed.
 pub(super) fn max_connections() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let wanted = MAX_CONNECTIONS + OTHER_FILES;

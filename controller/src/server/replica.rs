@@ -1,5 +1,5 @@
-//! `tideshift serve --kubernetes`: several replicas, of which one leads. The others give proxies the last policy, which
-//! they read where the leader has written it before it published it, and hand everything else on to the leader.
+//! `tideshift serve --kubernetes`: several replicas with one leader. Followers serve the last policy to proxies, which
+//! they read from where the leader persisted it before publishing, and forward all other requests to the leader.
 
 use crate::api::{Published, Shared};
 use crate::clock;
@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep};
 
-/// How often this process says that it goes on.
+/// The interval of the process heartbeat.
 const BEAT: Duration = Duration::from_secs(1);
 
 pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), ServeError> {
@@ -80,7 +80,7 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     let mut replica = Replica { cluster, client, namespace, egress, clusters, informers, service, role, shown, ending };
     let result = replica.run().await;
     tracing::info!("ending");
-    // Also where nobody has asked: it gives the lease back to those who can do more with it.
+    // Even without a signal: it releases the Lease to another replica.
     asked_to_end.send_replace(true);
     ended.send_replace(true);
     let _ = contest.await;
@@ -90,7 +90,7 @@ pub(super) async fn serve(options: Options, cluster: Cluster) -> Result<(), Serv
     result
 }
 
-/// Says again and again that this process goes on: its runtime turns, and what it knows is not locked for good.
+/// Sends heartbeats: the runtime makes progress, and the reconciler is not deadlocked.
 async fn beat_on(shared: Arc<Shared>, beat: watch::Sender<Instant>) {
     let mut ticks = interval(BEAT);
     loop {
@@ -114,26 +114,26 @@ struct Replica {
     informers: Informers,
     service: Service,
     role: watch::Receiver<Role>,
-    /// The role that those who ask see: this replica does not lead before it knows what there is to know.
+    /// The published role: this replica does not appear as the leader before it has loaded its state.
     shown: watch::Sender<Role>,
     ending: watch::Receiver<bool>,
 }
 
 impl Replica {
-    /// Leads whenever it may, until it is asked to end.
+    /// Leads whenever it holds the Lease, until shutdown.
     async fn run(&mut self) -> Result<(), ServeError> {
         loop {
             let now = self.role.borrow_and_update().clone();
             if now.decides() {
                 self.lead().await?;
-                // What it knew becomes old.
+                // Its state becomes stale.
                 self.shown.send_replace(Role::Follows(None));
                 *self.service.shared.reconciler() =
                     Reconciler::new(Vec::new(), PersistedState::default(), CountState::default());
             } else {
                 self.shown.send_replace(now);
             }
-            // Also after it was deposed without knowing: the lease says so soon.
+            // Also after losing leadership unnoticed: the Lease tells soon.
             tokio::select! {
                 () = is_true(self.ending.clone()) => return Ok(()),
                 _ = self.role.changed() => {}
@@ -141,7 +141,7 @@ impl Replica {
         }
     }
 
-    /// Decides for as long as it leads.
+    /// Runs the reconcile loop while it is the leader.
     async fn lead(&mut self) -> Result<(), ServeError> {
         let (mut role, ending) = (self.role.clone(), self.ending.clone());
         let stop = async move {
@@ -157,7 +157,7 @@ impl Replica {
             taken = self.take(&mut snapshot) => taken?,
         };
         let ((memory, counts), kept, counted) = taken;
-        // The leader before may have had another clock.
+        // The clock of the previous leader may have been ahead.
         clock::not_before(kept.time.max(counted.time));
         let shown = snapshot.borrow_and_update().clone();
         let limits = Limits::of_cluster();
@@ -185,13 +185,13 @@ impl Replica {
         Ok(())
     }
 
-    /// What there is to go on from, once all TrafficShifts are seen, or it is known that they cannot be.
+    /// The initial snapshot, once all TrafficShifts are listed or have failed to list.
     async fn take(
         &self,
         snapshot: &mut watch::Receiver<Arc<crate::kubernetes::Snapshot>>,
     ) -> Result<((SecretStore, CountsSecretStore), PersistedState, CountState), ServeError> {
         if snapshot.borrow().is_nothing() {
-            // The eyes are there as long as this replica is.
+            // The informers live as long as this replica.
             let _ = snapshot.wait_for(|snapshot| !snapshot.is_nothing()).await;
         }
         let mut retry = Retry::default();
@@ -211,7 +211,7 @@ impl Replica {
     }
 }
 
-/// Publishes what the leader has written down, for as long as the process runs.
+/// Publishes the policy that the leader has persisted, until the process ends.
 async fn read_policies(client: Client, namespace: String, lease: String, publish: watch::Sender<Option<Published>>) {
     let name = secret::state_name(&lease);
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));

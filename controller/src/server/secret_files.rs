@@ -1,5 +1,5 @@
-//! The secrets of documents outside of clusters: `DIR/NAME/KEY` of `--secrets-dir`, as a mounted Secret has them. What documents
-//! refer to is read when they come into force, and again whenever it has changed.
+//! The secrets of documents outside clusters: `DIR/NAME/KEY` below `--secrets-dir`, like a mounted Secret. Secrets are
+//! read when a document that refers to them comes into force, and again when they change.
 
 use crate::net::io_reason;
 use crate::secret_values;
@@ -14,7 +14,7 @@ use std::time::Instant;
 use std::{fs, io};
 use tideshift_core::shift::{SecretKeyRef, TrafficShift};
 
-/// The files that documents refer to.
+/// The secret files that documents refer to.
 pub(super) struct SecretFiles {
     dir: Option<PathBuf>,
     shifts: Vec<TrafficShift>,
@@ -23,20 +23,20 @@ pub(super) struct SecretFiles {
 }
 
 impl SecretFiles {
-    /// Without a folder no secret can be read.
+    /// Without a directory no secret can be read.
     pub(super) fn new(dir: Option<PathBuf>) -> Self {
         let watched = Files::new(&[], Instant::now());
         Self { dir, shifts: Vec::new(), watched, read: BTreeMap::new() }
     }
 
-    /// Other documents are in force. What the secrets are that they refer to.
+    /// Sets the documents in force. Returns the secrets that they refer to.
     pub(super) fn set(&mut self, shifts: &[TrafficShift], now: Instant) -> Arc<SecretValues> {
         let has_any = |shift: &&TrafficShift| !secret_values::references(shift).is_empty();
         self.shifts = shifts.iter().filter(has_any).cloned().collect();
         let keys = self.shifts.iter().flat_map(secret_values::references).map(|reference| reference.key.clone());
         let keys: BTreeSet<SecretKeyRef> = keys.collect();
         if !self.read.keys().eq(&keys) {
-            // Looked at before they are read, as the documents are.
+            // Stat the files before reading them, as for documents.
             let paths: Vec<PathBuf> = keys.iter().filter_map(|key| self.path(key)).collect();
             self.watched = Files::new(&paths, now);
             self.read = keys.into_iter().map(|key| (key.clone(), self.read_one(&key))).collect();
@@ -44,7 +44,7 @@ impl SecretFiles {
         self.values()
     }
 
-    /// The secrets, if any of them has changed.
+    /// The secrets, if any file has changed.
     pub(super) fn changed(&mut self, now: Instant) -> Option<Arc<SecretValues>> {
         let changed: BTreeSet<PathBuf> = self.watched.changed(now).into_iter().collect();
         let keys = self.read.keys().filter(|key| self.path(key).is_some_and(|path| changed.contains(&path)));
@@ -65,7 +65,7 @@ impl SecretFiles {
         Arc::new(SecretValues::of(&self.shifts, look_up))
     }
 
-    /// Names and keys have no slash and are no `..`, so this is always within the folder.
+    /// Names and keys contain no slash and are not `..`, so that the path stays within the directory.
     fn path(&self, key: &SecretKeyRef) -> Option<PathBuf> {
         self.dir.as_ref().map(|dir| dir.join(&key.name).join(&key.key))
     }
@@ -82,9 +82,9 @@ impl SecretFiles {
     }
 }
 
-/// One byte more than is allowed if there are too many.
+/// Reads one byte more than the limit if the file exceeds it.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    // A pipe would hold up everything.
+    // A pipe would block the loop.
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file"));
     }
@@ -135,7 +135,7 @@ mod tests {
         assert!(files.changed(begun + Duration::from_secs(6)).is_none(), "not yet settled");
         let values = files.changed(begun + Duration::from_secs(8)).unwrap();
         assert_eq!(secret_of(&values, &shift).unwrap(), "second");
-        // One that goes is missing, and one that comes is read.
+        // A deleted file is missing, and a new one is read.
         fs::remove_file(mounted.join("session")).unwrap();
         assert!(files.changed(begun + Duration::from_secs(9)).is_none());
         let values = files.changed(begun + Duration::from_secs(11)).unwrap();

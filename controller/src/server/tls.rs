@@ -1,5 +1,5 @@
-//! The certificate and its key, from PEM files, and whose certificates clients may have: those that one authority has
-//! signed, and other replicas, which have this one's own.
+//! The TLS certificate and key, from PEM files, and the verification of client certificates: those that the client CA
+//! has signed, and those of other replicas, which share this one's certificate.
 
 use crate::api::Certificate;
 use crate::net::io_reason;
@@ -16,27 +16,27 @@ use tokio_rustls::rustls::{
     DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
 };
 
-/// The files of a certificate.
+/// The files of the TLS configuration.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
-    /// The certificate and those that lead from it to a trusted one, in that order.
+    /// The certificate and its chain, in that order.
     pub cert: PathBuf,
-    /// The certificate's private key.
+    /// The private key of the certificate.
     pub key: PathBuf,
-    /// The authorities whose certificates say which proxy a client is; none: clients need no certificate.
+    /// The CA that signs client certificates of proxies; `None`: no client certificates.
     pub client_ca: Option<PathBuf>,
 }
 
-/// How connections are encrypted from now on.
+/// The current TLS configuration.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) config: Arc<ServerConfig>,
-    /// The server's own certificate, which other replicas have as well.
+    /// The server's certificate, which other replicas share.
     own: CertificateDer<'static>,
 }
 
 impl Server {
-    /// What the certificate of a client says, which has been verified.
+    /// The identity in a verified client certificate.
     pub(super) fn client(&self, certificate: &CertificateDer<'_>) -> Certificate {
         match *certificate == self.own {
             true => Certificate::Replica,
@@ -45,7 +45,7 @@ impl Server {
     }
 }
 
-/// Why TLS cannot be served.
+/// Why TLS cannot be configured.
 #[derive(Debug, thiserror::Error)]
 #[error("{flag} {}: {why}", path.display())]
 pub struct TlsError {
@@ -55,21 +55,21 @@ pub struct TlsError {
 }
 
 impl TlsFiles {
-    /// The files, to look for changes in them.
+    /// The files, to watch them for changes.
     pub(super) fn paths(&self) -> Vec<PathBuf> {
         [&self.cert, &self.key].into_iter().chain(&self.client_ca).cloned().collect()
     }
 
-    /// Until when the certificate is valid; `None` if that cannot be read.
+    /// The expiry of the certificate; `None` if it cannot be parsed.
     pub(super) fn expires(&self) -> Option<jiff::Timestamp> {
         not_after(&CertificateDer::from_pem_file(&self.cert).ok()?)
     }
 
-    /// Reads them.
+    /// Loads the files.
     ///
     /// # Errors
     ///
-    /// If one cannot be read, is not PEM, or the key is not the certificate's.
+    /// If a file cannot be read or is not PEM, or if the key does not match the certificate.
     pub(super) fn load(&self) -> Result<Arc<Server>, TlsError> {
         let of_cert = |why: String| TlsError { flag: "--tls-cert", path: self.cert.clone(), why };
         let of_key = |why: String| TlsError { flag: "--tls-key", path: self.key.clone(), why };
@@ -96,7 +96,7 @@ impl TlsFiles {
     }
 }
 
-/// Which certificates clients may show; none is one of them.
+/// Verifies client certificates, which are optional.
 #[derive(Debug)]
 struct Clients {
     own: CertificateDer<'static>,
@@ -170,7 +170,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 
 const SEQUENCE: u8 = 0x30;
 
-/// What is in the sequence that comes first.
+/// The content of the leading SEQUENCE.
 fn inside(der: &[u8]) -> Option<&[u8]> {
     element(der).filter(|(tag, ..)| *tag == SEQUENCE).map(|(_, content, _)| content)
 }
@@ -178,7 +178,7 @@ fn inside(der: &[u8]) -> Option<&[u8]> {
 /// The fields of a certificate from its validity on (RFC 5280, section 4.1).
 fn from_validity(certificate: &[u8]) -> Option<&[u8]> {
     let mut fields = inside(inside(certificate)?)?;
-    // The version may be left out; serial number, signature's algorithm and issuer are passed over.
+    // The version is optional; serial number, signature algorithm and issuer are skipped.
     let (first, _, rest) = element(fields)?;
     fields = if first == 0xa0 { rest } else { fields };
     for _ in 0..3 {
@@ -187,7 +187,7 @@ fn from_validity(certificate: &[u8]) -> Option<&[u8]> {
     Some(fields)
 }
 
-/// Whom a certificate names: the subject's common name, and the DNS names and URIs of its alternative names.
+/// The names in a certificate: the subject's common name, and the DNS names and URIs of the subject alternative name.
 fn names(certificate: &[u8]) -> Option<Vec<String>> {
     const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
     const ALTERNATIVE_NAMES: &[u8] = &[0x55, 0x1d, 0x11];
@@ -200,7 +200,7 @@ fn names(certificate: &[u8]) -> Option<Vec<String>> {
             names.extend(value.map(|(_, text, _)| text));
         }
     }
-    // The key comes next, then what may be left out: unique identifiers and extensions.
+    // The key comes next, then the optional fields: unique identifiers and extensions.
     let extensions = elements(element(rest)?.2).find(|(tag, _)| *tag == 0xa3).and_then(|(_, all)| inside(all));
     for (_, extension) in elements(extensions.unwrap_or_default()) {
         let Some((_, content)) = elements(extension)
@@ -222,7 +222,7 @@ fn names(certificate: &[u8]) -> Option<Vec<String>> {
     Some(texts)
 }
 
-/// The elements of DER one after the other, each with its tag.
+/// Iterates over consecutive DER elements, each with its tag.
 fn elements(mut der: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     std::iter::from_fn(move || {
         let (tag, content, rest) = element(der)?;
@@ -237,7 +237,7 @@ fn not_after(certificate: &[u8]) -> Option<jiff::Timestamp> {
     let (_, _, not_after) = element(inside(fields)?)?;
     let (tag, time, _) = element(not_after)?;
     let time = std::str::from_utf8(time).ok()?;
-    // UTCTime has years of two digits, from 1950 to 2049.
+    // UTCTime has two-digit years, from 1950 to 2049.
     let century = if tag != 0x17 {
         ""
     } else if time < "50" {
@@ -251,7 +251,7 @@ fn not_after(certificate: &[u8]) -> Option<jiff::Timestamp> {
     format!("{year}-{month}-{day}T{}:{}:{}Z", part(8, 10)?, part(10, 12)?, part(12, 14)?).parse().ok()
 }
 
-/// The first element of DER: its tag, what is in it, and what follows.
+/// The first DER element: its tag, its content and the rest.
 fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&[tag, first], rest) = der.split_first_chunk()?;
     let (length, rest) = match first {

@@ -1,4 +1,4 @@
-//! One request to a webhook: signed, not redirected, its answer read as far as it is worth.
+//! Sends one request to a webhook: signed, without following redirects, reading a bounded part of the response.
 
 use hmac::{Hmac, KeyInit, Mac};
 use reqwest::header::{CONTENT_TYPE, HeaderMap};
@@ -15,26 +15,26 @@ use crate::net::{io_reason, reason};
 use crate::secret_values::{SecretUse, SecretValues};
 use crate::webhooks::egress::{Egress, Resolver};
 
-/// The most bytes of an answer that are read.
+/// The maximum number of bytes that are read from a response.
 const MAX_ANSWER: usize = 4 << 10;
-/// The most characters of it that are shown.
+/// The maximum number of characters of it that are displayed.
 const MAX_WORDS: usize = 200;
-/// The wait after the first request without an answer, and the longest; each is twice the one before.
+/// The backoff after the first request without a response, and the maximum; it doubles each time.
 const FIRST_BACKOFF: Duration = Duration::from_millis(500);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
 
-/// What came of it.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum GateResponse {
     /// 2xx.
     Yes,
-    /// 4xx, with what it says.
+    /// 4xx, with its message.
     No(String),
-    /// Everything else, or nothing at all: try again.
+    /// Anything else, or no response: retry.
     None(String),
 }
 
-/// Who carries requests.
+/// Sends requests.
 #[derive(Debug, Clone)]
 pub(super) struct WebhookClient {
     client: reqwest::Client,
@@ -49,14 +49,14 @@ impl WebhookClient {
         limit: Limit,
         secrets: watch::Receiver<Arc<SecretValues>>,
     ) -> Result<Self, reqwest::Error> {
-        // A redirection leads to an address that the document does not name.
+        // A redirect leads to an address that the document does not name.
         let client = reqwest::Client::builder().redirect(redirect::Policy::none());
         let client = client.dns_resolver(Resolver::new(egress.clone()));
         let client = client.user_agent(concat!("tideshift/", env!("CARGO_PKG_VERSION"))).build()?;
         Ok(Self { client, egress, limit, secrets })
     }
 
-    /// Posts a JSON body for a document of this namespace. Who gets the same `id` twice has got the same thing twice.
+    /// Posts a JSON body for a document of this namespace. Receivers deduplicate by `id`.
     pub(super) async fn post(&self, namespace: &str, webhook: &Webhook, id: &str, body: &[u8]) -> GateResponse {
         let (url, is_secret) = match &webhook.url {
             HookUrl::Text(url) => (url.clone(), false),
@@ -73,14 +73,14 @@ impl WebhookClient {
         if is_secret { reply.without(&url) } else { reply }
     }
 
-    /// Ends when a secret has changed.
+    /// Completes when a secret has changed.
     pub(super) async fn secrets_changed(&mut self) {
         if self.secrets.changed().await.is_err() {
             std::future::pending().await
         }
     }
 
-    /// From now on, only changes that are yet to come count.
+    /// Ignores changes of secrets before this call.
     pub(super) fn mark_secrets_seen(&mut self) {
         self.secrets.mark_unchanged();
     }
@@ -107,7 +107,7 @@ impl WebhookClient {
 }
 
 impl GateResponse {
-    /// The same without what it may say of a URL that is a secret.
+    /// The same without parts of the URL, which may be a secret.
     fn without(self, url: &Url) -> Self {
         let hide = |words: String| {
             let query = url.query_pairs().map(|(_, value)| value.into_owned());
@@ -148,10 +148,10 @@ impl WebhookClient {
     }
 }
 
-/// `sha256=` and the HMAC of `TIMESTAMP.BODY` in hex.
+/// `sha256=` and the hex HMAC of `TIMESTAMP.BODY`.
 fn sign(secret: &[u8], timestamp: &str, body: &[u8]) -> String {
     let mut signature = "sha256=".to_owned();
-    // Keys of any length are keys.
+    // HMAC accepts keys of any length.
     if let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) {
         for part in [timestamp.as_bytes(), b".", body] {
             mac.update(part);
@@ -185,7 +185,7 @@ async fn read(mut response: Response) -> GateResponse {
     }
 }
 
-/// What an answer says to people: the `message` or `error` of JSON, or plain text.
+/// The message of a response: the `message` or `error` of JSON, or plain text.
 fn words(headers: &HeaderMap, body: &[u8]) -> String {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let text = match kind.split(';').next().unwrap_or_default().trim() {
@@ -205,8 +205,8 @@ fn words(headers: &HeaderMap, body: &[u8]) -> String {
     }
 }
 
-/// How long to wait after so many requests without an answer: between half and all of a time that doubles, so that many
-/// do not come back at once.
+/// The backoff after this many requests without a response: a random time between half and all of an exponentially
+/// growing time.
 pub(super) fn backoff(failures: u32) -> Duration {
     let longest = FIRST_BACKOFF.saturating_mul(1 << failures.min(10)).min(LONGEST_BACKOFF);
     let jitter = getrandom::u32().map_or(1.0, |random| f64::from(random) / f64::from(u32::MAX));

@@ -1,6 +1,6 @@
-//! Where webhooks may go: a list that the operator gives, held against the address that is really connected to. A name is
-//! resolved once, and the connection goes to one of the addresses that were found good; so a name that leads elsewhere the
-//! next time leads nowhere.
+//! Egress rules for webhooks: the operator's allow list, checked against the address of the actual connection. A name
+//! is resolved once, and the connection goes to one of the addresses that passed the check, which defeats DNS
+//! rebinding.
 
 use futures_util::future::BoxFuture;
 use reqwest::Url;
@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::{fmt, io};
 
-/// Addresses of services that tell machines of a cloud who they are, and that are in no other range left out here.
+/// Addresses of cloud metadata services that no other excluded range contains.
 const METADATA: [IpAddr; 5] = [
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
     IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
@@ -19,10 +19,10 @@ const METADATA: [IpAddr; 5] = [
     IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
 ];
 
-/// One entry of the list.
+/// An entry of the allow list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Allowed {
-    /// Addresses of the Internet.
+    /// Public Internet addresses.
     Public,
     /// Addresses of private networks, such as 10.0.0.0/8 and fc00::/7.
     Private,
@@ -30,27 +30,27 @@ pub enum Allowed {
     Loopback,
     /// A network; with the full length, one address.
     Network(IpAddr, u8),
-    /// Whatever a host leads to.
+    /// All addresses of a host.
     Host(String),
-    /// Whatever hosts below a domain lead to.
+    /// All addresses of hosts below a domain.
     Below(String),
 }
 
-/// The list, and what stands apart from it.
+/// The allow list with its exceptions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Egress {
     allowed: Vec<Allowed>,
-    /// Hosts and addresses that only an entry for just them allows: the API server.
+    /// Hosts and addresses that only an exact entry allows: the API server.
     apart: Vec<String>,
 }
 
-/// What kind of address it is.
+/// The class of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Public,
     Private,
     Loopback,
-    /// Link-local, metadata, multicast, unspecified and the like: allowed by no word.
+    /// Link-local, metadata, multicast, unspecified and the like: no keyword allows these.
     Special,
 }
 
@@ -88,19 +88,19 @@ fn bits(address: IpAddr) -> u8 {
 }
 
 impl Egress {
-    /// For a cluster, where documents are many people's: the Internet, if the operator says nothing else.
+    /// In a cluster, where documents belong to several tenants: by default public addresses only.
     pub fn of_cluster(allowed: Vec<Allowed>, api_server: Vec<String>) -> Self {
         let allowed = if allowed.is_empty() { vec![Allowed::Public] } else { allowed };
         Self { allowed, apart: api_server }
     }
 
-    /// For a controller whose documents are the operator's own: everything but link-local and metadata addresses.
+    /// Where all documents belong to the operator: by default everything except link-local and metadata addresses.
     pub fn of_machine(allowed: Vec<Allowed>) -> Self {
         let all = || vec![Allowed::Public, Allowed::Private, Allowed::Loopback];
         Self { allowed: if allowed.is_empty() { all() } else { allowed }, apart: Vec::new() }
     }
 
-    /// Whether a connection to this address may be made for a request to this host.
+    /// Whether a request to this host may connect to this address.
     fn permits(&self, host: &str, address: IpAddr) -> bool {
         let address = plain(address);
         let named = |entry: &Allowed| match entry {
@@ -128,11 +128,11 @@ impl Egress {
         })
     }
 
-    /// Refuses a URL whose host is an address that may not be connected to; names are looked at when they are resolved.
+    /// Rejects a URL whose host is an address that is not allowed; names are checked when they are resolved.
     ///
     /// # Errors
     ///
-    /// Why not.
+    /// Why it is not allowed.
     pub(super) fn check(&self, url: &Url) -> Result<(), String> {
         let host = url.host_str().unwrap_or_default();
         let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
@@ -151,7 +151,7 @@ fn refusal(host: &str, addresses: &[IpAddr]) -> String {
     }
 }
 
-/// The same address without what hides IPv4 in IPv6: mapped, compatible, by NAT64 or by 6to4.
+/// The address without encodings that hide IPv4 in IPv6: mapped, compatible, NAT64 and 6to4.
 fn plain(address: IpAddr) -> IpAddr {
     let IpAddr::V6(six) = address else { return address };
     let [a, b, c, d, e, f, g, h] = six.segments();
@@ -196,14 +196,14 @@ fn is_within(address: IpAddr, network: IpAddr, length: u8) -> bool {
     address.is_ipv4() == network.is_ipv4() && (length == 0 || differing >> (128 - u32::from(length)) == 0)
 }
 
-/// How names are looked up.
+/// The lookup of a name.
 type Lookup = Arc<dyn Fn(String) -> BoxFuture<'static, io::Result<Vec<IpAddr>>> + Send + Sync>;
 
-/// Looks names up, and leaves out of what they lead to what may not be connected to.
+/// Resolves names and drops addresses that are not allowed.
 #[derive(Clone)]
 pub(super) struct Resolver {
     egress: Egress,
-    /// The hosts of the environment's proxies. What those may reach is up to them.
+    /// The hosts of proxies from the environment. These proxies enforce their own rules.
     proxies: Vec<String>,
     lookup: Lookup,
 }
@@ -246,7 +246,7 @@ impl fmt::Debug for Resolver {
     }
 }
 
-/// The hosts of the proxies that the environment names, which an HTTP client takes by itself.
+/// The hosts of proxies from the environment, which an HTTP client uses on its own.
 fn proxies() -> Vec<String> {
     let names = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].map(str::to_owned);
     let names = names.iter().flat_map(|name| [name.clone(), name.to_ascii_lowercase()]);

@@ -1,4 +1,4 @@
-//! Asking the gates of one step, one after the other, until each has said yes.
+//! Polls the gates of one step, one after the other, until each has allowed it.
 
 use crate::reconciler::PendingGate;
 use crate::rollout::Phase;
@@ -12,16 +12,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
-/// What is asked says how things stood at most so long ago; the shortest period is as long.
+/// The maximum age of the state in a gate's request; also the shortest period.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// Asks for as long as this lives.
+/// Polls gates until it is dropped.
 #[derive(Debug)]
 pub(super) struct GateCheck {
     task: JoinHandle<()>,
-    /// What is asked, with the verdict as it was of late.
+    /// The request body, with a recent verdict.
     body: watch::Sender<Vec<u8>>,
-    /// Of which state of the rollout that is, and since when.
+    /// The version of the rollout's state in it, and its time.
     state: (u64, Instant),
 }
 
@@ -51,25 +51,25 @@ impl GateCheck {
         Self { task, body, state: (number, Instant::now()) }
     }
 
-    /// Whether something of its rollout has changed, and not just now.
+    /// Whether the state of its rollout has changed and the body is no longer fresh.
     pub(super) fn is_old(&self, number: u64) -> bool {
         let (of, since) = self.state;
         of != number && since.elapsed() >= FRESH
     }
 
-    /// How the services stand now, for the next time that it is asked.
+    /// Updates the state of the services for the next request.
     pub(super) fn update(&mut self, question: &PendingGate, number: u64, services: &[ServiceStatus]) {
         self.state = (number, Instant::now());
         self.body.send_replace(body(question, services));
     }
 }
 
-/// The same for the same question, however often it is asked, also by another controller after a restart.
+/// An id that is the same for each request about one step, including from another controller or after a restart.
 fn id(question: &PendingGate) -> String {
     format!("{}/{}/{}", question.name, question.rollout, question.step + 1)
 }
 
-/// Asks one gate until it says yes, and tells the mind what it says until then.
+/// Polls one gate until it allows the step, and reports each response to the reconciler.
 async fn until_yes(
     namespace: &str,
     gate: &Webhook,
@@ -109,7 +109,7 @@ async fn until_yes(
             let _ = answers.send(answer).await;
             said = words;
         }
-        // Another secret may be what it was waiting for.
+        // The gate may be waiting for another secret.
         tokio::select! {
             () = sleep(wait) => {}
             () = client.secrets_changed() => failures = 0,

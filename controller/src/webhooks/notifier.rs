@@ -1,4 +1,4 @@
-//! Telling one webhook of what happens, in order, as often as it takes or the document allows.
+//! Delivers transitions to one webhook, in order, with retries as long as the document allows.
 
 use crate::rollout::Transition;
 use crate::status::{ServiceStatus, TransitionStatus};
@@ -9,10 +9,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-/// What waits to be told; what happens beyond that is not.
+/// The maximum length of the queue; further transitions are dropped.
 const MAX_WAITING: usize = 100;
 
-/// One webhook's queue; what is in it is still told when this is dropped.
+/// The queue of one webhook; queued transitions are still delivered after this is dropped.
 #[derive(Debug)]
 pub(super) struct Notifier {
     pub(super) webhook: Webhook,
@@ -20,7 +20,7 @@ pub(super) struct Notifier {
     worker: JoinHandle<()>,
 }
 
-/// What to tell.
+/// A notification.
 #[derive(Debug)]
 struct Note {
     id: String,
@@ -49,7 +49,7 @@ impl Notifier {
         }
     }
 
-    /// Waits until everything has been told.
+    /// Waits until all queued notifications have been delivered.
     pub(super) async fn end(self) {
         drop(self.queue);
         let _ = self.worker.await;
@@ -94,7 +94,7 @@ fn slack_body(rollout: &str, transition: &TransitionStatus) -> Value {
     let message = transition.words();
     let way = from.as_ref().zip(target.as_ref()).map(|(from, target)| format!(" ({from} → {target})"));
     let text = format!("{rollout}{}: {}, {reason:?}: {message}", way.unwrap_or_default(), phase.name());
-    // What Slack would take for links and mentions.
+    // Escapes what Slack would interpret as links and mentions.
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     json!({ "text": text })
 }

@@ -12,12 +12,12 @@ use crate::protocol::policy::{Mirror, Policy, Rule, Service, Version};
 use crate::session::{Given, Session, SessionBy, SessionHash};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A compiled policy.
+/// A compiled policy, ready for decisions.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
-    /// The revision of the policy that it was made from.
+    /// The revision of the policy.
     pub revision: u64,
-    /// The services, in the policy's order.
+    /// The services, in the order of the policy.
     pub services: Vec<ServicePlan>,
     hostnames: Hostnames,
     few_headers: Option<Vec<String>>,
@@ -29,24 +29,24 @@ pub struct Plan {
 pub struct ServicePlan {
     /// The service's name.
     pub name: String,
-    /// The names of its versions, in the policy's order; splits refer to them by index.
+    /// The names of its versions, in the order of the policy; splits refer to them by index.
     pub versions: Vec<String>,
-    /// What counts as a version's fault.
+    /// Which results count as errors of the version.
     pub errors: ErrorCodes,
-    /// The version that the others are measured by, as an index.
+    /// The stable version, the baseline for the others, as an index.
     pub stable: Option<usize>,
-    /// The Envoy cluster of each version, where the policy says it.
+    /// The Envoy cluster of each version, if the policy names it.
     pub clusters: Vec<Option<String>>,
     /// See [`Service::step`].
     pub step: u64,
     session: Option<SessionPlan>,
-    /// For the requests that no rule takes.
+    /// For requests that no rule matches.
     own: Destination,
     rules: Vec<(Rule, Destination)>,
     index: RuleIndex,
 }
 
-/// Where requests go: those that a rule takes, or those that none does.
+/// The destination of requests that a rule matches, or that none does.
 #[derive(Debug, Clone)]
 struct Destination {
     split: Split,
@@ -64,18 +64,18 @@ struct MirrorPlan {
 struct SessionPlan {
     session: Session,
     hash: SessionHash,
-    /// Of the secrets of before.
+    /// With the previous secrets.
     previous: Vec<SessionHash>,
 }
 
-/// Where a request goes.
+/// The route of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Route<'p> {
-    /// The service that it is for, as an index of [`Plan::services`].
+    /// The service, as an index of [`Plan::services`].
     pub service: usize,
-    /// The rule that took it, as an index of the service's rules; `None`: the service's own weights apply.
+    /// The matching rule, as an index of the service's rules; `None`: the service's own weights apply.
     pub rule: Option<usize>,
-    /// The versions to choose among; empty if nothing is in service.
+    /// The versions to choose from; empty if none is in service.
     pub split: &'p Split,
     mirror: Option<&'p MirrorPlan>,
 }
@@ -83,58 +83,58 @@ pub struct Route<'p> {
 /// The decision for a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision<'p> {
-    /// The service that it is for, as an index of [`Plan::services`].
+    /// The service, as an index of [`Plan::services`].
     pub service: usize,
-    /// The rule that took it, as an index of the service's rules; `None`: the service's own weights apply.
+    /// The matching rule, as an index of the service's rules; `None`: the service's own weights apply.
     pub rule: Option<usize>,
-    /// The version that answers, as an index of the service's; `None`: nothing is in service.
+    /// The chosen version, as an index of the service's; `None`: none is in service.
     pub version: Option<usize>,
-    /// Why that one.
+    /// Why it was chosen.
     pub reason: Reason,
-    /// In which of the ways that are counted apart.
+    /// How it was chosen, for the counts.
     pub chosen: Chosen,
-    /// Whether how it ends says something about the version that it does not say about who asked: its version was dealt,
-    /// or its user was given it, by chance at this step.
+    /// Whether the result is evidence about the version rather than about the client: the version was dealt, or
+    /// assigned to the user, by chance at this step.
     pub is_compared: bool,
-    /// A hash of the user whose session it is; `None` if there is none.
+    /// A hash of the user of the session; `None` if there is none.
     pub user: Option<u32>,
-    /// What to send in `Set-Cookie` with the answer.
+    /// The value of `Set-Cookie` for the response.
     pub cookie: Option<String>,
-    /// The Envoy cluster that gets a copy.
+    /// The Envoy cluster that receives a mirrored copy.
     pub mirror: Option<&'p str>,
 }
 
-/// The ways to choose a version that are counted apart.
+/// How a version was chosen, as distinguished in counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chosen {
     /// Dealt by weight, request by request.
     Dealt,
-    /// The user's, by a session.
+    /// Assigned to the user by a session.
     Session,
-    /// A rule took the request.
+    /// By a rule that matched the request.
     Rule,
 }
 
 impl Chosen {
-    /// All of them.
+    /// All variants.
     pub const ALL: [Self; 3] = [Self::Dealt, Self::Session, Self::Rule];
 }
 
-/// Why a version was chosen. Buckets help people to compare: a user's bucket stays the same, a point advances.
+/// Why a version was chosen. Buckets allow comparisons: the bucket of a user is constant, a point advances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
-    /// Its turn came: the sequence's point, of so many.
+    /// Its turn in the sequence: the point, and the total.
     Weight(u32, u32),
-    /// The user was given it before; the user's bucket.
+    /// The user was assigned to it before; the bucket of the user.
     Session(u32),
-    /// The user's hash falls on it; the user's bucket.
+    /// The hash of the user maps to it; the bucket of the user.
     Hash(u32),
-    /// Nothing is in service.
+    /// No version is in service.
     Unrouted,
 }
 
 impl Reason {
-    /// How many buckets users fall into.
+    /// The number of buckets for users.
     pub const BUCKETS: u32 = 10_000;
 
     fn bucket(user: u64) -> u32 {
@@ -143,8 +143,8 @@ impl Reason {
 }
 
 impl Plan {
-    /// Compiles a policy. `is_vetoed` tells, by service and version, which versions are out of service whatever the
-    /// policy says; not where no other version with weight is in service.
+    /// Compiles a policy. `is_vetoed` tells, by service and version, which versions the guard has ejected; ignored if
+    /// no other version with weight is in service.
     pub fn new(policy: &Policy, is_vetoed: impl Fn(&str, &str) -> bool) -> Self {
         let mut hostnames = Hostnames::default();
         let mut services = Vec::with_capacity(policy.services.len());
@@ -169,17 +169,17 @@ impl Plan {
         Self { revision: policy.revision, services, hostnames, few_headers, has_mirrors }
     }
 
-    /// Whether any request may be copied.
+    /// Whether any request may be mirrored.
     pub fn has_mirrors(&self) -> bool {
         self.has_mirrors
     }
 
-    /// The headers that a decision may look at, if they are so few that asking for each is cheaper than for all.
+    /// The headers that a decision may read, if they are so few that reading each is cheaper than reading all.
     pub fn few_headers(&self) -> Option<&[String]> {
         self.few_headers.as_deref()
     }
 
-    /// Where a request goes; `None`: it is for no service of the plan, to be left alone.
+    /// The route of a request; `None`: it belongs to no service of the plan, and passes unchanged.
     pub fn route(&self, request: &(impl Request + ?Sized)) -> Option<Route<'_>> {
         let authority = if self.hostnames.refer_to_host() { request.header(AUTHORITY) } else { None };
         let index = self.hostnames.find(authority.as_deref().unwrap_or_default())?;
@@ -195,8 +195,8 @@ impl Plan {
         Some(Route { service: index, rule, split: &to.split, mirror: to.mirror.as_ref() })
     }
 
-    /// What is to be done with a request; `None`: it is for no service of the plan, to be left alone. `random` names
-    /// users who have no name yet.
+    /// The decision for a request; `None`: it belongs to no service of the plan, and passes unchanged. `random` creates
+    /// the names of new users.
     pub fn decide(
         &self,
         request: &(impl Request + ?Sized),
@@ -229,7 +229,7 @@ impl Plan {
 }
 
 impl Plan {
-    /// Why a request went where it did, for people, in a form that a header can hold.
+    /// An explanation of a decision for users, in a form that fits in a header.
     pub fn explain(&self, decision: Option<&Decision<'_>>) -> String {
         let revision = self.revision;
         let known = decision.and_then(|decision| Some((decision, self.services.get(decision.service)?)));
@@ -259,13 +259,13 @@ impl Plan {
     }
 }
 
-/// A rule's name, which may be any text, without what has a meaning of its own in a header.
+/// The name of a rule, which may be any text, without characters that are special in a header.
 fn in_header(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_graphic() && c != ';' { c } else { '_' }).collect()
 }
 
-/// See [`Plan::few_headers`]. Where cookies, paths or methods matter, nearly every request has what is asked for, and
-/// one header that is there costs almost as much as all of them.
+/// See [`Plan::few_headers`]. If cookies, paths or methods matter, nearly every request has the requested headers, and
+/// reading one that exists costs almost as much as reading all.
 fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
     const MOST: usize = 4;
     let mut names = BTreeSet::new();
@@ -280,10 +280,10 @@ fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
             return None;
         }
         for m in service.rules.iter().flat_map(|rule| &rule.matches) {
-            // Each field says which headers it looks at; one that is forgotten would never match.
+            // Each field declares the headers that it reads; a field that is missing here would never match.
             let Match { headers, cookies, query_params, path, method } = m;
             let is_common = method.is_some() || path.is_some() || !cookies.is_empty() || !query_params.is_empty();
-            // (Several cookie headers would be joined in another way.)
+            // (Several cookie headers would be joined differently.)
             if is_common || headers.iter().any(|header| header.name == "cookie") {
                 return None;
             }
@@ -294,11 +294,11 @@ fn few_headers(policy: &Policy, refers_to_host: bool) -> Option<Vec<String>> {
     (names.len() <= MOST).then(|| names.into_iter().map(str::to_owned).collect())
 }
 
-/// A version, and what comes with it.
+/// A chosen version and how it was chosen.
 struct Choice {
     version: Option<usize>,
     reason: Reason,
-    /// Whether the version was dealt, or given to the user, at the present step.
+    /// Whether the version was dealt, or assigned to the user, at the current step.
     is_of_this_step: bool,
     user: Option<u32>,
     cookie: Option<String>,
@@ -312,7 +312,7 @@ impl Choice {
     }
 }
 
-/// A user, as far as reports tell users apart. Other bits than those that choose the version.
+/// The hash of a user in reports. Uses other bits than the choice of the version.
 fn told_apart(user: u64) -> u32 {
     (user as u32).max(1)
 }
@@ -323,13 +323,13 @@ impl SessionPlan {
         Self { session: session.clone(), hash, previous: previous.collect() }
     }
 
-    /// What a cookie says, and whether it is signed with a secret of before.
+    /// The content of a cookie, and whether it is signed with a previous secret.
     fn read<'c>(&self, cookie: &'c [u8]) -> Option<(Given<'c>, bool)> {
         let of_before = || self.previous.iter().find_map(|hash| hash.read(cookie)).map(|given| (given, true));
         self.hash.read(cookie).map(|given| (given, false)).or_else(of_before)
     }
 
-    /// The user's version; `None` if there is no user, or nothing to choose for one.
+    /// The version of the user; `None` if there is no user, or nothing to choose from.
     fn choose(
         &self,
         service: &ServicePlan,
@@ -338,7 +338,7 @@ impl SessionPlan {
         turns: &mut Turns,
         random: impl FnOnce() -> u64,
     ) -> Option<Choice> {
-        // A rule with one version leaves nothing to remember.
+        // For a rule with one version there is nothing to remember.
         if route.split.is_empty() || (route.rule.is_some() && route.split.has_one()) {
             return None;
         }
@@ -358,7 +358,7 @@ impl SessionPlan {
                 let header = request.header("cookie").unwrap_or_default();
                 let mut cookies = request::cookies(&header, name).peekable();
                 let sent = cookies.peek().is_some();
-                // Where everybody gets the same there is nothing to remember, but something to correct perhaps.
+                // If all users get the same version there is nothing to remember, but possibly a cookie to correct.
                 if !sent && route.split.has_one() {
                     return None;
                 }
@@ -375,21 +375,21 @@ impl SessionPlan {
                 let keeps = |split: &Split| kept.filter(|version| split.has(*version));
                 let (version, reason) = match keeps(route.split) {
                     Some(version) => (Some(version), Reason::Session(bucket)),
-                    // A new user: by turn, so that shares are even for clients that ignore cookies, too. Under a rule by
-                    // hash, because the cookie may have to name another version.
+                    // A new user: by turn, so that shares are even for clients that ignore cookies, too. Under a rule
+                    // by hash, because the cookie may have to name another version.
                     None if is_new && route.rule.is_none() => {
                         let choice = Choice::by_turn(route.split, turns);
                         (choice.version, choice.reason)
                     }
                     None => (route.split.of_user(user), Reason::Hash(bucket)),
                 };
-                // What the cookie says is what the user has by the service's own weights; rules come and go.
+                // The cookie records the user's version by the service's own weights; rules come and go.
                 let own = keeps(&service.own.split)
                     .or_else(|| version.filter(|version| service.own.split.has(*version)))
                     .or_else(|| service.own.split.of_user(user));
                 let cookie = own.filter(|own| is_signed_anew || kept != Some(*own)).and_then(|own| {
                     let generation = self.session.generation;
-                    // What the user has already was given when it was given, whatever it is signed with.
+                    // An existing assignment keeps its step, whatever secret it is signed with.
                     let step = if kept == Some(own) { given_at } else { service.step };
                     let value = self.hash.cookie(service.versions.get(own)?, generation, step, id);
                     let secure = if request.header(SCHEME).as_deref() == Some(b"https") { "; Secure" } else { "" };
@@ -406,7 +406,7 @@ impl MirrorPlan {
     fn takes(&self, request: &(impl Request + ?Sized), turns: &mut Turns) -> bool {
         let method = request.header(METHOD).unwrap_or_default();
         self.methods.iter().any(|safe| safe.as_bytes() == &*method)
-            // By chance: by an even sequence, the copied requests would be those of some versions rather than others.
+            // By chance: with an even sequence the mirrored requests would favour some versions.
             && turns.random.next_below(100) < self.percent
     }
 }
@@ -460,7 +460,7 @@ impl ServicePlan {
         self.versions.iter().position(|version| version.as_bytes() == name)
     }
 
-    /// Of a rule, or of the requests that no rule takes.
+    /// The split of a rule, or of requests that no rule matches.
     fn split(&self, rule: Option<usize>) -> Option<&Split> {
         let to = rule.map_or(Some(&self.own), |rule| self.rules.get(rule).map(|(_, to)| to))?;
         Some(&to.split)
@@ -477,14 +477,14 @@ impl MirrorPlan {
 }
 
 impl Turns {
-    /// The places for a new plan: sequences that were in the old one go on where they were, so that frequent changes of
-    /// weights do not make shares uneven; the others start at a place that `seed` decides.
+    /// The positions for a new plan: sequences that were in the old one continue, so that frequent changes of weights
+    /// do not make shares uneven; the others start at a position that `seed` determines.
     pub fn for_plan(plan: &Plan, seed: u64, before: Option<(&Plan, &Self)>) -> Self {
         let mut known = BTreeMap::new();
         if let Some((old, _)) = before {
             known.extend(old.services.iter().map(|service| (service.name.as_str(), service)));
         }
-        // A rule is known again by its service's name and its number.
+        // A rule is identified by the name of its service and its number.
         let old_place = |service: &ServicePlan, rule: Option<usize>| {
             let split = known.get(service.name.as_str())?.split(rule)?;
             before?.1.sequences.get(split.slot()).copied()

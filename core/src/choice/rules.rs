@@ -1,4 +1,4 @@
-//! An index that finds the rules of a service that can match a request. Most rules require one exact value of a header, a
+//! An index of the rules of a service that can match a request. Most rules require one exact value of a header, a
 //! cookie or a path: the index finds them by that value, so that a hundred of them cost hardly more than one.
 
 use crate::matching::request::{PATH, Request};
@@ -19,7 +19,7 @@ pub(crate) struct RuleIndex {
 /// Rules by their required value.
 type Rules = BTreeMap<Vec<u8>, Vec<usize>>;
 
-/// A condition that one value leads to.
+/// A condition that requires one value.
 enum Key<'m> {
     Header(&'m str, &'m str),
     Cookie(&'m str, &'m str),
@@ -27,8 +27,8 @@ enum Key<'m> {
 }
 
 impl<'m> Key<'m> {
-    /// Whichever field of the match wants just one value: all of its fields must hold, so one of them is enough to find
-    /// the rule by. Where each looks is the index's to know, so a new field has to be thought of here.
+    /// Any field of the match that requires one exact value: all fields must match, so that one of them suffices to
+    /// find the rule. Which fields to index is listed here, so that a new field requires a decision.
     fn of(m: &'m Match) -> Option<Self> {
         let Match { headers, cookies, query_params: _, path, method: _ } = m;
         let exact = |value: &'m ValueMatch| match value {
@@ -70,7 +70,7 @@ impl RuleIndex {
         }
     }
 
-    /// The rules that can match the request, in their order; perhaps one of them twice.
+    /// The rules that can match the request, in their order; a rule may appear twice.
     pub(crate) fn candidates<'i>(&'i self, request: &(impl Request + ?Sized)) -> impl Iterator<Item = usize> + 'i {
         let mut found: Vec<usize> = Vec::new();
         let mut take = |rules: Option<&Vec<usize>>| found.extend(rules.into_iter().flatten());
@@ -109,7 +109,7 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    /// A condition on one of few names with one of few values, so that they often meet.
+    /// A condition on one of a few names with one of a few values, so that collisions are frequent.
     fn a_match() -> impl Strategy<Value = Value> {
         let named = |kind: &'static str| {
             let condition =

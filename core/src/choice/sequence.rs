@@ -1,46 +1,49 @@
-//! The even sequence behind weights: not a coin toss for each request, but points that fill the unit interval evenly.
+//! The even sequence behind weights: instead of a random draw for each request, points that fill the unit interval
+//! evenly.
 //!
-//! A walk over 997 strata in steps of 454 visits each stratum once in 997 requests, a round, and requests that follow
-//! each other are far apart. [`SplitMix64`] draws the place inside the strata for each round, so that shares
-//! finer than 1/997 are right in the long run.
+//! A walk over 997 strata in steps of 454 visits each stratum once in 997 requests (a round), and consecutive requests
+//! are far apart. [`SplitMix64`] draws the position inside the strata for each round, so that shares finer than 1/997
+//! are right in the long run.
 //!
-//! 1,000 requests in a row are a round and three more. Each end of a version's interval cuts one stratum, which puts the
-//! count off by less than 1; the three more put it off by less than 2, whichever step of [`STEPS`] it is. The first and
-//! the last version have one such end and are off by less than 3; a version between two others has two and is off by
+//! 1,000 consecutive requests are a round and three more. Each end of a version's interval cuts one stratum, which
+//! changes the count by less than 1; the three more change it by less than 2, for each step of [`STEPS`]. The first and
+//! the last version have one such end and deviate by less than 3; a version between two others has two and deviates by
 //! less than 4, and, with weights in whole percents, by no more than 3 as measured.
 //!
 //! The same holds for every k-th request, since 997 is prime: those also visit each stratum once in 997, unless k is a
-//! multiple of 997. Three more that follow each other at other distances put the count off by less than 3, so it is off
-//! by less than 4 or 5, and by no more than 4 with weights in whole percents, as measured for each k up to 1,000. Only a
+//! multiple of 997. Three consecutive ones at other distances change the count by less than 3, so that the deviation is
+//! less than 4 or 5, and no more than 4 with weights in whole percents, as measured for each k up to 1,000. Only a
 //! client that repeats a pattern of 997 calls, or a multiple of that, always gets the same version for the same call.
 //!
-//! Sequences with the same step move in step: what one chooses says what the other chooses. So sequences that are used
-//! side by side get different steps of [`STEPS`] as long as there are some ([`Starts`]), and what is to be independent of
-//! a sequence, as mirroring is of the versions' shares, must not be decided by another one but by [`SplitMix64`].
+//! Sequences with the same step are correlated: the choice of one predicts the choice of the other. Therefore sequences
+//! that are used side by side get different steps of [`STEPS`] as long as there are enough ([`Starts`]), and a decision
+//! that must be independent of a sequence, such as mirroring of the versions' shares, must use [`SplitMix64`] instead
+//! of another sequence.
 
-/// Strata in a round; a prime.
+/// The strata of a round; a prime.
 const STRATA: u32 = 997;
-/// From one stratum to the next, chosen by measurement. With each, no share is off by 3 in any 100 requests in a row. And
-/// no two of them move in step, nor do small multiples of them: pairs of points fill the unit square evenly (the
-/// shortest vector of the dual lattice is at least 12 long, of at most 34), and already over some dozens of requests.
+/// The distance from one stratum to the next, chosen by measurement. With each of them, no share deviates by 3 in any
+/// 100 consecutive requests. No two of them are correlated, nor are small multiples of them: pairs of points fill the
+/// unit square evenly (the shortest vector of the dual lattice is at least 12 long, of at most 34), even over a few
+/// dozen requests.
 const STEPS: [u32; 6] = [454, 369, 393, 237, 413, 348];
-/// Bits of the place inside a stratum: with 10 for the stratum they fill 32, so that a product with a sum of weights
-/// fits 64.
+/// The bits of the position inside a stratum: with 10 for the stratum they make 32, so that the product with a sum of
+/// weights fits in 64.
 const INSIDE_BITS: u32 = 22;
 
-/// A place in the sequence; one for each split and worker.
+/// A position in the sequence; one for each split and worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EvenSequence {
     step: u32,
     stratum: u32,
-    /// The place inside the strata of this round.
+    /// The position inside the strata of this round.
     inside: u32,
-    /// Draws the places of the next rounds.
+    /// Draws the positions of the next rounds.
     places: SplitMix64,
 }
 
 impl EvenSequence {
-    /// Starts anywhere: workers with different seeds do not have the same place.
+    /// Starts at a position that depends on the seed, so that workers differ.
     pub fn new(seed: u64) -> Self {
         let [step, ..] = STEPS;
         Self::with_step(seed, step)
@@ -69,7 +72,7 @@ impl EvenSequence {
     }
 }
 
-/// Starts sequences that are used side by side: each gets the step that the fewest of the others have.
+/// Starts sequences that are used side by side: each gets the least used step.
 #[derive(Debug)]
 pub struct Starts {
     seeds: SplitMix64,
@@ -77,7 +80,7 @@ pub struct Starts {
 }
 
 impl Starts {
-    /// Beside these, which go on.
+    /// Beside these, which continue.
     pub fn beside<'s>(others: impl IntoIterator<Item = &'s EvenSequence>, seed: u64) -> Self {
         let mut starts = Self { seeds: SplitMix64::new(seed), used: [0; STEPS.len()] };
         for other in others {
@@ -86,7 +89,7 @@ impl Starts {
         starts
     }
 
-    /// One more.
+    /// Starts another sequence.
     pub fn start(&mut self) -> EvenSequence {
         let steps = STEPS.into_iter().zip(self.used);
         let step = steps.min_by_key(|(_, used)| *used).map_or(1, |(step, _)| step);
@@ -141,8 +144,8 @@ mod tests {
         std::iter::repeat_with(move || starts.start()).take(STEPS.len())
     }
 
-    /// How far a version is off its share at the most, in any 1,000 requests in a row, whichever two of these `ends` (in
-    /// percent) its interval has. Points are in percent.
+    /// The maximum deviation of a version from its share in any 1,000 consecutive requests, for any two of these `ends`
+    /// (in percent) of its interval. Points are in percent.
     fn worst(points: impl Iterator<Item = u32>, ends: &[u32]) -> i64 {
         let points: Vec<usize> = points.map(|point| ends.partition_point(|end| *end <= point)).collect();
         let mut counts = vec![0; ends.len() + 1];
@@ -150,7 +153,7 @@ mod tests {
         for (i, point) in points.iter().enumerate() {
             counts[*point] += 1;
             let Some(begin) = (i + 1).checked_sub(WINDOW) else { continue };
-            // By how many there are too many below each end; 0 at 0 % and 100 %.
+            // The excess of points below each end; 0 at 0 % and 100 %.
             let (mut below, mut most, mut least) = (0, 0, 0);
             for (count, end) in counts.iter().zip(ends) {
                 below += count;
@@ -188,7 +191,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// The bounds that are proved above.
+        /// The bounds proved above.
         #[test]
         fn shares_of_any_size_hold(
             seed: u64, step in prop::sample::select(&STEPS[..]), total in 1u32..=4_000_000_000, a in 0.0..=1.0,
@@ -211,7 +214,7 @@ mod tests {
         }
     }
 
-    /// Two services with 10 % each on v2, called in turn: v2 of the one says nothing about v2 of the other.
+    /// Two services with 10 % each on v2, called in turn: the choices are independent.
     #[test]
     fn sequences_side_by_side_do_not_move_in_step() {
         for first in with_each_step(1) {
@@ -231,7 +234,7 @@ mod tests {
         assert_eq!(steps(&all), BTreeSet::from(STEPS));
         let mut starts = Starts::beside(&all[2..], 4);
         assert_eq!(steps(&[starts.start(), starts.start()]), steps(&all[..2]));
-        // There are no more steps; starts differ all the same.
+        // All steps are in use; the starting positions still differ.
         let again = starts.start();
         assert!(all.iter().any(|sequence| sequence.step == again.step && sequence.stratum != again.stratum));
     }

@@ -1,34 +1,34 @@
 //! Chooses a version by weight: in turn for independent requests, always the same version for a user.
 //!
-//! By turn, shares are even: see [`crate::choice::sequence`]. For users it is weighted rendezvous hashing: each version draws a
-//! number for the user from a hash of both, exponentially distributed with the version's weight as its rate, and the
-//! smallest number wins (Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA 2005). So the shares of
-//! users follow the weights; a version whose weight is raised only takes users and one whose weight is lowered, or that
-//! goes out of service, only gives its own; all others stay where they are.
+//! By turn, shares are even: see [`crate::choice::sequence`]. Users are assigned by weighted rendezvous hashing: each
+//! version draws a number for the user from a hash of both, exponentially distributed with the version's weight as its
+//! rate, and the smallest number wins (Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA 2005). The
+//! shares of users therefore follow the weights; a version whose weight increases only gains users, and one whose
+//! weight decreases, or that goes out of service, only loses users; all others keep their version.
 
 use crate::choice::sequence::{EvenSequence, SplitMix64};
 
-/// Versions in service with their weights, ready to choose among. Versions that are out of service or have no weight
-/// are not in it, so their share goes to the others in proportion.
+/// Versions in service with their weights. Versions that are out of service or have no weight are left out, so that the
+/// others share their traffic in proportion.
 #[derive(Debug, Clone, Default)]
 pub struct Split {
     entries: Vec<Entry>,
     total: u32,
-    /// The place of its sequence among the plan's turns.
+    /// The index of its sequence among the plan's turns.
     slot: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     version: usize,
-    /// The sum of the weights up to and including this one.
+    /// The cumulative sum of weights including this one.
     sum: u32,
     weight: u32,
-    /// The hash of the version's name, under the session's key.
+    /// The hash of the version's name, with the session's key.
     hash: u64,
 }
 
-/// One worker's places in the even sequences of a plan, and its dice for what is decided by chance.
+/// The positions of one worker in the even sequences of a plan, and its random numbers.
 #[derive(Debug, Clone, Default)]
 pub struct Turns {
     pub(crate) sequences: Vec<EvenSequence>,
@@ -58,12 +58,12 @@ impl Split {
         self.slot
     }
 
-    /// Whether nothing is in service.
+    /// Whether no version is in service.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Whether there is nothing to choose.
+    /// Whether there is only one version.
     pub fn has_one(&self) -> bool {
         self.entries.len() == 1
     }
@@ -83,8 +83,8 @@ impl Split {
         self.total
     }
 
-    /// The version (by index) whose turn it is, and the point of the sequence that says so, below [`Self::total`];
-    /// `None` if nothing is in service.
+    /// The next version (by index), and the point of the sequence that selected it, below [`Self::total`]; `None` if no
+    /// version is in service.
     pub fn next(&self, turns: &mut Turns) -> Option<(usize, u32)> {
         let point = match self.entries.as_slice() {
             [] => return None,
@@ -95,7 +95,7 @@ impl Split {
         self.entries.get(at).map(|entry| (entry.version, point))
     }
 
-    /// The version (by index) of a user; `None` if nothing is in service.
+    /// The version (by index) of a user; `None` if no version is in service.
     pub fn of_user(&self, user: u64) -> Option<usize> {
         if let [only] = self.entries.as_slice() {
             return Some(only.version);
@@ -106,7 +106,7 @@ impl Split {
     }
 }
 
-/// A number between 0 and 1, neither included, from 53 bits of a hash.
+/// A number between 0 and 1, both excluded, from 53 bits of a hash.
 fn fraction(hash: u64) -> f64 {
     ((hash >> 11) as f64 + 0.5) / (1u64 << 53) as f64
 }
@@ -153,7 +153,8 @@ mod tests {
     }
 
     proptest! {
-        /// In any steps, among any number of versions: each user moves at most once, and only to the one that grows.
+        /// In any steps, among any number of versions: each user moves at most once, and only to the one whose weight
+        /// increases.
         #[test]
         fn raising_a_weight_moves_each_user_at_most_once_and_never_back(
             others in prop::collection::vec(0u32..1_000, 1..6),
@@ -175,7 +176,7 @@ mod tests {
             }
         }
 
-        /// What a rollout does: the stable version gives what the target takes.
+        /// A rollout: the target takes the weight that the stable version gives up.
         #[test]
         fn of_two_versions_users_only_go_to_the_one_that_grows(mut path in prop::collection::vec(0u32..=100, 2..12)) {
             path.sort_unstable();

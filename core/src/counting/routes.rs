@@ -1,9 +1,9 @@
-//! Checks that a request reached its version. Envoy's routes decide that: a version without a route of its own is served by
-//! another version's cluster, under the name of the first.
+//! Checks that a request reached its version. Envoy's routes decide that: requests for a version without a route of its
+//! own are served by another version's cluster, under the name of the first.
 //!
-//! Where the policy names a version's cluster, that is its own. Elsewhere clusters are learned: one that the stable version
-//! uses is no other's, and of two other versions it is the first's. So versions that share a cluster cannot be told apart,
-//! unless the policy says that they do.
+//! If the policy names the cluster of a version, that is its own. Otherwise clusters are learned: a cluster that the
+//! stable version uses belongs to no other version, and one that two other versions use belongs to the first. Versions
+//! that share a cluster can therefore not be distinguished, unless the policy names it.
 
 use siphasher::sip::SipHasher24;
 
@@ -19,10 +19,10 @@ pub struct Routes(Vec<Version>);
 #[derive(Debug, Clone, Default)]
 struct Version {
     is_stable: bool,
-    /// By the policy.
+    /// The cluster named by the policy.
     named: Option<u64>,
     learned: Vec<u64>,
-    /// How many requests of it were looked at and were where they should be, since the last policy.
+    /// How many of its requests were checked and had reached it since the last policy.
     reached: u8,
     is_misrouted: bool,
 }
@@ -32,8 +32,8 @@ fn hash(cluster: &[u8]) -> u64 {
 }
 
 impl Routes {
-    /// A policy: at a version's index, whether it is the stable one, and its cluster if the policy names it. What was
-    /// learned of the version stays.
+    /// Applies a policy: whether the version at this index is the stable one, and its cluster if the policy names it.
+    /// What was learned about the version is kept.
     pub fn set(&mut self, version: usize, is_stable: bool, cluster: Option<&str>) {
         if self.0.len() <= version {
             self.0.resize_with(version.saturating_add(1), Version::default);
@@ -61,7 +61,7 @@ impl Routes {
     pub fn reached(&mut self, version: usize, cluster: Option<&[u8]>) -> bool {
         let reached = match cluster {
             Some(cluster) => self.is_own(version, hash(cluster)),
-            // A proxy that never names clusters does not say where requests went.
+            // A proxy that never names clusters does not tell where requests went.
             None => self.0.iter().all(|version| version.learned.is_empty() && version.named.is_none()),
         };
         if let Some(of) = self.0.get_mut(version) {
@@ -122,7 +122,7 @@ mod tests {
         assert!(Routes::default().reached(V3, None), "a proxy that never names clusters");
         assert!((0..3).all(|_| routes.reached(V3, Some(b"shop_v3"))));
         assert!(!routes.asks_for(V3));
-        // The next policy asks again, and what was learned stays.
+        // The next policy requires checks again, and what was learned is kept.
         routes.set(V3, false, None);
         assert!(routes.asks_for(V3) && !routes.reached(V3, Some(b"shop_v1")));
     }

@@ -8,62 +8,62 @@ use crate::outcome::Outcome;
 use crate::protocol::report::{Event, Events, MAX_CLIENTS, ServiceReport, Tally, VersionReport};
 use serde::{Deserialize, Serialize};
 
-/// How many durations are told apart.
+/// The number of duration buckets.
 pub const DURATIONS: usize = DURATION_BOUNDS.len() + 1;
-/// The most single requests of a service that a VM publishes at once.
+/// The maximum number of single requests of a service that a VM publishes at once.
 pub const MAX_LOGGED: usize = 64;
-/// A sample over so many ticks tells whether there are only a few clients.
+/// The number of ticks whose sample shows whether there are only a few clients.
 const ENOUGH_SAMPLES: u64 = 20;
 
-/// Of several services.
+/// The counts of all services.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tallies {
-    /// Those that anything was counted for.
+    /// The services with any counts.
     pub services: Vec<ServiceTally>,
 }
 
-/// Of one service.
+/// The counts of one service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceTally {
     /// The service's name.
     pub name: String,
     /// Requests that found no version in service.
     pub unrouted: u64,
-    /// Between how many ticks requests were looked at as a sample of all.
+    /// The number of ticks between which requests were sampled.
     pub samples: u64,
     /// The clients of that sample with the smallest hashes, in ascending order; at most [`MAX_CLIENTS`].
     pub clients: Vec<u32>,
-    /// How many single requests were logged.
+    /// The number of single requests that were logged.
     pub logged: u64,
-    /// The last of those; at most [`MAX_LOGGED`]. Their versions are indexes of the list below.
+    /// The last of those; at most [`MAX_LOGGED`]. Their versions are indexes into the list below.
     pub log: Vec<Event>,
     /// Its versions.
     pub versions: Vec<VersionTally>,
 }
 
-/// Of one version.
+/// The counts of one version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionTally {
     /// The version's name.
     pub name: String,
-    /// Requests under way.
+    /// Requests in flight.
     pub in_flight: u64,
     /// Requests that ended at another version's cluster, or at none.
     pub misrouted: u64,
-    /// The ways to choose a version that were used, as an index of [`Chosen::ALL`], and what was counted.
+    /// The counts for each way of choosing a version that was used, as an index of [`Chosen::ALL`].
     pub chosen: Vec<(u8, ChoiceTally)>,
 }
 
-/// Of the requests whose version was chosen in one way.
+/// The counts of requests whose version was chosen in one way.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChoiceTally {
     /// Requests that began.
     pub started: u64,
     /// Requests that ended, by [`Outcome::ALL`].
     pub ended: [u64; Outcome::ALL.len()],
-    /// How many took how long that were not cancelled: see [`VersionReport::durations`].
+    /// Durations of requests that were not cancelled: see [`VersionReport::durations`].
     pub durations: Vec<u64>,
-    /// How long clients waited that went away.
+    /// How long clients waited that disconnected.
     pub waited: Vec<u64>,
 }
 
@@ -73,7 +73,7 @@ fn each(sums: &mut Vec<u64>, more: &[u64], f: fn(u64, u64) -> u64) {
 }
 
 impl ChoiceTally {
-    /// Counts a request that ended after so many milliseconds.
+    /// Counts a request that ended after this many milliseconds.
     pub fn count(&mut self, outcome: Outcome, duration: usize) {
         if let Some(ended) = self.ended.get_mut(outcome as usize) {
             *ended = ended.saturating_add(1);
@@ -87,7 +87,7 @@ impl ChoiceTally {
         }
     }
 
-    /// By outcome.
+    /// The counts by outcome.
     pub fn counts(&self) -> Counts {
         let [ok, error, client_error, cancelled] = self.ended;
         Counts { ok, error, client_error, cancelled }
@@ -107,12 +107,12 @@ impl ChoiceTally {
 }
 
 impl VersionTally {
-    /// What was counted of the requests whose version was chosen in one way.
+    /// The counts of requests whose version was chosen in one way.
     pub fn of(&self, chosen: Chosen) -> Option<&ChoiceTally> {
         self.chosen.iter().find(|(of, _)| usize::from(*of) == chosen as usize).map(|(_, tally)| tally)
     }
 
-    /// By outcome, of the requests whose version was chosen in one of these ways.
+    /// The counts by outcome of requests whose version was chosen in one of these ways.
     pub fn ended(&self, chosen: &[Chosen]) -> Counts {
         chosen.iter().filter_map(|of| self.of(*of)).fold(Counts::default(), |sum, tally| sum + tally.counts())
     }
@@ -149,7 +149,7 @@ impl VersionTally {
 }
 
 impl ServiceTally {
-    /// A version's counts, by its name.
+    /// The counts of a version, by name.
     pub fn version(&self, name: &str) -> Option<&VersionTally> {
         self.versions.iter().find(|version| version.name == name)
     }
@@ -159,7 +159,7 @@ impl ServiceTally {
         self.samples >= ENOUGH_SAMPLES && self.clients.len() < MAX_CLIENTS
     }
 
-    /// What a report says of the service.
+    /// The service in a report.
     pub fn report(&self, vetoes: &[Veto], events: Option<Events>) -> ServiceReport {
         ServiceReport {
             name: self.name.clone(),
@@ -171,7 +171,7 @@ impl ServiceTally {
         }
     }
 
-    /// The single requests that were logged after the first so many, as far as they are still there.
+    /// The single requests that were logged after the first `seen`, as far as they are still kept.
     pub fn logged_since(&self, seen: u64) -> &[Event] {
         let new = usize::try_from(self.logged.saturating_sub(seen)).unwrap_or(usize::MAX);
         self.log.get(self.log.len().saturating_sub(new)..).unwrap_or_default()
@@ -179,13 +179,13 @@ impl ServiceTally {
 }
 
 impl Tallies {
-    /// A service's counts, by its name.
+    /// The counts of a service, by name.
     pub fn service(&self, name: &str) -> Option<&ServiceTally> {
         self.services.iter().find(|service| service.name == name)
     }
 
-    /// Adds what another VM has counted, but for single requests. `is_live`: whether it still counts, so that what it has
-    /// in flight, and its sample, are of now.
+    /// Adds the counts of another VM, without single requests. `is_live`: whether it still counts, so that its requests
+    /// in flight and its sample are current.
     pub fn add(&mut self, other: &Self, is_live: bool) {
         for service in &other.services {
             let at = self.services.iter().position(|known| known.name == service.name).unwrap_or_else(|| {
@@ -215,7 +215,7 @@ impl Tallies {
         }
     }
 
-    /// Takes away what was counted before, of the same VM.
+    /// Subtracts earlier counts of the same VM.
     pub fn subtract(&mut self, before: &Self) {
         for service in &mut self.services {
             let Some(before) = before.service(&service.name) else { continue };
@@ -260,7 +260,7 @@ mod tests {
         let mut all = Tallies::default();
         all.add(&vm(3, 1, 2, 70), true);
         all.add(&vm(4, 0, 5, 60), true);
-        // One that is gone has nothing in flight.
+        // A VM that is gone has no requests in flight.
         all.add(&vm(10, 0, 9, 50), false);
         let shop = all.service("shop").unwrap();
         assert_eq!((shop.unrouted, shop.samples, shop.clients.as_slice()), (6, 30, &[60, 70][..]));

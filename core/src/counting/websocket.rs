@@ -1,12 +1,12 @@
-//! Detects whether the server has closed a WebSocket. Envoy cannot distinguish a closed connection from a broken one better
-//! than TCP does, so this reads the frames (RFC 6455, 5.2 and 5.5.1).
+//! Detects whether the server has closed a WebSocket. Envoy cannot distinguish a closed connection from a broken one
+//! better than TCP does, so this reads the frames (RFC 6455, 5.2 and 5.5.1).
 
 /// Parses the frames of a server as they pass, until the close frame.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Frames {
-    /// The head of the frame that is arriving, as much of it as is there: 2, 4 or 10 bytes in all.
+    /// The received part of the current frame's header: 2, 4 or 10 bytes in total.
     head: Vec<u8>,
-    /// How much of the last frame's payload is still to come.
+    /// The remaining length of the last frame's payload.
     payload: u64,
     is_closed: bool,
 }
@@ -14,7 +14,7 @@ pub struct Frames {
 impl Frames {
     const CLOSE: u8 = 8;
 
-    /// Takes the next bytes of the stream.
+    /// Parses the next bytes of the stream.
     pub fn pass(&mut self, mut bytes: &[u8]) {
         while !self.is_closed {
             let skipped = self.payload.min(bytes.len() as u64);
@@ -30,12 +30,12 @@ impl Frames {
         }
     }
 
-    /// Whether the server has closed.
+    /// Whether the server has closed the connection.
     pub fn is_closed(&self) -> bool {
         self.is_closed
     }
 
-    /// The length in the frame's head, once it is complete. (What servers send is not masked.)
+    /// The length in the frame's header, once it is complete. (Frames of servers are not masked.)
     fn payload_of_head(&mut self) -> Option<u64> {
         let (first, rest) = self.head.split_first()?;
         self.is_closed |= first & 0xF == Self::CLOSE;
@@ -53,7 +53,7 @@ mod tests {
     #[cfg(target_arch = "wasm32")]
     use wasm_bindgen_test::wasm_bindgen_test as test;
 
-    /// A frame of the server's.
+    /// A frame from the server.
     fn frame(opcode: u8, length: usize) -> Vec<u8> {
         let mut frame = vec![0x80 | opcode];
         match length {
@@ -61,7 +61,7 @@ mod tests {
             126..0x1_0000 => frame.extend([126, (length >> 8) as u8, length as u8]),
             _ => frame.extend([vec![127], (length as u64).to_be_bytes().to_vec()].concat()),
         }
-        // Payload that looks like closing frames.
+        // A payload that looks like close frames.
         frame.extend(vec![0x88; length]);
         frame
     }

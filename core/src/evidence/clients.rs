@@ -1,21 +1,23 @@
-//! How much evidence a bad request of one client adds against a version: the influence of a single client is limited,
+//! The evidence that a bad request of one client adds against a version: the influence of a single client is limited,
 //! however many requests it sends.
 //!
-//! A bad request of which chance decided the version speaks for "r times worse" by Δ = ln r − ln(rρ + 1 − ρ) if the version
-//! had it, and by −ln(rρ + 1 − ρ) if another had; ρ is the chance that this one had it if it is no worse. With five
-//! limits, each of which only takes evidence away (what is left out is decided by what came before), so that
-//! P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where their next request goes:
+//! A bad request whose version was decided by chance adds to the evidence for "r times worse":
+//! Δ = ln r − ln(rρ + 1 − ρ) if the version had it, and −ln(rρ + 1 − ρ) if another had it; ρ is the probability that
+//! this one had it if it is no worse. Five limits apply, each of which only reduces evidence (earlier events decide
+//! what is left out), so that P(ever E ≥ 1/α) ≤ α (Ville) holds whatever clients do, as long as they do not know where
+//! their next request goes:
 //!
 //! - A user of a session, whose version was chosen once, counts once.
-//! - What a client does within two seconds is one: it may be one try and its repetitions.
-//! - A client adds at most a cap over any stretch of time, also one that knows where its next request goes, …
-//! - … and the verdict leaves out the client that added most. Whichever client means harm, what is left is no more than what
-//!   all the others add, so the bound holds with it as without it. A version fails on several clients only.
-//! - Of what counts, a client makes a quarter at most, but for its first few bad requests. One that has all of its bad requests
-//!   at the stable version on purpose can hide a bad target no longer than that.
+//! - The requests of a client within two seconds count as one: they may be one attempt and its retries.
+//! - The contribution of a client over any period is capped, even if it knows where its next request goes, …
+//! - … and the verdict leaves out the client that contributed most. Whichever client is malicious, what remains is no
+//!   more than the contribution of all the others, so that the bound holds with it as without it. A version therefore
+//!   fails only on several clients.
+//! - Of what counts, at most a quarter is from the same client, except for its first few bad requests. A client that
+//!   has all of its bad requests at the stable version on purpose can hide a bad target no longer than that.
 //!
-//! Where a sample of all requests shows only a few clients, these limits would leave nothing: requests that were dealt by
-//! weight are judged by their counts then, and users of sessions count once each.
+//! If a sample of all requests shows only a few clients, these limits would leave nothing: then requests that were
+//! dealt by weight are judged by their counts, and users of sessions count once each.
 
 use crate::outcome::Outcome;
 use siphasher::sip::SipHasher24;
@@ -24,31 +26,31 @@ use std::net::{IpAddr, SocketAddr};
 
 /// Requests of a client within this number of milliseconds count as one.
 const ONE_MILLIS: u64 = 2_000;
-/// Of the bad requests that count, those of a client are one in so many at most, …
+/// Of the bad requests that count, at most one in this many is from the same client, …
 const ONE_IN: u64 = 4;
 /// … but for its first few.
 const FIRST: u64 = 4;
-/// So many milliseconds are between looks for clients that need not be known.
+/// The interval in milliseconds between sweeps of clients that need not be tracked.
 const SWEEP_MILLIS: u64 = 1_000;
 /// The maximum number of clients, and of users, that are tracked; requests of others are ignored.
 pub(crate) const MOST_CLIENTS: usize = 4_096;
 
-/// One request that ended, of which chance decided the version at the present step.
+/// One request that ended, whose version was decided by chance in the current step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
     /// A hash of the client's address.
     pub client: u32,
     /// A hash of the user, if there is a session.
     pub user: Option<u32>,
-    /// Whether the version was the user's; else it was dealt by weight.
+    /// Whether the version was assigned by a session; otherwise it was dealt by weight.
     pub is_session: bool,
-    /// Whether it is of the sample of all requests; else it is told because it ended badly.
+    /// Whether it belongs to the sample of all requests; otherwise it is reported because it ended badly.
     pub is_sampled: bool,
-    /// Whether the version in question had it: the target. Else another had: the stable version.
+    /// Whether the target had it; otherwise the stable version had it.
     pub is_target: bool,
     /// How it ended.
     pub outcome: Outcome,
-    /// How long it took, as an index of a report's durations.
+    /// Its duration, as an index of a report's durations.
     pub duration: usize,
 }
 
@@ -66,8 +68,8 @@ impl Default for Request {
     }
 }
 
-/// A client as reports tell clients apart: a hash of its address, without the port; of IPv6 the network of 64 bits that
-/// one host can fill with addresses. Not 0. What is no address and port is taken as it is.
+/// The identity of a client in reports: a hash of its address without the port; for IPv6 of the /64 network, since one
+/// host can use all of its addresses. Never 0. Anything but an address with a port is hashed as it is.
 pub fn client(address: &[u8]) -> u32 {
     let parsed = std::str::from_utf8(address).ok().and_then(|text| text.parse::<SocketAddr>().ok());
     let hash = match parsed.map(|address| address.ip().to_canonical()) {
@@ -78,25 +80,25 @@ pub fn client(address: &[u8]) -> u32 {
     (hash as u32).max(1)
 }
 
-/// What each client and user has contributed.
+/// The contributions of each client and user.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Limits<const RATIOS: usize> {
     clients: BTreeMap<u32, Client<RATIOS>>,
-    /// The users of sessions, and when they counted.
+    /// The users of sessions, and when they last counted.
     users: BTreeMap<u32, u64>,
-    /// How many bad requests counted, whichever client's.
+    /// The number of bad requests that counted, of all clients.
     counted: u64,
-    /// When those were last dropped that may be.
+    /// The time of the last sweep.
     swept: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 struct Client<const RATIOS: usize> {
-    /// Until when it does not count again.
+    /// The time until which it does not count again.
     until: u64,
-    /// How many of its bad requests counted.
+    /// The number of its bad requests that counted.
     counted: u64,
-    /// How much it has added since it had added nothing, for each ratio.
+    /// Its contribution since it last had none, for each ratio.
     added: [f64; RATIOS],
 }
 
@@ -116,9 +118,9 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         Self { clients, users: users.into_iter().map(|user| (user, 0)).collect(), counted: 0, swept: 0 }
     }
 
-    /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the chance that the
-    /// version had it if it is no worse; `few`: whether there are only a few clients; `cap`: the most that one adds;
-    /// `now`: in milliseconds.
+    /// The log-evidence that a bad request adds for each ratio; `None` if it does not count. `share`: the probability
+    /// that the version had it if it is no worse; `few`: whether there are only a few clients; `cap`: the maximum
+    /// contribution of one client; `now`: in milliseconds.
     pub(crate) fn gains(
         &mut self,
         request: &Request,
@@ -160,7 +162,8 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         Some(gains)
     }
 
-    /// Whether another client can be told apart. One that has added nothing need not be known: it may add as much as a new one.
+    /// Whether another client can be tracked. A client without a contribution need not be: it may contribute as much as
+    /// a new one.
     fn has_room(&mut self, now: u64) -> bool {
         if self.clients.len() >= MOST_CLIENTS && now >= self.swept.saturating_add(SWEEP_MILLIS) {
             self.swept = now;
@@ -169,7 +172,7 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         self.clients.len() < MOST_CLIENTS
     }
 
-    /// The evidence starts again at nothing, and so does what each client may add to it.
+    /// Restarts the evidence, and with it the contribution that each client may make.
     pub(crate) fn start_again(&mut self) {
         self.counted = 0;
         for client in self.clients.values_mut() {
@@ -177,13 +180,13 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         }
     }
 
-    /// Forgets what counted before a time.
+    /// Drops users that counted before a time.
     pub(crate) fn forget_before(&mut self, time: u64) {
         self.users.retain(|_, at| *at >= time);
         self.clients.retain(|_, client| client.until >= time || client.added.iter().any(|added| *added > 0.0));
     }
 
-    /// The most that one client has added, for each ratio.
+    /// The largest contribution of one client, for each ratio.
     pub(crate) fn most_added(&self) -> [f64; RATIOS] {
         let mut most = [0.0_f64; RATIOS];
         for client in self.clients.values() {
@@ -192,7 +195,7 @@ impl<const RATIOS: usize> Limits<RATIOS> {
         most
     }
 
-    /// The clients that have added most, and how much.
+    /// The clients with the largest contributions, and these.
     pub(crate) fn added_most(&self, number: usize) -> impl Iterator<Item = (u32, [f64; RATIOS])> + use<RATIOS> {
         let mut clients: Vec<_> = self.clients.iter().map(|(id, client)| (*id, client.added)).collect();
         let sum = |added: &[f64; RATIOS]| added.iter().sum::<f64>();
@@ -206,7 +209,7 @@ impl<const RATIOS: usize> Limits<RATIOS> {
     }
 }
 
-/// The log-evidence of one bad request for so many times as bad.
+/// The log-evidence of one bad request for this ratio.
 fn gain(is_target: bool, share: f64, ratio: f64) -> f64 {
     let of_any = libm::log1p(share * (ratio - 1.0));
     if is_target { libm::log1p(ratio - 1.0) - of_any } else { -of_any }

@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-/// Reads a hostname: exact (`shop.example.com`) or with a first label `*` that stands for one or more labels.
+/// Parses a hostname: exact (`shop.example.com`) or with a first label `*` that stands for one or more labels.
 pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<String> {
     let allowed = "a hostname without port, such as shop.example.com or *.example.com (leave hostnames out for every \
                    host)";
@@ -17,8 +17,8 @@ pub(crate) fn read(d: &mut Decoder, value: &Value) -> Option<String> {
     Some(text.to_ascii_lowercase())
 }
 
-/// An index from hostnames to what they name, itself an index: exact before `*.suffix`, longer suffix before shorter, and last the
-/// one for every host. A look-up costs the logarithm of their number for each label.
+/// An index from hostnames to targets: exact names before `*.suffix`, longer suffixes before shorter ones, and the
+/// catch-all last. A lookup takes logarithmic time for each label.
 #[derive(Debug, Clone, Default)]
 pub struct Hostnames {
     exact: BTreeMap<String, usize>,
@@ -46,7 +46,7 @@ impl Hostnames {
         !(self.exact.is_empty() && self.suffix.is_empty())
     }
 
-    /// What an `:authority` (any case, with or without a port, perhaps not UTF-8) means.
+    /// The target of an `:authority` (any case, with or without a port, possibly not UTF-8).
     pub fn find(&self, authority: &[u8]) -> Option<usize> {
         if !self.refer_to_host() {
             return self.every;
@@ -70,7 +70,7 @@ impl Hostnames {
     }
 }
 
-/// The host of an authority, in lower case: without the port, an IPv6 address without its brackets.
+/// The host of an authority, in lower case: without the port, and an IPv6 address without its brackets.
 fn host(authority: &str) -> Cow<'_, str> {
     let host = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, _)) => address,

@@ -1,32 +1,32 @@
-//! The view of a request that decisions use, and functions that parse its parts.
+//! The view of a request for routing decisions, and parsers of its parts.
 
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
 
-/// The host of a request, a pseudo-header as Envoy has it.
+/// The host of a request, as Envoy's pseudo-header.
 pub const AUTHORITY: &str = ":authority";
-/// How the client speaks to the proxy, `http` or `https`, a pseudo-header as Envoy has it.
+/// The scheme of the client's connection, `http` or `https`, as Envoy's pseudo-header.
 pub const SCHEME: &str = ":scheme";
-/// The method of a request, a pseudo-header as Envoy has it.
+/// The method of a request, as Envoy's pseudo-header.
 pub const METHOD: &str = ":method";
-/// Path and query of a request, a pseudo-header as Envoy has it.
+/// The path and query of a request, as Envoy's pseudo-header.
 pub const PATH: &str = ":path";
 
-/// A request's headers. Values are bytes: nothing says that they are UTF-8.
+/// The headers of a request. Values are bytes, since they need not be UTF-8.
 pub trait Request {
-    /// The header `name` (in lower case), pseudo-headers included; `None` if it is not there. A header that is there
-    /// several times is its values joined by `,` (RFC 9110, 5.3), `cookie` by `; `, as Envoy's own matchers do it.
+    /// The header `name` (in lower case), including pseudo-headers; `None` if it is missing. Repeated headers are
+    /// joined by `,` (RFC 9110, 5.3) and `cookie` by `; `, as in Envoy's own matchers.
     fn header(&self, name: &str) -> Option<Cow<'_, [u8]>>;
 }
 
-/// A request as the list of its headers, names in lower case.
+/// A request as a list of headers with lower-case names.
 impl<N: AsRef<str>, V: AsRef<[u8]>> Request for [(N, V)] {
     fn header(&self, name: &str) -> Option<Cow<'_, [u8]>> {
         joined(name, self.iter().filter(|(n, _)| n.as_ref() == name).map(|(_, value)| value.as_ref()))
     }
 }
 
-/// The values of the header `name` as one; `None` if there are none.
+/// The joined values of the header `name`; `None` if there are none.
 pub fn joined<'r>(name: &str, mut values: impl Iterator<Item = &'r [u8]>) -> Option<Cow<'r, [u8]>> {
     let first = values.next()?;
     let Some(second) = values.next() else { return Some(Cow::Borrowed(first)) };
@@ -39,17 +39,17 @@ pub fn joined<'r>(name: &str, mut values: impl Iterator<Item = &'r [u8]>) -> Opt
     Some(Cow::Owned(joined))
 }
 
-/// Path without query, and query without `?` (empty if there is none).
+/// The path without query, and the query without `?` (empty if there is none).
 pub(crate) fn split_path(path_and_query: &[u8]) -> (&[u8], &[u8]) {
     split_once(path_and_query, b'?').unwrap_or((path_and_query, b""))
 }
 
-/// The value of the first cookie called `name`, as it was sent.
+/// The value of the first cookie with this name, undecoded.
 pub(crate) fn cookie<'a>(header: &'a [u8], name: &str) -> Option<&'a [u8]> {
     cookies(header, name).next()
 }
 
-/// The values of all cookies called `name`, as they were sent.
+/// The values of all cookies with this name, undecoded.
 pub(crate) fn cookies<'a>(header: &'a [u8], name: &str) -> impl Iterator<Item = &'a [u8]> {
     let pairs = header.split(|b| *b == b';').map(|pair| {
         let pair = pair.trim_ascii();
@@ -58,7 +58,7 @@ pub(crate) fn cookies<'a>(header: &'a [u8], name: &str) -> impl Iterator<Item = 
     pairs.filter(move |(n, _)| *n == name.as_bytes()).map(|(_, value)| value)
 }
 
-/// The value of the first query parameter called `name`, with `%XX` and `+` decoded in both.
+/// The value of the first query parameter with this name; `%XX` and `+` are decoded in both.
 pub(crate) fn query_param<'a>(query: &'a [u8], name: &str) -> Option<Cow<'a, [u8]>> {
     let mut pairs = query.split(|b| *b == b'&').map(|pair| split_once(pair, b'=').unwrap_or((pair, b"")));
     pairs.find(|(n, _)| *decoded(n) == *name.as_bytes()).map(|(_, value)| decoded(value))

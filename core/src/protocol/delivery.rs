@@ -1,12 +1,12 @@
-//! Policy delivery: a complete policy, or the changes since another one. A proxy applies the valid services; an invalid
+//! Policy delivery: a complete policy, or a delta from another one. A proxy applies the valid services; an invalid
 //! service keeps its previous configuration. A proxy rejects the whole policy only if it cannot read it at all.
 //!
-//! The controller may be newer than the proxy. A field that this build does not know is ignored where that does no harm:
-//! beside the services (what a proxy must understand there, it asks for in the poll, as for `delta`) and in `guard`.
-//! Anywhere else it may decide which requests a version gets, so that the service is refused: docs/upgrade.md.
+//! The controller may be newer than the proxy. An unknown field is ignored where that is harmless: beside the services
+//! (a proxy declares in its poll which of those fields it supports, such as `delta`) and in `guard`. Anywhere else it
+//! may affect which requests a version receives, so that the service is rejected: docs/upgrade.md.
 //!
-//! Changes look like a policy with two fields more: `base`, the revision that they are since, and `removed`, the names of
-//! the services that are gone. All services that are there are new or in place of the one of the same name.
+//! A delta looks like a policy with two additional fields: `base`, the revision that it applies to, and `removed`, the
+//! names of the removed services. Each service in it is new or replaces the one with the same name.
 
 use crate::decode::{Decoder, Errors, FieldError};
 use crate::protocol::policy::{Policy, Service, Unique};
@@ -22,9 +22,9 @@ pub struct Delivery {
     pub policy: Policy,
     /// The invalid services.
     pub refused: Vec<RefusedService>,
-    /// The revision that the changes were since; `None` if it was a whole policy.
+    /// The base revision of a delta; `None` for a complete policy.
     pub base: Option<u64>,
-    /// Fields that a newer controller added and that were ignored, without harm.
+    /// Unknown fields from a newer controller that were ignored because they are harmless.
     pub ignored: Vec<FieldError>,
 }
 
@@ -42,27 +42,27 @@ pub struct RefusedService {
 pub enum Refusal {
     /// The document cannot be read, or none of its services is valid.
     Wrong {
-        /// Its revision, if that much can be read.
+        /// Its revision, if that can be read.
         revision: Option<u64>,
-        /// Everything that is wrong.
+        /// All errors.
         errors: Errors,
     },
-    /// The changes apply to another policy.
+    /// The delta applies to another policy.
     OtherBase(u64),
 }
 
-/// What runs when something new is delivered.
+/// The running policy when a delivery arrives.
 #[derive(Debug, Clone, Copy)]
 pub struct Before<'p> {
     /// The policy.
     pub policy: &'p Policy,
-    /// Its revision, if it is of the same epoch as what is delivered.
+    /// Its revision, if it has the same epoch as the delivery.
     pub revision: Option<u64>,
-    /// What was refused of it.
+    /// The services that were rejected in it.
     pub refused: &'p [RefusedService],
 }
 
-/// A delivery whose services have not been read yet.
+/// A delivery whose services have not been parsed yet.
 struct Head<'v> {
     policy: Policy,
     base: Option<u64>,
@@ -71,11 +71,11 @@ struct Head<'v> {
 }
 
 impl Delivery {
-    /// Reads what was delivered from JSON text.
+    /// Parses a delivery from JSON text.
     ///
     /// # Errors
     ///
-    /// If nothing of it can be taken.
+    /// If nothing in it can be applied.
     pub fn read(json: &[u8], before: Before<'_>) -> Result<Self, Refusal> {
         let wrong = |revision, errors| Refusal::Wrong { revision, errors };
         let document: Value = serde_json::from_slice(json)
@@ -89,7 +89,7 @@ impl Delivery {
         }
         let mut claims = Claims::default();
         let (mut good, mut refused, mut errors) = (BTreeMap::new(), Vec::new(), Vec::new());
-        // Changed services are not in the way of what they have been.
+        // Changed services do not conflict with their own previous configuration.
         let named: BTreeSet<&str> = head.services.iter().filter_map(name).collect();
         let stays = |service: &&Service| {
             head.base.is_some() && !named.contains(service.name.as_str()) && !head.removed.contains(&service.name)
@@ -120,7 +120,7 @@ impl Delivery {
         if good.is_empty() && !refused.is_empty() {
             return Err(wrong(revision, Errors(errors)));
         }
-        // What they were before, where no other service has taken that.
+        // Keep their previous configuration, unless another service has claimed its names.
         for RefusedService { name, .. } in &refused {
             let was = before.policy.services.iter().find(|service| service.name == *name);
             if let Some(was) = was.filter(|was| claims.take(&mut Decoder::default(), was)) {
@@ -170,7 +170,7 @@ fn name(service: &Value) -> Option<&str> {
     service.get("name")?.as_str()
 }
 
-/// The names and hostnames that are taken.
+/// The claimed names and hostnames.
 struct Claims {
     names: Unique,
     hostnames: Unique,
@@ -183,7 +183,7 @@ impl Default for Claims {
 }
 
 impl Claims {
-    /// Takes what a service claims, or nothing of it if another has something of that.
+    /// Claims the names of a service, or none of them if another service has claimed any.
     fn take(&mut self, d: &mut Decoder, service: &Service) -> bool {
         let every = ["*".to_owned()];
         let hostnames = if service.hostnames.is_empty() { &every[..] } else { &service.hostnames[..] };
@@ -206,7 +206,7 @@ impl Claims {
     }
 }
 
-/// What a report says of services that were refused in a policy that is in force; `None` if none were.
+/// The error in a report about services that were rejected in a policy in force; `None` if none were.
 pub fn report(revision: u64, refused: &[RefusedService]) -> Option<Refused> {
     let errors = refused.iter().flat_map(|service| service.errors.iter().cloned()).collect();
     let services = refused.iter().map(|service| service.name.clone()).collect();

@@ -16,34 +16,34 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// Everything that a proxy needs to choose. Valid by construction: made by [`Policy::read`], or by code that keeps
-/// the same promises (the controller compiles it from valid documents).
+/// The complete configuration for routing decisions of a proxy. Valid by construction: created by [`Policy::read`], or
+/// by code with the same guarantees (the controller compiles it from valid documents).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
-    /// Who sends newer policies and takes reports; `None`: this policy is all there is. Only the plugin
-    /// configuration's counts: a policy that was delivered cannot send the proxy elsewhere.
+    /// The controller that sends newer policies and receives reports; `None`: this policy is static. Only the one in
+    /// the plugin configuration has effect: a delivered policy cannot redirect the proxy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub controller: Option<ControllerRef>,
     /// The token that permits requests for explanations; `None`: explanations are disabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explain: Option<Explain>,
-    /// Whether the filter removes every `x-tideshift-*` header that a client sends; `true` where left out. `false`
-    /// where Envoy does that before the filter (`early_header_mutation`), which is cheaper: it spares the filter reading
-    /// headers that nothing refers to. Only the plugin configuration's counts.
+    /// Whether the filter removes every `x-tideshift-*` header that a client sends; default `true`. Set `false` if
+    /// Envoy does that before the filter (`early_header_mutation`), which is cheaper: the filter need not read headers
+    /// that nothing refers to. Only the one in the plugin configuration has effect.
     #[serde(skip_serializing_if = "is_true")]
     pub strip_client_headers: bool,
-    /// Only grows, for one controller state (epoch).
+    /// Increases monotonically within one controller state (epoch).
     pub revision: u64,
-    /// The services, no hostname twice.
+    /// The services, with unique hostnames.
     pub services: Vec<Service>,
 }
 
-/// Where the controller is, seen from Envoy.
+/// The controller as Envoy reaches it.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ControllerRef {
-    /// The Envoy cluster to call.
+    /// The Envoy cluster of the controller.
     pub cluster: String,
     /// The `:authority` of the calls.
     pub authority: String,
@@ -63,62 +63,62 @@ impl fmt::Debug for ControllerRef {
     }
 }
 
-/// Who may ask why a request went where it did: those who know the token, by sending it in a header. The answer comes
-/// in a header of the same name.
+/// Who may request an explanation of routing decisions: clients that send the token in a header. The explanation is
+/// returned in a header with the same name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Explain {
     /// The header's name, in lower case; default `x-tideshift-explain`.
     pub header: String,
-    /// What it must hold.
+    /// The required token.
     pub token: Secret,
 }
 
-/// What clients call, and the versions that may answer.
+/// A service and its versions.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Service {
-    /// Names the service in metrics, reports and messages.
+    /// The name of the service in metrics, reports and messages.
     pub name: String,
-    /// Exact, or `*.suffix`; none: every host. In lower case.
+    /// Exact, or `*.suffix`; empty: every host. In lower case.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hostnames: Vec<String>,
-    /// The version that the others are measured by, and that the guard never takes out of service; `None`: the document
-    /// does not say, and any version may be.
+    /// The stable version, which is the baseline for the others and which the guard never ejects; `None`: the document
+    /// does not name one, and the guard may eject any version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stable: Option<String>,
-    /// Numbers the steps of the service's rollouts: while it is not 0, versions are compared, and of the users with a
-    /// cookie those who were given their version at this step.
+    /// The number of the current step of the service's rollouts: while it is not 0, versions are compared, and with
+    /// sticky sessions only users who were assigned at this step.
     #[serde(skip_serializing_if = "is_zero")]
     pub step: u64,
     /// At least one.
     pub versions: Vec<Version>,
-    /// In the order in which they are tried.
+    /// In order of evaluation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<Rule>,
-    /// How users stay on one version; `None`: each request is on its own.
+    /// Sticky sessions; `None`: each request is independent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<Session>,
-    /// What is the versions' fault.
+    /// Which results count as errors of the version.
     pub errors: ErrorCodes,
-    /// Which of the requests that no rule takes are also sent to another version.
+    /// Mirroring of requests that no rule matches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
-    /// The proxy's own quick veto on a failing version.
+    /// The guard, which ejects a failing version in the proxy.
     #[serde(skip_serializing_if = "GuardPolicy::is_default")]
     pub guard: GuardPolicy,
 }
 
-/// One backend of a service, and its share of the requests that no rule takes.
+/// A backend of a service, and its share of the requests that no rule matches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Version {
     /// The value of `x-tideshift-version` that Envoy's routes map to a cluster.
     pub name: String,
-    /// 0 to [`MAX_WEIGHT`], relative to the sum; 1 where left out, as in Gateway API.
+    /// 0 to [`MAX_WEIGHT`], relative to the sum; default 1, as in Gateway API.
     pub weight: u32,
-    /// Whether it may get requests at all, from rules too.
+    /// Whether it may receive requests at all, including from rules.
     pub serving: bool,
-    /// Its Envoy cluster, where mirroring must name it; `None`: `SERVICE_VERSION`, as `tideshift render envoy` has it.
+    /// Its Envoy cluster, if mirroring must name it; `None`: `SERVICE_VERSION`, as in `tideshift render envoy`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,
 }
@@ -188,7 +188,7 @@ impl Policy {
         }
     }
 
-    /// Reads a policy from a JSON value; every error at once.
+    /// Parses a policy from a JSON value; reports all errors at once.
     pub fn read(value: &Value) -> Result<Self, Errors> {
         Decoder::read(value, |d, value| {
             let mut f = d.object(value)?;
@@ -199,7 +199,7 @@ impl Policy {
         })
     }
 
-    /// Reads everything but the services.
+    /// Parses everything but the services.
     pub(crate) fn read_head(d: &mut Decoder, f: &mut Fields<'_>) -> Option<Self> {
         let controller = f.optional(d, "controller", ControllerRef::read);
         let explain = f.optional(d, "explain", Explain::read);
@@ -256,7 +256,7 @@ impl ControllerRef {
         let cluster = f.required(d, "cluster", "the name of an Envoy cluster", Decoder::filled_text);
         let authority = f.optional(d, "authority", Decoder::filled_text);
         let token = f.optional(d, "token", |d, v| {
-            // Not shown in the message, whatever is wrong with it.
+            // The message never shows the value.
             let allowed = "a bearer token of visible ASCII characters";
             let fine = |token: &str| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
             let hidden = Value::String("…".to_owned());
@@ -323,17 +323,17 @@ impl Version {
     }
 }
 
-/// The name of an Envoy cluster, which can stand in a header.
+/// Parses the name of an Envoy cluster, which must be valid in a header.
 fn cluster(d: &mut Decoder, value: &Value) -> Option<String> {
     let fine = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic());
     d.text_where(value, "the name of an Envoy cluster, of visible ASCII characters", fine)
 }
 
 impl Mirror {
-    /// The methods that only read (RFC 9110, 9.2.1).
+    /// The safe methods (RFC 9110, 9.2.1).
     const SAFE: [&str; 4] = ["GET", "HEAD", "OPTIONS", "TRACE"];
 
-    /// So many percent of the requests that only read.
+    /// Mirrors this percentage of the requests with safe methods.
     pub fn of(version: String, percent: u32) -> Self {
         Self { version, percent, methods: Self::SAFE.map(str::to_owned).to_vec() }
     }
@@ -354,13 +354,13 @@ fn weight(f: &mut Fields<'_>, d: &mut Decoder) -> u32 {
     f.optional(d, "weight", |d, v| d.integer(v, 0, MAX_WEIGHT.into())).map_or(1, |weight| weight as u32)
 }
 
-/// Hostnames, each once.
+/// Parses hostnames, which must be unique.
 pub(crate) fn hostnames(d: &mut Decoder, value: &Value) -> Option<Vec<String>> {
     let read = d.list(value, hostname::read)?;
     Some(read.into_iter().map(|(_, hostname)| hostname).collect())
 }
 
-/// What holds for every list of versions: not empty, not too long, no name twice.
+/// The rules for every list of versions: not empty, not too long, unique names.
 pub(crate) fn check_versions<'a>(d: &mut Decoder, list: &Value, versions: impl Iterator<Item = (usize, &'a str)>) {
     let length = list.as_array().map_or(0, Vec::len);
     if length == 0 || length > MAX_VERSIONS {
@@ -372,25 +372,25 @@ pub(crate) fn check_versions<'a>(d: &mut Decoder, list: &Value, versions: impl I
     }
 }
 
-/// The names of the versions that a document lists, taken from the document itself, so that a version with an error
-/// of its own is still known to the rules.
+/// The names of the versions in a document, taken from the document itself, so that rules can refer to a version that
+/// has an error of its own.
 pub(crate) struct VersionNames<'v>(Vec<&'v str>);
 
 impl<'v> VersionNames<'v> {
-    /// Of the list `versions` of this object.
+    /// From the list `versions` of this object.
     pub(crate) fn of(object: &'v Value) -> Self {
         let versions = object.get("versions").and_then(Value::as_array).into_iter().flatten();
         Self(versions.filter_map(|version| version.get("name")?.as_str()).collect())
     }
 
-    /// A name of this list.
+    /// Parses a name from this list.
     pub(crate) fn read(&self, d: &mut Decoder, value: &Value) -> Option<String> {
         let allowed = format!("one of the versions {}", self.0.join(", "));
         d.text_where(value, &allowed, |name| self.0.contains(&name))
     }
 }
 
-/// Rules, in order.
+/// Parses rules, in order.
 pub(crate) fn rules(d: &mut Decoder, value: &Value, known: &VersionNames<'_>) -> Option<Vec<Rule>> {
     let rules = d.list(value, |d, value| Rule::read(d, value, known))?;
     let mut names = Unique::new("a rule name that no other rule here has");
@@ -424,13 +424,13 @@ impl Rule {
         Some(Self { name, matches, versions: versions?, mirror })
     }
 
-    /// Whether the rule is for the request.
+    /// Whether the rule matches the request.
     pub fn holds(&self, request: &(impl Request + ?Sized)) -> bool {
         self.matches.is_empty() || self.matches.iter().any(|m| m.holds(request))
     }
 }
 
-/// Names that may be there only once.
+/// Names that must be unique.
 pub(crate) struct Unique {
     allowed: &'static str,
     seen: BTreeSet<String>,
@@ -455,7 +455,7 @@ impl Unique {
         }
     }
 
-    /// Whether a name has not been there yet; an error if it has.
+    /// Whether a name is new; records an error if it is not.
     pub(crate) fn is_free(&self, d: &mut Decoder, name: &str) -> bool {
         let is_free = !self.seen.contains(name);
         if !is_free {

@@ -1,11 +1,11 @@
-//! What a proxy tells the controller: which policy it runs, and how each version does.
+//! Reports of proxies to the controller: the policy that the proxy runs, and the counts of each version.
 //!
-//! Counts are cumulative since the proxy's start, so that a report that is lost or repeated loses and doubles nothing. So
-//! is the number of the requests that are told one by one, of which a report holds the last.
+//! Counts are cumulative since the start of the proxy, so that a lost or repeated report neither loses nor doubles
+//! anything. The same is true for the number of single requests, of which a report contains the last ones.
 //!
-//! Proxies may be older or newer than the controller: what it does not know is ignored, and what is missing is 0 or empty,
-//! except what names the proxy, the policy, a service or a version. The schema says what senders write: all of it.
-//! `tests/skew.rs` holds this to reports of today.
+//! Proxies may be older or newer than the controller: it ignores unknown fields, and missing fields count as 0 or
+//! empty, except the names of the proxy, policy, service and version. The schema describes what senders write: all
+//! fields. `tests/skew.rs` checks this with current reports.
 
 use crate::counts::{Counts, MAX_COUNT, within};
 use crate::evidence::clients::Request;
@@ -158,12 +158,12 @@ impl<'de> Deserialize<'de> for Event {
 }
 
 impl Event {
-    /// The version was the user's by a session; else it was dealt by weight.
+    /// The version was assigned by a session; otherwise it was dealt by weight.
     pub const SESSION: u8 = 1;
-    /// It is of the sample of all requests.
+    /// The request belongs to the sample of all requests.
     pub const SAMPLED: u8 = 2;
 
-    /// What it says, of the version in question or of another; `None` if its outcome is none.
+    /// The request, for the target or for another version; `None` if its outcome is invalid.
     pub fn request(&self, is_target: bool) -> Option<Request> {
         let &Self(client, user, _, outcome, flags, duration) = self;
         Some(Request {
@@ -178,9 +178,9 @@ impl Event {
     }
 }
 
-/// The most clients of a service that a report names: with so many there are not only a few.
+/// The maximum number of clients of a service that a report names: with that many there are not only a few.
 pub const MAX_CLIENTS: usize = 4;
-/// The most requests of a service that a report tells one by one.
+/// The maximum number of single requests of a service in a report.
 pub const MAX_EVENTS: usize = 128;
 
 /// One version's counts.
@@ -233,8 +233,8 @@ pub struct Tally {
     pub waited: Vec<u64>,
 }
 
-/// [`VersionReport`] as it is read. To read what is flattened, serde puts every field aside first, which costs more than all
-/// else about a report.
+/// [`VersionReport`] as it is parsed. For flattened fields serde buffers every field first, which costs more than the
+/// rest of the report.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct FlatVersion {
@@ -261,7 +261,7 @@ struct FlatVersion {
     rule: Tally,
 }
 
-/// The same of [`Tally`].
+/// The same for [`Tally`].
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct FlatTally {
@@ -300,8 +300,8 @@ impl<'de> Deserialize<'de> for Tally {
 }
 
 impl VersionReport {
-    /// What was counted by how the version was chosen: dealt, by a session, by a rule. Filters whose reports have the
-    /// [format](Report::format) before this one did not tell: theirs count as dealt, as they did then.
+    /// The counts by how the version was chosen: dealt, by a session, by a rule. Filters with an older
+    /// [format](Report::format) did not distinguish them: their requests count as dealt, as they did then.
     pub fn by_choice(&self, format: u32) -> [Tally; 3] {
         if format >= Report::FORMAT {
             return [&self.dealt, &self.session, &self.rule].map(Clone::clone);
@@ -318,8 +318,8 @@ impl Tally {
         self.started == 0 && self.ended == Counts::default()
     }
 
-    /// What was added since `before`, at least 0 each. (What began may be taken back, when Envoy follows a redirection by
-    /// itself.)
+    /// The increase since `before`, each at least 0. (The number of started requests can decrease when Envoy follows an
+    /// internal redirect.)
     pub fn since(&self, before: &Self) -> Self {
         let each = |now: &[u64], before: &[u64]| {
             let before = before.iter().chain(std::iter::repeat(&0));
@@ -333,7 +333,7 @@ impl Tally {
         }
     }
 
-    /// Whether anything that ended was counted that `before` had more of.
+    /// Whether any count of ended requests is lower than in `before`.
     pub fn any_below(&self, before: &Self) -> bool {
         let less = |now: &[u64], before: &[u64]| {
             let now = now.iter().chain(std::iter::repeat(&0));
@@ -363,10 +363,10 @@ fn is_zero(number: &u64) -> bool {
 }
 
 impl Report {
-    /// The shape of the counts that this build reports.
+    /// The format of the counts in this build.
     pub const FORMAT: u32 = 2;
 
-    /// Fails with the field that counts more than can be, or that lists more than there may be.
+    /// Fails with the field whose count or length exceeds its limit.
     pub fn check(&self) -> Result<(), String> {
         for (i, service) in self.services.iter().enumerate() {
             within(&format_args!("services[{i}].unrouted"), service.unrouted, MAX_COUNT)?;

@@ -1,23 +1,22 @@
-//! "The target is worse than what is allowed, and than the stable version at the same time"; and whether both are worse
-//! than allowed.
+//! The absolute test: "the target is worse than allowed and, at the same time, worse than the stable version"; and
+//! whether both versions are worse than allowed.
 
 use super::settings::DEFAULT_MAX_ERROR_RATE;
 use super::{Batch, CLUMP, Settings, Totals};
 use crate::evidence::{Evidence, RATIOS, bits, log_mean_exp, tilt};
 use serde::{Deserialize, Serialize};
 
-/// So many times the odds that are allowed.
+/// The tested multiples of the allowed odds.
 const ODDS: [f64; 4] = [1.5, 3.0, 10.0, 100.0];
-/// The milliseconds that a batch takes at least.
+/// The minimum duration of a batch, in milliseconds.
 const LEAST_MILLIS: u64 = 1_000;
-/// With all requests at the target: fewer of the stable version are none.
+/// If all requests go to the target: fewer requests of the stable version count as none.
 const LEAST_STABLE: u64 = 10;
-/// The most that evidence grows with one batch, as a logarithm.
+/// The maximum growth of evidence in one batch, as a logarithm.
 const GROWTH: f64 = 4.0;
-/// How far above what the stable version did the allowed rate is, in standard deviations.
+/// The margin of the allowed rate above the stable version's, in standard deviations.
 const DEVIATIONS: f64 = 3.0;
-/// What is taken for granted of a stable version of which nothing is known: so many requests, and half as many errors
-/// among them as are allowed.
+/// The prior for an unknown stable version: this many requests, with half as many errors as allowed.
 const PRIOR: f64 = 100.0;
 /// The maximum by which recent absolute evidence exceeds its bound, as a logarithm, so that it decays soon afterwards.
 const EXCESS: f64 = 2.0;
@@ -36,8 +35,8 @@ impl Absolute {
         Self { evidence: Evidence::new(ODDS.len()), batch: Batch::default(), target: Bad::new(), stable: Bad::new() }
     }
 
-    /// Adds a batch. `lately`: the recent requests of the stable version; `weight`: the target's part of the weight;
-    /// `share`: the maximum expected part of the requests at the target.
+    /// Adds a batch. `lately`: the recent requests of the stable version; `weight`: the target's fraction of the
+    /// weight; `share`: the maximum expected fraction of the requests at the target.
     pub(super) fn add(&mut self, settings: &Settings, lately: Totals, ended: &Batch, weight: f64, share: f64) {
         let least = settings.max_error_rate.unwrap_or(DEFAULT_MAX_ERROR_RATE);
         let (usual, allowed) = known(lately, least);
@@ -47,7 +46,7 @@ impl Absolute {
         self.stable.add(&ended.stable, asked, most);
 
         self.batch.add(ended);
-        // Where the stable version gets nothing, there is nothing to wait for.
+        // If the stable version receives no requests, there is nothing to wait for.
         let gets_all = weight >= 1.0;
         if self.batch.millis < LEAST_MILLIS || !(gets_all || self.batch.is_full(share)) {
             return;
@@ -56,8 +55,8 @@ impl Absolute {
         let is_alone = gets_all && batch.stable.requests < LEAST_STABLE;
         self.evidence.add(ODDS.map(|odds| {
             let worse_than_allowed = tempered(&batch.target, allowed, odds).min(GROWTH);
-            // Who is no worse than allowed gains nothing by the first, who is no worse than the stable version is now
-            // gains nothing by the second; and so neither does by the lesser.
+            // The first term does not grow on average for a target that is no worse than allowed, the second for one
+            // that is no worse than the stable version now; so the lesser of both does not grow either.
             let ratio = odds * allowed / (1.0 + allowed * (odds - 1.0)) / usual;
             if is_alone { worse_than_allowed } else { worse_than_allowed.min(worse_than_stable(&batch, ratio)) }
         }));
@@ -74,8 +73,8 @@ impl Absolute {
     }
 }
 
-/// The stable version's rate of errors as far as it is known, and the rate that is allowed: what the document says, or
-/// what is hardly less than the stable version's, even if its errors came in clumps.
+/// The stable version's error rate as far as it is known, and the allowed rate: the document's, or a rate slightly
+/// above the stable version's, with a margin for clumped errors.
 fn known(stable: Totals, least: f64) -> (f64, f64) {
     let (taken, errors) = (PRIOR * least / 2.0, stable.errors as f64);
     let all = stable.requests as f64 + PRIOR;
@@ -84,14 +83,14 @@ fn known(stable: Totals, least: f64) -> (f64, f64) {
     (usual, least.max(most.min(0.5)))
 }
 
-/// The log-evidence of "so many times as bad as the stable version at the same time".
+/// The log-evidence of "`ratio` times as bad as the stable version at the same time".
 fn worse_than_stable(batch: &Batch, ratio: f64) -> f64 {
     let [least, .., most] = RATIOS;
     let (errors, others) = (batch.target.errors as f64, batch.stable.errors as f64);
     tilt(errors, errors + others, batch.chance(), ratio.clamp(least, most))
 }
 
-/// Evidence that a version is worse than allowed, which forgets good times.
+/// Evidence that a version is worse than allowed, which discounts good periods.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 struct Bad(#[serde(with = "bits")] Vec<f64>);
@@ -112,7 +111,7 @@ impl Bad {
     }
 }
 
-/// The log-evidence of so many times the allowed odds, as if each clump of errors were one.
+/// The log-evidence of this many times the allowed odds, with each clump of errors counted as one.
 fn tempered(ended: &Totals, allowed: f64, odds: f64) -> f64 {
     tilt(ended.errors as f64, ended.requests as f64, allowed, odds) / CLUMP
 }

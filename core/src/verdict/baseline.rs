@@ -11,13 +11,13 @@ const REMEMBERED: u64 = 5_000;
 pub struct RollingBaseline {
     #[serde(flatten)]
     now: Sample,
-    /// The 5,000 before those.
+    /// The 5,000 before the current ones.
     #[serde(default)]
     before: Sample,
 }
 
 impl RollingBaseline {
-    /// Takes in what ended since.
+    /// Adds the requests that have ended since the last call.
     pub fn add(&mut self, later: &Sample) {
         self.now.add(later);
         if self.now.requests >= REMEMBERED {
@@ -25,7 +25,7 @@ impl RollingBaseline {
         }
     }
 
-    /// All that is remembered.
+    /// All requests that are kept.
     pub fn sample(&self) -> Sample {
         let mut sample = self.before.clone();
         sample.add(&self.now);

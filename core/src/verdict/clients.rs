@@ -1,28 +1,28 @@
-//! "More clients have bad requests at the target than at the stable version": evidence from single requests, within the
-//! [limits](crate::evidence::clients) that keep one client from deciding anything.
+//! The test by clients: "more clients have bad requests at the target than at the stable version". Evidence from single
+//! requests, within [limits](crate::evidence::clients) that keep one client from deciding a verdict.
 
 use crate::evidence::clients::{Limits, MOST_CLIENTS, Request};
 use crate::evidence::{RATIOS, bits, log_mean_exp};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// After so many milliseconds evidence is also gathered from the start again, …
+/// After this many milliseconds evidence is also gathered from a new start, …
 const WINDOW_MILLIS: u64 = 60_000;
-/// … for the last so many times.
+/// … for this many most recent windows.
 const WINDOWS: usize = 2;
-/// The part of the evidence since the rollout began; the windows share the rest.
+/// The weight of the evidence since the rollout began; the windows share the rest.
 const WHOLE_PART: f64 = 0.75;
-/// The most clients that are remembered over a restart: those that have added most.
+/// The maximum number of clients that are persisted across a restart: those that contributed most.
 const MOST_KEPT: usize = 32;
 
-/// One kind of bad requests.
+/// The evidence from one kind of bad requests.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Clients {
     whole: Run,
-    /// Those since a while ago, the oldest first.
+    /// The recent windows, oldest first.
     windows: VecDeque<Window>,
-    /// How many windows there were.
+    /// The number of windows so far.
     count: u64,
     /// Milliseconds since the step began.
     clock: u64,
@@ -30,12 +30,12 @@ pub(super) struct Clients {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Window {
-    /// The logarithm of its part in all.
+    /// The logarithm of its weight in the total.
     part: f64,
     run: Run,
 }
 
-/// Evidence since some time.
+/// Evidence since the start of a window.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(from = "KeptRun", into = "KeptRun")]
 struct Run {
@@ -44,7 +44,7 @@ struct Run {
     limits: Limits<{ RATIOS.len() }>,
 }
 
-/// What of a run survives a restart.
+/// The part of a window that survives a restart.
 #[derive(Serialize, Deserialize)]
 struct KeptRun {
     #[serde(with = "bits")]
@@ -70,7 +70,7 @@ impl From<KeptRun> for Run {
 }
 
 impl Clients {
-    /// Lets time pass.
+    /// Advances the time.
     pub(super) fn pass(&mut self, millis: u64) {
         self.clock = self.clock.saturating_add(millis);
         if self.clock / WINDOW_MILLIS <= self.count {
@@ -86,8 +86,8 @@ impl Clients {
         }
     }
 
-    /// Takes in a bad request. `share`: the chance that it was the target's; `few`: whether there are only a few clients;
-    /// `cap`: the most that one client adds, as a logarithm.
+    /// Adds a bad request. `share`: the probability that it belongs to the target; `few`: whether there are only a few
+    /// clients; `cap`: the maximum that one client contributes, as a logarithm.
     pub(super) fn add(&mut self, request: &Request, share: f64, few: bool, cap: f64) {
         let clock = self.clock;
         let runs = std::iter::once(&mut self.whole).chain(self.windows.iter_mut().map(|window| &mut window.run));
@@ -110,7 +110,7 @@ impl Run {
         }
     }
 
-    /// Without the client that has added most.
+    /// Without the client that contributed most.
     fn log(&self) -> f64 {
         let most = self.limits.most_added();
         let mut sums = self.sums;
@@ -119,21 +119,22 @@ impl Run {
     }
 }
 
-/// What is counted of the sample of all requests: as much of each client that no one client decides.
+/// Limits how much of each client counts in the sample of all requests, so that no single client decides.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Fair {
     clients: BTreeMap<(bool, u32), (u64, u64)>,
-    /// Requests and errors, of the stable version and of the target.
+    /// Requests and errors of the stable version and of the target.
     all: [(u64, u64); 2],
 }
 
 impl Fair {
-    /// Of what is counted of a version, a client makes one in so many at most, but for the first few.
+    /// Of the counted requests of a version, at most one in this many is from the same client, except for the first
+    /// few.
     const ONE_IN: u64 = 4;
     /// The first few requests, and errors.
     const FIRST: (u64, u64) = (10, 2);
 
-    /// Takes in a request that failed or not; whether it counts.
+    /// Adds a request that failed or not. Returns whether it counts.
     pub(super) fn counts(&mut self, request: &Request, failed: bool) -> bool {
         let key = (request.is_target, request.client);
         if !self.clients.contains_key(&key) && self.clients.len() >= MOST_CLIENTS {
@@ -179,7 +180,7 @@ mod tests {
         assert!(clients.log() > libm::log(10_000.0), "{}", clients.log());
     }
 
-    /// Whatever it does, in ten minutes, also while it knows where its requests go.
+    /// One client with arbitrary behaviour for ten minutes, even if it knows where its requests go.
     #[test]
     fn one_client_adds_no_more_than_its_cap() {
         for share in [0.001, 0.1, 0.5, 0.9] {
@@ -197,7 +198,7 @@ mod tests {
         }
     }
 
-    /// It fails at the stable version only, every two seconds; each minute twenty others fail at the target.
+    /// The client fails only at the stable version, every two seconds; each minute twenty others fail at the target.
     #[test]
     fn one_client_does_not_hide_a_bad_target() {
         for share in [0.1, 0.5] {
@@ -215,7 +216,7 @@ mod tests {
         }
     }
 
-    /// Others have errors now and then; what it adds changes nothing.
+    /// Others have occasional errors; the client's contribution changes nothing.
     #[test]
     fn one_client_changes_no_evidence_of_others() {
         for share in [0.01, 0.1, 0.5, 0.9] {
@@ -260,7 +261,7 @@ mod tests {
         assert!(users.log() > libm::log(10_000.0), "many users behind one address: {}", users.log());
     }
 
-    /// A target that begins to fail after an hour in which each client had errors now and then is found all the same.
+    /// A target that starts to fail after an hour in which each client had occasional errors is still detected.
     #[test]
     fn evidence_also_starts_again() {
         let mut clients = Clients::default();
@@ -276,7 +277,7 @@ mod tests {
         assert!(clients.log() > libm::log(2_000.0), "{}", clients.log());
     }
 
-    /// More than can be told apart had errors at the stable version.
+    /// More clients than can be told apart had errors at the stable version.
     #[test]
     fn new_clients_count_after_many_others() {
         let mut clients = Clients::default();

@@ -10,12 +10,12 @@ use std::time::Duration;
 pub struct Totals {
     /// Requests.
     pub requests: u64,
-    /// Those that were bad.
+    /// The bad requests.
     pub errors: u64,
 }
 
 impl Totals {
-    /// So many more.
+    /// Adds more requests.
     pub(super) fn add(&mut self, more: Self) {
         self.requests = self.requests.saturating_add(more.requests);
         self.errors = self.errors.saturating_add(more.errors);
@@ -26,7 +26,7 @@ impl Totals {
     }
 }
 
-/// What the counts say of the target.
+/// The outcome of a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
@@ -65,7 +65,7 @@ pub enum Ground {
 }
 
 impl Ground {
-    /// What bad requests did, in words.
+    /// The verb for bad requests of this kind.
     fn verb(self) -> &'static str {
         match self {
             Self::Errors | Self::Slowness => "failed",
@@ -89,12 +89,12 @@ pub struct Judgement {
     pub stable: Totals,
     /// Of several services, the one that fails, or at which both versions do.
     pub at: Option<At>,
-    /// What speaks most against the target.
+    /// The strongest kind of evidence against the target.
     pub ground: Ground,
     /// Requests that were answered with a client error, then those that were given up: of the target and of the stable
     /// version, since the rollout began.
     pub others: [(Totals, Totals); 2],
-    /// How much speaks for it that the target is worse: 1 at most on average if it is not. 0 to 1e15.
+    /// The evidence that the target is worse: at most 1 on average if it is not. 0 to 1e15.
     pub evidence: f64,
     /// `fail` from this evidence on.
     pub bound: f64,
@@ -104,11 +104,11 @@ pub struct Judgement {
     pub pass_evidence: f64,
     /// `pass` from this evidence on.
     pub pass_bound: f64,
-    /// What durations say, if they are judged.
+    /// The judgement of durations, if they are analysed.
     pub latency: Option<LatencyJudgement>,
 }
 
-/// What was counted at one of several services.
+/// The counts at one of several services.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct At {
     /// Its name.
@@ -119,29 +119,29 @@ pub struct At {
     pub stable: Totals,
 }
 
-/// What durations say of the target.
+/// The judgement of the target's durations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatencyJudgement {
-    /// Of several services, the one at which most speaks against the target.
+    /// Of several services, the one with the most evidence against the target.
     pub service: Option<String>,
-    /// Of the quantiles that are watched, the one for which most speaks against the target.
+    /// Of the configured quantiles, the one with the most evidence against the target.
     pub quantile: f64,
-    /// What takes longer is slow, at this step; none as long as too little is known of the stable version.
+    /// The duration above which a request is slow at this step; `None` while too little is known of the stable version.
     pub slower_than: Option<Duration>,
     /// The target since the step began, and how many of its requests were slow.
     pub target: Totals,
     /// The stable version in the same time.
     pub stable: Totals,
-    /// How much speaks for it that the target is slower: 1 at most on average if it is not. 0 to 1e15.
+    /// The evidence that the target is slower: at most 1 on average if it is not. 0 to 1e15.
     pub evidence: f64,
     /// `fail` from this evidence on.
     pub bound: f64,
 }
 
 impl Judgement {
-    /// One verdict on a rollout that moves several services, by their names: the mean of what speaks against each, so
-    /// that a healthy rollout is taken back no more often than that of one service; a pass takes one of each. None if
-    /// there are none.
+    /// Combines the verdicts of several services of a rollout, by name: the mean of the evidence against each, so that
+    /// a healthy rollout is rolled back no more often than with a single service; a pass requires a pass of each.
+    /// `None` if there are none.
     pub fn of_all(services: &[(String, Self)]) -> Option<Self> {
         let (_, first) = services.first()?;
         let worst = services.iter().max_by(|(_, a), (_, b)| a.evidence.total_cmp(&b.evidence));
@@ -195,7 +195,7 @@ impl Judgement {
         self.latency.as_ref().map_or(0.0, |latency| latency.evidence)
     }
 
-    /// Fills in the outcome from the rest.
+    /// Derives the outcome from the other fields.
     pub(super) fn decide(&mut self, passes: bool) {
         let is_slow = self.latency.as_ref().is_some_and(|latency| latency.evidence >= latency.bound);
         self.outcome = match () {
@@ -206,8 +206,8 @@ impl Judgement {
         };
     }
 
-    /// The verdict and what it rests on in one sentence, rates first: `v2 is worse than v1: 7 of 41 failed, v1 1 of 366;
-    /// by chance in fewer than 1 of 2,300; taken back at 1 of 1,000`.
+    /// The verdict and its basis in one sentence, rates first: `v2 is worse than v1: 7 of 41 failed, v1 1 of 366; by
+    /// chance in fewer than 1 of 2,300; taken back at 1 of 1,000`.
     pub fn in_words(&self, target: &str, stable: &str) -> String {
         let mut words = String::new();
         // Writing to a string does not fail.
@@ -217,7 +217,7 @@ impl Judgement {
 
     fn write(&self, to: &mut String, target: &str, stable: &str) -> fmt::Result {
         let is_failed = self.outcome == Outcome::Fail;
-        // Then the evidence is that of the durations, which have a sentence of their own.
+        // Then the evidence is that of the durations, which have their own sentence.
         let is_slowness = self.ground == Ground::Slowness && self.latency.is_some();
         if self.both_bad {
             write!(to, "both fail, and nothing points at {target}, so nothing is moved: ")?;
@@ -259,7 +259,7 @@ impl Judgement {
         write!(to, "{} {verb}{place}, {stable} {}", of_target.in_words(), of_stable.in_words())
     }
 
-    /// Whether the target is good enough; if not yet, how many more requests it may take.
+    /// Whether the target is good enough, or at most how many more requests that takes.
     fn pass_in_words(&self, most: f64) -> String {
         let most_percent = percent(most);
         if self.pass_evidence >= self.pass_bound {
@@ -267,8 +267,8 @@ impl Judgement {
             return format!("good enough: fewer than {most_percent} % fail ({sure} % sure)");
         }
         let words = format!("not sure yet that fewer than {most_percent} % fail");
-        // A request that does not fail adds about 7/8 of the rate to the evidence's logarithm. Evidence that has sunk far
-        // below 1 says that requests do fail: then no number of them can be told.
+        // A request that does not fail adds about 7/8 of the rate to the logarithm of the evidence. Evidence far below
+        // 1 means that requests do fail: then no number can be predicted.
         if self.pass_evidence < 0.5 {
             return words;
         }
@@ -277,19 +277,19 @@ impl Judgement {
     }
 }
 
-/// How strongly evidence speaks against the target.
+/// The strength of the evidence against the target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Sign {
-    /// It says nothing.
+    /// No evidence.
     None,
-    /// Something, and how much is needed.
+    /// Some evidence, and the required amount.
     Some(f64, f64),
-    /// Enough.
+    /// Sufficient evidence.
     Enough(f64, f64),
 }
 
 impl Sign {
-    /// Evidence below this is everyday noise.
+    /// Evidence below this is ordinary noise.
     const WORTH_A_WORD: f64 = 10.0;
 
     fn of(evidence: f64, bound: f64, is_failed: bool) -> Self {
@@ -310,7 +310,8 @@ impl Sign {
         }
     }
 
-    /// How likely chance alone shows as much: 1 in the evidence at most, as it is 1 at most on average without a cause.
+    /// The probability that chance alone produces this much evidence: at most 1/evidence, since evidence is at most 1
+    /// on average without a cause.
     fn odds(self) -> String {
         match self {
             Self::None => String::new(),
@@ -322,8 +323,8 @@ impl Sign {
 }
 
 impl LatencyJudgement {
-    /// What durations say in one sentence: `v2 is slower than v1: 40 of 100 took more than 30 ms at this step, v1 9 of 366;
-    /// by chance in fewer than 1 of 5,100; taken back at 1 of 2,000`.
+    /// The judgement of durations in one sentence: `v2 is slower than v1: 40 of 100 took more than 30 ms at this step,
+    /// v1 9 of 366; by chance in fewer than 1 of 5,100; taken back at 1 of 2,000`.
     pub fn in_words(&self, target: &str, stable: &str) -> String {
         self.sentence(target, stable, self.evidence >= self.bound)
     }
@@ -348,7 +349,7 @@ impl Totals {
     }
 }
 
-/// With a comma between thousands.
+/// Formats a number with commas between thousands.
 fn grouped(number: u128) -> String {
     let digits = number.to_string();
     let mut grouped = String::new();
@@ -361,7 +362,7 @@ fn grouped(number: u128) -> String {
     grouped
 }
 
-/// Whole from 10 on, below with one decimal; rounded down, so that nothing looks as if it had reached its bound.
+/// Integers from 10 on, one decimal below; rounded down, so that no number appears to have reached its bound.
 fn number(number: f64) -> String {
     match number {
         1e6.. => "1,000,000".to_owned(),
@@ -416,7 +417,7 @@ mod tests {
         judgement
     }
 
-    /// The verdict's sentence: rates first, then how likely chance alone is.
+    /// The sentence of the verdict: rates first, then the probability by chance.
     #[test]
     fn verdict_in_words() {
         let words = |judgement: Judgement| judgement.in_words("v2", "v1");
@@ -519,7 +520,7 @@ mod tests {
         let (both_bad, outcome, evidence, words) = of(&["cart", "payment"]).unwrap();
         assert_eq!((both_bad, outcome, evidence), (true, Outcome::Undecided, 300.0));
         assert!(words.contains(" at payment") && !words.contains("-0"), "{words}");
-        // Nothing is never less than nothing.
+        // Zero evidence is never displayed as less than zero.
         let fine = judgement(0.0, 0.0);
         let one = Judgement::of_all(&[("cart".to_owned(), held), ("payment".to_owned(), fine)]).unwrap();
         assert!(one.evidence.is_sign_positive() && one.both_bad, "{one:?}");

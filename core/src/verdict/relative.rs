@@ -1,26 +1,27 @@
-//! "The target is worse than the stable version": two kinds of evidence for it from counts, each of which ever exceeds 1/α
-//! with probability α at most if it is not. For requests whose version was dealt by weight, and clients that do not know
-//! where their next request goes: however a client's bad requests come together, they are dealt like all others.
+//! The relative test: "the target is worse than the stable version". It combines two kinds of evidence from counts; if
+//! the target is no worse, each ever exceeds 1/α with probability at most α. It applies to requests whose version was
+//! dealt by weight, from clients that do not know where their next request goes: however a client clusters its bad
+//! requests, they are dealt like all others.
 
 use super::{Batch, CLUMP};
 use crate::evidence::{Evidence, RATIOS, log_mean_exp, tilt};
 use serde::{Deserialize, Serialize};
 
-/// Requests that make a batch: at least so many, and so many that one of each version was to be expected, …
+/// The size of a batch: at least this many requests, and enough that one of each version was to be expected, …
 const LEAST: f64 = 10.0;
 /// … but no more than these.
 const MOST: f64 = 1_000.0;
-/// The most that evidence grows in a second, as a logarithm: reports that come within half a second of the first error are not
-/// enough to fail a target.
+/// The maximum growth of evidence per second, as a logarithm: the reports within half a second of the first error are
+/// not enough to fail a target.
 const GROWTH_PER_SECOND: f64 = 16.0;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Relative {
-    /// From bad requests: the target has too many of them.
+    /// From bad requests: the target has too many.
     #[serde(alias = "sparing")]
     bad: Evidence,
-    /// From answers: the target gives too few of them.
+    /// From good responses: the target has too few.
     answers: Evidence,
     batch: Batch,
 }
@@ -31,7 +32,7 @@ impl Relative {
         Self { bad: none.clone(), answers: none, batch: Batch::default() }
     }
 
-    /// Takes in what ended. `shares`: the least and the most of all requests that were to be expected at the target.
+    /// Adds requests that ended. `shares`: the minimum and maximum fraction of all requests expected at the target.
     pub(super) fn add(&mut self, ended: &Batch, shares: (f64, f64)) {
         let (least, most) = shares;
         self.batch.add(ended);
@@ -42,7 +43,7 @@ impl Relative {
         let growth = batch.seconds() * GROWTH_PER_SECOND;
         let (bad, others) = (batch.target.errors as f64, batch.stable.errors as f64);
         if bad + others > 0.0 {
-            // Reports come sooner when the target fails, which makes its part of a batch larger or smaller than its due.
+            // Reports arrive sooner when the target fails, which distorts its fraction of a batch.
             let chance = batch.chance().max(most);
             self.bad.add(RATIOS.map(|ratio| tilt(bad, bad + others, chance, ratio).min(growth)));
         }
@@ -58,14 +59,14 @@ impl Relative {
 }
 
 impl Batch {
-    /// Whether there is enough of both versions to compare them; not a question of how requests ended. `share`: what
-    /// was to be expected at the target.
+    /// Whether there are enough requests of both versions to compare them, regardless of how they ended. `share`: the
+    /// expected fraction at the target.
     pub(super) fn is_full(&self, share: f64) -> bool {
         let all = self.all();
         all >= MOST || all >= LEAST && all * share.min(1.0 - share) >= 1.0
     }
 
-    /// The log-evidence of "`ratio` times as bad", as if each clump were one.
+    /// The log-evidence of "`ratio` times as bad", with each clump counted as one.
     pub(super) fn tempered(&self, ratio: f64) -> f64 {
         let (bad, others) = (self.target.errors as f64, self.stable.errors as f64);
         tilt(bad, bad + others, self.chance(), ratio) / CLUMP
@@ -88,7 +89,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// A clump is the target's as often as a request is.
+        /// A clump belongs to the target as often as a request does.
         #[test]
         fn clumps_gain_nothing_on_average(requests in 1u64..1_000, others in 1u64..1_000, size in 0u64..=10) {
             for ratio in RATIOS {

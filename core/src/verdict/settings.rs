@@ -86,22 +86,22 @@ impl Settings {
         })
     }
 
-    /// The evidence from which on the target fails: the mean of what each kind says, which is 1 at most on average if the
+    /// The evidence from which on the target fails: the mean over all kinds, which is at most 1 on average if the
     /// target is no worse.
     pub fn bound(&self) -> f64 {
         1.0 / self.false_rollback_rate
     }
 
-    /// The part in that mean of each kind beside errors: client errors, cancelled requests and, if they are judged,
+    /// The weight in that mean of each kind other than errors: client errors, cancelled requests and, if analysed,
     /// durations.
     pub(super) fn part_of_others(&self) -> f64 {
         let others = if self.latency.is_some() { 3.0 } else { 2.0 };
         (1.0 - super::ERRORS_PART) / others
     }
 
-    /// The evidence from which on it passes.
+    /// The evidence from which on the target passes.
     pub fn pass_bound(&self) -> f64 {
-        // 1 - 0.95 is a little more than 0.05 in binary, and people read 20.
+        // 1 - 0.95 is slightly more than 0.05 in binary, and users expect 20.
         (1e6 / (1.0 - self.pass_confidence)).round() / 1e6
     }
 }

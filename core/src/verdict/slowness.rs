@@ -8,28 +8,28 @@ use crate::evidence::{Evidence, RATIOS, log_mean_exp};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// So many requests of the stable version are enough to know its quantiles.
+/// The minimum number of requests of the stable version from which its quantiles are estimated.
 const ENOUGH: u64 = 100;
-/// The most that evidence grows in a second, as a logarithm: pauses make many requests slow at once.
+/// The maximum growth of evidence per second, as a logarithm: a pause makes many requests slow at once.
 const GROWTH_PER_SECOND: f64 = 2.0;
 
-/// What is new at a tick.
+/// The input of one tick.
 pub(super) struct News<'a> {
-    /// What the stable version did before.
+    /// The recent requests of the stable version.
     pub(super) recent: &'a Sample,
-    /// What ended of target and stable version.
+    /// The ended requests of the target and the stable version.
     pub(super) ended: [&'a Sample; 2],
     /// Single requests.
     pub(super) requests: &'a [Request],
     /// Whether there are only a few clients.
     pub(super) few: bool,
-    /// What was to be expected at the target.
+    /// The expected share of the target.
     pub(super) share: f64,
-    /// The largest share that what ends now may have been dealt at.
+    /// The largest share at which requests that end now may have been dealt.
     pub(super) largest: f64,
-    /// The time that has passed.
+    /// The elapsed time.
     pub(super) millis: u64,
-    /// The most that one client adds.
+    /// The maximum contribution of one client.
     pub(super) cap: f64,
 }
 
@@ -41,17 +41,17 @@ pub(super) struct Slowness {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Slow {
-    /// Of [`DURATION_BOUNDS`], the one that slow requests are above; none: not known yet.
+    /// The index in [`DURATION_BOUNDS`] of the bound above which requests are slow; `None`: not known yet.
     bound: Option<usize>,
-    /// Whether a step has begun since, and with that another bound.
+    /// Whether a new step, which needs a new bound, has begun since.
     #[serde(default)]
     is_old: bool,
     evidence: Evidence,
-    /// The same from clients.
+    /// The evidence from clients.
     #[serde(default)]
     clients: Clients,
     batch: Batch,
-    /// What came above the bound since it was frozen.
+    /// The requests counted against the bound since it was frozen.
     all: Batch,
 }
 
@@ -65,7 +65,7 @@ impl Slowness {
         self.quantiles.iter_mut().for_each(|slow| slow.is_old = true);
     }
 
-    /// Takes in what ended.
+    /// Adds requests that ended.
     pub(super) fn add(&mut self, latency: &Latency, news: &News<'_>) {
         let unknown = || Slow {
             bound: None,
@@ -91,7 +91,7 @@ impl Slowness {
         }
     }
 
-    /// What durations say; of requests only if there are but a few clients.
+    /// The judgement of durations; based on requests only if there are only a few clients.
     pub(super) fn judgement(&self, latency: &Latency, few: bool, bound: f64) -> LatencyJudgement {
         let log = |slow: &Slow| match few {
             true => log_mean_exp(&[slow.evidence.log(), slow.clients.log()]),
@@ -114,7 +114,7 @@ impl Slowness {
 }
 
 impl Slow {
-    /// Sets the bound where there is none, or none of this step: what was counted above another is of no use with it.
+    /// Freezes the bound if there is none for this step: counts against another bound are useless with it.
     fn freeze(&mut self, bound: impl Fn() -> Option<usize>) {
         if self.is_old || self.bound.is_none() {
             let bound = bound();
@@ -141,8 +141,8 @@ impl Slow {
 }
 
 impl Sample {
-    /// Those whose duration is known, and how many of them took longer than this one of the bounds. A request that its
-    /// client gave up after that time was slow; one given up before says nothing.
+    /// The requests with a known duration, and how many of them took longer than this bound. A request that its client
+    /// cancelled after that time was slow; one cancelled earlier says nothing.
     fn slower_than(&self, bound: usize) -> Totals {
         let sum = |counts: &[u64]| counts.iter().fold(0, |sum: u64, count| sum.saturating_add(*count));
         let above = |counts: &[u64]| counts.get(bound + 1..).map_or(0, sum);
@@ -153,8 +153,8 @@ impl Sample {
         }
     }
 
-    /// The first of the bounds that is so much above the one that this share of the requests stay within. None: too few
-    /// requests, or none of the bounds is.
+    /// The first bound that exceeds the quantile by the required margin. `None`: too few requests, or no bound is large
+    /// enough.
     fn bound_above(&self, quantile: f64, more: Duration) -> Option<usize> {
         let known = Self { durations: self.durations.clone(), ..Self::default() };
         let all = known.slower_than(0).requests;

@@ -1,5 +1,5 @@
-//! What one controller costs in a cluster with many TrafficShifts and pods, and how fast it is there, on the tests' own API
-//! server. `make bench-controller` runs it; `ONLY=pods` says which figures.
+//! Measures the cost and speed of one controller in a cluster with many TrafficShifts and pods, on the tests' own API
+//! server. `make bench-controller` runs it; `ONLY=pods` selects figures.
 
 use std::env;
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use tideshift_tests::usage::Usage;
 use tideshift_tests::wait::eventually;
 use tokio::time::sleep;
 
-/// How long CPU time at rest is looked at, and how long changes are made.
+/// How long CPU time at rest is measured, and how long changes are made.
 const REST: Duration = Duration::from_secs(10);
 const CHANGES: Duration = Duration::from_secs(20);
-/// How long what was just started may still have to do.
+/// How long a component may be busy after its start.
 const SETTLE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How often the way from a slice to the policy is timed.
+/// The number of measurements from a slice to the policy.
 const TIMES: usize = 60;
 const PODS: usize = 10_000;
 const EVENTS: usize = 2_000;
@@ -65,7 +65,7 @@ async fn shifts() -> anyhow::Result<()> {
     for sequence in 1..=60 {
         report(&controller, &epoch, sequence).await?;
         sleep(Duration::from_secs(1)).await;
-        // That there is a proxy changes every status, and so does the end of the drains.
+        // The first proxy changes every status, and so does the end of drains.
         if sequence == 40 {
             cluster.server().forget_requests();
         }
@@ -93,7 +93,7 @@ async fn shifts() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From a change of a slice to the policy that says so.
+/// The time from a change of a slice to the policy that includes it.
 async fn changes() -> anyhow::Result<()> {
     const NUMBER: usize = 500;
     let (cluster, controller, _) = start(NUMBER).await?;
@@ -109,7 +109,7 @@ async fn changes() -> anyhow::Result<()> {
         let answer = connection.send(&get(controller.address(), &path)).await?;
         ensure!(answer.status == 200, "{path}: {}", answer.status);
         let policy = answer.json()?;
-        // The first one only says where it is; what takes traffic away is not held back for others.
+        // The first one is only the initial state; a change that takes traffic away is not delayed for others.
         if n > 0 && n % 2 == 0 {
             times.push(begun.elapsed().as_secs_f64() * 1e3);
         }
@@ -159,8 +159,8 @@ async fn pods() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// So many TrafficShifts of two versions each, one more that claims the hostname of the first, and a controller that has
-/// written all statuses; and how long that took from its start.
+/// Creates this many TrafficShifts with two versions each, another one that claims the hostname of the first, and a
+/// controller that has written all statuses; returns also the time from its start until then.
 async fn start(number: usize) -> anyhow::Result<(Cluster, Controller, Duration)> {
     let cluster = Cluster::stand_in().await?;
     for n in 0..number {
@@ -194,7 +194,7 @@ fn in_cluster(cluster: &Cluster, mut object: Value) -> Value {
     object
 }
 
-/// Waits until every TrafficShift has a status that says how it is.
+/// Waits until every TrafficShift has a current status.
 async fn said(cluster: &Cluster, number: usize) -> anyhow::Result<()> {
     eventually("all statuses", PATIENCE, async || {
         let all = cluster.server().list("trafficshifts.tideshift.dev", &cluster.namespace)?;
@@ -215,7 +215,7 @@ fn writes(cluster: &Cluster) -> usize {
     cluster.server().count("patch", "trafficshifts/status")
 }
 
-/// One proxy has taken some more requests of every tenth service.
+/// A proxy reports more requests of every tenth service.
 async fn report(controller: &Controller, epoch: &str, sequence: u64) -> anyhow::Result<()> {
     let status = controller.status().await?;
     let services = status["services"].as_array().context("no services")?;

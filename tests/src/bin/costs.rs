@@ -1,6 +1,7 @@
-//! What one controller costs with many documents, services and proxies: its CPU time and memory as the system counts them,
-//! over real HTTP. `make bench-controller` runs it; `BASE=FILE` measures another `tideshift` binary beside it, in turns;
-//! `ROUNDS=3` says how often, `ONLY=report` which figures, `STARTS=100000` how many starts of proxies.
+//! Measures the cost of one controller with many documents, services and proxies: its CPU time and memory as the system
+//! counts them, over real HTTP. `make bench-controller` runs it; `BASE=FILE` measures another `tideshift` binary beside
+//! it, alternately; `ROUNDS=3` sets the number of rounds, `ONLY=report` selects figures, `STARTS=100000` sets the
+//! number of proxy starts.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,26 +20,26 @@ use tideshift_tests::usage::Usage;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
-/// How long CPU time at rest is looked at.
+/// How long CPU time at rest is measured.
 const REST: Duration = Duration::from_secs(10);
-/// How long what was just started may still have to do.
+/// How long a component may be busy after its start.
 const SETTLE: Duration = Duration::from_secs(4);
-/// How long reports are sent, of each size.
+/// How long reports of each size are sent.
 const REPORTS: Duration = Duration::from_secs(2);
-/// So many proxies send them in turns: none sends faster than it is allowed to.
+/// The number of proxies that send them in turn: none exceeds the rate limit.
 const PROXIES: u64 = 100;
-/// No more of each, for the same reason.
+/// The maximum number of reports of each size, for the same reason.
 const MOST_REPORTS: u64 = 90 * PROXIES;
-/// How often the status is asked for.
+/// The interval between status requests.
 const STATUSES: usize = 50;
 /// Documents at rest.
 const DOCUMENTS: usize = 1_000;
-/// What reports tell of so many services.
+/// The numbers of services in reports.
 const SIZES: [usize; 5] = [10, 50, 200, 500, 1_000];
-/// What bodies are.
+/// The content type of bodies.
 const TYPE: (&str, &str) = ("content-type", "application/json");
 
-/// What is measured, what is to be reached, and what it was when that was written down.
+/// The figures: name, goal, and the value when it was recorded.
 const FIGURES: [(&str, &str, &str); 13] = [
     ("report-10", "", ""),
     ("report-50", "", "337 µs of 50 documents"),
@@ -82,7 +83,7 @@ fn shown(figure: &str, value: f64) -> String {
     }
 }
 
-/// By figure, the values of each round.
+/// The values of each round, by figure.
 type Found = BTreeMap<&'static str, Vec<f64>>;
 
 #[tokio::main]
@@ -164,7 +165,7 @@ impl Bench<'_> {
     async fn start(&self, documents: &[Value], further: &[&str]) -> anyhow::Result<Running> {
         let folder = tempfile::tempdir()?;
         let mut files = Vec::new();
-        // No file may be longer than a few MiB.
+        // A file must not exceed a few MiB.
         for (n, some) in documents.chunks(500).enumerate() {
             let file = folder.path().join(format!("{n}.yaml"));
             let texts: Vec<String> = some.iter().map(Value::to_string).collect();
@@ -179,7 +180,7 @@ impl Bench<'_> {
         Ok(Running { controller, usage, _folder: folder })
     }
 
-    /// Reports of more and more of the services of many documents.
+    /// Reports with more and more services of many documents.
     async fn documents(&mut self) -> anyhow::Result<()> {
         let documents: Vec<Value> = (0..DOCUMENTS).map(|n| document(n, json!({}), 1)).collect();
         let running = self.start(&documents, &[]).await?;
@@ -264,7 +265,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Proxies that report once and are never heard of again.
+    /// Proxies that report once and never again.
     async fn starts(&mut self, starts: u64) -> anyhow::Result<()> {
         let documents: Vec<Value> = (0..50).map(|n| document(n, json!({}), 1)).collect();
         let running = self.start(&documents, &[]).await?;
@@ -281,7 +282,7 @@ impl Bench<'_> {
     }
 }
 
-/// The median of how long an answer takes that needs the mind, in milliseconds.
+/// The median latency of a response that needs the reconciler, in milliseconds.
 async fn wait_of(address: SocketAddr, times: usize) -> anyhow::Result<f64> {
     let (mut connection, mut waits) = (Connection::open(address).await?, Vec::new());
     for _ in 0..times {
@@ -303,7 +304,7 @@ struct Running {
 }
 
 impl Running {
-    /// The part of a core that it needs while nothing happens.
+    /// The fraction of a core that it uses while nothing happens.
     async fn at_rest(&self) -> anyhow::Result<f64> {
         let (begun, cpu) = (Instant::now(), self.usage.cpu()?);
         sleep(REST).await;
@@ -328,13 +329,13 @@ impl Reporter {
         Ok(Self { connection: Connection::open(address).await?, address, epoch, proxies: PROXIES, sent: 0 })
     }
 
-    /// The next proxy reports so many services.
+    /// The next proxy reports this many services.
     async fn report(&mut self, services: usize) -> anyhow::Result<()> {
         let (proxy, sequence) = (self.sent % self.proxies, self.sent / self.proxies + 1);
         self.sent += 1;
         let ok = 90 * sequence;
         let body: Vec<String> = (0..services).map(|n| counts_of(n, ok)).collect();
-        // Proxies that begin one nanosecond after the other.
+        // Proxies that start one nanosecond apart.
         let start = 0x1800_0000_0000_0000_u64 + proxy;
         let body = format!(
             r#"{{"proxy":"edge-{proxy}","start":"{start:x}","sequence":{sequence},"epoch":"{}","revision":1,"workers":2,"format":2,"services":[{}]}}"#,
@@ -348,7 +349,7 @@ impl Reporter {
     }
 }
 
-/// What a proxy says of a service after so many answers.
+/// The report of a service after this many responses.
 fn counts_of(n: usize, ok: u64) -> String {
     let version = |name: &str, ok: u64| {
         let counts = format!(r#""ok":{ok},"error":0,"clientError":{},"cancelled":0"#, ok / 50);

@@ -1,6 +1,6 @@
-//! How one controller does with thousands of proxies, each with its poll and its report every second, as Envoys have
-//! them: how long a new policy takes to reach the last one, and what CPU time and memory that needs.
-//! `make bench-fleet` runs it; `PROXIES=10000` says how many, `CHANGES=20` how often the policy changes.
+//! Measures one controller with thousands of proxies, each with a poll and a report every second, like Envoys: how long
+//! a new policy takes to reach the last proxy, and the CPU time and memory. `make bench-fleet` runs it; `PROXIES=10000`
+//! sets their number, `CHANGES=20` the number of policy changes.
 
 use std::env;
 use std::net::SocketAddr;
@@ -18,21 +18,21 @@ use tideshift_tests::test_bed::{FOR_EVER, SERVICE, TestBed};
 use tideshift_tests::usage::Usage;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
-/// How often a proxy reports.
+/// The interval of reports of a proxy.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How long the fleet may take to arrive.
+/// The period over which the fleet starts.
 const ARRIVAL: Duration = Duration::from_secs(60);
-/// From one change of the policy to the next.
+/// The interval between changes of the policy.
 const PAUSE: Duration = Duration::from_secs(2);
-/// How long CPU time and memory are looked at, while the policy stays as it is.
+/// How long CPU time and memory are measured while the policy does not change.
 const STEADY: Duration = Duration::from_secs(20);
-/// No change takes as long as this.
+/// The timeout of a change.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Files that are no proxies' connections.
+/// Open files other than connections of proxies.
 const OTHER_FILES: u64 = 600;
-/// What bodies are.
+/// The content type of bodies.
 const TYPE: (&str, &str) = ("content-type", "application/json");
-/// What each proxy's users send between two reports: so many to v1, and so many to v2.
+/// The requests of each proxy between two reports: to v1 and to v2.
 const REQUESTS: (u64, u64) = (90, 10);
 
 #[tokio::main]
@@ -55,7 +55,7 @@ async fn main() -> anyhow::Result<()> {
     let fleet = Arc::new(Fleet::default());
     progress("the proxies come");
     for id in 0..proxies {
-        // They come over some seconds, and so report at different times.
+        // They start over some seconds, and therefore report at different times.
         let after = ARRIVAL.mul_f64(0.5 * id as f64 / proxies as f64);
         tokio::spawn(fleet.clone().polls(controller.address(), id, after));
         tokio::spawn(fleet.clone().reports(controller.address(), id, after));
@@ -123,27 +123,27 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What all proxies share.
+/// State shared by all proxies.
 #[derive(Default)]
 struct Fleet {
-    /// Proxies that have reported at least once, and go on.
+    /// Proxies that have reported at least once and continue.
     reporting: AtomicU64,
     /// Requests in reports that were answered.
     reported: AtomicU64,
     failed: AtomicU64,
-    /// Whether no more is to be reported.
+    /// Whether reporting has ended.
     ended: AtomicBool,
     /// The first few.
     failures: Mutex<Vec<String>>,
-    /// Which weight of v2 reached a proxy, and when.
+    /// The weights of v2 that reached a proxy, and when.
     reached: Mutex<Vec<(u64, Instant)>>,
-    /// How long reports took to be answered.
+    /// The latency of reports.
     report_times: Mutex<Vec<Duration>>,
-    /// The controller's state and its newest revision, as proxies know them.
+    /// The epoch and newest revision of the controller that proxies have seen.
     newest: Mutex<(String, u64)>,
 }
 
-/// What of a policy matters here.
+/// The relevant part of a policy.
 #[derive(Deserialize)]
 struct Policy {
     revision: u64,
@@ -162,7 +162,7 @@ struct Version {
 }
 
 impl Fleet {
-    /// Polls for policies for ever.
+    /// Polls for policies forever.
     async fn polls(self: Arc<Self>, controller: SocketAddr, id: usize, after: Duration) {
         sleep(after).await;
         let (mut epoch, mut revision) = (String::new(), 0);
@@ -229,7 +229,7 @@ impl Fleet {
         }
     }
 
-    /// What a proxy says after so many seconds.
+    /// The report of a proxy after this many seconds.
     fn report(&self, id: usize, reports: u64) -> Value {
         let (epoch, revision) = lock(&self.newest).clone();
         let version = |name: &str, requests: u64| {
@@ -244,7 +244,7 @@ impl Fleet {
                 "workers": 2, "services": services })
     }
 
-    /// How long it took until each of so many proxies had this weight.
+    /// The time until each of this many proxies had the weight.
     async fn all_have(&self, weight: usize, proxies: usize, begun: Instant) -> anyhow::Result<Vec<Duration>> {
         loop {
             sleep(Duration::from_millis(20)).await;
@@ -260,7 +260,7 @@ impl Fleet {
         }
     }
 
-    /// Lets no more be reported. The controller must have counted what was; how much that is.
+    /// Ends reporting. The controller must have counted all reports; returns how many requests.
     async fn agree(&self, controller: SocketAddr) -> anyhow::Result<u64> {
         self.ended.store(true, Relaxed);
         while self.reporting.load(Relaxed) > 0 {
@@ -292,7 +292,7 @@ impl Fleet {
     }
 }
 
-/// As many as this process and the controller can have two connections to.
+/// The number of proxies for which this process and the controller can open two connections each.
 fn most_proxies() -> anyhow::Result<usize> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
@@ -316,7 +316,7 @@ fn sorted<T: Ord>(mut values: Vec<T>) -> Vec<T> {
     values
 }
 
-/// The value that such a part of the sorted ones is no greater than, in milliseconds.
+/// The quantile of sorted values, in milliseconds.
 fn at(sorted: &[Duration], part: f64) -> String {
     let index = (part * sorted.len() as f64).ceil() as usize;
     let value = sorted.get(index.saturating_sub(1)).copied().unwrap_or_default();

@@ -1,6 +1,7 @@
-//! How long a broken target keeps its share and how many requests that costs, and whether one client can have a healthy
-//! version taken back: on a real Envoy, with 100 requests a second. `make bench-safety` runs it; `RUNS=20` says how
-//! often each target breaks, `SECONDS=60` how long a hostile client goes on, `CASES=hangs` takes the rows with that word.
+//! Measures how long a broken target keeps its share and how many requests that costs, and whether one client can cause
+//! the rollback of a healthy version: on a real Envoy, with 100 requests a second. `make bench-safety` runs it;
+//! `RUNS=20` sets the number of runs of each target, `SECONDS=60` the duration of the attack, `CASES=hangs` selects the
+//! rows with that word.
 
 use std::env;
 use std::str::FromStr;
@@ -16,27 +17,28 @@ use tokio::time::{Instant, interval};
 
 const WORKERS: usize = 2;
 const RATE: f64 = 100.0;
-/// The addresses that many callers call from.
+/// The number of client addresses.
 const CALLERS: usize = 50;
-/// So long without a request of a version, its share is 0.
+/// After this long without a request the share of a version counts as 0.
 const QUIET: Duration = Duration::from_millis(1_500);
 /// How long a run waits for that.
 const AT_MOST: Duration = Duration::from_secs(40);
-/// How long a client waits for an answer, where targets hang.
+/// The timeout of clients if targets hang.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// A hostile client that does nothing to a version must have hit it with this part of its failing requests at least.
+/// A malicious client that does not affect a version must at least have hit it with this fraction of its failing
+/// requests.
 const AIM: f64 = 0.8;
-/// How often a run looks at what has happened.
+/// The polling interval of a run.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How the target breaks and who watches.
+/// How the target breaks, and which clients call it.
 struct Broken {
     name: &'static str,
     breaks: fn(&mut Behaviour),
     callers: Callers,
     guard: bool,
     controller: bool,
-    /// What the median must not exceed.
+    /// The limit of the median.
     seconds: f64,
     failed: Option<u64>,
 }
@@ -46,7 +48,7 @@ enum Callers {
     Many,
     /// All from 127.0.0.1.
     One,
-    /// Many that give up.
+    /// Many that cancel.
     Impatient,
     /// Many that call by gRPC.
     Grpc,
@@ -97,10 +99,9 @@ const ANSWERS_500: Broken = Broken {
     failed: None,
 };
 
-/// What one run gave.
+/// The result of one run.
 struct Run {
-    /// From the moment that the target breaks to the last request that it got; `None` if it still got some after
-    /// [`AT_MOST`].
+    /// The time from the failure of the target to its last request; `None` if it still received some after [`AT_MOST`].
     lasted: Option<Duration>,
     failed: u64,
 }
@@ -109,7 +110,7 @@ struct Run {
 struct Attack {
     name: &'static str,
     way: Way,
-    /// The version that its failing requests are for.
+    /// The version that its failing requests target.
     aims_at: &'static str,
     /// The target's share in percent.
     weight: u32,
@@ -227,7 +228,7 @@ impl Broken {
         let guard = json!({ "enabled": self.guard });
         let mut document = rig.document(json!({ "target": "v2", "strategy": strategy, "guard": guard }));
         if matches!(self.callers, Callers::Grpc) {
-            // Which is also what makes Envoy call the versions by HTTP/2.
+            // This also makes Envoy call the versions over HTTP/2.
             for version in document["spec"]["versions"].as_array_mut().into_iter().flatten() {
                 version["readinessProbe"] = json!({ "grpc": {}, "periodMillis": 100, "failureThreshold": 2 });
             }
@@ -261,7 +262,7 @@ impl Broken {
         };
         let tally = load.stop().await?;
         let (failed, of_v2) = (tally.sent - tally.class(2), v2.counts().requests - asked);
-        // One that was under way when v2 broke may fail as well.
+        // A request in flight when v2 broke may fail as well.
         let only_v2 = tally.of("v1") == tally.of_class("v1", 2) && failed <= of_v2 + 1;
         ensure!(only_v2, "only v2 fails, which got {of_v2} requests: {tally:?}");
         Ok(Run { lasted, failed })
@@ -308,7 +309,7 @@ async fn hostile_clients(cases: &[&Attack], lasts: Duration) -> anyhow::Result<(
 }
 
 impl Attack {
-    /// What happened to a version, and when; `None` if nothing did.
+    /// What happened to a version, and when; `None` if nothing happened.
     async fn run(&self, lasts: Duration) -> anyhow::Result<(Option<String>, Sent)> {
         let mut rig = TestBed::new(&[("v1", 1), ("v2", 1)]).await?;
         for backend in rig.backends.values().flatten() {
@@ -343,7 +344,7 @@ impl Attack {
         };
         let sent = hostile.stop().await?;
         let (hits, all) = (sent.get(self.aims_at).copied().unwrap_or_default(), sent.values().sum::<u64>());
-        // Else it has proved nothing; one that predicts needs the sequence's own numbers.
+        // Otherwise it has proved nothing; one that predicts needs the parameters of the sequence.
         let aims_well = hits as f64 > AIM * all as f64;
         ensure!(found.is_some() || aims_well, "{hits} of {all} failing requests were for {}", self.aims_at);
         let tally = load.stop().await?;
@@ -352,7 +353,7 @@ impl Attack {
     }
 }
 
-/// A version that other clients have not reached for a while, by the time of another version's last request.
+/// A version that other clients have not reached for a while, compared with another version's last request.
 fn left_out(load: &Load) -> Option<String> {
     let times = load.tally().times;
     let latest = times.values().map(|times| times.last_sent).max()?;
@@ -366,7 +367,7 @@ fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
     values
 }
 
-/// A value of the list that so many are no greater than.
+/// A quantile of sorted values.
 fn quantile(sorted: &[f64], part: f64) -> f64 {
     let index = (part * sorted.len() as f64).ceil() as usize;
     sorted.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)

@@ -1,9 +1,9 @@
-//! What a controller manager does, as far as tests need it: Deployments make ReplicaSets, these and StatefulSets make
-//! pods, Services make EndpointSlices, PodDisruptionBudgets know how many pods are healthy, and what belongs to
-//! something that is gone goes too.
+//! A controller manager, as far as tests need it: Deployments create ReplicaSets, these and StatefulSets create pods,
+//! Services create EndpointSlices, PodDisruptionBudgets count healthy pods, and dependents of deleted objects are
+//! deleted.
 //!
-//! They work on the server's objects directly, and rest while it is away. A rollout of a Deployment's own is at once:
-//! the new ReplicaSet is scaled up and the old ones to 0 together.
+//! The controllers work on the server's objects directly, and pause while it is down. The rolling update of a
+//! Deployment is instant: the new ReplicaSet is scaled up and the old ones to 0 together.
 
 mod budgets;
 mod endpoints;
@@ -28,7 +28,7 @@ impl Controllers {
             let mut seen = 0;
             while objects.changed(&mut seen).await {
                 let start = Instant::now();
-                // What fails, because of a concurrent change, is tried again after that change.
+                // A step that fails because of a concurrent change is retried after that change.
                 workloads::reconcile(&objects);
                 owners::collect(&objects);
                 endpoints::reconcile(&objects);

@@ -1,5 +1,5 @@
-//! Stands in for scheduler and kubelet: pods are bound to its one node, run, become ready and end, as annotations say.
-//! Nothing runs, of course; but to everybody who asks the API server it looks so.
+//! Stands in for the scheduler and the kubelet: pods are bound to its one node, run, become ready and end, controlled
+//! by annotations. Nothing actually runs, but to clients of the API server it looks that way.
 //!
 //! A pod's annotations, which may change while it runs:
 //!
@@ -11,8 +11,8 @@
 //! | [`ADDRESSES`] | `IP` or `IP:PORT`, several with commas between: it gets the first that no other pod has |
 //! | [`PORT`] | where its process listens, whatever the Service says; set here for an address with a port |
 //!
-//! Without [`ADDRESSES`] pods get addresses of the documentation range, to which nothing must ever be sent. A real
-//! control plane refuses loopback addresses and knows nothing of [`PORT`].
+//! Without [`ADDRESSES`] pods get addresses of the documentation range, to which no traffic must ever be sent. A real
+//! control plane refuses loopback addresses and does not know [`PORT`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -29,24 +29,24 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-/// Whether the pod is ready when it runs.
+/// Whether the pod is ready while it runs.
 pub const READY: &str = "tideshift.dev/test-ready";
-/// Seconds until it is.
+/// Seconds until the pod is ready.
 pub const READY_DELAY: &str = "tideshift.dev/test-ready-delay";
-/// Seconds that its end takes.
+/// Seconds until the pod is gone after its deletion.
 pub const TERM_DELAY: &str = "tideshift.dev/test-term-delay";
-/// Addresses to choose from.
+/// The addresses to choose from.
 pub const ADDRESSES: &str = "tideshift.dev/test-addresses";
 /// The port of its process.
 pub const PORT: &str = "tideshift.dev/test-port";
 
-/// The one node's name.
+/// The name of the one node.
 pub const NODE: &str = "tideshift-test-node";
 
-/// How long to wait after a request that failed.
+/// The delay after a failed request.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// So many requests at once.
+/// The maximum number of concurrent requests.
 const AT_ONCE: usize = 16;
 
 /// A running stand-in; dropping it ends it, and leaves the pods as they are.
@@ -54,7 +54,7 @@ const AT_ONCE: usize = 16;
 pub struct Kubelet(JoinHandle<()>);
 
 impl Kubelet {
-    /// Registers the node and takes care of every pod from now on.
+    /// Registers the node and manages every pod from now on.
     pub async fn start(client: Client) -> anyhow::Result<Self> {
         register(&client).await.context("cannot register the node")?;
         Ok(Self(tokio::spawn(run(client))))
@@ -73,7 +73,7 @@ async fn register(client: &Client) -> kube::Result<()> {
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": { "name": NODE, "labels": { "kubernetes.io/hostname": NODE, "kubernetes.io/os": "linux" } },
-        // A real server's own answer to a new node is a taint.
+        // A real server adds a taint to a new node.
         "spec": { "taints": [] },
     });
     let params = PatchParams::apply("tideshift-test-kubelet").force();
@@ -99,22 +99,22 @@ fn now() -> String {
     Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-/// What is next for a pod.
+/// The next step for a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Bind,
-    /// It runs, and is ready or not.
+    /// Report that it runs, and whether it is ready.
     Report {
         ready: bool,
     },
-    /// It has ended.
+    /// Remove it: it has ended.
     Remove,
 }
 
-/// Where a pod is, and on which port if that is its own.
+/// The address of a pod, and its port if that is its own.
 type Address = (IpAddr, Option<u16>);
 
-/// A pod, and what the API server does not keep.
+/// A pod, with the state that the API server does not store.
 #[derive(Debug)]
 struct Known {
     pod: Pod,
@@ -122,11 +122,11 @@ struct Known {
     seen: Instant,
     started: Option<Instant>,
     ending: Option<Instant>,
-    /// What was chosen for it; the API server may not have it yet.
+    /// The chosen address; the API server may not have it yet.
     address: Option<Address>,
-    /// Not before then.
+    /// The earliest time of the next attempt.
     retry: Option<Instant>,
-    /// What was done to this resourceVersion of it; its next one comes by the watch.
+    /// The step taken for this resourceVersion; the watch delivers the next one.
     done: Option<(Step, String)>,
 }
 
@@ -155,7 +155,7 @@ impl Known {
         seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or_default()
     }
 
-    /// Whether it was reported to run, and then whether it is ready.
+    /// Whether it was reported as running, and then whether it is ready.
     fn reported(&self) -> Option<bool> {
         let status = self.pod.status.as_ref()?;
         status.pod_ip.as_ref()?;
@@ -169,7 +169,7 @@ impl Known {
         Some((ip, self.annotation(PORT).and_then(|port| port.parse().ok())))
     }
 
-    /// What is to be done, and when.
+    /// The next step, and when it is due.
     fn next(&self) -> Option<(Instant, Step)> {
         let (at, step) = if let Some(ending) = self.ending {
             (ending + self.seconds(TERM_DELAY), Step::Remove)
@@ -191,7 +191,7 @@ impl Known {
 
     fn acted(&mut self, step: Step, outcome: kube::Result<()>) {
         match outcome {
-            // Of a pod that is gone the watch will tell.
+            // The watch reports a deleted pod.
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(_) => {
                 self.retry = Some(Instant::now() + RETRY);
@@ -226,7 +226,7 @@ async fn run(client: Client) {
     }
 }
 
-/// Does what is due for all pods.
+/// Takes the steps that are due for all pods.
 async fn act_on_due(client: &Client, pods: &mut Pods) {
     let now = Instant::now();
     let due = |(uid, known): (&String, &Known)| {
@@ -250,7 +250,7 @@ async fn act_on_due(client: &Client, pods: &mut Pods) {
     }
 }
 
-/// Takes in what the watcher says.
+/// Processes an event of the watcher.
 fn hear(pods: &mut Pods, listed: &mut BTreeSet<String>, event: watcher::Result<watcher::Event<Pod>>) {
     match event {
         Ok(watcher::Event::Init) => listed.clear(),

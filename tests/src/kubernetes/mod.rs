@@ -1,6 +1,6 @@
-//! Kubernetes for tests: an API server of the tests' own, and what makes pods and endpoints there.
+//! Kubernetes for tests: an API server, and stand-ins that create pods and endpoints.
 //!
-//! [`kubelet`] goes with any API server, also with a bare control plane that has no node; [`controllers`] are for the
+//! [`kubelet`] works with any API server, including a bare control plane without nodes; [`controllers`] are for the
 //! [`apiserver`] here, which has no controller manager. [`chart`] is the Helm chart as Helm would render it.
 
 use std::path::Path;

@@ -1,8 +1,8 @@
-//! What end-to-end tests in a cluster share: a namespace with versions in it, the controller's replicas, and a proxy.
+//! The fixture of end-to-end tests in a cluster: a namespace with versions, the controller's replicas, and a proxy.
 //!
-//! The cluster is the tests' own [`ApiServer`] with its stand-ins, or a real one, whose kubeconfig file
-//! [`KUBECONFIG`] names. Pods have addresses to which nothing must be sent; the proxy sends its requests to backends of
-//! the versions' names on loopback, by weights that come from the pods.
+//! The cluster is the tests' own [`ApiServer`] with its stand-ins, or a real one, whose kubeconfig file is in
+//! [`KUBECONFIG`]. Pods have addresses to which no traffic must be sent; the proxy sends its requests to backends with
+//! the versions' names on loopback, by weights that follow from the pods.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ use crate::test_bed::{CONNECTIONS, DEADLINE, OUTCOMES, counts_of, render};
 use crate::wait::eventually;
 use crate::{artifacts, envoy};
 
-/// The environment's variable that names a real cluster's kubeconfig file.
+/// The environment variable with the path of a real cluster's kubeconfig.
 pub const KUBECONFIG: &str = "TIDESHIFT_TEST_KUBECONFIG";
 /// The hostname of [`shift`]s.
 pub const HOST: &str = "payment.example.com";
@@ -58,12 +58,12 @@ const KINDS: [(&str, &str); 12] = [
     ("PodDisruptionBudget", "policy/v1"),
 ];
 
-/// A namespace of a cluster. Dropping it deletes the namespace where the cluster stays; the CRD stays as well, for others
-/// may have TrafficShifts.
+/// A namespace of a cluster. Dropping it deletes the namespace in a real cluster; the CRD stays, because others may
+/// have TrafficShifts.
 pub struct Cluster {
-    /// Of the cluster's administrator.
+    /// The client of the cluster's administrator.
     pub client: Client,
-    /// The namespace's name, which no other test has.
+    /// The unique name of the namespace.
     pub namespace: String,
     kubeconfig: PathBuf,
     own: Option<StandIn>,
@@ -76,7 +76,7 @@ struct StandIn {
 }
 
 impl Cluster {
-    /// A namespace of the real cluster if the environment names one, else of one that [stands in](Self::stand_in).
+    /// A namespace of the real cluster if the environment names one, otherwise of a [stand-in](Self::stand_in).
     pub async fn start() -> anyhow::Result<Self> {
         let Some(path) = env::var_os(KUBECONFIG) else { return Self::stand_in().await };
         let kubeconfig = PathBuf::from(path);
@@ -88,14 +88,14 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// A cluster of the test's own.
+    /// A stand-in cluster of the test's own.
     pub async fn stand_in() -> anyhow::Result<Self> {
         let cluster = Self::stand_in_without_crd().await?;
         cluster.install().await?;
         Ok(cluster)
     }
 
-    /// The same that knows no TrafficShifts yet.
+    /// The same without the CRD.
     pub async fn stand_in_without_crd() -> anyhow::Result<Self> {
         let server = ApiServer::start().await?;
         let kubeconfig = server.kubeconfig()?;
@@ -114,23 +114,22 @@ impl Cluster {
         .await
     }
 
-    /// The server of a cluster that stands in.
+    /// The server of a stand-in cluster.
     pub fn server(&self) -> &ApiServer {
         &self.own.as_ref().expect("the cluster is real").server
     }
 
-    /// Whether pods do what their annotations say.
+    /// Whether pods follow their annotations.
     pub fn obeys_annotations(&self) -> bool {
         self.own.is_some() || kubelet().running.is_some()
     }
 
-    /// Starts a replica of the controller that looks at this namespace; where the cluster stands in, as the user of its
-    /// name.
+    /// Starts a replica of the controller for this namespace; in a stand-in cluster as the user with its name.
     pub async fn replica(&self, name: &str, further: &[&str]) -> anyhow::Result<Controller> {
         self.replica_on(Port::reserve()?, name, further).await
     }
 
-    /// The same on a port that was reserved before.
+    /// The same on a port that was reserved earlier.
     pub async fn replica_on(&self, port: Port, name: &str, further: &[&str]) -> anyhow::Result<Controller> {
         let kubeconfig = match &self.own {
             Some(own) => own.server.kubeconfig_of(name)?,
@@ -143,7 +142,7 @@ impl Cluster {
         Controller::start_on(port, &[], &arguments).await
     }
 
-    /// What a rollout and its service are called in policies and in the API.
+    /// The name of a rollout and its service in policies and in the API.
     pub fn full_name(&self, name: &str) -> String {
         format!("{name}.{}", self.namespace)
     }
@@ -163,7 +162,7 @@ impl Cluster {
         }
     }
 
-    /// Makes an object say this; `apiVersion` and `namespace` are filled in where they are left out.
+    /// Applies an object; `apiVersion` and `namespace` are filled in if missing.
     pub async fn apply(&self, mut object: Value) -> anyhow::Result<()> {
         let kind = object["kind"].as_str().context("no kind")?.to_owned();
         let name = object["metadata"]["name"].as_str().context("no name")?.to_owned();
@@ -185,7 +184,7 @@ impl Cluster {
         applied.map(drop).with_context(|| format!("cannot apply {kind} {name}"))
     }
 
-    /// An object.
+    /// Reads an object.
     pub async fn get(&self, kind: &str, name: &str) -> anyhow::Result<Value> {
         let object = self.api(kind).get(name).await.with_context(|| format!("{kind} {name}"))?;
         Ok(serde_json::to_value(object)?)
@@ -197,7 +196,7 @@ impl Cluster {
         Ok(list.items.into_iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
     }
 
-    /// Changes an object by a merge patch.
+    /// Changes an object with a merge patch.
     pub async fn patch(&self, kind: &str, name: &str, patch: Value) -> anyhow::Result<()> {
         self.api(kind).patch(name, &PatchParams::default(), &Patch::Merge(patch)).await?;
         Ok(())
@@ -209,7 +208,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until `holds` is content with an object.
+    /// Waits until `holds` accepts an object.
     pub async fn until(
         &self,
         what: &str,
@@ -226,7 +225,7 @@ impl Cluster {
         .await
     }
 
-    /// A Deployment of a version with pods `app: APP`, `version: VERSION`, called `APP-VERSION`, once they are ready.
+    /// Deploys a version with pods `app: APP`, `version: VERSION`, named `APP-VERSION`, and waits until they are ready.
     pub async fn deploy(&self, app: &str, version: &str, replicas: u32) -> anyhow::Result<()> {
         let labels = json!({ "app": app, "version": version });
         let probe = json!({ "httpGet": { "path": "/", "port": "http" }, "periodSeconds": 1 });
@@ -255,14 +254,15 @@ impl Cluster {
         self.until(&format!("{replicas} ready pods"), "Deployment", &name, ready).await.map(drop)
     }
 
-    /// A Service of all pods `app: APP`.
+    /// Creates a Service for all pods `app: APP`.
     pub async fn expose(&self, app: &str) -> anyhow::Result<()> {
         let ports = json!([{ "name": "http", "port": 80, "targetPort": "http" }]);
         let spec = json!({ "selector": { "app": app }, "ports": ports });
         self.apply(json!({ "kind": "Service", "metadata": { "name": app }, "spec": spec })).await
     }
 
-    /// Makes a slice of a Service list so many endpoints, of which so many are ready. No Service and no pod is needed.
+    /// Creates a slice of a Service with this many endpoints, of which this many are ready. It needs no Service and no
+    /// pods.
     pub async fn slice(&self, service: &str, listed: u8, ready: u8) -> anyhow::Result<()> {
         self.apply(slice(service, listed, ready)).await
     }
@@ -327,11 +327,11 @@ pub fn crd() -> anyhow::Result<Value> {
     serde_saphyr::from_str(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())
 }
 
-/// The stand-in for kubelet of the real cluster, which all tests of this process share.
+/// The stand-in for the kubelet in the real cluster, shared by all tests of this process.
 #[derive(Default)]
 struct SharedKubelet {
     users: usize,
-    /// What ends it when dropped; none where nodes of the cluster's own run pods.
+    /// Dropping it ends the stand-in; `None` if the cluster has nodes that run pods.
     running: Option<oneshot::Sender<()>>,
 }
 
@@ -341,7 +341,7 @@ fn kubelet() -> MutexGuard<'static, SharedKubelet> {
     KUBELET.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Starts the stand-in for kubelet where no node is ready to run pods.
+/// Starts the stand-in for the kubelet if no node is ready to run pods.
 async fn take_kubelet(client: &Client, kubeconfig: &Path) -> anyhow::Result<()> {
     let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?;
     let is_ready = |node: &Node| {
@@ -371,7 +371,7 @@ async fn take_kubelet(client: &Client, kubeconfig: &Path) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Ends it, with its node, if no other test needs it.
+/// Ends it and removes its node, if no other test needs it.
 async fn give_kubelet_back(client: Client) -> anyhow::Result<()> {
     let is_last = {
         let mut shared = kubelet();
@@ -384,8 +384,8 @@ async fn give_kubelet_back(client: Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A TrafficShift of [`HOST`] with versions v1 and v2 in the Services `NAME-v1` and `NAME-v2`, from v1. `fields` come
-/// over those of `spec`.
+/// A TrafficShift for [`HOST`] with versions v1 and v2 in the Services `NAME-v1` and `NAME-v2`, starting from v1.
+/// `fields` override those of `spec`.
 pub fn shift(name: &str, fields: Value) -> Value {
     let version = |version: &str| json!({ "name": version, "service": format!("{name}-{version}") });
     let mut spec = json!({ "hostnames": [HOST], "versions": [version("v1"), version("v2")], "stable": "v1" });
@@ -395,7 +395,7 @@ pub fn shift(name: &str, fields: Value) -> Value {
     json!({ "kind": "TrafficShift", "metadata": { "name": name }, "spec": spec })
 }
 
-/// The fields of [`shift`] that move so many percent to v2 and leave it there.
+/// The fields of [`shift`] that move this percentage to v2 and hold it there.
 pub fn hold_at(weight: u32) -> Value {
     json!({ "target": "v2", "strategy": { "steps": [{ "weight": weight, "holdSeconds": crate::test_bed::FOR_EVER }] } })
 }
@@ -427,14 +427,14 @@ pub struct Front {
 }
 
 impl Front {
-    /// What `tideshift render envoy` prints for a service of [`HOST`] with versions v1 and v2, with all these replicas as
-    /// the controller.
+    /// Starts an Envoy with the output of `tideshift render envoy` for a service of [`HOST`] with versions v1 and v2,
+    /// with all these replicas as the controller.
     pub async fn start(service: &str, controllers: &[&Controller]) -> anyhow::Result<Self> {
         let addresses: Vec<_> = controllers.iter().map(|controller| controller.address()).collect();
         Self::start_before(service, &addresses).await
     }
 
-    /// The same for replicas that are yet to come.
+    /// The same for replicas that start later.
     pub async fn start_before(service: &str, controllers: &[SocketAddr]) -> anyhow::Result<Self> {
         let mut backends = BTreeMap::new();
         for version in ["v1", "v2"] {
@@ -473,17 +473,17 @@ impl Front {
         &self.backends[name]
     }
 
-    /// Where clients call.
+    /// The address for clients.
     pub fn address(&self) -> SocketAddr {
         self.listen.address()
     }
 
-    /// Requests at that rate.
+    /// Sends requests at this rate.
     pub fn load(&self, per_second: f64) -> Load {
         Plan::new(self.address(), HOST).connections(CONNECTIONS).rate(per_second).start()
     }
 
-    /// Waits until the controller's totals, Envoy's own counts and the client's tally are the same.
+    /// Waits until the controller's totals, Envoy's own counts and the client's tally are equal.
     pub async fn assert_counts_agree(&self, controller: &Controller, tally: &Tally) -> anyhow::Result<()> {
         let expected = counts_of(tally);
         assert_eq!((tally.failed, tally.sent), (0, tally.answered), "{:?}", tally.failures);
@@ -499,7 +499,7 @@ impl Front {
     }
 }
 
-/// A service as a replica's status has it.
+/// A service in the status of a replica.
 #[derive(Clone, Debug)]
 pub struct View {
     /// The service.
@@ -508,7 +508,7 @@ pub struct View {
 }
 
 impl View {
-    /// As it is now.
+    /// The current state.
     pub async fn of(controller: &Controller, service: &str) -> anyhow::Result<Self> {
         let status = controller.status().await?;
         let services = status["services"].as_array();
@@ -527,22 +527,22 @@ impl View {
         self.service["phase"].as_str().unwrap_or_default()
     }
 
-    /// Why.
+    /// The reason for the phase.
     pub fn message(&self) -> &str {
         self.service["message"].as_str().unwrap_or_default()
     }
 
-    /// The number of the present step.
+    /// The number of the current step.
     pub fn step(&self) -> Option<u64> {
         self.service["step"]["number"].as_u64()
     }
 
-    /// The revision that proxies are given.
+    /// The revision of the published policy.
     pub fn revision(&self) -> u64 {
         self.status["revision"].as_u64().unwrap_or_default()
     }
 
-    /// Whether there is a proxy that was heard of, and every one runs the newest revision on all workers.
+    /// Whether at least one proxy has reported, and every proxy runs the newest revision on all workers.
     pub fn is_in_force(&self) -> bool {
         let proxies = self.status["proxies"].as_array();
         proxies.is_some_and(|all| !all.is_empty() && all.iter().all(|one| one["revision"] == self.status["revision"]))
@@ -586,7 +586,7 @@ pub async fn until_weights(controller: &Controller, service: &str, weights: &[f6
     .await
 }
 
-/// The same, and every proxy gives them.
+/// The same, and every proxy applies them.
 pub async fn until_in_force(controller: &Controller, service: &str, weights: &[f64]) -> anyhow::Result<View> {
     until(controller, service, &format!("the shares {weights:?} in every proxy"), |view| {
         ensure!(view.weights() == weights, "they are {:?}", view.weights());
@@ -596,7 +596,7 @@ pub async fn until_in_force(controller: &Controller, service: &str, weights: &[f
     .await
 }
 
-/// The policy that a replica gives proxies now.
+/// The current policy of a replica.
 pub async fn policy(controller: &Controller) -> anyhow::Result<Value> {
     let policy = get(controller.address(), "/v1/policy?proxy=probe&epoch=&after=0").send().await?;
     ensure!(policy.status == 200, "{}: {}", policy.status, policy.text());

@@ -1,9 +1,9 @@
-//! The ABI's numbers and encodings: statuses, map and buffer types, how header maps and property paths are laid out.
+//! The numbers and encodings of the ABI: statuses, map and buffer types, the layout of header maps and property paths.
 
 /// A header or trailer.
 pub type Header = (Vec<u8>, Vec<u8>);
 
-/// What a host call returns; the discriminants are the ABI's.
+/// The status of a host call; the discriminants are the ABI's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 #[allow(missing_docs, reason = "the ABI's own names")]
@@ -39,7 +39,7 @@ impl Level {
     }
 }
 
-/// The header maps that a module may ask for.
+/// The header maps that a module can request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Map {
     RequestHeaders,
@@ -85,7 +85,7 @@ pub(super) fn encode_map(headers: &[Header]) -> Vec<u8> {
     bytes
 }
 
-/// The reverse of [`encode_map`]; `None` for bytes that are no map.
+/// The reverse of [`encode_map`]; `None` for invalid bytes.
 pub(super) fn decode_map(bytes: &[u8]) -> Option<Vec<Header>> {
     if bytes.is_empty() {
         return Some(Vec::new());
@@ -104,7 +104,7 @@ pub(super) fn decode_map(bytes: &[u8]) -> Option<Vec<Header>> {
     (0..count).map(|_| Some((part()?, part()?))).collect()
 }
 
-/// `response.flags` as the ABI has it: the elements of the path with a zero byte between them.
+/// `response.flags` in the encoding of the ABI: the elements of the path separated by zero bytes.
 pub(super) fn property_path(dotted: &str) -> Vec<u8> {
     dotted.replace('.', "\0").into_bytes()
 }

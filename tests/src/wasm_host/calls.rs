@@ -1,4 +1,4 @@
-//! The host calls of ABI 0.2.1, with Envoy's statuses. Each is counted, and fails when the test wants it to.
+//! The host calls of ABI 0.2.1, with Envoy's statuses. Each is counted, and fails if the test says so.
 
 #![allow(clippy::too_many_arguments, reason = "the ABI has that many")]
 
@@ -15,7 +15,7 @@ use super::{Callout, LocalResponse, abi};
 
 const MODULE: &str = "env";
 
-/// Defines host calls whose functions below have the import's name.
+/// Defines host calls whose functions below have the name of the import.
 macro_rules! define {
     ($linker:ident: $($name:ident($($argument:ident: $type:ty),*);)*) => {
         $($linker.func_wrap(MODULE, stringify!($name), |caller: Caller<'_, State>, $($argument: $type),*| {
@@ -24,7 +24,7 @@ macro_rules! define {
     };
 }
 
-/// Defines host calls that this host does not offer.
+/// Defines host calls that this host does not support.
 macro_rules! refuse {
     ($linker:ident: $($name:ident($($type:ty),*);)*) => {
         $($linker.func_wrap(MODULE, stringify!($name), |caller: Caller<'_, State>, $(_: $type),*| {
@@ -95,7 +95,7 @@ fn enter(
     }
 }
 
-/// Counts a call and makes it, unless it is to go wrong.
+/// Counts a call and executes it, unless a fault applies.
 pub(super) fn guard(guest: &mut Guest<'_>, name: &'static str, call: impl FnOnce(&mut Guest<'_>) -> Called) -> Called {
     let fault = guest.state().shared().enter(name);
     match &fault {
@@ -130,7 +130,7 @@ fn proxy_get_current_time_nanoseconds(guest: &mut Guest<'_>, time: u32) -> Calle
     guest.write_u64(time, now)
 }
 
-/// 0 ends the ticks.
+/// 0 stops the ticks.
 fn proxy_set_tick_period_milliseconds(guest: &mut Guest<'_>, period: u32) -> Called {
     let state = guest.state();
     let period = Duration::from_millis(period.into());
@@ -169,7 +169,7 @@ fn proxy_set_header_map_pairs(guest: &mut Guest<'_>, map: u32, data: u32, size: 
     Ok(())
 }
 
-/// Of a header that comes several times the first value, as in Envoy.
+/// The first value of a repeated header, as in Envoy.
 fn proxy_get_header_map_value(
     guest: &mut Guest<'_>,
     map: u32,
@@ -200,7 +200,7 @@ fn proxy_add_header_map_value(
     Ok(())
 }
 
-/// Leaves one header of that name.
+/// Leaves a single header with that name.
 fn proxy_replace_header_map_value(
     guest: &mut Guest<'_>,
     map: u32,
@@ -361,7 +361,7 @@ fn proxy_call_foreign_function(
 
 // Callouts.
 
-/// Needs a known cluster and the three pseudo-headers, as Envoy does.
+/// Requires a known cluster and the three pseudo-headers, as Envoy does.
 fn proxy_http_call(
     guest: &mut Guest<'_>,
     cluster: u32,

@@ -6,7 +6,7 @@ use super::abi::Status;
 use super::hostile::{Fault, Word, spoil};
 use super::vm::State;
 
-/// How a host call ends before its end: with a status for the module, perhaps one that does not exist, or by a trap.
+/// Aborts a host call: with a status for the module, which may not exist in the ABI, or with a trap.
 pub(super) enum Stop {
     Status(Status),
     Odd(u32),
@@ -25,7 +25,7 @@ impl From<wasmi::Error> for Stop {
     }
 }
 
-/// What a host call returns.
+/// The result of a host call.
 pub(super) type Called = Result<(), Stop>;
 
 /// The VM that makes a host call.
@@ -36,20 +36,20 @@ impl Guest<'_> {
         self.0.data_mut()
     }
 
-    /// Bytes that the module passes.
+    /// Reads bytes that the module passes.
     pub(super) fn read(&self, address: u32, size: u32) -> Result<Vec<u8>, Stop> {
         let (start, size) = (address as usize, size as usize);
         let bytes = self.memory()?.data(&self.0).get(start..start + size);
         bytes.map(<[u8]>::to_vec).ok_or(Stop::Status(Status::InvalidMemoryAccess))
     }
 
-    /// Writes where the module wants a result.
+    /// Writes a result to the module's memory.
     pub(super) fn write(&mut self, address: u32, bytes: &[u8]) -> Called {
         let memory = self.memory()?;
         memory.write(&mut self.0, address as usize, bytes).map_err(|_| Stop::Status(Status::InvalidMemoryAccess))
     }
 
-    /// Writes a number that is a result.
+    /// Writes a number as a result.
     pub(super) fn write_u32(&mut self, address: u32, value: u32) -> Called {
         let value = self.number().map_or(value, |other| other as u32);
         self.write(address, &value.to_le_bytes())
@@ -67,7 +67,7 @@ impl Guest<'_> {
         }
     }
 
-    /// Hands bytes over in memory that the module allocates; no bytes are a null pointer.
+    /// Passes bytes in memory that the module allocates; empty bytes are a null pointer.
     pub(super) fn give(&mut self, bytes: &[u8], address: u32, size: u32) -> Called {
         let (mut words, mut other) = ((Word::Right, Word::Right), None);
         match &self.state().fault {
@@ -90,7 +90,7 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Asks the module for memory; 0 if it refuses. What it lends must be there.
+    /// Requests memory from the module; 0 if it refuses. The returned memory must exist.
     pub(super) fn allocate(&mut self, size: u32) -> Result<u32, Stop> {
         let allocator = ["proxy_on_memory_allocate", "malloc"].iter().find_map(|name| self.0.get_export(name));
         let function = allocator.and_then(wasmi::Extern::into_func);
@@ -103,7 +103,7 @@ impl Guest<'_> {
         Ok(lent)
     }
 
-    /// Calls an export of the module, if it is there, in the midst of a host call.
+    /// Calls an export of the module, if it exists, during a host call.
     pub(super) fn call_back(&mut self, name: &str, arguments: &[u32]) -> Called {
         let Some(function) = self.0.get_export(name).and_then(wasmi::Extern::into_func) else { return Ok(()) };
         let (arguments, mut results) = super::vm::values(&function.ty(&self.0), arguments);

@@ -1,41 +1,41 @@
-//! A host that lies: what a host call does in place of its work, or makes of its results.
+//! A misbehaving host: replaces host calls or corrupts their results.
 
 use super::shared::Random;
 
-/// How a host call goes wrong.
+/// A fault of a host call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It does nothing and returns this status, which need not be one that the ABI knows; 0 claims success.
+    /// It does nothing and returns this status, which the ABI need not define; 0 claims success.
     Status(u32),
-    /// It hands over these bytes in place of the true ones.
+    /// It returns these bytes instead of the real ones.
     Bytes(Vec<u8>),
-    /// It hands over the true bytes with some changed, cut off or added, in a way that the seed decides.
+    /// It returns the real bytes with some changed, truncated or added, as the seed determines.
     Spoilt(u64),
-    /// It hands over the true bytes, but says so of where they are and how many.
+    /// It returns the real bytes, but with these values for their address and size.
     Handed {
-        /// Of the address.
+        /// The returned address.
         address: Word,
-        /// Of the size.
+        /// The returned size.
         size: Word,
     },
-    /// It returns this in place of the true number: a time, a metric's value, an id, a token, a version.
+    /// It returns this instead of the real number: a time, the value of a metric, an id, a token, a version.
     Number(u64),
-    /// It first asks the module for so much memory, and does not use it.
+    /// It first requests this much memory from the module, and does not use it.
     Allocate(u32),
     /// It first calls this export of the module, with these arguments.
     CallBack(&'static str, Vec<u32>),
 }
 
-/// What becomes of a number that is written to the module's memory.
+/// A fault of a number that is written to the module's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
-    /// It is as it should be.
+    /// The real value.
     Right,
     /// It is not written at all.
     Unwritten,
-    /// It is this.
+    /// This value.
     Is(u32),
-    /// It is so much more.
+    /// The real value plus this.
     Plus(u32),
 }
 
@@ -51,12 +51,12 @@ impl Word {
 }
 
 impl Fault {
-    /// Statuses: all that Envoy uses, and some unknown ones.
+    /// Statuses: all that Envoy uses, and some undefined ones.
     pub fn statuses() -> impl Iterator<Item = Self> {
         [0, 1, 2, 3, 4, 6, 7, 8, 10, 12, 13, 77, 256, u32::MAX].into_iter().map(Self::Status)
     }
 
-    /// Results that are not where they are said to be, or not as large.
+    /// Results at an invalid address or with an invalid length.
     pub fn places() -> impl Iterator<Item = Self> {
         use Word::{Is, Plus, Right, Unwritten};
         let both = |address, size| Self::Handed { address, size };
@@ -68,7 +68,7 @@ impl Fault {
         wrong_address.chain(wrong_size).chain(both_wrong.into_iter().map(move |(address, size)| both(address, size)))
     }
 
-    /// Results of odd sizes, and header maps that lie of their count and lengths.
+    /// Results of odd sizes, and header maps with wrong counts and lengths.
     pub fn contents() -> impl Iterator<Item = Self> {
         let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
         let lying_maps = [
@@ -87,23 +87,23 @@ impl Fault {
         lying_maps.into_iter().chain(odd_sizes).chain(zeros).map(Self::Bytes).chain((0..8).map(Self::Spoilt))
     }
 
-    /// Results that are much too large, one of them too large to be taken at all.
+    /// Results that are much too large, one of them too large to be accepted at all.
     pub fn floods() -> impl Iterator<Item = Self> {
         [200_000, (64 << 20) + 1].into_iter().map(|size| Self::Bytes(vec![b'7'; size]))
     }
 
-    /// Numbers from one end to the other.
+    /// Numbers over the whole range.
     pub fn numbers() -> impl Iterator<Item = Self> {
         let ends = [0, 1, 2, 3, 1 << 31, u64::from(u32::MAX), 1 << 32, 1 << 63, u64::MAX - 1, u64::MAX];
         ends.into_iter().map(Self::Number)
     }
 
-    /// Wishes for memory, few of which can be granted.
+    /// Requests for memory, few of which can be granted.
     pub fn allocations() -> impl Iterator<Item = Self> {
         [0, 1, 7, 65_537, (64 << 20) + 1, 512 << 20, 1 << 31, u32::MAX - 7, u32::MAX].into_iter().map(Self::Allocate)
     }
 
-    /// Calls back into the module, which Envoy never does within a host call.
+    /// Calls into the module, which Envoy never makes during a host call.
     pub fn call_backs() -> impl Iterator<Item = Self> {
         [
             ("proxy_on_tick", vec![1]),
@@ -119,7 +119,7 @@ impl Fault {
         .map(|(name, arguments)| Self::CallBack(name, arguments))
     }
 
-    /// Any of all these.
+    /// Any of these.
     pub(super) fn any(random: &mut Random) -> Self {
         match random.below(8) {
             0..3 => Self::Status(random.odd_number() as u32),
@@ -132,7 +132,7 @@ impl Fault {
     }
 }
 
-/// Bytes with some changed, cut off or added.
+/// Bytes with some changed, truncated or added.
 pub(super) fn spoil(mut bytes: Vec<u8>, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);
     for _ in 0..=random.below(3) {

@@ -1,8 +1,8 @@
-//! A small proxy-wasm host on wasmi: the real module without an Envoy around it.
+//! A small proxy-wasm host on wasmi: runs the real module without an Envoy.
 //!
-//! For what no Envoy can be made to do on demand: a clock that the test sets, callouts that the test answers, host calls
-//! that fail, the exact sequence of callbacks. What a user would see is tested on a real Envoy; where the two could
-//! differ, this host follows what was measured on Envoy 1.40:
+//! It covers what no Envoy can be made to do on demand: a clock that the test sets, callouts that the test answers,
+//! host calls that fail, an exact sequence of callbacks. Behaviour visible to users is tested on a real Envoy; where
+//! the two could differ, this host follows what was measured on Envoy 1.40:
 //!
 //! * a configuration is tried by a canary VM on the main thread first, which is thrown away, then given to the main
 //!   thread's VM ([`MAIN`]) and to each worker's; a new one gets a new root context in the same VMs;
@@ -51,29 +51,29 @@ pub const MAIN: usize = 0;
 /// The `vm_id` of all VMs, also their plugin's name and root id.
 pub const VM_ID: &str = "tideshift";
 
-/// A proxy with the module in it.
+/// A proxy that runs the module.
 pub struct WasmHost {
     engine: Engine,
     module: Module,
     shared: Arc<Mutex<Shared>>,
     workers: usize,
     configuration: Vec<u8>,
-    /// By thread; `None` where a VM trapped and was not reloaded.
+    /// By thread; `None` if a VM trapped and was not reloaded.
     vms: Vec<Option<Vm>>,
     created: u64,
 }
 
 impl WasmHost {
-    /// A proxy with so many workers, and the module that `make build` leaves.
+    /// A proxy with this many workers, and the module from `make build`.
     pub fn new(workers: usize) -> anyhow::Result<Self> {
         let path = artifacts::wasm()?;
         Self::with_module(&fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?, workers)
     }
 
-    /// The same with another module, as wasm or as text.
+    /// The same with another module, in binary or text format.
     ///
-    /// Its clock stands at 2026-01-01; it knows the controller's cluster and the properties of the plugin; all
-    /// requests come from one client, until [`set_property`](Self::set_property) says otherwise of `source.address`.
+    /// Its clock starts at 2026-01-01; it knows the controller's cluster and the plugin's properties; all requests come
+    /// from one client, until [`set_property`](Self::set_property) changes `source.address`.
     pub fn with_module(module: &[u8], workers: usize) -> anyhow::Result<Self> {
         let engine = Engine::new(Config::default().consume_fuel(true));
         let module = Module::new(&engine, module).context("not a wasm module")?;
@@ -98,9 +98,9 @@ impl WasmHost {
         Ok(host)
     }
 
-    /// Gives the proxy a configuration: `false` if the module refuses it, which [`log`](Self::log) explains. The proxy
-    /// then goes on with the configuration it had; one that never had any has no VMs. (A VM that refuses what the others
-    /// took, which only faults can bring about, goes on with the one it had.)
+    /// Applies a configuration: `false` if the module rejects it, which [`log`](Self::log) explains. The proxy then
+    /// keeps its previous configuration; without one it has no VMs. (A VM that rejects what the others accepted, which
+    /// only faults can cause, keeps its own.)
     ///
     /// The first call creates the VMs.
     pub fn configure(&mut self, configuration: &str) -> anyhow::Result<bool> {
@@ -121,7 +121,7 @@ impl WasmHost {
         Ok(accepted)
     }
 
-    /// A new VM for a thread, as after a trap, with the configuration in force: `false` if the module refuses it.
+    /// Replaces the VM of a thread, as after a trap, with the configuration in force: `false` if the module rejects it.
     pub fn reload(&mut self, thread: usize) -> anyhow::Result<bool> {
         let mut vm = self.create(thread)?;
         let configuration = self.configuration.clone();
@@ -132,7 +132,7 @@ impl WasmHost {
 
     // Requests.
 
-    /// A request arrives on a worker. Names are taken to lower case, as Envoy does.
+    /// A request arrives on a worker. Names are converted to lower case, as in Envoy.
     pub fn request<N: AsRef<[u8]>, V: AsRef<[u8]>>(
         &mut self,
         worker: usize,
@@ -149,18 +149,18 @@ impl WasmHost {
         })
     }
 
-    /// The exchange ends: the answer's headers and trailers arrive, if there are any, then `on_log`, `on_done` and
-    /// `on_delete`.
+    /// The exchange ends: the headers and trailers of the response arrive, if any, then `on_log`, `on_done` and
+    /// `on_delete` follow.
     pub fn end(&mut self, exchange: Exchange, ending: &Ending) -> anyhow::Result<()> {
         self.finish(exchange, ending).map(drop)
     }
 
-    /// The same; what the client got, headers as the module left them. `None` if there was no answer.
+    /// The same; returns the response headers for the client, as the module left them. `None` if there was no response.
     pub fn finish(&mut self, exchange: Exchange, ending: &Ending) -> anyhow::Result<Option<Vec<Header>>> {
         self.on(exchange.worker, |vm| vm.end(exchange.context, ending))
     }
 
-    /// A malformed request, which Envoy answers by itself: the module sees nothing of it but `on_log`.
+    /// A malformed request, which Envoy answers itself: the module sees only `on_log`.
     pub fn malformed(&mut self, worker: usize, ending: &Ending) -> anyhow::Result<()> {
         self.on(worker, |vm| {
             let context = vm.open()?;
@@ -175,12 +175,12 @@ impl WasmHost {
         self.shared().now
     }
 
-    /// Sets the clock, forward or back, without any tick: timers do not follow it.
+    /// Sets the clock, forward or back, without ticks: timers do not depend on it.
     pub fn set_now(&mut self, now: Duration) {
         self.shared().now = now;
     }
 
-    /// Lets time pass: each tick at its time, on each thread, and after it whatever queues it filled.
+    /// Advances the time: each tick at its time, on each thread, followed by the queues it filled.
     pub fn advance(&mut self, by: Duration) -> anyhow::Result<()> {
         let end = self.shared().uptime + by;
         while let Some((due, thread, root)) = self.next_tick(end) {
@@ -202,12 +202,12 @@ impl WasmHost {
         self.on(thread, |vm| vm.tick(vm.root().0))
     }
 
-    /// The tick period that a thread's VM asked for.
+    /// The tick period that a thread's VM requested.
     pub fn tick_period(&self, thread: usize) -> Option<Duration> {
         self.vms.get(thread)?.as_ref()?.root().1
     }
 
-    /// Delivers the wakes of shared queues, and those that follow from them; returns how many.
+    /// Delivers the wake-ups of shared queues, and those that follow from them; returns their number.
     pub fn wake(&mut self) -> anyhow::Result<usize> {
         let mut delivered = 0;
         loop {
@@ -226,18 +226,18 @@ impl WasmHost {
 
     // Callouts.
 
-    /// Makes a cluster known; callouts to others are refused.
+    /// Adds a cluster; callouts to unknown ones fail.
     pub fn add_cluster(&mut self, name: &str) {
         self.shared().clusters.insert(name.to_owned());
     }
 
-    /// Takes the cluster of a name away.
+    /// Removes a cluster.
     pub fn remove_cluster(&mut self, name: &str) {
         self.shared().clusters.remove(name);
     }
 
-    /// Takes the callouts that were made since the last call, oldest first. Those of canaries and of VMs that are gone
-    /// are not among them: no VM would receive the response.
+    /// Returns the callouts since the last call, oldest first, without those of canaries and of VMs that are gone: no
+    /// VM would receive the response.
     pub fn take_callouts(&mut self) -> Vec<Callout> {
         let callouts = std::mem::take(&mut self.shared().callouts);
         let alive = |number| self.vms.iter().flatten().any(|vm| vm.number() == number);
@@ -253,7 +253,7 @@ impl WasmHost {
         self.on(callout.vm, |vm| vm.answer(callout.root, callout.token, answer))
     }
 
-    // What can be seen.
+    // State for assertions.
 
     /// The functions that the module imports.
     pub fn imports(&self) -> Vec<String> {
@@ -266,12 +266,12 @@ impl WasmHost {
         functions.map(|export| export.name().to_owned()).collect()
     }
 
-    /// How much memory a thread's VM has, in pages of 64 KiB; it never gives any back.
+    /// The memory of a thread's VM, in pages of 64 KiB; it never shrinks.
     pub fn pages(&self, thread: usize) -> u64 {
         self.vms.get(thread).and_then(Option::as_ref).map_or(0, Vm::pages)
     }
 
-    /// A thread's root context that is in force.
+    /// The active root context of a thread.
     pub fn root(&self, thread: usize) -> Option<u32> {
         Some(self.vms.get(thread)?.as_ref()?.root().0)
     }
@@ -281,12 +281,12 @@ impl WasmHost {
         self.shared().log.clone()
     }
 
-    /// The log lines of that level and above.
+    /// The log lines of this level and above.
     pub fn log_from(&self, level: Level) -> Vec<LogLine> {
         self.log().into_iter().filter(|line| line.level >= level).collect()
     }
 
-    /// Forgets the log.
+    /// Clears the log.
     pub fn clear_log(&mut self) {
         self.shared().log.clear();
     }
@@ -301,7 +301,7 @@ impl WasmHost {
         self.shared().metrics.values.clone()
     }
 
-    /// What a histogram recorded, in order.
+    /// The values that a histogram recorded, in order.
     pub fn histogram(&self, name: &str) -> Vec<u64> {
         self.shared().metrics.histograms.get(name).cloned().unwrap_or_default()
     }
@@ -318,11 +318,11 @@ impl WasmHost {
 
     /// Overwrites shared data, as another VM would.
     pub fn set_shared_data(&mut self, key: &str, value: &[u8]) {
-        // Unconditional, so it cannot fail.
+        // Unconditional, so that it cannot fail.
         let _ = self.shared().data.set(key.as_bytes().to_vec(), value.to_vec(), 0);
     }
 
-    /// How often a host call was made, by its full name such as `proxy_get_property`.
+    /// The number of calls of a host call, by its full name such as `proxy_get_property`.
     pub fn calls(&self, call: &str) -> u64 {
         self.shared().calls.get(call).copied().unwrap_or_default()
     }
@@ -332,48 +332,48 @@ impl WasmHost {
         self.shared().calls.clone()
     }
 
-    // What shall go wrong.
+    // Fault injection.
 
-    /// Lets a host call fail with a status from now on.
+    /// Makes a host call fail with a status from now on.
     pub fn fail(&mut self, call: &str, status: Status) {
         self.lie(call, Fault::Status(status as u32));
     }
 
-    /// Lets only the next calls of that name fail.
+    /// Makes only the next calls with this name fail.
     pub fn fail_times(&mut self, call: &str, status: Status, times: u64) {
         self.lie_times(call, Fault::Status(status as u32), times);
     }
 
-    /// Lets a host call go wrong from now on, in that way.
+    /// Makes a host call misbehave from now on.
     pub fn lie(&mut self, call: &str, fault: Fault) {
         self.lie_times(call, fault, u64::MAX);
     }
 
-    /// Lets only the next calls of that name go wrong.
+    /// Makes only the next calls with this name misbehave.
     pub fn lie_times(&mut self, call: &str, fault: Fault, times: u64) {
         self.shared().faults.insert(call.to_owned(), (fault, times.max(1)));
     }
 
-    /// Lets so many of a hundred host calls go wrong from now on, each in a way of its own, which the seed decides.
+    /// Makes this percentage of all host calls misbehave from now on, each in a different way, as the seed determines.
     pub fn storm(&mut self, of_a_hundred: u64, seed: u64) {
         let mut shared = self.shared();
         (shared.storm, shared.random) = (of_a_hundred, Random::new(seed));
     }
 
-    /// Lets all host calls work again.
+    /// Ends all faults.
     pub fn heal(&mut self) {
         let mut shared = self.shared();
         shared.faults.clear();
         shared.storm = 0;
     }
 
-    /// Calls an export of one thread's VM with any arguments, whether that makes sense or not; `None` if the module has
-    /// no such export, which Envoy then does without.
+    /// Calls an export of one thread's VM with arbitrary arguments; `None` if the module has no such export, in which
+    /// case Envoy skips it.
     pub fn callback(&mut self, thread: usize, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
         self.on(thread, |vm| vm.callback(name, arguments))
     }
 
-    /// Sets a property that holds for all exchanges, such as `node.id`; the elements of the path are divided by dots.
+    /// Sets a property for all exchanges, such as `node.id`; dots separate the elements of the path.
     pub fn set_property(&mut self, path: &str, value: impl Into<Vec<u8>>) {
         self.shared().properties.insert(abi::property_path(path), value.into());
     }
@@ -387,7 +387,7 @@ impl WasmHost {
         Vm::new(&self.engine, &self.module, Arc::clone(&self.shared), thread, self.created)
     }
 
-    /// Runs something on a thread's VM; a trap ends that VM.
+    /// Runs a function on a thread's VM; a trap ends that VM.
     fn on<T>(&mut self, thread: usize, run: impl FnOnce(&mut Vm) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let Some(Some(vm)) = self.vms.get_mut(thread) else {
             bail!("thread {thread} has no VM: not configured, or it trapped");
@@ -408,18 +408,18 @@ impl WasmHost {
     }
 }
 
-/// A request that arrived and what the module made of it; [`WasmHost::end`] ends it.
+/// A request that arrived, and how the module handled it; [`WasmHost::end`] ends it.
 #[derive(Clone, Debug)]
 pub struct Exchange {
     /// The worker that it is on.
     pub worker: usize,
-    /// Its context's id.
+    /// The id of its context.
     pub context: u32,
     /// The request's headers after `on_request_headers`, in order.
     pub headers: Vec<Header>,
-    /// Whether the module let it go on, rather than pausing it.
+    /// Whether the module let it continue instead of pausing it.
     pub goes_on: bool,
-    /// The answer that the module gave in the upstream's place.
+    /// The response that the module sent instead of the upstream.
     pub local_response: Option<LocalResponse>,
 }
 
@@ -436,7 +436,7 @@ impl Exchange {
     }
 }
 
-/// An answer by the module itself.
+/// A response by the module itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalResponse {
     /// The status.
@@ -447,7 +447,7 @@ pub struct LocalResponse {
     pub body: Vec<u8>,
 }
 
-/// How an exchange ends.
+/// The end of an exchange.
 #[derive(Clone, Debug, Default)]
 pub struct Ending {
     status: Option<u16>,
@@ -459,48 +459,48 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// With an answer of that status, from the upstream or from Envoy itself.
+    /// With a response of this status, from the upstream or from Envoy itself.
     pub fn status(status: u16) -> Self {
         Self { status: Some(status), ..Self::default() }
     }
 
-    /// Without an answer: the client went away (`response.flags` 16384, `response.code` absent).
+    /// Without a response: the client disconnected (`response.flags` 16384, `response.code` absent).
     pub fn client_gone() -> Self {
         Self::default().flags(16_384)
     }
 
-    /// With Envoy's `response.flags`: 4 upstream time-out, 32 connect failure, 64 connection terminated, 8388608 broke off
-    /// within the body.
+    /// With Envoy's `response.flags`: 4 upstream timeout, 32 connect failure, 64 connection terminated, 8388608 broke
+    /// off within the body.
     pub fn flags(mut self, flags: i64) -> Self {
         self.flags = flags;
         self
     }
 
-    /// With one more header of the answer.
+    /// Adds a header of the response.
     pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
         self.headers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
         self
     }
 
-    /// With a body of so many bytes, in one piece.
+    /// Adds a body of this many bytes, in one piece.
     pub fn body(mut self, size: u32) -> Self {
         self.body = size;
         self
     }
 
-    /// With one more trailer of the answer.
+    /// Adds a trailer of the response.
     pub fn trailer(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
         self.trailers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
         self
     }
 
-    /// With a property for `on_log`, as bytes; the elements of the path are divided by dots.
+    /// Adds a property for `on_log`, as bytes; dots separate the elements of the path.
     pub fn property(mut self, path: &str, value: impl Into<Vec<u8>>) -> Self {
         self.properties.push((path.to_owned(), value.into()));
         self
     }
 
-    /// With an integer property, such as `request.duration` in nanoseconds: eight bytes, little-endian.
+    /// Adds an integer property, such as `request.duration` in nanoseconds: eight bytes, little-endian.
     pub fn integer(self, path: &str, value: i64) -> Self {
         self.property(path, value.to_le_bytes())
     }
@@ -517,7 +517,7 @@ pub struct Callout {
     pub headers: Vec<Header>,
     /// Its body.
     pub body: Vec<u8>,
-    /// Its time-out.
+    /// Its timeout.
     pub timeout: Duration,
     /// When it was made.
     pub sent: Duration,
@@ -539,7 +539,7 @@ impl Callout {
     }
 }
 
-/// The answer to a callout.
+/// The response to a callout.
 #[derive(Clone, Debug, Default)]
 pub struct Answer {
     headers: Vec<Header>,
@@ -549,18 +549,18 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// An answer with that status and body. A dead server is an ordinary 503, a time-out a 504.
+    /// A response with this status and body. A dead server is an ordinary 503, a timeout a 504.
     pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
         let headers = vec![(b":status".to_vec(), status.to_string().into_bytes())];
         Self { headers, body: body.into(), ..Self::default() }
     }
 
-    /// An answer that broke off: the module is told of no headers at all, and asking for one is an error.
+    /// A response that broke off: the module receives no headers at all, and reading one is an error.
     pub fn broken() -> Self {
         Self { failed: true, ..Self::default() }
     }
 
-    /// With one more header.
+    /// Adds a header.
     pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
         self.headers.push((name.as_bytes().to_vec(), value.as_ref().to_vec()));
         self
@@ -574,7 +574,7 @@ pub struct LogLine {
     pub vm: usize,
     /// Its level.
     pub level: Level,
-    /// What it says.
+    /// Its message.
     pub message: String,
 }
 
@@ -582,8 +582,9 @@ pub struct LogLine {
 mod tests {
     use super::*;
 
-    /// Refuses an empty configuration, ticks each second, strips `x-bad` and sets `x-v: 1`, counts the ends of
-    /// exchanges under `n`, traps on requests of nine headers, calls the controller on each tick and logs the answers.
+    /// Rejects an empty configuration, ticks every second, strips `x-bad` and sets `x-v: 1`, counts the ends of
+    /// exchanges under `n`, traps on requests with nine headers, calls the controller on each tick and logs the
+    /// responses.
     const MODULE: &str = include_str!("module.wat");
 
     const REQUEST: [(&str, &str); 3] = [(":path", "/"), ("X-Bad", "forged"), ("x-bad", "again")];

@@ -1,5 +1,5 @@
-//! What all VMs of a proxy have in common: the clock, shared data, queues, metrics, callouts, the log, and what the test
-//! wants to go wrong.
+//! State shared by all VMs of a proxy: the clock, shared data, queues, metrics, callouts, the log, and the faults that
+//! the test injects.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::{Callout, LogLine};
 pub(super) struct Shared {
     /// The clock that the module reads.
     pub(super) now: Duration,
-    /// The clock that timers go by.
+    /// The clock of timers.
     pub(super) uptime: Duration,
     pub(super) log_level: u32,
     pub(super) data: Data,
@@ -24,15 +24,15 @@ pub(super) struct Shared {
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) log: Vec<LogLine>,
     pub(super) calls: BTreeMap<&'static str, u64>,
-    /// What goes wrong with the next calls of a name, and with how many of them.
+    /// The fault of the next calls with a name, and the number of these calls.
     pub(super) faults: BTreeMap<String, (Fault, u64)>,
-    /// How many of a hundred calls go wrong otherwise, anyhow.
+    /// The percentage of all other calls that misbehave.
     pub(super) storm: u64,
     pub(super) random: Random,
 }
 
 impl Shared {
-    /// Counts a call; what goes wrong with it, if the test wants so.
+    /// Counts a call; returns its fault, if the test injected one.
     pub(super) fn enter(&mut self, call: &'static str) -> Option<Fault> {
         *self.calls.entry(call).or_default() += 1;
         let Some((fault, times)) = self.faults.get_mut(call) else {
@@ -47,7 +47,7 @@ impl Shared {
         Some(fault)
     }
 
-    /// Both clocks go on.
+    /// Advances both clocks.
     pub(super) fn pass_until(&mut self, uptime: Duration) {
         self.now += uptime.saturating_sub(self.uptime);
         self.uptime = uptime;
@@ -63,7 +63,7 @@ impl Shared {
 pub struct Random(u64);
 
 impl Random {
-    /// Starts where the seed says.
+    /// Starts from the seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -83,7 +83,7 @@ impl Random {
         self.next() % end
     }
 
-    /// A number that programs trip over more often than over others: a small one, or one beside a power of two.
+    /// A number that is likely to reveal bugs: a small one, or one next to a power of two.
     pub fn odd_number(&mut self) -> u64 {
         match self.below(3) {
             0 => self.below(100),
@@ -116,7 +116,7 @@ impl Data {
         self.values.get(key).cloned().ok_or(Status::NotFound)
     }
 
-    /// `cas` 0 is unconditional; a key that is not there yet takes any `cas`.
+    /// `cas` 0 is unconditional; a new key accepts any `cas`.
     pub(super) fn set(&mut self, key: Vec<u8>, value: Vec<u8>, cas: u32) -> Result<(), Status> {
         if cas != 0 && self.values.get(&key).is_some_and(|(_, current)| *current != cas) {
             return Err(Status::CasMismatch);
@@ -131,7 +131,7 @@ impl Data {
 #[derive(Debug, Default)]
 pub(super) struct Queues {
     queues: Vec<Queue>,
-    /// Wakes that are under way: VM, root context, queue.
+    /// Pending wake-ups: VM, root context, queue.
     pub(super) wakes: VecDeque<(u64, u32, u32)>,
 }
 
@@ -186,7 +186,7 @@ pub(super) enum Kind {
     Histogram,
 }
 
-/// Metrics by kind and name, which all VMs share. Rules and statuses are Envoy's, odd as some are.
+/// Metrics by kind and name, shared by all VMs. Rules and statuses are Envoy's, including odd ones.
 #[derive(Debug, Default)]
 pub(super) struct Metrics {
     pub(super) values: BTreeMap<String, u64>,
@@ -212,7 +212,7 @@ impl Metrics {
         Ok(())
     }
 
-    /// Adds on a counter, sets a gauge.
+    /// Increments a counter, sets a gauge.
     pub(super) fn record(&mut self, kind: Kind, name: &str, value: u64) {
         match kind {
             Kind::Counter => *self.values.entry(name.to_owned()).or_default() += value,

@@ -1,4 +1,4 @@
-//! One VM: the module's instance, its contexts, and the callbacks as Envoy makes them.
+//! One VM: the instance of the module, its contexts, and the callbacks in Envoy's order.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,23 +13,23 @@ use super::shared::{Kind, Shared};
 use super::{Answer, Ending, LocalResponse, calls, wasi};
 use crate::bootstrap::VERSION_HEADER;
 
-/// What the host calls of one VM see and change.
+/// The state of one VM for host calls.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) shared: Arc<Mutex<Shared>>,
-    /// Which thread it belongs to, for log lines and callouts; a reloaded VM has the same.
+    /// The thread that it belongs to, for log lines and callouts; a reloaded VM keeps it.
     pub(super) thread: usize,
-    /// Which VM it is; a reloaded VM is another.
+    /// The number of the VM; a reloaded VM gets a new one.
     pub(super) number: u64,
     /// The context that host calls are made for.
     pub(super) current: u32,
     pub(super) roots: BTreeMap<u32, Root>,
     pub(super) streams: BTreeMap<u32, Stream>,
-    /// Metrics by the numbers that this VM knows them by.
+    /// Metrics by their ids in this VM.
     pub(super) metrics: Vec<(Kind, String)>,
     pub(super) callout: Option<Answer>,
     pub(super) last_token: u32,
-    /// What goes wrong with the host call that is being made.
+    /// The fault of the current host call.
     pub(super) fault: Option<Fault>,
 }
 
@@ -55,14 +55,14 @@ pub(super) struct Stream {
     pub(super) response: Option<Vec<Header>>,
     pub(super) trailers: Option<Vec<Header>>,
     pub(super) properties: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// In `on_log` an absent map is `NotFound` and none may be changed.
+    /// In `on_log` a missing map is `NotFound` and no map may be changed.
     pub(super) logging: bool,
     pub(super) local_response: Option<LocalResponse>,
 }
 
 impl Stream {
-    /// A property of its own; `request.headers.NAME` is all values of a header of the request, joined, and
-    /// `xds.cluster_name` the version's cluster, as long as the test does not say otherwise.
+    /// A property of the exchange; `request.headers.NAME` is all values of a request header, joined, and
+    /// `xds.cluster_name` the version's cluster, unless the test overrides it.
     pub(super) fn property(&self, path: &[u8]) -> Option<Vec<u8>> {
         if path == property_path("xds.cluster_name") {
             return self.properties.get(path).cloned().or_else(|| self.cluster());
@@ -77,7 +77,7 @@ impl Stream {
 }
 
 impl Stream {
-    /// The cluster that a route for each version, and a default one, lead an answered request to.
+    /// The cluster of an answered request, with a route for each version and a default one.
     fn cluster(&self) -> Option<Vec<u8>> {
         self.response.as_ref()?;
         let mut headers = self.request.as_ref()?.iter();
@@ -123,7 +123,7 @@ pub(super) struct Vm {
     store: Store<State>,
     instance: Instance,
     last_context: u32,
-    /// The root context that new exchanges get.
+    /// The root context of new exchanges.
     root: u32,
 }
 
@@ -162,7 +162,7 @@ impl Vm {
         self.store.data().number
     }
 
-    /// Creates a root context with this configuration: `false` if the module refuses it.
+    /// Creates a root context with this configuration: `false` if the module rejects it.
     pub(super) fn configure(&mut self, configuration: &[u8]) -> anyhow::Result<bool> {
         let root = self.new_context();
         let state = self.store.data_mut();
@@ -209,7 +209,7 @@ impl Vm {
         Ok(context)
     }
 
-    /// The request's headers arrive: whether the request goes on at once.
+    /// The request's headers arrive. Returns whether the request continues at once.
     pub(super) fn request(&mut self, context: u32, headers: Vec<Header>) -> anyhow::Result<bool> {
         let count = headers.len() as u32;
         self.stream(context)?.request = Some(headers);
@@ -221,14 +221,14 @@ impl Vm {
         self.store.data_mut().streams.get_mut(&context).context("the exchange is over")
     }
 
-    /// The answer arrives, if there is one, then the exchange ends: log, done, delete, in Envoy's order.
+    /// The response arrives, if any, then the exchange ends: log, done, delete, in Envoy's order.
     pub(super) fn end(&mut self, context: u32, ending: &Ending) -> anyhow::Result<Option<Vec<Header>>> {
         let stream = self.stream(context)?;
         let root = stream.root;
         stream.properties.extend(ending.properties());
         if let Some(headers) = ending.headers() {
             stream.response = Some(headers.clone());
-            // An answer with flags, after a status of its own, is one that broke off.
+            // A response with flags, after a status of its own, is one that broke off.
             let last = u32::from(ending.trailers.is_empty() && ending.flags == 0);
             let is_all = last & u32::from(ending.body == 0);
             self.call_for(context, "proxy_on_response_headers", &[context, headers.len() as u32, is_all])?;
@@ -249,7 +249,7 @@ impl Vm {
         Ok(stream.and_then(|stream| stream.response))
     }
 
-    /// The first tick that is due at `end` or before: its time and its root context.
+    /// The first tick due at `end` or earlier: its time and its root context.
     pub(super) fn due(&self, end: Duration) -> Option<(Duration, u32)> {
         let roots = self.store.data().roots.iter();
         roots.filter_map(|(&root, state)| Some((state.tick?.due, root))).filter(|(due, _)| *due <= end).min()
@@ -264,7 +264,7 @@ impl Vm {
         self.call_for(root, "proxy_on_tick", &[root]).map(drop)
     }
 
-    /// The root context in force, and its tick period if it has one.
+    /// The active root context, and its tick period if it has one.
     pub(super) fn root(&self) -> (u32, Option<Duration>) {
         let root = self.store.data().roots.get(&self.root);
         (self.root, root.and_then(|root| root.tick).map(|tick| tick.period))
@@ -299,7 +299,7 @@ impl Vm {
         outcome
     }
 
-    /// Calls any export with any arguments, for the context that the first of them names.
+    /// Calls any export with any arguments, in the context that the first of them names.
     pub(super) fn callback(&mut self, name: &str, arguments: &[u32]) -> anyhow::Result<Option<u32>> {
         self.call_for(arguments.first().copied().unwrap_or_default(), name, arguments)
     }
@@ -325,10 +325,10 @@ impl Vm {
     }
 }
 
-/// What one callback may use up; thousands of times what any needs, so that one that never ends is found out.
+/// The fuel of one callback; thousands of times what any needs, so that an endless one is detected.
 const FUEL: u64 = 2_000_000_000;
 
-/// As many arguments as a function takes (0 where there are no more), and room for its results.
+/// As many arguments as a function takes (0 for missing ones), and space for its results.
 pub(super) fn values(signature: &FuncType, arguments: &[u32]) -> (Vec<Val>, Vec<Val>) {
     let given = arguments.iter().copied().chain(std::iter::repeat(0)).take(signature.params().len());
     let arguments = given.map(|value| Val::I32(value.cast_signed())).collect();

@@ -1,4 +1,4 @@
-//! The few functions of WASI that a module without files, arguments and environment still imports.
+//! The few WASI functions that a module without files, arguments and environment still imports.
 
 use wasmi::{Caller, Error, Linker};
 
@@ -9,7 +9,7 @@ use super::vm::State;
 
 const MODULE: &str = "wasi_snapshot_preview1";
 
-/// WASI's numbers for "this worked", "no such descriptor", "bad address".
+/// WASI's numbers for success, bad descriptor and bad address.
 const SUCCESS: u32 = 0;
 const BADF: u32 = 8;
 const FAULT: u32 = 21;
@@ -63,7 +63,7 @@ fn errno(
     }
 }
 
-/// What the module prints goes to the log: Rust's panic messages come this way when no hook is set.
+/// The output of the module goes to the log: Rust's panic messages are printed this way if no hook is set.
 fn fd_write(guest: &mut Guest<'_>, _fd: u32, slices: u32, count: u32, written: u32) -> Called {
     let mut text = Vec::new();
     for slice in guest.read(slices, count.saturating_mul(8))?.chunks_exact(8) {

@@ -272,7 +272,8 @@ fn policy() -> Schema {
     json_schema!({"$ref": "#/components/schemas/Policy"})
 }
 
-/// The schemas of the documents and of the types in a TrafficShift. Rules that span fields exist only in `core`'s readers.
+/// The schemas of the documents and of the types in a TrafficShift. Rules that span fields exist only in `core`'s
+/// readers.
 fn documents() -> Map<String, Value> {
     let shift = Value::from(tideshift_core::shift::json_schema::traffic_shift()).to_string();
     let mut shift: Map<String, Value> =

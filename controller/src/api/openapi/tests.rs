@@ -1,4 +1,4 @@
-//! Holds the document true: it is what the code says, and every route answers as it says.
+//! Tests that the OpenAPI document matches the code, and that every route responds as documented.
 
 use super::{DOCUMENT, generate};
 use crate::api::{Events, Leader, Published, ReconcileBarrier, Shared, Tokens, now, router};
@@ -52,7 +52,7 @@ fn what_it_refers_to_is_there() {
     assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), ids.len(), "{ids:?}");
 }
 
-/// Method, path and what is said of it.
+/// The method, path and description of each operation.
 fn operations(document: &Value) -> Vec<(String, String, Value)> {
     let paths = document["paths"].as_object().unwrap().iter();
     let of_path = |(path, methods): (&String, &Value)| {
@@ -79,7 +79,7 @@ async fn start() -> (Router, Arc<Shared>) {
     start_as(Role::Alone).await
 }
 
-/// The same of a replica in this role.
+/// The same for a replica with this role.
 async fn start_as(role: Role) -> (Router, Arc<Shared>) {
     let role = watch::Sender::new(role);
     crate::net::install_crypto_provider();
@@ -142,9 +142,9 @@ async fn send(api: &Router, method: &str, path: &str, body: Option<&Value>) -> R
     api.clone().oneshot(request.body(body).unwrap()).await.unwrap()
 }
 
-/// Fails unless `value` is as the schema at that place of the document says.
+/// Fails unless `value` matches the schema at that place of the document.
 fn check(document: &Value, schema: &Value, value: &Value) -> Result<(), String> {
-    // References lead into the whole document.
+    // References are relative to the whole document.
     let schema = json!({"allOf": [schema], "components": document["components"]});
     jsonschema::validate(&schema, value).map_err(|error| format!("{error} (at {})", error.instance_path()))
 }

@@ -1,6 +1,5 @@
-//! Holds the definition to the reader of documents: what the one takes, the other takes, and the same for what is refused.
-//! A stand-in here does what the API server does with it: fills in defaults, checks the schema and the lists, runs the
-//! rules.
+//! Tests that the CRD and the reader of documents accept and reject the same documents. A stand-in applies the CRD as
+//! the API server does: it fills in defaults, validates the schema and list types, and runs the CEL rules.
 
 use super::*;
 use crate::kubernetes::admission::admit;
@@ -43,7 +42,7 @@ fn what_is_said_of_types_and_fields_is_said_of_some_that_there_are() {
     }
 }
 
-/// What the API server makes of documents.
+/// A stand-in for the API server.
 struct Server {
     schema: Value,
     validator: Validator,
@@ -62,7 +61,7 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
     Server { validator: jsonschema::validator_for(&strict).unwrap(), schema, env: Arc::new(env), programs }
 });
 
-/// As with `fieldValidation=Strict`, which is what kubectl asks for; and in the words of any JSON Schema.
+/// As with `fieldValidation=Strict`, the default of kubectl, expressed in plain JSON Schema.
 fn refuse_unknown(schema: &mut Value) {
     if let Value::Object(fields) = schema {
         if fields.contains_key("properties") {
@@ -75,13 +74,13 @@ fn refuse_unknown(schema: &mut Value) {
     }
 }
 
-/// The schema of a field, of a map's values or of a list's items.
+/// The schema of a field, of the values of a map or of the items of a list.
 fn below<'s>(schema: &'s Value, name: &str) -> &'s Value {
     let places = [&schema["properties"][name], &schema["additionalProperties"], &schema["items"]];
     places.into_iter().find(|place| place.is_object()).unwrap_or(&Value::Null)
 }
 
-/// Nulls are left out, and what is left out has its default.
+/// Drops nulls and fills in defaults.
 fn fill_in(schema: &Value, value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -99,7 +98,7 @@ fn fill_in(schema: &Value, value: &mut Value) {
 }
 
 impl Server {
-    /// The document as it is kept, or what is wrong with it anywhere, in a cluster or not.
+    /// The stored document, or the errors that it causes, in a cluster or outside.
     fn take(&self, document: &Value) -> Result<Value, Vec<String>> {
         let is_of_clusters = |error: &String| CLUSTER_RULES.iter().any(|rule| rule.holds == error);
         let (document, mut errors) = self.health_check(document);
@@ -107,7 +106,7 @@ impl Server {
         if errors.is_empty() { Ok(document) } else { Err(errors) }
     }
 
-    /// The document with its defaults, and everything that is wrong with it.
+    /// The document with its defaults, and all errors in it.
     fn health_check(&self, document: &Value) -> (Value, Vec<String>) {
         let mut document = document.clone();
         fill_in(&self.schema, &mut document);
@@ -118,7 +117,7 @@ impl Server {
         (document, errors)
     }
 
-    /// Gathers the rules that do not hold, and the lists that have something twice.
+    /// Collects the violated rules and the duplicates in lists.
     fn run_rules(&self, schema: &Value, value: &Value, errors: &mut Vec<String>) {
         for rule in schema["x-kubernetes-validations"].as_array().into_iter().flatten() {
             let rule = rule["rule"].as_str().unwrap();
@@ -150,7 +149,7 @@ impl Server {
     }
 }
 
-/// Numbers as the API server has them: with or without a fraction, never unsigned.
+/// Numbers as the API server represents them: integer or float, never unsigned.
 fn cel_value(value: &Value) -> cel::Value {
     match value {
         Value::Null => cel::Value::Null,
@@ -164,7 +163,7 @@ fn cel_value(value: &Value) -> cel::Value {
     }
 }
 
-/// Whether a cluster's controller puts the document in force.
+/// Whether a controller in a cluster accepts the document.
 fn is_admitted(document: &Value) -> bool {
     TrafficShift::read(document).is_ok_and(|shift| admit(&shift).is_ok())
 }
@@ -179,7 +178,7 @@ fn shifts_in(yaml: &str) -> Vec<Value> {
     documents.into_iter().filter(|document| document["kind"] == "TrafficShift").collect()
 }
 
-/// What users are shown, and what the reader's tests are sure of.
+/// The published examples, and the valid documents of the reader's tests.
 fn right_documents() -> Vec<Value> {
     let files = |folder: &str| std::fs::read_dir(Path::new(FOLDER).join(folder)).unwrap();
     let mut shown = Vec::new();
@@ -264,7 +263,7 @@ fn what_reaches_out_of_the_namespace_is_refused_by_a_rule_of_its_own() {
     }
 }
 
-/// A status with everything in it that there is.
+/// A status with every field set.
 const STATUS: &str = r#"{
     "observedGeneration": 3,
     "conditions": [{"type": "Ready", "status": "True", "observedGeneration": 3, "lastTransitionTime": "2026-11-22T15:13:54Z",
@@ -291,7 +290,7 @@ fn nothing_of_a_status_is_lost_or_refused() {
     document["status"] = serde_json::to_value(status).unwrap();
     assert_eq!(document["status"], serde_json::from_str::<Value>(STATUS).unwrap());
     assert_eq!(SERVER.take(&document).map(|kept| kept["status"].clone()), Ok(document["status"].clone()));
-    // By a controller that knows other words.
+    // Written by a controller with other reasons.
     document["status"]["reason"] = json!("Unheard");
     document["status"]["services"] = json!([{"name": "checkout.shop"}]);
     assert!(SERVER.take(&document).is_ok());
@@ -313,7 +312,7 @@ fn lists_that_rules_go_over_have_an_end() {
     assert_eq!(endless, [""; 0]);
 }
 
-/// Values of which each text of a schema takes some, and refuses others.
+/// Values of which each schema of a text accepts some and rejects others.
 const TEXTS: &[&str] = &[
     "",
     "a",
@@ -346,7 +345,7 @@ const TEXTS: &[&str] = &[
 ];
 const NUMBERS: &[i64] = &[0, 1, 2, 5, 10, 100, 300, 404, 599, 600, 1_000_000];
 
-/// The examples that a schema of a text or a number takes.
+/// The examples that match a schema of a text or a number.
 fn examples(schema: &Value) -> Vec<Value> {
     static KNOWN: Mutex<BTreeMap<String, Vec<Value>>> = Mutex::new(BTreeMap::new());
     let make = || {
@@ -364,7 +363,7 @@ fn examples(schema: &Value) -> Vec<Value> {
     KNOWN.lock().unwrap().entry(schema.to_string()).or_insert_with(make).clone()
 }
 
-/// A value that the schema takes.
+/// A random value that matches the schema.
 fn some_value(schema: &Value, random: &mut fastrand::Rng, often: f64) -> Value {
     match schema["type"].as_str() {
         Some("object") => {
@@ -381,7 +380,7 @@ fn some_value(schema: &Value, random: &mut fastrand::Rng, often: f64) -> Value {
             fields.into()
         }
         Some("array") => {
-            // That a hostname is there once is for `documents::agree` to say, which knows those of other documents too.
+            // `documents::agree` checks that hostnames are unique, since that also involves other documents.
             let most =
                 if schema["x-kubernetes-list-type"] == "set" { 1 } else { schema["maxItems"].as_u64().unwrap_or(3) };
             let count = random.u64(schema["minItems"].as_u64().unwrap_or(0)..=most.min(3));
@@ -394,7 +393,7 @@ fn some_value(schema: &Value, random: &mut fastrand::Rng, often: f64) -> Value {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
 
-    /// What the schema takes, the rules take just if the reader does.
+    /// For documents that match the schema, the rules and the reader agree.
     #[test]
     fn the_rules_say_what_the_reader_says(seed: u64, several: bool, often in prop::sample::select(vec![0.1, 0.3, 0.6])) {
         let mut random = fastrand::Rng::with_seed(seed);
@@ -404,7 +403,7 @@ proptest! {
         document["spec"][name] = some_value(field, &mut random, often);
         let kept = SERVER.take(&document);
         prop_assert_eq!(kept.is_ok(), is_read(&document), "{}\n{:?}\n{:?}", document, kept, TrafficShift::read(&document));
-        // What goes in a cluster: the same with versions that say where they run there.
+        // In a cluster: the same with discovery for each version.
         let mut here = document.clone();
         let services = here["spec"]["services"].as_array().into_iter().flatten().count();
         for n in 0..services.max(1) {

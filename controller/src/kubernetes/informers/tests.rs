@@ -3,7 +3,7 @@ use crate::kubernetes::cache::{Labels, Slice, SliceEndpoint};
 use kube::client::Body;
 use serde_json::json;
 
-/// A cluster that answers nothing: what is seen is what a test writes down.
+/// A cluster that never answers; tests write the observed state directly.
 fn watches() -> WatchManager {
     let mute = |_: axum::http::Request<Body>| {
         std::future::pending::<Result<axum::http::Response<Body>, std::convert::Infallible>>()
@@ -57,7 +57,7 @@ fn written(name: &str, host: &str, created: i64, versions: &Value) -> TrafficShi
     TrafficShiftObject { created, ..convert::from_traffic_shift(&serde_json::from_value(object).unwrap()).unwrap() }
 }
 
-/// So many TrafficShifts `s0`, `s1`, ... with Services for v1 and v2, and one that wants the hostname of the first.
+/// `number` TrafficShifts `s0`, `s1`, ... with Services for v1 and v2; another one requests the hostname of the first.
 fn many(number: usize) -> Objects<TrafficShiftObject> {
     let one = |n: usize| {
         let name = format!("s{n}");
@@ -71,10 +71,10 @@ fn many(number: usize) -> Objects<TrafficShiftObject> {
     (0..number).map(one).chain([("shop/culprit".to_owned(), culprit)]).collect()
 }
 
-/// What is seen of them: each version has two endpoints.
+/// The snapshot of them: each version has two endpoints.
 fn seen(watches: &mut WatchManager, number: usize) -> Snapshot {
     watches.notes.write(|sight| Shifts(None).put_all(sight, many(number)));
-    // The first look begins to watch.
+    // The first call starts the watches.
     watches.look(BTreeSet::new()).unwrap();
     let names = (0..number).flat_map(|n| [format!("s{n}-v1"), format!("s{n}-v2")]);
     let all = names.map(|name| (slice_key(Some(&name), &format!("{name}-a")), slice(&name, 2, 2)));
@@ -89,7 +89,7 @@ fn put(watches: &WatchManager, service: &str, ready: usize) {
     watches.notes.write(|sight| slices("shop").put(sight, key, Some(slice(service, ready, 2))));
 }
 
-/// Whether something was written down since this was last asked.
+/// Whether the state has changed since the last call.
 async fn is_woken(watches: &WatchManager) -> bool {
     tokio::time::timeout(Duration::ZERO, watches.notes.changed.notified()).await.is_ok()
 }

@@ -1,7 +1,7 @@
-//! Which process has a file open for writing. Linux tells of the processes that this one may look at: those of the same user,
-//! or all for root.
+//! Finds processes that have a file open for writing. Linux shows only processes that this one may inspect: those of
+//! the same user, or all for root.
 
-/// The id of a process that has the file of this device and inode open for writing; `None` if none is known.
+/// The id of a process that has this device and inode open for writing; `None` if none is known.
 #[cfg(target_os = "linux")]
 pub(super) fn of(file: (u64, u64)) -> Option<u32> {
     use std::os::unix::fs::MetadataExt as _;
@@ -26,7 +26,8 @@ pub(super) fn of(_: (u64, u64)) -> Option<u32> {
     None
 }
 
-/// Whether the text of a `fdinfo` is of a descriptor for writing: its flags are octal, and the lowest two bits the mode.
+/// Whether the text of a `fdinfo` describes a descriptor open for writing: its flags are octal, and the lowest two bits
+/// are the access mode.
 #[cfg(target_os = "linux")]
 fn is_for_writing(text: &str) -> bool {
     let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));

@@ -1,4 +1,4 @@
-//! Good services are taken whatever the others are, and changes lead to what the whole would have.
+//! Valid services are applied whatever the others are, and a delta has the same result as the complete policy.
 
 use super::*;
 use proptest::prelude::*;
@@ -20,7 +20,7 @@ fn read(document: &Value, of: Before<'_>) -> Result<Delivery, Refusal> {
     Delivery::read(document.to_string().as_bytes(), of)
 }
 
-/// Name, host and weight of each service.
+/// The name, host and weight of each service.
 fn services(policy: &Policy) -> Vec<String> {
     let of =
         |service: &Service| format!("{} {} {}", service.name, service.hostnames.join(","), service.versions[0].weight);
@@ -52,7 +52,7 @@ fn of_two_that_claim_a_host_the_first_gets_it() {
     let errors: Vec<_> = delivery.refused.iter().flat_map(|refused| &refused.errors).collect();
     assert!(errors[0].starts_with("services[1].hostnames[0]: \"a.x\" is not allowed"), "{errors:?}");
     assert!(errors[1].starts_with("services[2].name: \"a\" is not allowed"), "{errors:?}");
-    // What a bad one was before is not in the way of a good one.
+    // The previous configuration of an invalid service does not conflict with a valid one.
     let new = json!({"revision": 2, "services": [service("b", "b.x", -1), service("a", "b.x", 2)]});
     assert_eq!(services(&read(&new, before(&old)).unwrap().policy), ["a b.x 2"]);
 }

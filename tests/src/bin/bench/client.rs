@@ -1,5 +1,5 @@
-//! A client that costs next to nothing: a few connections that are kept alive, one request at a time on each, and two
-//! system calls for a request. Every answer is checked.
+//! A client with minimal cost: a few keep-alive connections, one request at a time on each, and two system calls per
+//! request. It checks every response.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -16,7 +16,7 @@ pub(crate) const HOST: &str = "shop.example.com";
 /// A client's connections, each with at most one request at a time.
 pub(crate) const CONNECTIONS: usize = 8;
 
-/// What a browser sends by way of a mesh.
+/// Typical headers of a browser behind a mesh.
 const HEADERS: [(&str, &str); 15] = [
     ("user-agent", "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0"),
     ("accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
@@ -38,7 +38,7 @@ const HEADERS: [(&str, &str); 15] = [
 /// The cookies of every request.
 const COOKIES: &str = "theme=dark; consent=2026-01-03; sid=8f14e45fceea167a5a36dedd4bea2543";
 
-/// A request; `cookie` is one more cookie, `headers` further headers.
+/// A request; `cookie` is an additional cookie, `headers` are additional headers.
 pub(crate) fn request(cookie: Option<&str>, headers: &[(String, String)]) -> Vec<u8> {
     let mut request = format!("GET /cart/items?page=3 HTTP/1.1\r\nhost: {HOST}\r\ncookie: {COOKIES}");
     cookie.iter().for_each(|cookie| request.extend(["; ", cookie]));
@@ -56,7 +56,7 @@ pub(crate) struct Client {
     connections: Vec<Connection>,
     requests: Vec<Sent>,
     next: usize,
-    /// Answers by version.
+    /// Responses by version.
     pub(crate) answers: BTreeMap<String, u64>,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Client {
 #[derive(Debug)]
 struct Sent {
     bytes: Vec<u8>,
-    /// The version that answered first must answer always.
+    /// The version that answered first must always answer.
     by: Option<String>,
     sticky: bool,
 }
@@ -74,19 +74,20 @@ struct Connection {
     stream: TcpStream,
     buffer: Vec<u8>,
     filled: usize,
-    /// Which request it waits for the answer of.
+    /// The request whose response it waits for.
     asked: usize,
 }
 
 impl Client {
-    /// Connects; `requests` are sent in turn. `sticky`: the version that answered a request first must answer it always.
+    /// Connects; `requests` are sent in turn. `sticky`: the version that answered a request first must always answer
+    /// it.
     pub(crate) fn connect(address: SocketAddr, requests: Vec<Vec<u8>>, sticky: bool) -> anyhow::Result<Self> {
         let connections = (0..CONNECTIONS).map(|_| Connection::open(address)).collect::<anyhow::Result<_>>()?;
         let requests = requests.into_iter().map(|bytes| Sent { bytes, by: None, sticky }).collect();
         Ok(Self { connections, requests, next: 0, answers: BTreeMap::new() })
     }
 
-    /// Connects; so many users are sent in turn, each with the cookie that the first answer has set.
+    /// Connects; this many users are sent in turn, each with the cookie from the first response.
     pub(crate) fn with_cookies(address: SocketAddr, users: usize) -> anyhow::Result<Self> {
         let mut client = Self::connect(address, vec![request(None, &[])], false)?;
         let mut requests = Vec::with_capacity(users);
@@ -103,12 +104,12 @@ impl Client {
         Ok(Self { requests, next: 0, ..client })
     }
 
-    /// Answers so far.
+    /// The number of responses so far.
     pub(crate) fn answered(&self) -> u64 {
         self.answers.values().sum()
     }
 
-    /// Sends so many requests and reads their answers.
+    /// Sends this many requests and reads their responses.
     pub(crate) fn batch(&mut self, requests: usize) -> anyhow::Result<()> {
         let open = self.connections.len();
         for number in 0..requests + open {
@@ -145,7 +146,7 @@ impl Connection {
         Ok(Self { stream, buffer: vec![0; 1 << 14], filled: 0, asked: 0 })
     }
 
-    /// Reads the next answer, which must be a whole one with status 200, and returns its body.
+    /// Reads the next response, which must be complete with status 200, and returns its body.
     fn answer(&mut self) -> anyhow::Result<&[u8]> {
         self.filled = 0;
         let body = loop {

@@ -1,5 +1,5 @@
-//! What each variant costs in CPU time of Envoy's worker: batches to all listeners in random order, round after round,
-//! and the median over the rounds of what a variant costs against another one in the same round.
+//! Measures the CPU time of Envoy's worker for each variant: batches to all listeners in random order, in many rounds,
+//! and the median over the rounds of the difference between two variants in the same round.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,15 +19,15 @@ use crate::settings::Settings;
 use crate::statistics::Summary;
 use crate::variants::{Counted, Expected, Requests, Variant, WEIGHTS};
 
-/// What came out for one variant.
+/// The result of one variant.
 #[derive(Debug)]
 pub(crate) struct Cost {
     pub(crate) variant: Variant,
-    /// CPU time for each request, in microseconds, of each round.
+    /// CPU time per request, in microseconds, of each round.
     pub(crate) rounds: Vec<f64>,
-    /// How long all rounds took.
+    /// The duration of all rounds.
     pub(crate) took: Duration,
-    /// How long of that the worker waited for its core because others used it.
+    /// How long the worker waited for its core because other processes used it.
     pub(crate) waited: Duration,
 }
 
@@ -37,7 +37,7 @@ impl Cost {
         Summary::of(self.rounds.iter().copied())
     }
 
-    /// Each round's together with that of another one in the same round.
+    /// Each round's value combined with that of another variant in the same round.
     pub(crate) fn with(&self, other: &Self, of: impl Fn(f64, f64) -> f64) -> Option<Summary> {
         Summary::of(self.rounds.iter().zip(&other.rounds).map(|(&own, &other)| of(own, other)))
     }
@@ -57,7 +57,7 @@ pub(crate) async fn measure(
     let vms = envoy.stat(VMS_CREATED).await?;
     let addresses: Vec<SocketAddr> = proxy.addresses().collect();
     let settings = settings.clone();
-    // When this future is dropped, Envoy is, and the thread ends by losing its connections.
+    // Dropping this future drops Envoy, and the thread ends when it loses its connections.
     let rounds = tokio::task::spawn_blocking(move || rounds(variants, &addresses, &worker, &settings));
     let measured = rounds.await?.map_err(|error| anyhow!("{error:#}\n{}", envoy.tail()))?;
     for (cost, client) in &measured {
@@ -68,7 +68,7 @@ pub(crate) async fn measure(
     Ok(measured.into_iter().map(|(cost, _)| cost).collect())
 }
 
-/// Why Envoy refuses a variant, in the words of its log; `None` if it takes it.
+/// Why Envoy rejects a variant, from its log; `None` if it accepts it.
 pub(crate) async fn refusal(variant: &Variant, backends: &[SocketAddr]) -> anyhow::Result<Option<String>> {
     let proxy = Proxy::new(std::slice::from_ref(variant), backends)?;
     let Err(error) = proxy.options(1).start().await else { return Ok(None) };
@@ -127,7 +127,7 @@ fn client(variant: &Variant, address: SocketAddr) -> anyhow::Result<Client> {
     }
 }
 
-/// A variant that chooses wrong is not worth measuring.
+/// A variant that chooses wrong versions is not worth measuring.
 fn check_shares(variant: &Variant, client: &Client) -> anyhow::Result<()> {
     let answers = |version: &str| client.answers.get(version).copied().unwrap_or_default();
     let all = client.answered();
@@ -137,20 +137,20 @@ fn check_shares(variant: &Variant, client: &Client) -> anyhow::Result<()> {
             let sum: u32 = WEIGHTS.iter().map(|(_, weight)| weight).sum();
             for (version, weight) in WEIGHTS {
                 let (share, due) = (answers(version) as f64 / all as f64, f64::from(weight) / f64::from(sum));
-                // Envoy's own choice is a coin toss: 5 standard deviations.
+                // Envoy's own choice is random: 5 standard deviations.
                 let tolerance = 5.0 * (due * (1.0 - due) / all as f64).sqrt();
                 ensure!((share - due).abs() <= tolerance, "{version} got {share:.3} of all instead of {due:.3}");
             }
         }
-        // Seen with each answer.
+        // Checked with each response.
         Expected::Sticky => {}
     }
     Ok(())
 }
 
-/// Nor is one that does not count.
+/// Nor is a variant that does not count.
 async fn check_counts(measured: &[(Cost, Client)], envoy: &Envoy) -> anyhow::Result<()> {
-    // A chain counts for the same service as the one that it is compared with.
+    // A chain counts for the same service as the variant that it is compared with.
     let mut due: BTreeMap<&Counted, u64> = BTreeMap::new();
     for (cost, client) in measured {
         if let Some(counted) = &cost.variant.counted {

@@ -1,4 +1,4 @@
-//! How soon a published policy is in force on every worker, under load.
+//! Measures how soon a published policy is in force on every worker, under load.
 
 use std::time::Duration;
 
@@ -18,19 +18,19 @@ use crate::variants::WEIGHTS;
 
 /// Workers that a policy must reach.
 pub(crate) const WORKERS: usize = 4;
-/// Requests a second besides those that wait for the effect.
+/// Requests per second in addition to those that wait for the effect.
 pub(crate) const RATE: f64 = 500.0;
 
 const FIRST: u64 = 1_000_000;
 
-/// What came out.
+/// The result.
 #[derive(Debug)]
 pub(crate) struct Effects {
     pub(crate) effects: Vec<Effect>,
     pub(crate) requests: u64,
 }
 
-/// Publishes so many policies, each of which sends all requests to the other version.
+/// Publishes this many policies, each of which sends all requests to the other version.
 pub(crate) async fn measure(changes: u64) -> anyhow::Result<Effects> {
     progress(&format!("policy to effect: {changes} changes"));
     let server = PolicyServer::start().await?;
@@ -63,7 +63,7 @@ pub(crate) async fn measure(changes: u64) -> anyhow::Result<Effects> {
     Ok(Effects { effects, requests: sent + tally.answered })
 }
 
-/// How long, by a part of the changes: 0.5 is the median, 1 the maximum.
+/// A quantile of the durations: 0.5 is the median, 1 the maximum.
 pub(crate) fn at(times: impl Iterator<Item = Duration>, part: f64) -> Duration {
     let mut times: Vec<Duration> = times.collect();
     times.sort_unstable();

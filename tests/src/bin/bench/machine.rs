@@ -1,4 +1,4 @@
-//! What of the machine the numbers depend on: which core runs what, and how much CPU time a thread has used.
+//! The machine properties that the numbers depend on: the assignment of cores, and the CPU time of a thread.
 
 use std::fs;
 use std::time::Instant;
@@ -8,19 +8,19 @@ use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tideshift_tests::envoy_fixture::DEADLINE;
 
-/// Which cores there are, and who gets which while CPU time is measured.
+/// The cores, and their assignment while CPU time is measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cores {
-    /// All that this process may use.
+    /// All cores that this process may use.
     pub(crate) all: CpuSet,
-    /// One for the proxy alone.
+    /// The core of the proxy alone.
     pub(crate) proxy: CpuSet,
-    /// One for everything that calls it and answers it.
+    /// The core of all clients and backends.
     pub(crate) others: CpuSet,
 }
 
 impl Cores {
-    /// The last ones of those that this process may use: the first ones have the interrupts.
+    /// The last of the allowed cores: the first ones handle interrupts.
     pub(crate) fn choose() -> anyhow::Result<Self> {
         let all = sched_getaffinity(None)?;
         let mut last = (0..CpuSet::MAX_CPU).rev().filter(|&core| all.is_set(core)).map(|core| {
@@ -37,13 +37,13 @@ impl Cores {
 
 /// Keeps every thread of a process on these cores; threads that it starts later stay there too.
 pub(crate) fn pin(process: u32, cores: &CpuSet) -> anyhow::Result<()> {
-    // A thread that is being started while we look may not have it yet, so look until there is none.
+    // A thread that is being started meanwhile may have other cores, so repeat until there is none.
     let deadline = Instant::now() + DEADLINE;
     loop {
         let mut missed = false;
         for thread in threads(process)? {
             let id = Pid::from_raw(i32::try_from(thread)?);
-            // One that has ended meanwhile needs none.
+            // A thread may have ended meanwhile.
             if sched_getaffinity(id).is_ok_and(|now| now != *cores) {
                 missed |= sched_setaffinity(id, cores).is_ok();
             }
@@ -61,12 +61,12 @@ fn threads(process: u32) -> anyhow::Result<Vec<u32>> {
     directory.map(id).collect()
 }
 
-/// What a thread has used of its core so far, in nanoseconds.
+/// The usage of a core by a thread, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Used {
     /// CPU time.
     pub(crate) cpu: u64,
-    /// How long it could have run, but others did.
+    /// How long it was runnable while others ran.
     pub(crate) waited: u64,
 }
 

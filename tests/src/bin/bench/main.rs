@@ -1,8 +1,8 @@
-//! `make bench`: what the filter costs on a real Envoy, against what Envoy does by itself and against others who do the
-//! same job. Tables on the standard output, progress on the standard error; a failed request fails it.
+//! `make bench`: the cost of the filter on a real Envoy, compared with Envoy's own features and with other filters for
+//! the same job. Tables go to the standard output, progress to the standard error; a failed request fails it.
 //!
-//! Machines that people have are noisy, so nothing here is a throughput: Envoy runs one worker on a core of its own,
-//! and [`cost`] compares the CPU time of that worker between batches that follow one another.
+//! Ordinary machines are noisy, so it measures no throughput: Envoy runs one worker on a core of its own, and [`cost`]
+//! compares the CPU time of that worker between consecutive batches.
 
 mod client;
 mod cost;
@@ -126,7 +126,7 @@ fn show(text: &str) {
     println!("{text}");
 }
 
-/// What is being done: one line that is written over, unless it goes to a file.
+/// The current activity: one line that is overwritten, unless the output is a file.
 fn progress(line: &str) {
     if stderr().is_terminal() {
         eprint!("\r\x1b[2K{line}\r");

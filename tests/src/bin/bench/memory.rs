@@ -1,4 +1,4 @@
-//! What each further VM, so each further worker, takes in memory.
+//! Measures the memory of each additional VM, and thus of each additional worker.
 
 use std::fs;
 use std::net::SocketAddr;

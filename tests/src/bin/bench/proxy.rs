@@ -1,4 +1,4 @@
-//! The Envoy that is measured: a listener for each variant.
+//! The measured Envoy, with a listener for each variant.
 
 use std::net::SocketAddr;
 

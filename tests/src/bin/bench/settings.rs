@@ -1,4 +1,4 @@
-//! What people may change on the command line: `make bench ROUNDS=100 ONLY='weights|Lua' SECTIONS=cost`.
+//! Settings from the command line: `make bench ROUNDS=100 ONLY='weights|Lua' SECTIONS=cost`.
 
 use std::env;
 use std::fmt::Display;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, ensure};
 
-/// What there is to measure.
+/// The measurements.
 const SECTIONS: [&str; 4] = ["cost", "memory", "start", "effect"];
 
 /// How much to measure.

@@ -1,4 +1,4 @@
-//! How much longer Envoy takes to start.
+//! Measures the additional startup time of Envoy.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::proxy::Proxy;
 use crate::statistics::Summary;
 use crate::variants::Variant;
 
-/// How often a starting Envoy is asked.
+/// The interval of polls while Envoy starts.
 const EVERY: Duration = Duration::from_millis(1);
 
 /// From the start of the process until `/ready` says so, in milliseconds.

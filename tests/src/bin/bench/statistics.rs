@@ -1,6 +1,6 @@
-//! Medians of what was measured again and again, and how sure they are.
+//! Medians of repeated measurements, and their confidence.
 
-/// What many measurements of one thing say.
+/// The summary of repeated measurements.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Summary {
     pub(crate) median: f64,

@@ -1,4 +1,4 @@
-//! What was measured, as Markdown.
+//! Formats the results as Markdown.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::start::Start;
 use crate::variants::{CHAIN, Table};
 use crate::{effect, memory};
 
-/// What each variant costs against native, the first of them; then what was left out, and why.
+/// The cost of each variant compared with native, the first of them; then the variants that were left out, and why.
 pub(crate) fn costs(costs: &[Cost], left_out: &[(String, String)], settings: &Settings) -> String {
     let Some(native) = costs.first() else { return String::new() };
     let waited: Duration = costs.iter().map(|cost| cost.waited).sum();
@@ -49,7 +49,7 @@ pub(crate) fn costs(costs: &[Cost], left_out: &[(String, String)], settings: &Se
     text
 }
 
-/// What one more filter costs where there are others already.
+/// The cost of one more filter in a chain.
 pub(crate) fn chains(costs: &[Cost]) -> String {
     let mut text = format!(
         "### CPU time of one more filter\n\n\

@@ -1,4 +1,4 @@
-//! What is compared: a listener each, all in one Envoy, with the routes that `tideshift render envoy` prints.
+//! The compared variants: one listener each, all in one Envoy, with the routes that `tideshift render envoy` prints.
 
 use std::path::PathBuf;
 
@@ -23,7 +23,7 @@ const USERS: usize = 20;
 /// One way to do the job.
 #[derive(Clone, Debug)]
 pub(crate) struct Variant {
-    /// What tables call it, and `ONLY` knows it by.
+    /// Its name in tables, and for `ONLY`.
     pub(crate) name: String,
     /// The HTTP filters before the router.
     pub(crate) filters: Vec<Value>,
@@ -38,7 +38,7 @@ pub(crate) struct Variant {
     pub(crate) table: Table,
 }
 
-/// What picks the cluster.
+/// How the cluster is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Routes {
     /// Envoy's own `weighted_clusters`.
@@ -51,11 +51,11 @@ pub(crate) enum Routes {
 #[derive(Clone, Debug)]
 pub(crate) enum Requests {
     With(Vec<Vec<(String, String)>>),
-    /// So many users, each with the cookie that came with the first answer.
+    /// This many users, each with the cookie from its first response.
     Cookies(usize),
 }
 
-/// Who answers, which is checked.
+/// The expected responses, which are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Expected {
     /// Each by its share of [`WEIGHTS`].
@@ -90,7 +90,7 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
-    /// What `make bench` has built, and `MODULE`.
+    /// The modules that `make bench` has built, and the one that `MODULE` names.
     pub(crate) fn find() -> anyhow::Result<Self> {
         let built = |name: &str| {
             let file = artifacts::workspace().join("target/wasm32-wasip1/wasm").join(name);
@@ -126,7 +126,7 @@ impl Modules {
     }
 }
 
-/// What Envoy does by itself: what everything is measured against.
+/// Envoy's own weighted clusters, the baseline of all comparisons.
 pub(crate) fn native() -> Variant {
     Variant { routes: Routes::Weighted, ..variant("native `weighted_clusters`") }
 }

@@ -1,4 +1,4 @@
-//! What is shown, act by act.
+//! The acts of the demo.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use crate::summary;
 
 /// Requests per second.
 const RATE: f64 = 300.0;
-/// The same once all has been shown.
+/// The rate after the demo.
 const LOW_RATE: f64 = 20.0;
-/// How long a change may be looked at.
+/// How long a change stays on the screen.
 const SHORT: Duration = Duration::from_secs(2);
 const LONG: Duration = Duration::from_secs(5);
 
-/// Shows everything; returns whether it went as it should. With `keep` it does not return.
+/// Runs all acts; returns whether all went as expected. With `keep` it does not return.
 pub(crate) async fn play(keep: bool) -> anyhow::Result<bool> {
     let (module, _, _) = (artifacts::wasm()?, artifacts::tideshift()?, artifacts::envoy()?);
     let mut screen = Screen::new();

@@ -1,4 +1,4 @@
-//! The TrafficShift document, as a user would write it and change it.
+//! The TrafficShift document, as a user would write and change it.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -8,17 +8,17 @@ use anyhow::Context as _;
 
 /// The name of the service.
 pub(crate) const SERVICE: &str = "checkout";
-/// What clients call.
+/// The hostname that clients call.
 pub(crate) const HOST: &str = "checkout.example.com";
 
-/// The document's file, and what stays the same in it.
+/// The file of the document, and its constant parts.
 pub(crate) struct Document {
     path: PathBuf,
     versions: String,
 }
 
 impl Document {
-    /// A document in this folder; nothing is written yet.
+    /// A document in this directory; nothing is written yet.
     pub(crate) fn new(folder: &Path, versions: &[(&str, Vec<SocketAddr>)]) -> Self {
         let version = |(name, endpoints): &(&str, Vec<SocketAddr>)| {
             let endpoints: Vec<_> = endpoints.iter().map(|endpoint| format!("\"{endpoint}\"")).collect();
@@ -30,7 +30,7 @@ impl Document {
         Self { path: folder.join("shift.yaml"), versions: versions.iter().map(version).collect() }
     }
 
-    /// Writes it with this way to go, as an editor does: whole or not at all.
+    /// Writes it with these steps, atomically like an editor.
     pub(crate) fn write(&self, stable: &str, target: Option<&str>) -> anyhow::Result<()> {
         let target = target.map(|target| format!("  target: {target}\n")).unwrap_or_default();
         let text = format!(
@@ -53,7 +53,7 @@ spec:
         fs::rename(&new, &self.path).with_context(|| format!("cannot write {}", self.path.display()))
     }
 
-    /// Where it is.
+    /// Its path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

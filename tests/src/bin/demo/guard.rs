@@ -1,12 +1,13 @@
-//! Cleans up if the demo is killed with SIGKILL, when nothing of its own can: a small shell process that waits for the
-//! end of a pipe which ends with the demo, then kills the demo's programs and removes its folder.
+//! Cleans up if the demo is killed with SIGKILL and cannot clean up itself: a small shell process waits for the end of
+//! a pipe, which closes with the demo, then kills the demo's programs and removes its directory.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 
-/// The arguments are the folder and the programs: what runs one of them on something in the folder is the demo's.
+/// The arguments are the directory and the programs: a process that runs one of them with a path in the directory
+/// belongs to the demo.
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP
 read -r _
@@ -20,7 +21,7 @@ done
 rm -rf "$folder"
 "#;
 
-/// The guard of one folder; dropping it sends it away with nothing done.
+/// The guard of one directory; dropping it ends it without any cleanup.
 pub(crate) struct Guard {
     shell: Child,
 }

@@ -1,6 +1,6 @@
-//! `make demo`: the main job live in the terminal, with nothing but real parts: Envoy with the module, `tideshift serve`
-//! and HTTP backends on loopback ports. It ends by itself and fails unless all counts are equal; with `KEEP=1` it goes
-//! on until Ctrl-C. However it ends, no process and no folder is left.
+//! `make demo`: a rollout live in the terminal, with real parts only: Envoy with the module, `tideshift serve` and HTTP
+//! backends on loopback ports. It ends by itself and fails unless all counts are equal; with `KEEP=1` it runs until
+//! Ctrl-C. However it ends, it leaves no process and no directory.
 
 mod acts;
 mod document;
@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use signals::Signals;
 
-/// A signal to the whole process group ends the children as well; their end must not be taken for an error.
+/// A signal to the whole process group ends the children as well; this must not be reported as an error.
 const GRACE: Duration = Duration::from_millis(200);
 
 #[tokio::main]

@@ -1,4 +1,4 @@
-//! Drawing: on a terminal lines that stay, and below them a picture that is redrawn; elsewhere a line each second.
+//! Output: on a terminal, lines that stay, with a chart below them that is redrawn; otherwise one line per second.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use tokio::time::Instant;
 use crate::text::{bar, clock, percent, thousands, wrap};
 use crate::view::{Row, View};
 
-/// The widest that the picture becomes, and the width of all of a row but its bar.
+/// The maximum width of the chart, and the width of a row without its bar.
 const WIDEST: usize = 110;
 const WITHOUT_BAR: usize = 54;
-/// Where there is no terminal: from one line to the next.
+/// Without a terminal: the interval between lines.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// What happens now, and what to look at.
+/// The current act, and what to look at.
 #[derive(Clone, Copy)]
 pub(crate) struct Narration {
     pub(crate) title: &'static str,
@@ -27,9 +27,9 @@ pub(crate) struct Screen {
     term: Term,
     is_live: bool,
     begun: Instant,
-    /// The picture that stands there, to be redrawn.
+    /// The current chart, to be redrawn.
     drawn: Vec<String>,
-    /// How wide the terminal was then.
+    /// The width of the terminal at that time.
     width: usize,
     line_at: Option<Instant>,
 }
@@ -46,19 +46,19 @@ impl Screen {
         self.begun.elapsed()
     }
 
-    /// A line that stays, above the picture.
+    /// A line that stays, above the chart.
     pub(crate) fn say(&mut self, line: &str) -> anyhow::Result<()> {
         let picture = self.drawn.clone();
         self.put(&[line.to_owned()], picture)
     }
 
-    /// The same with the time before it.
+    /// The same with a timestamp.
     pub(crate) fn note(&mut self, line: &str) -> anyhow::Result<()> {
         let time = style(format!("{:>6}", clock(self.elapsed()))).dim();
         self.say(&format!("{time}  {line}"))
     }
 
-    /// Shows how things stand.
+    /// Draws the current state.
     pub(crate) fn draw(&mut self, narration: &Narration, view: &View) -> anyhow::Result<()> {
         if self.is_live {
             let picture = self.picture(narration, view);
@@ -71,16 +71,16 @@ impl Screen {
         self.note(&plain(view))
     }
 
-    /// Leaves the picture standing as it is; what comes now comes below it.
+    /// Leaves the chart as it is; later output follows below it.
     pub(crate) fn leave(&mut self) {
         self.drawn.clear();
     }
 
-    /// In one write, so that nothing flickers: back to the picture's start, the new lines, the new picture.
+    /// In one write to prevent flicker: back to the start of the chart, the new lines, the new chart.
     fn put(&mut self, lines: &[String], picture: Vec<String>) -> anyhow::Result<()> {
         let (height, width) = self.term.size_checked().map_or((24, 80), |(h, w)| (usize::from(h), usize::from(w)));
         let mut out = String::new();
-        // Where its lines are once a terminal has become narrower or wider, terminals do not agree: it stays there.
+        // After a resize terminals disagree about the position of its lines: the old chart stays.
         if !self.drawn.is_empty() && self.width == width {
             out += &format!("\x1b[{}A\r\x1b[J", self.drawn.len());
         }

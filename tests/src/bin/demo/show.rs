@@ -1,4 +1,4 @@
-//! The loop of looking and drawing, and the means by which the acts wait for what they want to show.
+//! The loop that polls and draws, and how acts wait for what they show.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use crate::stage::Stage;
 use crate::text::percent;
 use crate::view::{Recent, View};
 
-/// From one look to the next.
+/// The polling interval.
 const EVERY: Duration = Duration::from_millis(100);
-/// How long anything that an act waits for may take; on a busy machine a second is soon over.
+/// The timeout of anything that an act waits for; a busy machine is slow.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The stage and who looks at it.
+/// The stage and its display.
 pub(crate) struct Show {
     pub(crate) stage: Stage,
     pub(crate) screen: Screen,
@@ -30,18 +30,18 @@ impl Show {
         Self { stage, screen, narration, recent: Recent::default(), noted: String::new(), phase: String::new() }
     }
 
-    /// From now on something else is told.
+    /// Changes the displayed text.
     pub(crate) fn tell(&mut self, narration: Narration) -> anyhow::Result<()> {
         self.narration = narration;
         self.screen.note(&console::style(narration.title).bold().to_string())
     }
 
-    /// Forgets the tallies of an earlier load.
+    /// Clears the tallies of an earlier load.
     pub(crate) fn start_anew(&mut self) {
         self.recent = Recent::default();
     }
 
-    /// Goes on looking for so long.
+    /// Continues for this long.
     pub(crate) async fn linger(&mut self, time: Duration) -> anyhow::Result<()> {
         let end = Instant::now() + time;
         while Instant::now() < end {
@@ -51,7 +51,7 @@ impl Show {
         Ok(())
     }
 
-    /// Goes on looking until this is so; a rollout that fails meanwhile is the end of it.
+    /// Continues until the condition holds; fails if a rollout fails meanwhile.
     pub(crate) async fn until(&mut self, what: &str, is_so: impl Fn(&View) -> bool) -> anyhow::Result<()> {
         let begun = Instant::now();
         loop {
@@ -77,7 +77,7 @@ impl Show {
         Ok(view)
     }
 
-    /// Weights and ends of rollouts stay on the screen.
+    /// Changes of weights and ends of rollouts stay on the screen.
     fn note_changes(&mut self, view: &View) -> anyhow::Result<()> {
         let weights: Vec<String> =
             view.rows.iter().map(|row| format!("{} {}", row.name, percent(row.weight))).collect();

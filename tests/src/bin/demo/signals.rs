@@ -2,7 +2,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Takes the place of what these signals do by default.
+/// Replaces the default action of these signals.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
@@ -18,7 +18,7 @@ impl Signals {
         })
     }
 
-    /// Waits for one of them; returns the exit code that a shell would give it.
+    /// Waits for a signal; returns the exit code that a shell would use for it.
     pub(crate) async fn caught(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => 130,

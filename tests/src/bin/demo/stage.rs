@@ -1,5 +1,5 @@
-//! Everything that runs during the demo, on free loopback ports and in one temporary folder. It ends when it is
-//! dropped, in the order of the fields.
+//! Everything that runs during the demo, on free loopback ports and in one temporary directory. Dropping it ends
+//! everything, in the order of the fields.
 
 use std::mem;
 use std::net::SocketAddr;
@@ -18,13 +18,13 @@ use crate::document::{Document, HOST};
 use crate::guard::Guard;
 use crate::status::Status;
 
-/// The version that serves at first.
+/// The version that serves initially.
 pub(crate) const V1: &str = "v1";
-/// The next one, which is good.
+/// The next version, which is healthy.
 pub(crate) const V2: &str = "v2";
-/// The one after that, which is not.
+/// The version after that, which is broken.
 pub(crate) const V3: &str = "v3";
-/// All of them, in the document's order.
+/// All versions, in the document's order.
 pub(crate) const VERSIONS: [&str; 3] = [V1, V2, V3];
 /// Endpoints of each version.
 pub(crate) const ENDPOINTS: usize = 4;
@@ -47,7 +47,7 @@ impl Stage {
     /// Starts the endpoints of v1, the controller and Envoy; those of v2 and v3 exist in the document only.
     pub(crate) async fn set_up(module: &Path) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("tideshift-demo-").tempdir().context("no temporary folder")?;
-        // The actors' own folders go into it, so that one is all there is to remove.
+        // The components' directories are created inside it, so that only one must be removed.
         let _ = tempfile::env::override_temp_dir(folder.path());
         let guard = Guard::new(folder.path(), [&artifacts::tideshift()?, &artifacts::envoy()?])?;
 
@@ -76,12 +76,12 @@ impl Stage {
         Ok(Self { load, envoy, controller, versions, listener, document, _guard: guard, _folder: folder })
     }
 
-    /// Sends so many requests per second from now on.
+    /// Sends this many requests per second.
     pub(crate) fn send(&mut self, rate: f64) {
         self.load = Plan::new(self.listener.address(), HOST).connections(CONNECTIONS).rate(rate).start();
     }
 
-    /// Sends nothing more; returns the tally once every request has been answered or has failed.
+    /// Stops sending; returns the tally once every request has been answered or has failed.
     pub(crate) async fn send_no_more(&mut self) -> anyhow::Result<Tally> {
         let nothing = Plan::new(self.listener.address(), HOST).connections(0).start();
         mem::replace(&mut self.load, nothing).stop().await
@@ -92,7 +92,7 @@ impl Stage {
         self.load.tally()
     }
 
-    /// What the controller says; fails with the log of the process that has exited.
+    /// The controller's status; fails with the log of a process that has exited.
     pub(crate) async fn status(&mut self) -> anyhow::Result<Status> {
         ensure!(self.envoy.is_running(), "Envoy has ended:\n{}", self.envoy.tail());
         let status = Status::of(&self.controller).await;
@@ -118,7 +118,7 @@ impl Stage {
     }
 }
 
-/// What users get: the words of `tideshift render envoy`.
+/// The configuration for users: the output of `tideshift render envoy`.
 fn bootstrap(
     document: &Path,
     listener: &Port,

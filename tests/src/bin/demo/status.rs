@@ -1,4 +1,4 @@
-//! What the demo shows of the controller's `GET /v1/status`.
+//! The parts of the controller's `GET /v1/status` that the demo shows.
 
 use anyhow::Context as _;
 use serde::Deserialize;
@@ -29,7 +29,7 @@ pub(crate) struct VersionStatus {
     pub(crate) requests: Counts,
 }
 
-/// How many of a version's endpoints can take traffic.
+/// The number of a version's endpoints that can receive traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct Endpoints {
     pub(crate) ready: usize,
@@ -42,7 +42,7 @@ struct Answer {
 }
 
 impl Status {
-    /// Asks the controller.
+    /// Requests the status from the controller.
     pub(crate) async fn of(controller: &Controller) -> anyhow::Result<Self> {
         let answer: Answer = serde_json::from_str(&controller.get("/v1/status").await?)?;
         let mut services = answer.services.into_iter();

@@ -1,4 +1,4 @@
-//! The reckoning: who counted what, and whether it is the same.
+//! The summary: the counts of each side, and whether they are equal.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,7 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(15);
 type Key = (String, Outcome);
 type Counts = BTreeMap<Key, u64>;
 
-/// All that is told at the end.
+/// The final output.
 pub(crate) struct Summary {
     /// By version and outcome: the statuses that clients saw.
     statuses: BTreeMap<Key, Vec<String>>,
@@ -32,14 +32,14 @@ pub(crate) struct Summary {
     unanswered: u64,
     /// Errors of v3, which is meant to fail.
     expected: u64,
-    /// All others, and the requests without an answer.
+    /// All other errors, and requests without a response.
     unexpected: u64,
     failures: Vec<String>,
     taken_back: Option<[String; 2]>,
     difference: Option<String>,
 }
 
-/// Waits until everybody has counted what the client has, and says so if they never do.
+/// Waits until the counts of all sides equal the client's; reports if they never do.
 pub(crate) async fn take(stage: &mut Stage, tally: &Tally) -> anyhow::Result<Summary> {
     let mut client = Counts::new();
     let mut statuses = BTreeMap::<Key, Vec<String>>::new();
@@ -69,7 +69,7 @@ pub(crate) async fn take(stage: &mut Stage, tally: &Tally) -> anyhow::Result<Sum
     Ok(summary)
 }
 
-/// How long the bad version went on to get requests.
+/// How long the broken version continued to receive requests.
 fn taken_back(tally: &Tally, version: &str) -> Option<[String; 2]> {
     let times = tally.times.get(version)?;
     let seconds = times.last_sent.saturating_duration_since(times.first_error?).as_secs_f64();
@@ -83,7 +83,7 @@ fn taken_back(tally: &Tally, version: &str) -> Option<[String; 2]> {
 }
 
 impl Summary {
-    /// Asks everybody what they counted; fails where it is not the same.
+    /// Collects the counts of all sides; fails if they differ.
     async fn ask(&mut self, stage: &mut Stage) -> anyhow::Result<()> {
         self.backends = VERSIONS.iter().flat_map(|version| of_backends(stage, version)).collect();
         let by_version = stage.envoy().prometheus().await?.requests_by_version(SERVICE);
@@ -118,12 +118,12 @@ impl Summary {
         keys
     }
 
-    /// Whether every count is the same and nothing failed that was not meant to.
+    /// Whether all counts are equal and nothing failed unexpectedly.
     pub(crate) fn is_fine(&self) -> bool {
         self.difference.is_none() && self.unexpected == 0 && self.expected > 0
     }
 
-    /// The whole of it, in lines.
+    /// The whole summary, in lines.
     pub(crate) fn lines(&self, took: Duration) -> Vec<String> {
         let columns = ["version", "status", "client", "backends", "filter in Envoy", "controller"];
         let mut lines = vec![String::new(), style(row(columns.map(str::to_owned))).dim().to_string()];

@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Formats numbers for display.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(crate) fn clock(time: Duration) -> String {
     format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60)
 }
 
-/// A percentage without digits that say nothing: `75 %`, `33.3 %`.
+/// A percentage without insignificant digits: `75 %`, `33.3 %`.
 pub(crate) fn percent(value: f64) -> String {
     match (value - value.round()).abs() < 0.05 {
         true => format!("{value:.0} %"),
@@ -35,7 +35,7 @@ pub(crate) fn bar(share: f64, width: usize) -> String {
     "█".repeat(eighths / 8) + EIGHTHS[eighths % 8]
 }
 
-/// The words in lines of at most `width` characters (a longer word is a line of its own).
+/// Wraps words into lines of at most `width` characters (a longer word is a line of its own).
 pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {

@@ -1,4 +1,4 @@
-//! What there is to see at one moment, put together from the controller's status and the client's own tally.
+//! The displayed state at one moment, from the controller's status and the client's own counts.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use crate::status::{Endpoints, Status};
 /// The time over which shares and rates are taken.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// One moment.
+/// The state at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
     pub(crate) rows: Vec<Row>,
     pub(crate) phase: String,
     pub(crate) message: String,
-    /// Answers within the last second.
+    /// Responses within the last second.
     pub(crate) rate: f64,
     pub(crate) answered: u64,
-    /// Requests without a whole answer.
+    /// Requests without a complete response.
     pub(crate) failed: u64,
 }
 
@@ -29,7 +29,7 @@ pub(crate) struct View {
 pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) role: &'static str,
-    /// Of the answers within the last second, 0 to 1.
+    /// The fraction of the responses within the last second, 0 to 1.
     pub(crate) share: f64,
     /// In percent.
     pub(crate) weight: f64,
@@ -73,7 +73,7 @@ impl View {
         self.row(version).is_some_and(|row| (row.weight - percent).abs() < 0.01)
     }
 
-    /// Whether so many of a version's endpoints are ready.
+    /// Whether this many of a version's endpoints are ready.
     pub(crate) fn is_ready(&self, version: &str, endpoints: usize) -> bool {
         self.row(version).is_some_and(|row| row.endpoints.ready == endpoints)
     }
@@ -87,7 +87,7 @@ impl Recent {
     pub(crate) fn add(&mut self, tally: &Tally) {
         let now = Instant::now();
         self.0.push_back((now, tally.clone()));
-        // One that is older than the window stays, to count from.
+        // One that is older than the window stays, as the baseline.
         while self.0.get(1).is_some_and(|(at, _)| now - *at >= WINDOW) {
             self.0.pop_front();
         }

@@ -1,4 +1,4 @@
-//! Who asks, and whether they may.
+//! Authentication and authorization.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-/// Who stands behind a token.
+/// The identity of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Such as `system:serviceaccount:shop:gateway`.
@@ -26,9 +26,9 @@ pub struct Attempt {
     pub group: String,
     /// The plural, with the subresource: `deployments/scale`.
     pub resource: String,
-    /// Empty for what has none, and for all of them.
+    /// Empty for cluster-scoped objects, and for all namespaces.
     pub namespace: String,
-    /// Empty where no object is named.
+    /// Empty if the request names no object.
     pub name: String,
 }
 
@@ -38,7 +38,7 @@ type Rule = Arc<dyn Fn(&Attempt) -> bool + Send + Sync>;
 #[derive(Clone, Default)]
 pub(super) struct Access {
     tokens: BTreeMap<String, Identity>,
-    /// Whatever one of these says yes to is forbidden.
+    /// A request that any of these matches is forbidden.
     forbidden: Vec<Rule>,
 }
 
@@ -65,7 +65,7 @@ impl Access {
         self.forbidden.clear();
     }
 
-    /// The user's name; `None` if the token is not known.
+    /// The name of the user; `None` if the token is unknown.
     pub(super) fn user(&self, authorization: Option<&str>) -> Option<String> {
         let Some(authorization) = authorization else { return Some("system:anonymous".to_owned()) };
         let token = authorization.strip_prefix("Bearer ")?.trim();

@@ -1,4 +1,4 @@
-//! What an object must be to be taken, and what is filled in: defaults, types, and the schemas of CRDs.
+//! Validation and defaulting of objects: defaults, types, and the schemas of CRDs.
 
 use jiff::{Timestamp, Unit};
 use k8s_openapi::ByteString;
@@ -50,7 +50,7 @@ pub(super) fn admit(kind: &Kind, object: &mut Value) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// What all data of a Secret may have together, as in a real API server.
+/// The maximum size of all data of a Secret, as in a real API server.
 const MAX_SECRET: usize = 1 << 20;
 
 /// The bytes that Base64 stands for.

@@ -1,5 +1,5 @@
-//! Server-side apply: a manager sends all fields that it wants; it gets them unless another manager owns them with other
-//! values. Fields that it no longer sends are removed unless another manager still owns them.
+//! Server-side apply: a manager sends all fields that it wants; it becomes their owner unless another manager owns them
+//! with other values. Fields that it no longer sends are removed unless another manager still owns them.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use super::kinds::Kind;
 use super::refusal::Refusal;
 use super::shape::Shape;
 
-/// What `live` becomes when `by` applies `wanted`, with its managers. For a new object `live` is bare.
+/// The result of applying `wanted` to `live` as the manager `by`, with the managers. For a new object `live` is bare.
 pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, force: bool) -> Result<Value, Refusal> {
     let mut managers = Manager::all_of(live);
     let same = |manager: &Manager| manager.name == by.name && manager.applies && manager.subresource == by.subresource;
@@ -45,7 +45,7 @@ pub(super) fn apply(live: &Value, wanted: &Value, kind: &Kind, by: Manager, forc
     let mut merged = live.clone();
     merge(&mut merged, wanted, Shape::of(kind));
     let gone = before.iter().flat_map(|before| &before.fields).filter(|path| !new.contains_key(*path));
-    // The longer paths first: what is in an item before the item.
+    // Longer paths first: the fields of an item before the item.
     for path in gone.collect::<Vec<_>>().into_iter().rev() {
         let wanted_by_another =
             managers.iter().any(|manager| manager.fields.iter().any(|owned| owned.starts_with(path)));
@@ -79,7 +79,7 @@ fn is_part(
     }
 }
 
-/// Puts what is wanted over what is there.
+/// Merges the applied fields into the object.
 fn merge(live: &mut Value, wanted: &Value, shape: Shape<'_>) {
     match (live, wanted) {
         (Value::Object(live), Value::Object(wanted)) if !shape.atomic_map() => {

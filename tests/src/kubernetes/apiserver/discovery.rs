@@ -1,4 +1,4 @@
-//! What the server says of itself: groups, versions, resources, its own version.
+//! Discovery: groups, versions, resources, and the server's own version.
 
 use std::collections::BTreeMap;
 

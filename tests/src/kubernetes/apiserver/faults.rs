@@ -1,4 +1,4 @@
-//! What can go wrong with an API server, as tests order it.
+//! Faults of an API server that tests can inject.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -29,13 +29,13 @@ impl Whom {
 /// The faults in force.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Faults {
-    /// How often watches were cut: each ends when this has grown.
+    /// How often watches were cut: each watch ends when this has increased.
     pub(super) cuts: u64,
-    /// How often watches were told how far they are.
+    /// How often bookmarks were sent to all watches.
     pub(super) bookmarks: u64,
     held: Vec<Whom>,
     delays: BTreeMap<Whom, Duration>,
-    /// So many writes to a kind are yet to be refused.
+    /// The number of writes to a kind that are still to be rejected.
     conflicts: BTreeMap<String, usize>,
 }
 
@@ -56,7 +56,7 @@ impl Faults {
         self.delays.insert(whom, delay);
     }
 
-    /// How late a user's watch events are.
+    /// The delay of a user's watch events.
     pub(super) fn delay_of(&self, user: &str) -> Duration {
         self.delays.iter().filter(|(whom, _)| whom.meets(user)).map(|(_, delay)| *delay).max().unwrap_or_default()
     }
@@ -65,7 +65,7 @@ impl Faults {
         self.conflicts.insert(resource, writes);
     }
 
-    /// Whether this write is to be refused; it is counted.
+    /// Whether to reject this write; it is counted.
     pub(super) fn take_conflict(&mut self, resource: &str) -> bool {
         match self.conflicts.get_mut(resource) {
             Some(left) if *left > 0 => {

@@ -1,7 +1,7 @@
-//! Who owns which field: sets of paths, as they stand in `metadata.managedFields`.
+//! Field ownership: sets of paths, as in `metadata.managedFields`.
 //!
-//! A path leads to a leaf: a scalar, an atomic list or map, an empty map. An item of a list with keys has a path of its
-//! own besides those of its fields.
+//! A path leads to a leaf: a scalar, an atomic list or map, or an empty map. An item of a list with keys has a path of
+//! its own in addition to those of its fields.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ pub(super) type Path = Vec<String>;
 /// Paths that a manager owns.
 pub(super) type Fields = BTreeSet<Path>;
 
-/// The fields that the server fills in and no manager owns.
+/// The fields that the server sets and that no manager owns.
 const NOBODYS: [&str; 10] = [
     "creationTimestamp",
     "deletionGracePeriodSeconds",
@@ -34,7 +34,7 @@ const NOBODYS: [&str; 10] = [
 #[derive(Clone, Debug)]
 pub(super) struct Manager {
     pub(super) name: String,
-    /// Whether it applies, rather than updates.
+    /// Whether it uses apply, not update.
     pub(super) applies: bool,
     /// `status`, or empty.
     pub(super) subresource: String,
@@ -61,7 +61,7 @@ impl Manager {
         entries.into_iter().flatten().map(of_entry).collect()
     }
 
-    /// Writes them into an object; those that own nothing are forgotten.
+    /// Writes them into an object; managers that own nothing are dropped.
     pub(super) fn write_all(managers: &[Self], object: &mut Value, kind: &Kind) {
         let entry = |manager: &Self| {
             let mut entry = json!({
@@ -108,7 +108,7 @@ fn written(fields: &Fields) -> Value {
             at = below;
         }
     }
-    // What is owned itself and not only below.
+    // A path that is owned itself, not only paths below it.
     for path in fields {
         let mut at = &mut tree;
         for step in path {
@@ -122,7 +122,7 @@ fn written(fields: &Fields) -> Value {
     Value::Object(tree)
 }
 
-/// Every path of an object that a manager can own, with its value.
+/// All paths of an object that a manager can own, with their values.
 pub(super) fn paths<'a>(object: &'a Value, kind: &Kind) -> BTreeMap<Path, &'a Value> {
     let mut found = BTreeMap::new();
     walk(object, Shape::of(kind), &mut Vec::new(), &mut found);
@@ -164,12 +164,12 @@ fn walk<'a>(value: &'a Value, shape: Shape<'_>, path: &mut Path, found: &mut BTr
     }
 }
 
-/// Whether one of these paths leads to the other, or both to the same.
+/// Whether one of these paths is a prefix of the other.
 pub(super) fn overlap(one: &Path, other: &Path) -> bool {
     one.starts_with(other) || other.starts_with(one)
 }
 
-/// A path as messages show it: `.spec.containers[name="a"].image`.
+/// A path as displayed in messages: `.spec.containers[name="a"].image`.
 pub(super) fn shown(path: &Path) -> String {
     let step = |step: &String| match step.split_once(':') {
         Some(("k", keys)) => {
@@ -184,7 +184,7 @@ pub(super) fn shown(path: &Path) -> String {
     path.iter().map(step).collect()
 }
 
-/// Takes what is at a path out of an object, and the maps that are empty then.
+/// Removes the value at a path from an object, and the maps that become empty.
 pub(super) fn remove(value: &mut Value, shape: Shape<'_>, path: &[String]) {
     let [step, rest @ ..] = path else { return };
     match value {
@@ -212,7 +212,7 @@ pub(super) fn remove(value: &mut Value, shape: Shape<'_>, path: &[String]) {
     }
 }
 
-/// What an update by a manager makes of the managers: it owns what it changed, and the others no longer do.
+/// Updates the managers after an update by one of them: it owns what it changed, and the others no longer do.
 pub(super) fn updated(before: &Value, after: &Value, kind: &Kind, by: Manager) -> Vec<Manager> {
     let mut managers = Manager::all_of(before);
     let (old, new) = (paths(before, kind), paths(after, kind));

@@ -1,5 +1,5 @@
-//! Port-forwards to pods: WebSockets, as real API servers and kubelets answer them. A pod is where its status says, at
-//! the port that was asked for or the one of its annotation [`PORT`](crate::kubernetes::kubelet::PORT).
+//! Port-forwards to pods over WebSocket, as in real API servers and kubelets. A pod is reached at the address in its
+//! status, at the requested port or the one in its annotation [`PORT`](crate::kubernetes::kubelet::PORT).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use super::request::Resource;
 
 /// Bytes of one channel each, the first byte saying which.
 const PROTOCOL: &str = "v4.channel.k8s.io";
-/// The channel of the port's bytes, where one port is asked for; its errors have the next.
+/// The channel of the port's data, if one port is requested; its errors use the next channel.
 const DATA: u8 = 0;
 
 /// Answers that it will, and then does.

@@ -1,4 +1,4 @@
-//! Requests in, answers out: who asks, whether they may, what stands in the way, and then the store.
+//! Handles requests: authentication, authorization, injected faults, and then the store.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,13 +1,13 @@
-//! What kinds of objects there are: some of Kubernetes' own, and those of the CRDs that are installed.
+//! The kinds of objects: some of Kubernetes' own, and those of installed CRDs.
 
 use serde_json::{Value, json};
 
-/// Where a kind's scale subresource finds its numbers, as JSON pointers.
+/// The paths of a kind's scale subresource, as JSON pointers.
 #[derive(Clone, Debug)]
 pub(super) struct ScalePaths {
     pub(super) spec_replicas: String,
     pub(super) status_replicas: String,
-    /// A string there, or a label selector.
+    /// A string or a label selector.
     pub(super) selector: Option<String>,
 }
 
@@ -24,14 +24,14 @@ pub(super) struct Kind {
     /// Whether it has a status subresource.
     pub(super) status: bool,
     pub(super) scale: Option<ScalePaths>,
-    /// Whether `metadata.generation` counts the changes of its specification.
+    /// Whether `metadata.generation` counts changes of its specification.
     pub(super) generation: bool,
     /// The `openAPIV3Schema`, if it comes from a CRD.
     pub(super) schema: Option<Value>,
 }
 
 impl Kind {
-    /// `PLURAL.GROUP`, or `PLURAL` in the core group: how messages and this server's helpers call it.
+    /// `PLURAL.GROUP`, or `PLURAL` in the core group: its name in messages and helpers.
     pub(super) fn resource(&self) -> String {
         if self.group.is_empty() { self.plural.clone() } else { format!("{}.{}", self.plural, self.group) }
     }
@@ -45,12 +45,12 @@ impl Kind {
         self.schema.is_some()
     }
 
-    /// Whether it is only created, and only to be answered.
+    /// Whether it is a review, which can only be created and is answered.
     pub(super) fn review(&self) -> bool {
         matches!(self.group.as_str(), "authentication.k8s.io" | "authorization.k8s.io")
     }
 
-    /// The kind that a CRD describes, in the version that is stored.
+    /// The kind that a CRD defines, in its storage version.
     pub(super) fn of_crd(crd: &Value) -> Option<Self> {
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let spec = &crd["spec"];
@@ -80,14 +80,14 @@ impl Kind {
     }
 }
 
-/// What a built-in kind has besides its name.
+/// Properties of a built-in kind.
 const NAMESPACED: u8 = 1;
 const STATUS: u8 = 2;
 const SCALE: u8 = 4;
 const GENERATION: u8 = 8;
 const WORKLOAD: u8 = NAMESPACED | STATUS | SCALE | GENERATION;
 
-/// Group, version, kind, plural, short names, what it has.
+/// Group, version, kind, plural, short names, properties.
 type BuiltIn = (&'static str, &'static str, &'static str, &'static str, &'static [&'static str], u8);
 
 const BUILT_IN: [BuiltIn; 28] = [
@@ -128,7 +128,7 @@ const BUILT_IN: [BuiltIn; 28] = [
     ("storage.k8s.io", "v1", "StorageClass", "storageclasses", &["sc"], 0),
 ];
 
-/// The kinds that are there without any CRD.
+/// The kinds that exist without any CRD.
 pub(super) fn built_in() -> impl Iterator<Item = Kind> {
     BUILT_IN.into_iter().map(|(group, version, kind, plural, short_names, has)| Kind {
         group: group.to_owned(),
@@ -149,7 +149,7 @@ pub(super) fn built_in() -> impl Iterator<Item = Kind> {
     })
 }
 
-/// A CRD of Argo's Rollouts, as far as their scale subresource goes.
+/// A CRD of Argo Rollouts, as far as its scale subresource is concerned.
 pub fn rollouts_crd() -> Value {
     json!({
         "apiVersion": "apiextensions.k8s.io/v1",

@@ -1,4 +1,4 @@
-//! Lists, whole or in pages. All pages are of the revision of the first, as in real servers.
+//! Lists, complete or in pages. All pages have the revision of the first, as in real servers.
 
 use std::collections::BTreeMap;
 

@@ -1,12 +1,12 @@
-//! A Kubernetes API server of the tests' own: as much of a real one as controllers and kubectl rely on, in this process,
-//! over plain HTTP on loopback, and with faults that real ones do not have on order.
+//! A Kubernetes API server for tests: the part of a real one that controllers and kubectl rely on, in this process,
+//! over plain HTTP on loopback, with faults that tests can inject.
 //!
-//! What it honours: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
-//! JSON, strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and pods'
-//! `binding`; lists in pages, watches with bookmarks, initial events and 410 Gone; selectors; metadata alone; CRDs with
-//! their defaults and plain rules; tokens and 403; port-forwards. What it leaves out: CEL rules, quotas, garbage
-//! collection, webhooks, tables, more than one version of a kind. What real servers leave to other programs is in
-//! [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
+//! It supports: one resourceVersion for all objects, conflicts, generations, finalizers, preconditions; JSON merge,
+//! JSON and strategic merge patches and server-side apply with field owners; the subresources `status`, `scale` and
+//! pods' `binding`; paginated lists, watches with bookmarks, initial events and 410 Gone; selectors; metadata-only
+//! requests; CRDs with their defaults and plain rules; tokens and 403; port-forwards. It does not support: CEL rules,
+//! quotas, garbage collection, webhooks, tables, more than one version of a kind. What real servers leave to other
+//! programs is in [`controllers`](super::controllers) and [`kubelet`](super::kubelet).
 
 mod access;
 mod admit;
@@ -57,16 +57,16 @@ pub use self::objects::Objects;
 pub use self::refusal::Refusal;
 use self::store::Store;
 
-/// A request that has come.
+/// A request that the server received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// What it wanted.
+    /// The requested action.
     pub attempt: Attempt,
-    /// When it came.
+    /// The time of arrival.
     pub at: std::time::Instant,
 }
 
-/// A running (or stopped) server; dropping it stops it. What is in it is to be had by the methods of [`Objects`].
+/// A running (or stopped) server; dropping it stops it. The methods of [`Objects`] access its content.
 #[derive(Debug)]
 pub struct ApiServer {
     port: Port,
@@ -75,7 +75,7 @@ pub struct ApiServer {
     directory: TempDir,
 }
 
-/// What listens and answers, until the sender is dropped.
+/// The listener, until the sender is dropped.
 #[derive(Debug)]
 struct Running {
     stop: oneshot::Sender<()>,
@@ -99,7 +99,7 @@ impl Shared {
         lock(&self.store)
     }
 
-    /// Changes something, and wakes the watches.
+    /// Applies a change and wakes the watches.
     fn write<T>(&self, change: impl FnOnce(&mut Store) -> T) -> T {
         let mut store = self.store();
         let outcome = change(&mut store);
@@ -135,7 +135,7 @@ impl ApiServer {
         Ok(server)
     }
 
-    /// Where it listens.
+    /// The listen address.
     pub fn address(&self) -> SocketAddr {
         self.port.address()
     }
@@ -145,14 +145,14 @@ impl ApiServer {
         self.kubeconfig_of("admin")
     }
 
-    /// The kubeconfig file of a user of that name, whose token is the name.
+    /// The kubeconfig of a user with this name, whose token is the name.
     pub fn kubeconfig_of(&self, user: &str) -> anyhow::Result<PathBuf> {
         let path = self.directory.path().join(format!("{user}.kubeconfig"));
         fs::write(&path, self.kubeconfig_text(user)).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
-    /// What stands in that file.
+    /// The content of that file.
     pub fn kubeconfig_text(&self, user: &str) -> String {
         self.token(user, user, &[]);
         json!({
@@ -166,28 +166,28 @@ impl ApiServer {
         .to_string()
     }
 
-    /// Knows a token from now on: for its requests, and for TokenReviews with one of these audiences.
+    /// Adds a token: for its requests, and for TokenReviews with one of these audiences.
     pub fn token(&self, token: &str, username: &str, audiences: &[&str]) {
         let audiences = audiences.iter().map(|&audience| audience.to_owned()).collect();
         lock(&self.objects.shared.access).add_token(token, Identity { username: username.to_owned(), audiences });
     }
 
-    /// Knows a token no longer.
+    /// Removes a token.
     pub fn forget_token(&self, token: &str) {
         lock(&self.objects.shared.access).remove_token(token);
     }
 
-    /// Answers 403 to every request that the rule says yes to.
+    /// Answers 403 to every request that the rule matches.
     pub fn forbid(&self, rule: impl Fn(&Attempt) -> bool + Send + Sync + 'static) {
         lock(&self.objects.shared.access).forbid(Arc::new(rule));
     }
 
-    /// Forbids nothing any more.
+    /// Removes all such rules.
     pub fn allow_all(&self) {
         lock(&self.objects.shared.access).allow_all();
     }
 
-    /// Takes objects only into namespaces that exist.
+    /// Accepts objects only in namespaces that exist.
     pub fn want_namespaces(&self) {
         self.objects.shared.store().strict_namespaces = true;
     }
@@ -201,7 +201,7 @@ impl ApiServer {
         let running = lock(&self.server).take();
         if let Some(Running { stop, task }) = running {
             drop(stop);
-            // It has nothing to say.
+            // Its result is irrelevant.
             let _ = task.await;
         }
     }
@@ -217,34 +217,33 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Breaks every watch off in the middle.
+    /// Breaks off every watch.
     pub fn cut_watches(&self) {
         self.objects.shared.faults.send_modify(|faults| faults.cuts += 1);
     }
 
-    /// Sends every watch that allows it a bookmark.
+    /// Sends a bookmark to every watch that allows it.
     pub fn send_bookmarks(&self) {
         self.objects.shared.faults.send_modify(|faults| faults.bookmarks += 1);
     }
 
-    /// Forgets how things came to be as they are: whoever resumes a watch from a revision that it has seen so far is
-    /// told 410 Gone. Watches that are there go on.
+    /// Drops the history: a client that resumes a watch from an earlier revision gets 410 Gone. Open watches continue.
     pub fn compact(&self) {
         self.objects.shared.write(Store::compact);
     }
 
-    /// Answers the next so many writes to a kind (`PLURAL.GROUP`) with 409 Conflict.
+    /// Answers the next `writes` writes to a kind (`PLURAL.GROUP`) with 409 Conflict.
     pub fn refuse_writes(&self, resource: &str, writes: usize) {
         self.objects.shared.faults.send_modify(|faults| faults.conflict(resource.to_owned(), writes));
     }
 
-    /// Delivers watch events so much later.
+    /// Delays watch events.
     pub fn delay_watches(&self, whom: Whom, delay: Duration) {
         self.objects.shared.faults.send_modify(|faults| faults.delay(whom, delay));
     }
 
     /// Answers no request and sends no event until [`release`](Self::release): a partition. Requests that are still
-    /// waiting then are carried out late.
+    /// waiting then are executed late.
     pub fn hold(&self, whom: Whom) {
         self.objects.shared.faults.send_modify(|faults| faults.hold(whom));
     }
@@ -254,18 +253,18 @@ impl ApiServer {
         self.objects.shared.faults.send_modify(|faults| faults.release(whom));
     }
 
-    /// Every request so far. Those of this value's own methods are none.
+    /// Every request so far, without those of this value's own methods.
     pub fn requests(&self) -> Vec<Seen> {
         lock(&self.objects.shared.seen).clone()
     }
 
-    /// How many requests there were of a verb for a resource (`pods`, `deployments/scale`), whatever its group.
+    /// The number of requests with a verb for a resource (`pods`, `deployments/scale`) of any group.
     pub fn count(&self, verb: &str, resource: &str) -> usize {
         let seen = lock(&self.objects.shared.seen);
         seen.iter().filter(|seen| seen.attempt.verb == verb && seen.attempt.resource == resource).count()
     }
 
-    /// Forgets the requests so far.
+    /// Clears the recorded requests.
     pub fn forget_requests(&self) {
         lock(&self.objects.shared.seen).clear();
     }

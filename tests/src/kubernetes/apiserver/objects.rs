@@ -1,4 +1,5 @@
-//! The objects, past HTTP, permissions and faults: for tests, and for what runs in the test's own process.
+//! Direct access to the objects, without HTTP, permissions and faults: for tests and for components in the test's
+//! process.
 
 use std::sync::Arc;
 
@@ -12,9 +13,10 @@ use super::{Shared, patch};
 use crate::envoy_fixture::DEADLINE;
 use crate::wait::eventually;
 
-/// A server's objects; clones are of the same server.
+/// The objects of a server; clones refer to the same server.
 ///
-/// Resources are called `PLURAL.GROUP`, or `PLURAL` where that is clear; the namespace is empty for what has none.
+/// Resources are named `PLURAL.GROUP`, or `PLURAL` if that is unambiguous; the namespace is empty for cluster-scoped
+/// objects.
 #[derive(Clone, Debug)]
 pub struct Objects {
     pub(super) shared: Arc<Shared>,
@@ -25,7 +27,7 @@ impl Objects {
         Self { shared }
     }
 
-    /// Waits for a change while the server listens. `false`: there will be none any more.
+    /// Waits for a change while the server listens. `false`: there will be no more.
     pub(in crate::kubernetes) async fn changed(&self, since: &mut u64) -> bool {
         let changed = self.shared.head.subscribe().wait_for(|head| *head != *since).await.map(|head| *head);
         let up = self.shared.up.subscribe().wait_for(|up| *up).await.is_ok();
@@ -62,7 +64,7 @@ impl Objects {
         })
     }
 
-    /// Creates an object or makes it say this, as server-side apply with force does.
+    /// Creates or updates an object, like server-side apply with force.
     pub fn apply(&self, object: Value) -> anyhow::Result<Value> {
         let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
         let (namespace, name) = (text("namespace"), text("name"));
@@ -73,12 +75,12 @@ impl Objects {
         })
     }
 
-    /// Changes an object by a merge patch.
+    /// Changes an object with a merge patch.
     pub fn patch(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
         self.patch_part(Part::Main, resource, (namespace, name), patch)
     }
 
-    /// Changes an object's status by a merge patch, which begins with `status`.
+    /// Changes the status of an object with a merge patch, which begins with `status`.
     pub fn patch_status(&self, resource: &str, namespace: &str, name: &str, patch: Value) -> anyhow::Result<Value> {
         self.patch_part(Part::Status, resource, (namespace, name), patch)
     }
@@ -90,7 +92,7 @@ impl Objects {
         })
     }
 
-    /// Deletes an object, as a client would: finalizers and kubelet have their say.
+    /// Deletes an object like a client: finalizers and the kubelet can delay it.
     pub fn delete(&self, resource: &str, namespace: &str, name: &str) -> anyhow::Result<()> {
         self.shared.write(|store| {
             let kind = kind(store, resource)?;
@@ -99,7 +101,7 @@ impl Objects {
         })
     }
 
-    /// Waits until an object is there and `condition` is content with it, and returns it.
+    /// Waits until an object exists and `condition` accepts it, and returns it.
     pub async fn until(
         &self,
         what: &str,

@@ -27,7 +27,7 @@ impl Type {
     }
 }
 
-/// What an object becomes by a patch that is not applied by the server.
+/// The result of a patch other than server-side apply.
 pub(super) fn patched(live: &Value, patch: &Value, r#type: Type, kind: &Kind) -> Result<Value, Refusal> {
     let mut object = live.clone();
     match r#type {

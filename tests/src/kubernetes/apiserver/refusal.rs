@@ -1,4 +1,4 @@
-//! Why a request is refused: Kubernetes' `Status` objects, with the codes, reasons and messages of a real API server.
+//! Error responses: Kubernetes' `Status` objects, with the codes, reasons and messages of a real API server.
 
 use serde_json::{Value, json};
 

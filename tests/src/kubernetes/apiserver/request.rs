@@ -1,4 +1,4 @@
-//! What a request is about: its path and query, read as Kubernetes means them.
+//! Parses the path and query of a request.
 
 use std::collections::BTreeMap;
 
@@ -50,7 +50,7 @@ pub(super) struct Resource {
     pub(super) query: Query,
 }
 
-/// What a request is about.
+/// The target of a request.
 #[derive(Clone, Debug)]
 pub(super) enum About {
     Resource(Resource),

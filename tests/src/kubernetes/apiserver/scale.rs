@@ -6,7 +6,7 @@ use super::kinds::ScalePaths;
 use super::refusal::Refusal;
 use super::selector::Labels;
 
-/// What an object's scale says.
+/// The scale of an object.
 pub(super) fn of(object: &Value, paths: &ScalePaths) -> Value {
     let number = |pointer: &str| object.pointer(pointer).and_then(Value::as_i64).unwrap_or_default();
     let metadata = &object["metadata"];
@@ -37,7 +37,7 @@ pub(super) fn of(object: &Value, paths: &ScalePaths) -> Value {
 /// The object as a scale wants it.
 pub(super) fn scaled(object: &Value, scale: &Value, paths: &ScalePaths) -> Result<Value, Refusal> {
     let replicas = match &scale["spec"]["replicas"] {
-        // What is 0 may be left out.
+        // A field with the value 0 may be left out.
         Value::Null => 0,
         given => given.as_i64().filter(|replicas| *replicas >= 0).ok_or_else(|| {
             Refusal::bad_request(format!(

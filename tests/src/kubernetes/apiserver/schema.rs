@@ -1,5 +1,5 @@
-//! The schemas of CRDs: unknown fields are dropped, defaults filled in, and the plain rules checked. Formats, patterns
-//! and CEL rules are left to real API servers.
+//! The schemas of CRDs: prunes unknown fields, fills in defaults and checks the plain rules. Formats, patterns and CEL
+//! rules are left to real API servers.
 
 use serde_json::Value;
 
@@ -37,7 +37,7 @@ pub(super) fn prune_and_default(value: &mut Value, schema: &Value) {
     }
 }
 
-/// Says what is wrong, and where.
+/// Reports an error and its path.
 pub(super) fn check(value: &Value, schema: &Value, at: &str, wrong: &mut Vec<(String, String)>) {
     let mut found = |what: String| wrong.push((at.trim_start_matches('.').to_owned(), what));
     if value.is_null() && schema["nullable"] == true {

@@ -1,9 +1,9 @@
-//! Label selectors and field selectors, as they stand in queries and in objects.
+//! Label selectors and field selectors, in queries and in objects.
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
-/// What one requirement wants of a label's value.
+/// The condition of one requirement on the value of a label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Wants {
     Exists,

@@ -1,10 +1,10 @@
-//! What lists and maps are merged by: the schema of a CRD says so itself, and for the built-in kinds it is known.
+//! The merge keys of lists and maps: the schema of a CRD declares them, and for built-in kinds they are known.
 
 use serde_json::Value;
 
 use super::kinds::Kind;
 
-/// How the items of a list are told apart.
+/// How the items of a list are identified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum List {
     /// Not at all: the list is one value.
@@ -20,7 +20,7 @@ pub(super) enum List {
 pub(super) enum Shape<'a> {
     /// The field of that name, somewhere in a built-in kind.
     BuiltIn { kind: &'a str, field: &'a str },
-    /// What a schema describes.
+    /// The shape that a schema describes.
     Schema(&'a Value),
 }
 

@@ -1,5 +1,5 @@
-//! The objects and the log of their changes: one resourceVersion for all of them, which only grows. No rules are here:
-//! what may be written is `write`'s to say.
+//! The objects and the log of their changes: one resourceVersion for all of them, which only increases. It enforces no
+//! rules: `write` decides what may be written.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -11,22 +11,22 @@ use super::kinds;
 use super::kinds::Kind;
 use super::refusal::Refusal;
 
-/// Namespace (empty for what has none) and name.
+/// Namespace (empty for cluster-scoped objects) and name.
 pub(super) type Name = (String, String);
 
 /// The objects of one kind.
 pub(super) type Objects = BTreeMap<Name, Arc<Value>>;
 
-/// What became of one object.
+/// A change of one object.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) revision: u64,
     pub(super) at: Instant,
     pub(super) resource: String,
     pub(super) name: Name,
-    /// What it was; `None` if it was not there.
+    /// The previous state; `None` if it was created.
     pub(super) before: Option<Arc<Value>>,
-    /// What it is; if it was deleted, what it was, with the revision of its deletion.
+    /// The new state; for a deletion the last state, with the revision of the deletion.
     pub(super) after: Arc<Value>,
     pub(super) deleted: bool,
 }
@@ -34,19 +34,19 @@ pub(super) struct Change {
 #[derive(Debug)]
 pub(super) struct Store {
     revision: u64,
-    /// Nothing before this can be resumed from.
+    /// The oldest revision that a watch can resume from.
     compacted: u64,
     objects: BTreeMap<String, Objects>,
     log: VecDeque<Change>,
     kinds: BTreeMap<String, Arc<Kind>>,
-    /// Whether objects are only taken into namespaces that exist.
+    /// Whether objects are accepted only in namespaces that exist.
     pub(super) strict_namespaces: bool,
 }
 
 impl Store {
     pub(super) fn new() -> Self {
         let kinds = kinds::built_in().map(|kind| (kind.resource(), Arc::new(kind))).collect();
-        // Real servers have never been at revision 0 or 1 when the first client comes.
+        // Real servers are never at revision 0 or 1 when the first client connects.
         Self {
             revision: 100,
             compacted: 100,
@@ -93,7 +93,7 @@ impl Store {
         self.objects.get(&kind.resource())?.get(&(namespace.to_owned(), name.to_owned()))
     }
 
-    /// Puts an object in its place, or takes it away, under the next revision.
+    /// Stores or removes an object, with the next revision.
     pub(super) fn commit(&mut self, kind: &Kind, name: Name, mut object: Value, deleted: bool) -> Arc<Value> {
         self.revision += 1;
         object["metadata"]["resourceVersion"] = self.revision.to_string().into();
@@ -109,7 +109,7 @@ impl Store {
         object
     }
 
-    /// Serves what a CRD describes, or no longer.
+    /// Starts or stops serving the kind of a CRD.
     fn register(&mut self, crd: &Value, deleted: bool) {
         let Some(kind) = Kind::of_crd(crd) else { return };
         if deleted {
@@ -122,17 +122,17 @@ impl Store {
         }
     }
 
-    /// Refuses a revision that has been compacted away.
+    /// Rejects a revision that has been compacted.
     pub(super) fn check_kept(&self, revision: u64) -> Result<(), Refusal> {
         if revision < self.compacted { Err(Refusal::expired(revision, self.compacted)) } else { Ok(()) }
     }
 
-    /// Refuses a revision that is yet to come.
+    /// Rejects a revision in the future.
     pub(super) fn check_reached(&self, revision: u64) -> Result<(), Refusal> {
         if revision > self.revision { Err(Refusal::too_large(revision, self.revision)) } else { Ok(()) }
     }
 
-    /// The objects of a kind as they were at a revision.
+    /// The objects of a kind at a revision.
     pub(super) fn objects_at(&self, kind: &Kind, revision: u64) -> Result<Objects, Refusal> {
         self.check_kept(revision)?;
         let mut objects = self.objects(kind);
@@ -146,15 +146,15 @@ impl Store {
         Ok(objects)
     }
 
-    /// What happened to objects of a kind after a revision, the oldest first.
+    /// The changes of objects of a kind after a revision, oldest first.
     pub(super) fn changes_after(&self, kind: &Kind, revision: u64) -> impl Iterator<Item = &Change> + use<'_> {
         let from = self.log.partition_point(|change| change.revision <= revision);
         let resource = kind.resource();
         self.log.range(from..).filter(move |change| change.resource == resource)
     }
 
-    /// From now on nobody can resume from before. One more revision goes by, as if other objects had changed: whoever
-    /// comes with the last that it has seen is too late. Watches that are there go on.
+    /// Compacts the history. The revision advances by one, as if another object had changed: a client that resumes from
+    /// the last revision it has seen is too late. Open watches continue.
     pub(super) fn compact(&mut self) {
         self.revision += 1;
         self.compacted = self.revision;

@@ -1,4 +1,4 @@
-//! In which form a client wants objects: whole, or their metadata alone; and which of them.
+//! The representation of objects that a client requests: complete or metadata only; and the selection of objects.
 
 use serde_json::{Value, json};
 
@@ -7,12 +7,12 @@ use super::refusal::Refusal;
 use super::request::Query;
 use super::selector::{Fields, Labels};
 
-/// Which objects of a kind a list or watch is about.
+/// The objects of a kind that a list or watch selects.
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
     /// Empty: all namespaces.
     namespace: String,
-    /// A watch of one object by its path.
+    /// A watch of one object, by its path.
     name: Option<String>,
     labels: Labels,
     fields: Fields,
@@ -38,7 +38,7 @@ impl Selection {
     }
 }
 
-/// The form of objects in answers.
+/// The representation of objects in responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum View {
     Whole,
@@ -46,7 +46,8 @@ pub(super) enum View {
 }
 
 impl View {
-    /// What the header `accept` asks for. Whatever is not known here, tables for one, comes whole, as from old servers.
+    /// Parses the header `accept`. Unsupported representations, such as tables, are returned as whole objects, as from
+    /// old servers.
     pub(super) fn of(accept: &str) -> Self {
         let first = accept.split(',').next().unwrap_or_default();
         if first.contains("as=PartialObjectMetadata") { Self::MetadataOnly } else { Self::Whole }
@@ -70,7 +71,7 @@ impl View {
         };
         let item = |item: &&Value| {
             let mut item = self.object(item);
-            // As in real servers' lists of built-in kinds.
+            // As in lists of built-in kinds of real servers.
             if let (Self::Whole, false, Some(fields)) = (self, kind.custom(), item.as_object_mut()) {
                 fields.remove("kind");
                 fields.remove("apiVersion");

@@ -1,4 +1,4 @@
-//! Watches: what has changed since a resourceVersion, and then what changes.
+//! Watches: the changes since a resourceVersion, and then new changes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use super::request::Query;
 use super::store::{Change, Store};
 use super::view::{Selection, View};
 
-/// How long a watch lasts that does not say so.
+/// The default duration of a watch.
 const LONG: Duration = Duration::from_secs(1800);
 
-/// How often clients are told how far they are.
+/// The interval of bookmarks.
 const BOOKMARKS: Duration = Duration::from_secs(60);
 
-/// One client's watch.
+/// The watch of a client.
 pub(super) struct Watch {
     shared: Arc<Shared>,
     kind: Arc<Kind>,
@@ -34,12 +34,12 @@ pub(super) struct Watch {
     user: String,
     faults: Receiver<Faults>,
     head: Receiver<u64>,
-    /// What came before the watch was cut, and the bookmarks of all.
+    /// The count of cuts when the watch started, and of bookmarks sent to all.
     cuts: u64,
     bookmarks: u64,
-    /// What was looked at up to here.
+    /// The revision up to which changes have been processed.
     cursor: u64,
-    /// What is to be sent, and when it happened.
+    /// The pending events, and when each happened.
     queue: VecDeque<(Instant, Value)>,
     bookmark_at: Option<Instant>,
     end: Instant,
@@ -86,8 +86,8 @@ impl Watch {
             return Ok(watch);
         }
         watch.cursor = since;
-        // As from real servers, it is the watch's first event that says so, and not the answer's status; and of what is
-        // yet to come nothing is said until it has.
+        // As in real servers, the first event of the watch reports this, not the status of the response; and a revision
+        // in the future is reported only once it is reached.
         if let Err(refusal) = store.check_kept(since) {
             watch.cursor = store.revision();
             watch.end = now;
@@ -97,7 +97,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Begins with what is there.
+    /// Starts with the existing objects.
     fn send_all(&mut self, store: &Store, say_end: bool) {
         let now = Instant::now();
         self.cursor = store.revision();
@@ -122,7 +122,7 @@ impl Watch {
         self.event("BOOKMARK", &object)
     }
 
-    /// How this watch sees a change: an object that comes into the selection is new to it, one that leaves it is gone.
+    /// The change as this watch sees it: an object that enters the selection is added, one that leaves it is deleted.
     fn seen(&self, change: &Change) -> Option<Value> {
         let selects = |object: &Arc<Value>| self.selection.selects(object);
         let before = change.before.as_ref().is_some_and(selects);
@@ -135,7 +135,7 @@ impl Watch {
         }
     }
 
-    /// Takes over what has happened since.
+    /// Queues the changes since the last call.
     fn look(&mut self) {
         let shared = Arc::clone(&self.shared);
         let store = shared.store();
@@ -149,7 +149,7 @@ impl Watch {
         self.cursor = store.revision();
     }
 
-    /// The next line for the client; `None` at the watch's end, an error where it is cut.
+    /// The next line for the client; `None` at the end of the watch, an error if it is cut.
     async fn next(&mut self) -> anyhow::Result<Option<Value>> {
         loop {
             {
@@ -170,7 +170,7 @@ impl Watch {
                 (faults.holds(&self.user), faults.delay_of(&self.user))
             };
             let now = Instant::now();
-            // While a user is held, only the next change of the faults counts.
+            // While a user is held, only the next change of the faults matters.
             let due = self.queue.front().map(|(at, _)| *at + delay);
             if !held {
                 if due.is_some_and(|due| due <= now) {
@@ -195,7 +195,7 @@ impl Watch {
         }
     }
 
-    /// The answer's body, a line for each event.
+    /// The body of the response, one line per event.
     pub(super) fn lines(self) -> impl Stream<Item = anyhow::Result<Bytes>> {
         stream::try_unfold(self, async |mut watch| {
             let Some(event) = watch.next().await? else { return Ok(None) };

@@ -1,5 +1,5 @@
-//! What may be written, and what the server makes of it: names, resourceVersions, generations, finalizers, the parts
-//! that a subresource may change, and who owns what.
+//! Validates and completes writes: names, resourceVersions, generations, finalizers, the parts that a subresource may
+//! change, and field ownership.
 
 use std::sync::Arc;
 
@@ -12,17 +12,17 @@ use super::refusal::Refusal;
 use super::store::Store;
 use super::{apply, fields, patch};
 
-/// Which part of an object a write is for.
+/// The part of an object that a write affects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
-    /// All but the status, where that is a subresource.
+    /// Everything but the status, if that is a subresource.
     Main,
     Status,
-    /// As `Main`, by the subresource `scale`.
+    /// Like `Main`, through the subresource `scale`.
     Scale,
 }
 
-/// Who writes, and how.
+/// The writer.
 #[derive(Clone, Debug)]
 pub(super) struct Writer {
     /// The `fieldManager`.
@@ -31,16 +31,16 @@ pub(super) struct Writer {
     pub(super) dry_run: bool,
 }
 
-/// How the next state of an object came about.
+/// The origin of the next state of an object.
 enum By {
     Update,
-    /// Server-side apply, which has done the managed fields itself.
+    /// Server-side apply, which has already updated the managed fields.
     Apply,
 }
 
 /// The result of a deletion.
 pub(super) enum Deleted {
-    /// It is gone.
+    /// It is deleted.
     Gone(Arc<Value>),
     /// It waits for its finalizers or its grace period.
     Terminating(Arc<Value>),
@@ -146,7 +146,7 @@ impl Store {
         self.finish(kind, namespace, name, &live, body, writer, By::Update)
     }
 
-    /// `force` is server-side apply's.
+    /// `force` applies to server-side apply.
     pub(super) fn patch(
         &mut self,
         kind: &Kind,
@@ -194,7 +194,7 @@ impl Store {
         }
     }
 
-    /// Puts `next` in the place of `live` as far as the writer may.
+    /// Replaces `live` by `next` as far as the writer may.
     #[expect(clippy::too_many_arguments, reason = "the object's place, its two states, and who writes how")]
     fn finish(
         &mut self,
@@ -263,7 +263,7 @@ impl Store {
         Ok(self.commit(kind, (namespace.to_owned(), name.to_owned()), next, deleted))
     }
 
-    /// `options` are the query's and the body's `DeleteOptions`.
+    /// `options` are the `DeleteOptions` of the query and the body.
     pub(super) fn delete(
         &mut self,
         kind: &Kind,
@@ -281,7 +281,7 @@ impl Store {
                 return Err(Refusal::conflict(kind, name, &why));
             }
         }
-        // Only kubelet can say when a pod that runs somewhere has ended.
+        // Only the kubelet knows when a pod that runs on a node has ended.
         let runs = kind.kind == "Pod" && live["spec"]["nodeName"].is_string();
         let own = || live["spec"]["terminationGracePeriodSeconds"].as_u64();
         let grace = if runs { options["gracePeriodSeconds"].as_u64().or_else(own).unwrap_or(30) } else { 0 };
@@ -308,13 +308,13 @@ impl Store {
         Ok(Deleted::Terminating(self.commit(kind, (namespace.to_owned(), name.to_owned()), next, false)))
     }
 
-    /// The object, which must be there.
+    /// The object, which must exist.
     pub(super) fn live(&self, kind: &Kind, namespace: &str, name: &str) -> Result<Arc<Value>, Refusal> {
         self.get(kind, namespace, name).cloned().ok_or_else(|| Refusal::not_found(kind, name))
     }
 }
 
-/// Checks what an object says of its kind and place against where it was sent, and fills in what it leaves out.
+/// Checks the kind, namespace and name in an object against the request, and fills in missing ones.
 fn expect(kind: &Kind, namespace: &str, name: &str, object: &mut Value) -> Result<(), Refusal> {
     let Some(fields) = object.as_object_mut() else {
         return Err(Refusal::bad_request("the object provided is not an object"));
@@ -351,7 +351,7 @@ fn expect(kind: &Kind, namespace: &str, name: &str, object: &mut Value) -> Resul
     Ok(())
 }
 
-/// What the generation counts the changes of.
+/// The part of an object whose changes the generation counts.
 fn specification(object: &Value, kind: &Kind) -> Map<String, Value> {
     let mut fields = object.as_object().cloned().unwrap_or_default();
     fields.retain(|name, _| name != "metadata" && !(kind.status && name == "status"));
@@ -366,7 +366,7 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// Sets a field, or takes it away for null.
+/// Sets a field, or removes it for null.
 fn put(object: &mut Value, field: &str, value: Value) {
     if value.is_null() {
         without(object, field);
@@ -381,7 +381,7 @@ fn without(object: &mut Value, field: &str) {
     }
 }
 
-/// What `generateName` is made a name by; the letters are those of real servers.
+/// The suffix for `generateName`, with the alphabet of real servers.
 fn suffix() -> String {
     const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
     (0..5).map(|_| char::from(LETTERS[fastrand::usize(..LETTERS.len())])).collect()

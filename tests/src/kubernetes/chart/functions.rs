@@ -1,4 +1,4 @@
-//! The functions that the chart calls, as Helm has them.
+//! The template functions that the chart calls, as in Helm.
 
 use std::iter;
 

@@ -1,5 +1,5 @@
-//! The Helm chart, rendered without Helm: by as much of Go's templates as it needs, which is little on purpose. What Helm
-//! itself makes of the chart is the same (seen with Helm 4.3).
+//! Renders the Helm chart without Helm, with the small part of Go templates that it deliberately limits itself to. Helm
+//! itself renders the same output (checked with Helm 4.3).
 
 mod functions;
 mod run;
@@ -32,7 +32,7 @@ const ORDER: [&str; 10] = [
     "RoleBinding",
 ];
 
-/// What the plain manifests are rendered with: nothing random is committed.
+/// The values of the plain manifests: nothing random is committed.
 const PLAIN: &str = r#"{"tokens": {"existingSecret": "tideshift-tokens"}}"#;
 
 /// The Helm chart.
@@ -41,7 +41,7 @@ pub struct Chart {
     folder: PathBuf,
     values: Value,
     chart: Value,
-    /// What it has besides templates, by path.
+    /// Its files other than templates, by path.
     files: BTreeMap<String, String>,
     /// By path.
     templates: BTreeMap<String, String>,
@@ -83,7 +83,7 @@ impl Chart {
         &self.folder
     }
 
-    /// The values that hold where nothing else is said.
+    /// The default values.
     pub fn values(&self) -> &Value {
         &self.values
     }
@@ -114,7 +114,7 @@ impl Chart {
         Ok(rendered)
     }
 
-    /// What `helm install` would say.
+    /// The message of `helm install`.
     pub fn notes(&self, release: &str, namespace: &str) -> anyhow::Result<String> {
         let mut printed = self.print(release, namespace, &json!({}), &[])?;
         printed.remove("templates/NOTES.txt").context("there are no notes")
@@ -142,7 +142,7 @@ impl Chart {
         Ok(text)
     }
 
-    /// What every template prints, by path.
+    /// The output of every template, by path.
     fn print(
         &self,
         release: &str,

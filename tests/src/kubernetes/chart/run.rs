@@ -1,4 +1,4 @@
-//! Parsed templates, run: what they print for some values.
+//! Executes parsed templates with some values.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use super::functions;
 use super::template::{Command, Node, Operand, Pipeline};
 
-/// What templates may ask for besides their values.
+/// The data that templates can access besides their values.
 #[derive(Debug)]
 pub(super) struct World<'a> {
-    /// What `define` has defined, in any file.
+    /// The templates from `define`, in any file.
     pub(super) definitions: BTreeMap<String, Vec<Node>>,
     /// The chart's other files, by path.
     pub(super) files: BTreeMap<String, String>,
@@ -20,7 +20,7 @@ pub(super) struct World<'a> {
 }
 
 impl World<'_> {
-    /// Takes note of what is defined in a file.
+    /// Records the definitions in a file.
     pub(super) fn define(&mut self, nodes: &[Node]) {
         for node in nodes {
             if let Node::Define { name, body } = node {
@@ -29,7 +29,7 @@ impl World<'_> {
         }
     }
 
-    /// What a template prints for a value.
+    /// The output of a template for a value.
     pub(super) fn print(&self, nodes: &[Node], dot: &Value) -> anyhow::Result<String> {
         let mut run = Run { world: self, variables: vec![("$".to_owned(), dot.clone())], output: String::new() };
         run.nodes(nodes, dot)?;
@@ -114,7 +114,7 @@ impl Run<'_> {
             Operand::Function(name) => self.call(name, &arguments).with_context(|| format!("{name} {arguments:?}")),
             Operand::Field { path, .. } if path.ends_with(&["Files".to_owned(), "Get".to_owned()]) => {
                 let path = arguments.first().and_then(Value::as_str).context("Files.Get wants a path")?;
-                // As with Helm: what is not there is empty.
+                // As in Helm: missing values are empty.
                 Ok(self.world.files.get(path).map(String::as_str).unwrap_or_default().into())
             }
             first if arguments.is_empty() => self.operand(first, dot),

@@ -1,4 +1,4 @@
-//! The table of values in the chart's README, made from the comments in `values.yaml`.
+//! The table of values in the chart's README, generated from the comments in `values.yaml`.
 
 use std::fs;
 
@@ -21,7 +21,7 @@ pub struct ValueRow {
 }
 
 impl ValueRow {
-    /// Those of `values.yaml`: what is commented there, and what is not but should be.
+    /// All values of `values.yaml` with their comments; a missing comment is empty.
     pub fn all(text: &str) -> Vec<Self> {
         let mut rows: Vec<Self> = Vec::new();
         let mut comment = String::new();
@@ -39,7 +39,7 @@ impl ValueRow {
                 let mut default = default.trim().to_owned();
                 let is_group = default.is_empty() && comment.is_empty();
                 if default.is_empty() && !is_group {
-                    // What is below belongs to the comment here.
+                    // The lines below belong to the comment here.
                     let depth = line.len() - content.len();
                     let is_below = |next: &&str| next.len() - next.trim_start().len() > depth || next.starts_with("- ");
                     let mut below = Vec::new();

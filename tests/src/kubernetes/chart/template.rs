@@ -1,4 +1,4 @@
-//! Go's templates, parsed: as much of them as the chart needs.
+//! Parses Go templates, as far as the chart needs them.
 
 use std::iter::Peekable;
 use std::vec::IntoIter;
@@ -166,7 +166,7 @@ fn action(mut tokens: Vec<Token>, pieces: &mut Pieces) -> anyhow::Result<Node> {
     }
 }
 
-/// What is after a block: its else, if it has one, up to its end.
+/// The rest of a block: its else, if it has one, up to its end.
 fn rest_of(word: &str, pieces: &mut Pieces) -> anyhow::Result<Vec<Node>> {
     let Some(Piece::Action(mut tokens)) = pieces.next() else { bail!("{word} without end") };
     if is(&tokens, "end") {

@@ -1,4 +1,4 @@
-//! How much of what a PodDisruptionBudget protects is healthy, and how much may be disrupted.
+//! PodDisruptionBudgets: the number of healthy pods and of allowed disruptions.
 
 use serde_json::{Value, json};
 

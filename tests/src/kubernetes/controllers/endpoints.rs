@@ -1,5 +1,5 @@
-//! Services' selectors to EndpointSlices, with ready, serving and terminating as Kubernetes means them. An endpoint stays
-//! in the slice that it is in, so that no change of another makes it seem gone.
+//! Creates EndpointSlices from the selectors of Services, with ready, serving and terminating as Kubernetes defines
+//! them. An endpoint stays in its slice, so that a change of another endpoint never makes it seem deleted.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What belongs to something that is gone goes too.
+//! Garbage collection: deletes the dependents of deleted objects.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Deployments, ReplicaSets and StatefulSets: as many pods as they want, and how many there are in their status.
+//! Deployments, ReplicaSets and StatefulSets: creates their pods, and counts them in the status.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
