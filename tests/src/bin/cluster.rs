@@ -127,7 +127,8 @@ async fn changes() -> anyhow::Result<()> {
 async fn pods() -> anyhow::Result<()> {
     let cluster = Cluster::stand_in().await?;
     let pod = |n: usize| {
-        let labels = json!({ "app": format!("a{}", n % 100), "track": if n % 2 == 0 { "old" } else { "new" } });
+        let labels =
+            json!({ "app": format!("a{}", n % 100), "track": if n.is_multiple_of(2) { "old" } else { "new" } });
         let spec = json!({ "containers": [{ "name": "main", "image": "none" }], "nodeName": "elsewhere" });
         json!({ "apiVersion": "v1", "kind": "Pod", "spec": spec,
             "metadata": { "name": format!("pod-{n}"), "namespace": cluster.namespace, "labels": labels } })

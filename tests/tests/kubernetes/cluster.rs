@@ -14,7 +14,7 @@ use tideshift_tests::controller::Controller;
 use tideshift_tests::kubernetes::client;
 use tideshift_tests::kubernetes::kubelet::READY;
 use tideshift_tests::kubernetes::test_bed::{
-    Cluster, Front, HOST, KUBECONFIG, View, hold_at, policy, shift, until, until_in_force, until_weights,
+    Cluster, Front, HOST, KUBECONFIG, hold_at, policy, shift, until, until_in_force, until_weights,
 };
 use tideshift_tests::test_bed::{DEADLINE, FOR_EVER, next_answers, revisions};
 use tideshift_tests::wait::eventually;
