@@ -273,7 +273,7 @@ fn set_role(role: &watch::Sender<Role>, now: Role) {
             match &now {
                 Role::Leads => tracing::info!("this replica leads now"),
                 Role::Follows(Some(leader)) => tracing::info!(leader, "another replica leads"),
-                Role::Follows(None) => tracing::info!("nobody is known to lead"),
+                Role::Follows(None) => tracing::info!("no replica is known to lead"),
                 Role::Alone => {}
             }
             *before = now;

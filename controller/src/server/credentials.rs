@@ -59,7 +59,7 @@ impl Secrets {
         }
         if options.tls.is_none() && !options.listen.ip().is_loopback() {
             tracing::warn!(
-                "tokens and sessions' secrets travel in clear text unless somebody else encrypts: no --tls-cert"
+                "tokens and sessions' secrets travel in clear text unless something else encrypts: no --tls-cert"
             );
         }
         let mut look = interval(LOOK);
