@@ -78,7 +78,7 @@ impl FakeHost {
         self.world.borrow_mut().storm.as_mut().is_some_and(|(percent, random)| random.u32(..100) < *percent)
     }
 
-    /// Bytes that nobody asked for.
+    /// Bytes without a request.
     fn nonsense(&self) -> Option<Vec<u8>> {
         let mut world = self.world.borrow_mut();
         let (_, random) = world.storm.as_mut()?;
